@@ -1,0 +1,707 @@
+"""What a run is: the model's shape, its presets, and every option of the command line.
+
+Pure Python: importing this module loads neither torch nor numpy, so `--help` answers at once and
+bad input is found before any work. It knows nothing of tensors, of files' contents or of devices;
+what only the data or the machine can tell is checked where it is first known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import re
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+DATA_DIR = Path(__file__).resolve().parent / "data"
+SHIPPED_MODEL = DATA_DIR / "stories-tiny.pt"
+
+
+class UsageError(ValueError):
+    """Bad input. The message is for the user: what was given, where, and the remedy."""
+
+
+# ---------------------------------------------------------------------------- the model's shape
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a Llama. Field names are the `model_args` keys of weights files.
+
+    Raises UsageError for a shape that no Llama can have.
+    """
+
+    vocab_size: int = 32000
+    dim: int = 512
+    n_layers: int = 8
+    n_heads: int = 8
+    n_kv_heads: int | None = None  # None: as many as n_heads (no grouped-query attention)
+    hidden_dim: int | None = None  # None: 2/3 of 4 x dim, rounded up to multiple_of
+    multiple_of: int = 32
+    max_seq_len: int = 1024
+    dropout: float = 0.0
+    layer_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__  # frozen, but still being made
+        if self.n_kv_heads is None:
+            set_field(self, "n_kv_heads", self.n_heads)
+        for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UsageError(f"--{name} {value}: must be a whole number of at least 1")
+        if self.hidden_dim is None:
+            rounded_up = -(-int(8 * self.dim / 3) // self.multiple_of) * self.multiple_of
+            set_field(self, "hidden_dim", rounded_up)
+        if self.dim % self.n_heads:
+            near = self.n_heads * max(1, round(self.dim / self.n_heads))
+            raise UsageError(
+                f"--dim {self.dim} is not divisible by --n_heads {self.n_heads}: every head gets "
+                f"dim / n_heads numbers; --dim {near} would do"
+            )
+        if self.head_dim % 2:
+            raise UsageError(
+                f"--dim {self.dim} / --n_heads {self.n_heads} = {self.head_dim}: rotary embeddings "
+                "turn pairs of numbers, so the size of a head must be even"
+            )
+        if self.n_heads % self.n_kv_heads:
+            raise UsageError(
+                f"--n_heads {self.n_heads} is not divisible by --n_kv_heads {self.n_kv_heads}: "
+                "each key/value head serves the same number of query heads"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers per attention head, D in the shapes."""
+        return self.dim // self.n_heads
+
+    def to_model_args(self) -> dict[str, Any]:
+        """The plain dict that weights files carry as `model_args`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_model_args(cls, model_args: dict[str, Any]) -> LlamaConfig:
+        """Read `model_args` of this program, the original or llama2.c; unknown keys are theirs.
+
+        llama2.c names the normalisation's epsilon `norm_eps`; both leave out what they do not have.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        renamed = {"norm_eps": "layer_norm_eps"}
+        named = {renamed.get(key, key): value for key, value in model_args.items()}
+        return cls(**{key: value for key, value in named.items() if key in known})
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters by part; a tied output head counts once, in the embedding."""
+        kv_dim = self.n_kv_heads * self.head_dim
+        return {
+            "embedding": self.vocab_size * self.dim,
+            "attention": self.n_layers * (2 * self.dim * self.dim + 2 * self.dim * kv_dim),
+            "feed_forward": self.n_layers * 3 * self.dim * self.hidden_dim,
+            "norms": (2 * self.n_layers + 1) * self.dim,
+            "output": 0 if self.tie_word_embeddings else self.vocab_size * self.dim,
+        }
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Floating-point operations to train on one token: 6 per weight, 6 L T d for attention.
+
+        PaLM's count (Chowdhery et al. 2022, appendix B) with the causal half of the attention; the
+        embedding's look-up is free, the output head's product is not.
+        """
+        counts = self.parameter_counts()
+        weights = sum(counts.values()) - counts["norms"] - counts["embedding"] - counts["output"]
+        weights += self.vocab_size * self.dim
+        return 6.0 * weights + 6.0 * self.n_layers * sequence_length * self.dim
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named model size: the flags it stands for and the learning rate it pretrains well with."""
+
+    shape: dict[str, Any]
+    pretrain_lr: float
+
+
+PRESETS: dict[str, Preset] = {
+    "tiny": Preset({"dim": 128, "n_layers": 4, "n_heads": 4}, pretrain_lr=3e-3),
+    "stories15M": Preset({"dim": 288, "n_layers": 6, "n_heads": 6}, pretrain_lr=1e-3),
+    "stories42M": Preset({"dim": 512, "n_layers": 8, "n_heads": 8}, pretrain_lr=5e-4),
+    "stories110M": Preset({"dim": 768, "n_layers": 12, "n_heads": 12}, pretrain_lr=5e-4),
+    "1.1B": Preset(  # TinyLlama
+        {
+            "dim": 2048,
+            "n_layers": 22,
+            "n_heads": 32,
+            "n_kv_heads": 4,
+            "hidden_dim": 5632,
+            "tie_word_embeddings": False,
+        },
+        pretrain_lr=4e-4,
+    ),
+}
+
+
+# ---------------------------------------------------------------------------- the plan of a run
+
+LOGITS_CHUNK_BYTES = 2**25  # logits that stand at once: the loss is computed in chunks of them
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def human_size(size: float) -> str:
+    """Bytes as people read them: 226 MB, 1.17 GB (powers of 1,000)."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while size >= 999.5 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    return f"{size:.3g} {units[0]}"
+
+
+def human_time(seconds: float) -> str:
+    """A duration as people read it: 45 s, 3 min 20 s, 2 h 5 min."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a training run will do and need, by arithmetic alone.
+
+    A step trains on `micro_batch_size * accumulation_steps * world_size` sequences of at most
+    `sequence_length` tokens. Memory is that of one process, in bytes.
+    """
+
+    config: LlamaConfig
+    trainable_parameters: int
+    sequences: int  # to train on: chunks of text, or labelled sentences
+    tokens: int  # in those sequences
+    sequence_length: int
+    micro_batch_size: int
+    accumulation_steps: int
+    world_size: int
+    epochs: int
+    max_steps: int | None
+    warmup_steps_given: int | None
+    dtype: str
+    activation_checkpointing: bool
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences of one optimizer step, over all ranks."""
+        return self.micro_batch_size * self.accumulation_steps * self.world_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps per pass over the data, a last short one included: at least 1."""
+        return max(1, -(-self.sequences // self.sequences_per_step))
+
+    @property
+    def schedule_steps(self) -> int:
+        """Steps that the learning rate's schedule spans: all epochs."""
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def last_step(self) -> int:
+        """Steps after which the run ends: `max_steps` may come before the schedule's end."""
+        return min(self.max_steps or self.schedule_steps, self.schedule_steps)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of linear warmup: as given, else 5 % of the schedule."""
+        if self.warmup_steps_given is not None:
+            return self.warmup_steps_given
+        return round(0.05 * self.schedule_steps)
+
+    def activation_bytes(self) -> int:
+        """What a micro-batch keeps for the backward pass, for attention that keeps no scores."""
+        config, compute = self.config, DTYPE_BYTES[self.dtype]
+        kv_dim = config.n_kv_heads * config.head_dim
+        residual = 4 * config.dim  # the residual stream stays in float32
+        layer = 2 * residual + compute * (5 * config.dim + 3 * kv_dim + 4 * config.hidden_dim)
+        layers = config.n_layers * layer
+        if self.activation_checkpointing:
+            layers = config.n_layers * residual + layer
+        return self.micro_batch_size * self.sequence_length * (layers + 3 * residual)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by part while training."""
+        weights = 4 * sum(self.config.parameter_counts().values())
+        logits = 4 * self.micro_batch_size * self.sequence_length * self.config.vocab_size
+        return {
+            "weights": weights,
+            "gradients": 4 * self.trainable_parameters,
+            "optimizer": 8 * self.trainable_parameters,
+            "activations": self.activation_bytes(),
+            "logits": 2 * min(logits, LOGITS_CHUNK_BYTES),
+        }
+
+    def checkpoint_bytes(self) -> int:
+        """A resumable checkpoint: float32 weights and AdamW's two moments of each trained one."""
+        return 4 * sum(self.config.parameter_counts().values()) + 8 * self.trainable_parameters
+
+    def weights_file_bytes(self, save_dtype: str) -> int:
+        """A weights file: the weights alone, a tied embedding once."""
+        return DTYPE_BYTES[save_dtype] * sum(self.config.parameter_counts().values())
+
+    def lines(self, *, noun: str, save_dtype: str, available: int | None) -> list[str]:
+        """The plan as a person reads it; `noun` is what a sequence is called."""
+        counts, memory = self.config.parameter_counts(), self.memory()
+        config = self.config
+        parts = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
+        needs = ", ".join(f"{name} {human_size(size)}" for name, size in memory.items())
+        have = f"; {human_size(available)} available" if available else ""
+        ends = ""
+        if self.last_step < self.schedule_steps:
+            ends = f", ended after {self.last_step:,} by --max_steps"
+        return [
+            f"model        {sum(counts.values()):,} parameters: {parts}",
+            f"             dim {config.dim}, {config.n_layers} layers, {config.n_heads} heads "
+            f"({config.n_kv_heads} key/value), vocabulary {config.vocab_size:,}, "
+            f"context {config.max_seq_len:,}",
+            f"data         {self.tokens:,} tokens in {self.sequences:,} {noun} of up to "
+            f"{self.sequence_length:,}",
+            f"steps        {self.steps_per_epoch:,} per epoch x {self.epochs:,} epochs = "
+            f"{self.schedule_steps:,}, of {self.sequences_per_step:,} {noun} "
+            f"({self.micro_batch_size} x {self.accumulation_steps} accumulated"
+            f" x {self.world_size} processes); warmup {self.warmup_steps:,}{ends}",
+            f"memory       {human_size(sum(memory.values()))} in {self.dtype}: {needs}{have}",
+            f"files        weights {human_size(self.weights_file_bytes(save_dtype))} "
+            f"({save_dtype}), resumable checkpoint {human_size(self.checkpoint_bytes())} "
+            "(float32 weights and the optimizer's two moments of each)",
+        ]
+
+
+# ---------------------------------------------------------------------------- the options
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    many: bool = False,
+    metavar: str | None = None,
+) -> Any:
+    """A dataclass field that is a command-line flag: its help and the bounds of its value."""
+    bounds = {"at_least": at_least, "above": above, "below": below}
+    metadata = {"help": help, "bounds": bounds, "many": many, "metavar": metavar}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """the run"""
+
+    option: Literal["pretrain", "finetune", "prompt", "generate"] = flag("generate", "what to do")
+    seed: int = flag(1337, "of every random number", at_least=0)
+    use_gpu: bool = flag(False, "train or run on CUDA or Apple's MPS where there is one")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "auto", "of the arithmetic; auto: bfloat16 where the device multiplies it fast"
+    )
+    compile: bool = flag(False, "compile the model with torch.compile: worth it on long runs")
+    plan: bool = flag(False, "print the plan of the run (sizes, steps, memory) and stop")
+    save_dir: Path = flag(Path("checkpoints"), "folder of the run's checkpoints and records")
+    resume: str | None = flag(
+        None, "go on from this checkpoint; auto: the newest of --save_dir", metavar="FILE|auto"
+    )
+    overwrite: bool = flag(False, "remove the files of an earlier run in --save_dir first")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """the model"""
+
+    model_size: Literal["tiny", "stories15M", "stories42M", "stories110M", "1.1B"] = flag(
+        "tiny", "preset of the shape to pretrain; the flags below change it"
+    )
+    dim: int | None = flag(None, "width of the model", at_least=1)
+    n_layers: int | None = flag(None, "number of layers", at_least=1)
+    n_heads: int | None = flag(None, "attention heads per layer", at_least=1)
+    n_kv_heads: int | None = flag(None, "key/value heads; fewer than --n_heads: GQA", at_least=1)
+    hidden_dim: int | None = flag(None, "width of the feed-forward network", at_least=1)
+    max_seq_len: int = flag(1024, "context in tokens; text is cut into chunks of it", at_least=1)
+    dropout: float = flag(0.0, "dropout of the model while training", at_least=0, below=1)
+    tokenizer_model: Path | None = flag(
+        None, "SentencePiece vocabulary; unset: the model file's own, or the embedded one"
+    )
+    pretrained_model_path: Path | None = flag(
+        None,
+        "model file or folder to finetune, prompt or generate with; unset: "
+        "./checkpoints/final-model.pt, else ./stories42M.pt, else the shipped model",
+    )
+
+
+@dataclass(frozen=True)
+class PretrainDataOptions:
+    """text to pretrain on"""
+
+    pretrain_data: tuple[str, ...] = flag(
+        (), "files, folders or globs: .txt, .jsonl, each also .gz; unset: the stories", many=True
+    )
+    val_data: tuple[str, ...] = flag((), "the same, held out for validation", many=True)
+    val_fraction: float = flag(
+        0.05, "share of the text held out where --val_data is unset; 0: none", at_least=0, below=1
+    )
+    document_per_line: bool = flag(False, "every line of a text file is a document of its own")
+    text_field: str = flag("text", "field of a .jsonl line that holds the text; a.b goes deeper")
+    sentences_only: bool = flag(False, "of `label ||| sentence` files read only the sentences")
+    encoding_errors: Literal["strict", "replace"] = flag(
+        "strict", "bytes that are not UTF-8: stop and name the line, or put U+FFFD"
+    )
+    cache_dir: Path = flag(Path("token_cache"), "folder of the tokenized text")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """training"""
+
+    epochs: int = flag(5, "passes over the data", at_least=1)
+    max_steps: int | None = flag(
+        None, "end the run early, after this many optimizer steps in all", at_least=1
+    )
+    gradient_accumulation_steps: int = flag(
+        1, "micro-batches per optimizer step; equals one big batch", at_least=1
+    )
+    lr_scheduler: Literal["cosine", "linear", "constant", "wsd"] = flag(
+        "cosine", "what follows the warmup; wsd: constant, then linear over the last fifth"
+    )
+    warmup_steps: int | None = flag(
+        None, "steps of linear warmup; unset: 5 %% of the run", at_least=0
+    )
+    min_lr: float = flag(0.0, "learning rate at the end of the schedule", at_least=0)
+    weight_decay: float | None = flag(
+        None, "AdamW's decay, on matrices only; unset: 0.1 to pretrain, 0 to finetune", at_least=0
+    )
+    grad_clip: float = flag(1.0, "largest norm of the gradient; 0: never clipped", at_least=0)
+    activation_checkpointing: bool = flag(
+        False, "recompute each layer in the backward pass: less memory, a third slower"
+    )
+    checkpoint_interval: int = flag(
+        1000, "optimizer steps between resumable checkpoints; 0: none", at_least=0
+    )
+    keep_last: int = flag(2, "step checkpoints to keep; 0: all", at_least=0)
+
+
+@dataclass(frozen=True)
+class PretrainOptions:
+    """--option pretrain"""
+
+    pretrain_batch_size: int = flag(8, "chunks per micro-batch", at_least=1)
+    pretrain_lr: float | None = flag(
+        None, "peak learning rate; unset: what suits --model_size", above=0
+    )
+    eval_interval: int = flag(
+        0, "optimizer steps between validations; 0: at the end of each epoch", at_least=0
+    )
+    save_interval: int = flag(50, "epochs between pretrain-epoch-N.pt", at_least=1)
+    best_model_interval: int = flag(1, "epochs between looks for a new best-model.pt", at_least=1)
+    save_dtype: Literal["float32", "bfloat16", "float16"] = flag(
+        "float32", "of the weights in final-model.pt and best-model.pt"
+    )
+
+
+@dataclass(frozen=True)
+class LabelledDataOptions:
+    """labelled data (finetune, prompt)"""
+
+    train: Path | None = flag(None, "`label ||| sentence` lines; unset: the embedded reviews")
+    dev: Path | None = flag(None, "the same, to choose the best epoch by")
+    test: Path | None = flag(None, "the same, for the last figures")
+    label_names: Path | None = flag(
+        None, "JSON list of the labels' names; unset: NAME-label-mapping.json beside --train"
+    )
+    batch_size: int = flag(8, "sentences per batch", at_least=1)
+    max_sentence_len: int | None = flag(None, "tokens of a sentence to read", at_least=1)
+    dev_out: Path | None = flag(
+        None, "predictions on --dev; unset: named after data set and option"
+    )
+    test_out: Path | None = flag(None, "predictions on --test; likewise")
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """--option finetune"""
+
+    lr: float = flag(2e-5, "peak learning rate", above=0)
+    hidden_dropout_prob: float = flag(0.3, "dropout before the linear head", at_least=0, below=1)
+    freeze_backbone: bool = flag(False, "train the linear head alone")
+    lora_rank: int | None = flag(
+        None, "train adapters of this rank instead of the full weights", at_least=1
+    )
+    early_stopping: int | None = flag(
+        None, "stop after this many epochs without a better dev accuracy", at_least=1
+    )
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """--option prompt"""
+
+    prompt_template: str = flag(
+        "{sentence} Is this movie {labels}? This movie is",
+        "text before the label; {sentence} and {labels} are filled in",
+    )
+    label_norm: Literal["sum", "token", "byte", "pmi"] = flag(
+        "sum",
+        "score of a label: its log-probability, per token, per byte, or less the one it has "
+        "without the sentence",
+    )
+    shots: int = flag(0, "labelled examples from --train to put before each prompt", at_least=0)
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """--option generate"""
+
+    prompt: tuple[str, ...] = flag((), "text to continue; repeatable", metavar="TEXT")
+    prompt_file: Path | None = flag(None, "continue every line of this file")
+    interactive: bool = flag(False, "type prompts, read continuations")
+    max_new_tokens: int = flag(75, "tokens to add", at_least=1)
+    num_samples: int = flag(1, "continuations of each prompt", at_least=1)
+    temperature: float | None = flag(
+        None,
+        "0: the likeliest token; 1: as the model says; unset: both, as the original",
+        at_least=0,
+    )
+    top_k: int | None = flag(None, "sample among this many likeliest tokens", at_least=1)
+    top_p: float | None = flag(
+        None, "sample among the likeliest that make up this probability", above=0
+    )
+    min_p: float | None = flag(
+        None, "drop tokens less likely than this share of the likeliest", at_least=0, below=1
+    )
+    repetition_penalty: float = flag(1.0, "above 1: avoid what was said before", above=0)
+    stop: tuple[str, ...] = flag(
+        (), "end a continuation before this text; repeatable", metavar="TEXT"
+    )
+    generated_sentence_low_temp_out: Path = flag(
+        Path("generated-sentence-temp-0.txt"), "the original's file at temperature 0"
+    )
+    generated_sentence_high_temp_out: Path = flag(
+        Path("generated-sentence-temp-1.txt"), "the original's file at temperature 1"
+    )
+
+
+# The groups in the order `--help` shows them; later bases come first in a dataclass's fields.
+OPTION_GROUPS = (
+    RunOptions,
+    ModelOptions,
+    PretrainDataOptions,
+    TrainOptions,
+    PretrainOptions,
+    LabelledDataOptions,
+    FinetuneOptions,
+    PromptOptions,
+    GenerateOptions,
+)
+
+
+@dataclass(frozen=True)
+class Options(
+    GenerateOptions,
+    PromptOptions,
+    FinetuneOptions,
+    LabelledDataOptions,
+    PretrainOptions,
+    TrainOptions,
+    PretrainDataOptions,
+    ModelOptions,
+    RunOptions,
+):
+    """Everything the command line says, checked as far as it can be without data or device."""
+
+    def to_plain(self) -> dict[str, Any]:
+        """The options as JSON and checkpoints hold them: strings, numbers, lists, None."""
+        plain = dataclasses.asdict(self)
+        for name, value in plain.items():
+            if isinstance(value, Path):
+                plain[name] = value.as_posix()
+            elif isinstance(value, tuple):
+                plain[name] = list(value)
+        return plain
+
+    def llama_config(self, vocab_size: int) -> LlamaConfig:
+        """The shape to pretrain: the preset, changed by the single flags."""
+        shape = dict(PRESETS[self.model_size].shape)
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim"):
+            if getattr(self, name) is not None:
+                shape[name] = getattr(self, name)
+        if self.dim is not None and self.hidden_dim is None:
+            shape.pop("hidden_dim", None)  # another width than the preset's: derive it again
+        if self.n_heads is not None and self.n_kv_heads is None:
+            shape.pop("n_kv_heads", None)
+        return LlamaConfig(
+            vocab_size=vocab_size, max_seq_len=self.max_seq_len, dropout=self.dropout, **shape
+        )
+
+    def peak_lr(self) -> float:
+        """The learning rate after warmup of the option at hand."""
+        if self.option != "pretrain":
+            return self.lr
+        return self.pretrain_lr or PRESETS[self.model_size].pretrain_lr
+
+
+# ---------------------------------------------------------------------------- reading them
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse that raises UsageError instead of printing its usage over the message."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message.removeprefix("argument "))
+
+
+def with_underscores(word: str) -> str:
+    """`--save-dir=x` as `--save_dir=x`: both spellings are accepted, one is known inside."""
+    return re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word)
+
+
+def number_reader(kind: type, bounds: dict[str, float | None]) -> Callable[[str], Any]:
+    """A function that reads a number within the bounds or raises argparse's error."""
+    noun = "a whole number" if kind is int else "a number"
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            glued = re.match(r"(.+?)(--\w.*)", text)
+            remedy = f"; a space is missing before {glued[2]}" if glued else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun}{remedy}") from None
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun}")
+        checks = {
+            "at_least": ("at least", lambda bound: value >= bound),
+            "above": ("above", lambda bound: value > bound),
+            "below": ("below", lambda bound: value < bound),
+        }
+        for key, (words, holds) in checks.items():
+            if bounds[key] is not None and not holds(bounds[key]):
+                raise argparse.ArgumentTypeError(f"{text} must be {words} {bounds[key]:g}")
+        return value
+
+    return read
+
+
+def add_flag(group: Any, field: dataclasses.Field, annotation: Any) -> None:
+    """Add one dataclass field to an argparse group, its type taken from the annotation."""
+    text = field.metadata["help"]
+    if field.default not in (None, (), False):
+        text += f" (default: {field.default})"
+    settings: dict[str, Any] = {"dest": field.name, "default": field.default, "help": text}
+    kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+    if annotation is bool:
+        settings["action"] = "store_true"
+    elif typing.get_origin(annotation) is Literal:
+        settings["choices"] = typing.get_args(annotation)
+    elif typing.get_origin(annotation) is tuple:
+        settings |= {"nargs": "+"} if field.metadata["many"] else {"action": "append"}
+        settings["metavar"] = field.metadata["metavar"] or "PATH"
+        settings["default"] = None  # argparse would append to a default
+    else:
+        kind = kinds[0] if kinds else annotation
+        numeric = kind in (int, float)
+        settings["type"] = number_reader(kind, field.metadata["bounds"]) if numeric else kind
+        words = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
+        settings["metavar"] = field.metadata["metavar"] or words[kind]
+    group.add_argument(f"--{field.name}", **settings)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of run_llama.py, generated from the option groups."""
+    parser = OneLineParser(
+        prog="run_llama.py",
+        usage="python run_llama.py --option {pretrain,finetune,prompt,generate} [options]",
+        description="Pretrain a small Llama from scratch; finetune, prompt and generate with it.",
+        epilog="Every option is accepted with _ and with -, e.g. --save_dir and --save-dir.",
+        allow_abbrev=False,
+    )
+    for group_class in OPTION_GROUPS:
+        group = parser.add_argument_group(group_class.__doc__)
+        annotations = typing.get_type_hints(group_class)
+        for field in dataclasses.fields(group_class):
+            add_flag(group, field, annotations[field.name])
+    return parser
+
+
+def parse_options(arguments: Sequence[str]) -> Options:
+    """Read and check the command line.
+
+    Raises UsageError with every problem found, a line each; exits 0 after `--help`.
+    """
+    parser = build_parser()
+    namespace, unknown = parser.parse_known_args([with_underscores(word) for word in arguments])
+    if unknown:
+        raise UsageError("\n".join(unknown_argument(parser, word) for word in unknown))
+    values = vars(namespace)
+    for field in dataclasses.fields(Options):
+        if isinstance(field.default, tuple):
+            values[field.name] = tuple(values[field.name] or ())
+    options = Options(**values)
+    problems = find_problems(options)
+    if problems:
+        raise UsageError("\n".join(problems))
+    return options
+
+
+def options_or_exit(arguments: Sequence[str]) -> Options:
+    """The options of a command line; on bad ones a line per problem and exit status 2."""
+    try:
+        return parse_options(arguments)
+    except UsageError as error:
+        report_usage_error("run_llama.py", error)
+        sys.exit(2)
+
+
+def report_usage_error(program: str, error: UsageError) -> None:
+    """Print each problem of the error on a line of its own."""
+    for line in str(error).splitlines():
+        print(f"{program}: error: {line}", file=sys.stderr)
+
+
+def unknown_argument(parser: argparse.ArgumentParser, word: str) -> str:
+    """What to say of a word the parser does not know: the nearest flag, if any is near."""
+    flags = [text for action in parser._actions for text in action.option_strings]
+    near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
+    remedy = f"did you mean {near[0]}?" if near else "--help lists the options"
+    return f"{word}: no such option; {remedy}"
+
+
+def find_problems(options: Options) -> list[str]:
+    """What the options contradict among themselves; one line each, naming flag, value, remedy."""
+    problems = []
+    if options.option == "pretrain":
+        try:
+            options.llama_config(vocab_size=32000)
+        except UsageError as error:
+            problems.append(str(error))
+    if options.min_lr > options.peak_lr():
+        name = "--pretrain_lr" if options.option == "pretrain" else "--lr"
+        problems.append(
+            f"--min_lr {options.min_lr:g} is above {name} {options.peak_lr():g}: the schedule "
+            "falls, so give a smaller one"
+        )
+    if options.top_p is not None and options.top_p > 1:
+        problems.append(f"--top_p {options.top_p:g} must be at most 1: it is a probability")
+    if options.freeze_backbone and options.lora_rank:
+        problems.append("--freeze_backbone and --lora_rank exclude each other: give one")
+    if options.resume and options.overwrite:
+        problems.append("--resume goes on with a run, --overwrite removes it: give one")
+    if "{sentence}" not in options.prompt_template:
+        problems.append(
+            f"--prompt_template {options.prompt_template!r} lacks {{sentence}}: "
+            "the place the sentence goes"
+        )
+    if options.train is None and (options.dev or options.test):
+        problems.append("--dev and --test need --train: the labels are learnt from it")
+    return problems

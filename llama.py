@@ -1,0 +1,1096 @@
+"""The Llama: its parts, its loss, how it reads text and writes it on, and the files it comes from.
+
+Knows tensors and token ids, never text: it does not import the tokenizer, and a vocabulary is for
+it a string of bytes that travels with the weights. It does not know optimizers, data sets, command
+lines or the network, picks no device and prints nothing.
+
+Shapes: B rows (batch), T tokens, D numbers per head, H heads (H_kv key/value heads), V vocabulary,
+S places in the cache; `dim` is the width of the residual stream.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from config import LlamaConfig, UsageError
+
+IGNORE_INDEX = -100  # a target that is no target: padding
+
+# ---------------------------------------------------------------------------- parts
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in float32 inside (arXiv:1910.07467)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+        return normed.type_as(x)
+
+
+def rotary_table(
+    head_dim: int, max_seq_len: int, theta: float = 10000.0, *, device: Any = None
+) -> Tensor:
+    """Cosine and sine of every position's angles, (max_seq_len, 1, head_dim / 2, 2) in float32."""
+    # Computed on the CPU wherever it is used: the same numbers on every device.
+    steps = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    positions = torch.arange(max_seq_len, dtype=torch.float32, device="cpu")
+    angles = torch.outer(positions, 1.0 / theta**steps)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)[:, None].to(device)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turn adjacent pairs of x (B, T, H, D) by the angles of table (T or B, T; 1, D/2, 2)."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # inductor fuses real arithmetic and has no complex kernels
+        (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
+        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    else:  # one complex product: 5-8 times faster than the line above run op by op on a CPU
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
+    return turned.flatten(-2).type_as(x)
+
+
+def apply_rotary_emb(
+    query: Tensor, key: Tensor, head_dim: int, max_seq_len: int, theta: float = 10000.0
+) -> tuple[Tensor, Tensor]:
+    """Rotary position embeddings (arXiv:2104.09864) of query and key, each (B, T, H, D).
+
+    Row t of T is taken as position t, which is at most max_seq_len - 1.
+    """
+    table = rotary_table(head_dim, max_seq_len, theta, device=query.device)[: query.shape[1]]
+    return rotate(query, table), rotate(key, table)
+
+
+class KVCache:
+    """The keys and values of every token read so far, (B, S, H_kv, D) a layer, row by row.
+
+    Rows may hold different numbers of tokens (`lengths`). What a shorter row keeps beyond its
+    length is padding: never attended to, and overwritten by the row's next tokens.
+    """
+
+    def __init__(self, n_layers: int, batch_size: int, capacity: int) -> None:
+        self.lengths = [0] * batch_size
+        self.capacity = capacity
+        self.layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layers
+
+    def place(self, width: int, device: torch.device) -> tuple[slice | Tensor, Tensor | None]:
+        """Settle where the next `width` tokens of each row go.
+
+        Returns their positions (a slice, or (B, T) where rows differ) and the mask of what each
+        of them may see ((B or 1, 1, T, S); None: causal attention needs none).
+        """
+        start, self.end = min(self.lengths), max(self.lengths) + width
+        if start == max(self.lengths):
+            positions = slice(start, self.end)
+            self.index: tuple[Any, ...] = (slice(None), positions)
+            if start == 0 or width == 1:
+                return positions, None
+            rows = torch.arange(start, self.end, device=device)[None]
+        else:
+            held = torch.tensor(self.lengths, device=device)
+            rows = held[:, None] + torch.arange(width, device=device)
+            self.index = (torch.arange(len(held), device=device)[:, None], rows)
+            positions = rows
+        seen = torch.arange(self.end, device=device) <= rows[..., None]
+        return positions, seen[:, None]
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new (B, T, H_kv, D) at the settled place; return all of the layer's so far."""
+        if self.layers[layer] is None:  # zeros: padding takes part in sums with weight zero
+            shape = (key.shape[0], self.capacity, *key.shape[2:])
+            self.layers[layer] = (key.new_zeros(shape), value.new_zeros(shape))
+        keys, values = self.layers[layer]
+        keys[self.index], values[self.index] = key, value
+        return keys[:, : self.end], values[:, : self.end]
+
+    def select(self, rows: list[int]) -> KVCache:
+        """A cache of these rows, in this order; a row may be named more than once."""
+        chosen = KVCache(len(self.layers), len(rows), self.capacity)
+        chosen.lengths = [self.lengths[row] for row in rows]
+        chosen.layers = [pair and (pair[0][rows], pair[1][rows]) for pair in self.layers]
+        return chosen
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions; each key/value head serves H / H_kv heads."""
+
+    def __init__(self, layer_id: int, config: LlamaConfig) -> None:
+        super().__init__()
+        self.layer_id = layer_id
+        self.head_dim = config.head_dim
+        kv_dim = config.n_kv_heads * config.head_dim
+        self.grouped = config.n_kv_heads != config.n_heads
+        self.compute_query = nn.Linear(config.dim, config.dim, bias=False)
+        self.compute_key = nn.Linear(config.dim, kv_dim, bias=False)
+        self.compute_value = nn.Linear(config.dim, kv_dim, bias=False)
+        self.compute_output = nn.Linear(config.dim, config.dim, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, table: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        heads = (-1, self.head_dim)
+        query = rotate(self.compute_query(x).unflatten(-1, heads), table)  # (B, T, H, D)
+        key = rotate(self.compute_key(x).unflatten(-1, heads), table)  # (B, T, H_kv, D)
+        value = self.compute_value(x).unflatten(-1, heads)
+        if cache is not None:
+            key, value = cache.update(self.layer_id, key, value)  # (B, S, H_kv, D)
+        attended = F.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None and x.shape[1] > 1,  # a single token sees all there is
+            enable_gqa=self.grouped,
+        )
+        return self.dropout(self.compute_output(attended.transpose(1, 2).flatten(2)))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv:2002.05202): w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)  # gate
+        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)  # down
+        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)  # up
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class LlamaLayer(nn.Module):
+    """Attention, then feed-forward, each normalised before and added to what came in."""
+
+    def __init__(self, layer_id: int, config: LlamaConfig) -> None:
+        super().__init__()
+        self.attention = Attention(layer_id, config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.layer_norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.layer_norm_eps)
+
+    def forward(
+        self, x: Tensor, table: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), table, cache, mask)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+# ---------------------------------------------------------------------------- loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sum of cross entropies of hidden @ weight.T, its gradients made on the way forward.
+
+    A chunk of rows at a time: its logits are made, used for loss and gradients, and dropped, so
+    the (N, V) tensor that dominates a small model's memory never exists. Logits and matrix
+    products are in `dtype`, softmax and the weight gradient's sum over chunks in float32. Float16
+    needs no scale in here: softmax minus one-hot lies in [-1, 1] (what is below 6e-8 is lost,
+    together less than a thousandth of a row), the products stay far from 65504, and a GradScaler's
+    factor comes later, as grad_output, onto float32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, dtype, chunk_rows, wanted):
+        loss_sum = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if wanted[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
+        weight_cast = weight.to(dtype)
+        for start in range(0, hidden.shape[0], chunk_rows):
+            rows = hidden[start : start + chunk_rows].to(dtype)  # (n, dim)
+            target = targets[start : start + chunk_rows, None]  # (n, 1)
+            real = (target != IGNORE_INDEX).float()
+            target = target.clamp(min=0)
+            log_probs = torch.log_softmax(rows @ weight_cast.t(), -1, dtype=torch.float32)
+            loss_sum = loss_sum - (log_probs.gather(1, target) * real).sum()
+            if not any(wanted):
+                continue
+            grad_logits = log_probs.exp_().scatter_add_(1, target, -torch.ones_like(real))
+            grad_logits = grad_logits.to(dtype)  # (n, V)
+            if wanted[0]:
+                grad_hidden[start : start + chunk_rows] = (grad_logits @ weight_cast).float() * real
+            if wanted[1]:  # rows without a target are zeroed here, where they are narrow
+                grad_weight += grad_logits.t() @ (rows * real.to(dtype))
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtypes = (hidden.dtype, weight.dtype)
+        return loss_sum
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grads = (
+            None if grad is None else (grad * grad_output).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *grads, None, None, None, None
+
+
+def _chunk_rows(vocab_size: int, device: torch.device) -> int:
+    """Rows of logits to hold at once: measured best where a chunk stays near the CPU's cache."""
+    if device.type == "cpu":
+        return max(16, min(512, 2**25 // (4 * vocab_size)))  # 32 MB
+    return max(256, 2**28 // (4 * vocab_size))  # 256 MB
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_rows: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy of the logits hidden @ weight.T, which are never whole in memory.
+
+    hidden (N, dim), weight (V, dim), targets (N,). Returns the sum in nats over the targets that
+    are not IGNORE_INDEX, and their count. Computed in autocast's dtype where that is on, else in
+    hidden's.
+    """
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+    grad = torch.is_grad_enabled()
+    wanted = (grad and hidden.requires_grad, grad and weight.requires_grad)
+    chunk_rows = chunk_rows or _chunk_rows(weight.shape[0], hidden.device)
+    loss_sum = _LinearCrossEntropy.apply(hidden, weight, targets, dtype, chunk_rows, wanted)
+    return loss_sum, (targets != IGNORE_INDEX).sum()
+
+
+# ---------------------------------------------------------------------------- the whole
+
+
+class Llama(nn.Module):
+    """Token ids in, logits out. `vocabulary` is the SentencePiece model of the ids, if known."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vocabulary: bytes | None = None
+        self.activation_checkpointing = False  # recompute each layer in backward: memory for time
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(LlamaLayer(i, config) for i in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.layer_norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+        self.register_buffer("rotary", torch.empty(0), persistent=False)
+        self._make_rotary_table()
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draw the weights as GPT-2 does: normal 0.02, less where 2 n_layers branches add up."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                nn.init.ones_(parameter)
+            else:
+                ends_branch = name.endswith(("compute_output.weight", "w2.weight"))
+                scale = math.sqrt(2 * self.config.n_layers) if ends_branch else 1.0
+                nn.init.normal_(parameter, std=0.02 / scale)
+
+    def _make_rotary_table(self) -> None:
+        config, device = self.config, self.tok_embeddings.weight.device
+        self.rotary = rotary_table(
+            config.head_dim, config.max_seq_len, config.rope_theta, device=device
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Llama:
+        super()._apply(fn, recurse)
+        self._make_rotary_table()  # float32 in a bfloat16 model too, and real numbers after meta
+        return self
+
+    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The normalised states (B, T, dim) after each of tokens (B, T).
+
+        Raises UsageError for more tokens than max_seq_len.
+        """
+        width = tokens.shape[1]
+        if width > self.config.max_seq_len:
+            raise UsageError(f"{width} tokens do not fit max_seq_len {self.config.max_seq_len}")
+        positions, mask = slice(width), None
+        if cache is not None:
+            positions, mask = cache.place(width, tokens.device)
+            if isinstance(positions, Tensor):  # padding may stand beyond the last position
+                positions = positions.clamp(max=self.config.max_seq_len - 1)
+        table = self.rotary[positions]  # (T or B, T; 1, D/2, 2)
+        x = self.dropout(self.tok_embeddings(tokens))
+        for layer in self.layers:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, table, use_reentrant=False)
+            else:
+                x = layer(x, table, cache, mask)
+        return self.norm(x)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits and hidden states (B, T, dim) of tokens (B, T).
+
+        Logits are (B, 1, V), of the last position, or with targets given (B, T, V).
+        """
+        hidden = self.hidden_states(tokens)
+        return self.output(hidden if targets is not None else hidden[:, -1:]), hidden
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of cross entropies in nats over the real targets, and their count.
+
+        tokens and targets are (B, T); targets of IGNORE_INDEX do not count.
+        """
+        hidden = self.hidden_states(tokens).flatten(0, 1)
+        return linear_cross_entropy(hidden, self.output.weight, targets.flatten())
+
+    def extend(self, cache: KVCache, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Read the next tokens of each row into the cache; rows may differ in how many they are.
+
+        Returns the hidden states (B, T, dim) after them, T the longest row's; what stands beyond
+        a row's own tokens means nothing.
+        """
+        width = max(map(len, rows))
+        padded = [[*row, *[0] * (width - len(row))] for row in rows]
+        hidden = self.hidden_states(torch.tensor(padded, device=self.rotary.device), cache)
+        cache.lengths = [held + len(row) for held, row in zip(cache.lengths, rows, strict=True)]
+        return hidden
+
+    @torch.inference_mode()
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0) -> Tensor:
+        """Append max_new_tokens to each row of idx (B, T): the likeliest at temperature 0.
+
+        Draws from torch's global generator and stops at no token. Put the model in eval mode.
+        """
+        rows = idx.tolist()
+        sampling = Sampling(temperature=temperature)
+        for step in generate_tokens(self, rows, max_new_tokens=max_new_tokens, sampling=sampling):
+            for row, token in zip(rows, step, strict=True):
+                row.append(token)
+        return torch.tensor(rows, device=idx.device)
+
+
+class NextTokenLoss(nn.Module):
+    """Llama.loss as a module's forward, which DDP, FSDP2 and torch.compile can wrap."""
+
+    def __init__(self, model: Llama) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.loss(tokens, targets)
+
+
+# ---------------------------------------------------------------------------- generation
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. None and a penalty of 1 switch a filter off."""
+
+    temperature: float = 1.0  # 0: always the likeliest token
+    top_k: int | None = None  # only the k likeliest
+    top_p: float | None = None  # only the likeliest that together reach this probability
+    min_p: float | None = None  # only those at least this fraction as likely as the likeliest
+    repetition_penalty: float = 1.0  # above 1: what stands in the text already is less likely
+
+
+def penalize(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor:
+    """Logits (V,) with those of the tokens in history made smaller (arXiv:1909.05858)."""
+    seen = torch.tensor(sorted(set(history)), device=logits.device)
+    scores = logits[seen]
+    return logits.index_copy(0, seen, torch.where(scores > 0, scores / penalty, scores * penalty))
+
+
+def logits_to_probs(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Probabilities (V,) of the next token from its logits (V,), filters applied in field order."""
+    logits = logits.float()
+    probs = torch.softmax((logits - logits.max()) / sampling.temperature, dim=-1)
+    floor = torch.zeros((), device=probs.device)  # tokens less likely than this are out
+    if sampling.top_k is not None and sampling.top_k < len(probs):
+        floor = probs.topk(sampling.top_k).values[-1]
+    if sampling.top_p is not None and sampling.top_p < 1:
+        left = torch.where(probs >= floor, probs, 0)
+        floor = torch.maximum(floor, _nucleus_floor(left, sampling.top_p * left.sum()))
+    if sampling.min_p is not None:
+        floor = torch.maximum(floor, sampling.min_p * probs.max())
+    probs = torch.where(probs >= floor, probs, 0)
+    return probs / probs.sum()
+
+
+def _nucleus_floor(probs: Tensor, mass: Tensor) -> Tensor:
+    """The smallest probability in the smallest set of likeliest tokens that reach `mass`."""
+    for count in (min(256, len(probs)), len(probs)):  # sorting them all is rarely needed, and slow
+        likeliest = probs.topk(count).values
+        short = int((likeliest.cumsum(0) < mass).sum())  # of the prefixes, those that fall short
+        if short < count:
+            break
+    return likeliest[min(short, count - 1)]
+
+
+def sample_next(
+    logits: Tensor,
+    sampling: Sampling,
+    *,
+    generator: torch.Generator | None = None,
+    history: Sequence[int] = (),
+) -> int:
+    """Draw the next token from its logits (V,); `history` is the text so far.
+
+    Uses one random number of a CPU generator (None: torch's global one) on every device.
+    """
+    if sampling.repetition_penalty != 1 and history:
+        logits = penalize(logits, history, sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    cumulated = logits_to_probs(logits, sampling).cumsum(0, dtype=torch.float64)
+    draw = torch.rand((), generator=generator, dtype=torch.float64).to(cumulated.device)
+    return int(torch.searchsorted(cumulated, draw * cumulated[-1], right=True))
+
+
+def sample_rows(
+    logits: Tensor,
+    sampling: Sampling,
+    *,
+    generators: Sequence[torch.Generator | None],
+    histories: Sequence[Sequence[int]],
+) -> list[int]:
+    """sample_next for each row of logits (B, V)."""
+    if sampling.temperature == 0 and sampling.repetition_penalty == 1:
+        return logits.argmax(-1).tolist()
+    return [
+        sample_next(row, sampling, generator=generator, history=history)
+        for row, generator, history in zip(logits, generators, histories, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def generate_tokens(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seeds: Sequence[int] | None = None,
+    stop_ids: Collection[int] = (),
+    should_stop: Callable[[], bool] | None = None,
+) -> Iterator[list[int | None]]:
+    """Continue prompts of any lengths; yields the next token of each row as it comes.
+
+    A row gives what it gives alone: it has its own positions and, where `seeds` has a number for
+    each row, its own random numbers (None: torch's global ones). A row ends before a token of
+    stop_ids and is None from then on; all ends when no row is left, after max_new_tokens, or when
+    should_stop() is true. Past max_seq_len a row sees its last max_seq_len tokens, read anew for
+    every token, since all their states depend on where the window begins. Raises UsageError for
+    an empty prompt.
+    """
+    if not all(prompts):
+        raise UsageError("an empty prompt: generation needs at least one token to go on from")
+    texts, window = [list(prompt) for prompt in prompts], model.config.max_seq_len
+    generators = [seeds and torch.Generator().manual_seed(seeds[row]) for row in range(len(texts))]
+    capacity = min(window, max(map(len, texts), default=0) + max_new_tokens)
+    cache = KVCache(model.config.n_layers, len(texts), capacity)
+    alive = cached = list(range(len(texts)))
+    for _ in range(max_new_tokens):
+        if should_stop is not None and should_stop():
+            return
+        fit = [i for i, row in enumerate(cached) if row in alive and len(texts[row]) <= window]
+        if len(fit) < len(cached):
+            cache, cached = cache.select(fit), [cached[i] for i in fit]
+        alive = cached + [row for row in alive if row not in cached]  # the order of the logits
+        histories = [texts[row] for row in alive]
+        tokens = sample_rows(
+            _next_logits(model, cache, histories),
+            sampling,
+            generators=[generators[row] for row in alive],
+            histories=histories,
+        )
+        step: list[int | None] = [None] * len(texts)
+        for row, token in zip(alive, tokens, strict=True):
+            if token not in stop_ids:
+                step[row] = token
+                texts[row].append(token)
+        alive = [row for row in alive if step[row] is not None]
+        if not alive:
+            return
+        yield step
+
+
+def _next_logits(model: Llama, cache: KVCache, texts: list[list[int]]) -> Tensor:
+    """Logits (B, V) after each text; the first of them have their beginnings in the cache."""
+    in_cache, states = len(cache.lengths), []
+    if in_cache:
+        new = [text[held:] for text, held in zip(texts, cache.lengths, strict=False)]
+        hidden = model.extend(cache, new)
+        states.append(hidden[range(in_cache), [len(tokens) - 1 for tokens in new]])
+    if len(texts) > in_cache:
+        windows = [text[-model.config.max_seq_len :] for text in texts[in_cache:]]
+        tokens = torch.tensor(windows, device=model.rotary.device)
+        states.append(model.hidden_states(tokens)[:, -1])
+    return model.output(torch.cat(states))
+
+
+# ---------------------------------------------------------------------------- classifiers
+
+
+class LlamaEmbeddingClassifier(nn.Module):
+    """A linear head over the hidden state after the last real token."""
+
+    def __init__(
+        self,
+        llama: Llama,
+        *,
+        num_labels: int,
+        hidden_dropout_prob: float = 0.3,
+        freeze_backbone: bool = False,
+    ) -> None:
+        super().__init__()
+        self.llama = llama
+        self.dropout = nn.Dropout(hidden_dropout_prob)
+        self.classifier_head = nn.Linear(llama.config.dim, num_labels)
+        if freeze_backbone:
+            llama.requires_grad_(False)
+        elif not llama.config.tie_word_embeddings:
+            llama.output.requires_grad_(False)  # it predicts tokens and takes no part here
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Log-probabilities (B, num_labels) of right-padded tokens (B, T) with lengths (B,).
+
+        Padding is never read: a row's result does not depend on the others of its batch.
+        """
+        hidden = self.llama.hidden_states(tokens)
+        last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]  # (B, dim)
+        return F.log_softmax(self.classifier_head(self.dropout(last)).float(), dim=-1)
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """How many tokens at their start all sequences share."""
+    columns = zip(*sequences, strict=False)
+    return next(
+        (length for length, column in enumerate(columns) if len(set(column)) > 1),
+        min(map(len, sequences)),
+    )
+
+
+class LlamaZeroShotClassifier(nn.Module):
+    """Scores each label as the continuation of a prompt, by the chain rule over its tokens."""
+
+    def __init__(self, llama: Llama) -> None:
+        super().__init__()
+        self.llama = llama.requires_grad_(False)
+
+    @torch.inference_mode()
+    def score(
+        self, sequences: Sequence[Sequence[Sequence[int]]], starts: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (B, L) of the labels' tokens, and how many tokens those are (B, L).
+
+        sequences[b][l] is prompt b with label l, tokenized as one text; its tokens from starts[b]
+        on are scored (None: from the first in which the labels of b differ). What all sequences
+        begin with is read once for the batch, and what those of one prompt begin with once for
+        its labels. Raises UsageError for a sequence longer than the context.
+        """
+        common = [common_prefix(labels) for labels in sequences]
+        starts = common if starts is None else list(starts)
+        self._check(sequences, starts)
+        # The last token that a prompt's labels share is read with each: it predicts the next.
+        held = [min(pair) - 1 for pair in zip(common, starts, strict=True)]
+        ends = [max(map(len, labels)) - 1 for labels in sequences]
+        room = max(end - h for end, h in zip(ends, held, strict=True))
+        prompts = [labels[0][:h] for labels, h in zip(sequences, held, strict=True)]
+        cache = self._read(prompts, room)
+        scores = []
+        for texts in zip(*sequences, strict=True):  # label by label
+            cache.lengths = list(held)  # forget the label before
+            tails = [text[h:-1] for text, h in zip(texts, held, strict=True)]
+            scores.append(self._sum(self.llama.extend(cache, tails), texts, starts, held))
+        counts = torch.tensor([[len(text) for text in labels] for labels in sequences])
+        return torch.stack(scores, dim=1), counts - torch.tensor(starts)[:, None]
+
+    def _check(self, sequences: Any, starts: list[int]) -> None:
+        context = self.llama.config.max_seq_len
+        for labels, start in zip(sequences, starts, strict=True):
+            lengths = [len(text) for text in labels]
+            if max(lengths) > context + 1:
+                raise UsageError(
+                    f"prompt and label have {max(lengths)} tokens where max_seq_len {context} "
+                    f"allows {context + 1}: shorten the text"
+                )
+            if not 0 < start < min(lengths):
+                raise UsageError("a prompt and a label need at least one token each")
+
+    def _read(self, prefixes: list[Sequence[int]], room: int) -> KVCache:
+        """A cache that holds the prefixes, and has room for so many more tokens each."""
+        shared, capacity = common_prefix(prefixes), max(map(len, prefixes)) + room
+        cache = KVCache(self.llama.config.n_layers, 1, capacity)
+        if shared:
+            self.llama.extend(cache, [prefixes[0][:shared]])
+        cache = cache.select([0] * len(prefixes))
+        if capacity > shared + room:
+            self.llama.extend(cache, [prefix[shared:] for prefix in prefixes])
+        return cache
+
+    def _sum(self, hidden: Tensor, texts: Any, starts: list[int], held: list[int]) -> Tensor:
+        """Summed log-probabilities (B,) of text[start:] from hidden states after text[held:-1]."""
+        scored = [(b, i) for b, text in enumerate(texts) for i in range(starts[b], len(text))]
+        rows = torch.tensor([b for b, _ in scored], device=hidden.device)
+        states = hidden[rows, [i - 1 - held[b] for b, i in scored]]  # (tokens scored, dim)
+        targets = torch.tensor([texts[b][i] for b, i in scored], device=hidden.device)[:, None]
+        log_probs = [
+            F.log_softmax(self.llama.output(part).float(), dim=-1).gather(1, target)[:, 0]
+            for part, target in zip(states.split(256), targets.split(256), strict=True)
+        ]
+        return log_probs[0].new_zeros(len(texts)).index_add(0, rows, torch.cat(log_probs))
+
+
+# ---------------------------------------------------------------------------- adapters
+
+
+class LoRALinear(nn.Linear):
+    """A frozen linear layer plus a trained product of two thin matrices (arXiv:2106.09685).
+
+    y = W x + alpha / rank * B A dropout(x); B starts at zero, so training starts at W.
+    """
+
+    def __init__(self, linear: nn.Linear, *, rank: int, alpha: float, dropout: float) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's: the weight is there already
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, None
+        self.scaling = alpha / rank
+        self.dropout = nn.Dropout(dropout)
+        self.lora_a = nn.Parameter(self.weight.new_empty(rank, linear.in_features))
+        self.lora_b = nn.Parameter(self.weight.new_zeros(linear.out_features, rank))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        thin = F.linear(self.dropout(x), self.lora_a) * self.scaling
+        return F.linear(x, self.weight) + F.linear(thin, self.lora_b)
+
+    def merged(self) -> nn.Linear:
+        """The ordinary layer that computes the same."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        with torch.no_grad():
+            self.weight += self.scaling * (self.lora_b @ self.lora_a)
+        linear.weight = self.weight
+        return linear
+
+
+def add_lora(model: Llama, *, rank: int, alpha: float, dropout: float = 0.0) -> None:
+    """Freeze the model and give every linear layer, the head apart, an adapter to train.
+
+    Raises UsageError for a rank below 1.
+    """
+    if rank < 1:
+        raise UsageError(f"--lora_rank {rank}: must be at least 1")
+    model.requires_grad_(False)
+    for parent in [module for layer in model.layers for module in layer.children()]:
+        for name, linear in list(parent.named_children()):
+            if isinstance(linear, nn.Linear):
+                adapter = LoRALinear(linear, rank=rank, alpha=alpha, dropout=dropout)
+                setattr(parent, name, adapter)
+
+
+def merge_lora(model: Llama) -> None:
+    """Fold the adapters into the weights: the model's tensors are the ordinary ones again."""
+    for parent in [module for layer in model.layers for module in layer.children()]:
+        for name, linear in list(parent.named_children()):
+            if isinstance(linear, LoRALinear):
+                setattr(parent, name, linear.merged())
+    model.requires_grad_(True)
+
+
+# ---------------------------------------------------------------------------- model files
+
+LLAMA2C_MAGIC = 0x616B3432  # "ak42": llama2.c's versions 1 and 2; version 0 has no magic
+_OTHER_NAMES = {  # llama2.c's and Meta's names of what the original renamed
+    "attention.wq": "attention.compute_query",
+    "attention.wk": "attention.compute_key",
+    "attention.wv": "attention.compute_value",
+    "attention.wo": "attention.compute_output",
+}
+HUGGING_FACE_NAMES = {
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+    "attention_norm": "input_layernorm",
+    "attention.compute_query": "self_attn.q_proj",
+    "attention.compute_key": "self_attn.k_proj",
+    "attention.compute_value": "self_attn.v_proj",
+    "attention.compute_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+}
+
+
+def _fingerprint(vocabulary: bytes) -> str:
+    """The first 16 hex digits of the SHA-256 of a SentencePiece model."""
+    return hashlib.sha256(vocabulary).hexdigest()[:16]
+
+
+def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each of one layer's tensors, by its name inside the layer."""
+    dim, hidden, kv_dim = config.dim, config.hidden_dim, config.n_kv_heads * config.head_dim
+    return {
+        "attention_norm": (dim,),
+        "attention.compute_query": (dim, dim),
+        "attention.compute_key": (kv_dim, dim),
+        "attention.compute_value": (kv_dim, dim),
+        "attention.compute_output": (dim, dim),
+        "ffn_norm": (dim,),
+        "feed_forward.w1": (hidden, dim),
+        "feed_forward.w2": (dim, hidden),
+        "feed_forward.w3": (hidden, dim),
+    }
+
+
+def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every tensor of a weights file, a tied head under both names."""
+    table = (config.vocab_size, config.dim)
+    shapes = {"tok_embeddings.weight": table}
+    for layer in range(config.n_layers):
+        for name, shape in layer_shapes(config).items():
+            shapes[f"layers.{layer}.{name}.weight"] = shape
+    return {**shapes, "norm.weight": (config.dim,), "output.weight": table}
+
+
+def model_payload(
+    model: Llama, dtype: torch.dtype = torch.float32, *, state: dict[str, Tensor] | None = None
+) -> dict[str, Any]:
+    """What a weights file holds, for torch.save: plain types, and tensors on the CPU.
+
+    `state` stands in for model.state_dict() where that is sharded. A tied embedding is one storage
+    under two names, so the disk holds it once.
+    """
+    state = model.state_dict() if state is None else state
+    cast: dict[int, Tensor] = {}  # by address: what is tied stays tied
+    weights = {}
+    for name, tensor in state.items():
+        if tensor.data_ptr() not in cast:
+            cast[tensor.data_ptr()] = tensor.detach().to("cpu", dtype).contiguous()
+        weights[name] = cast[tensor.data_ptr()]
+    payload = {"model": weights, "model_args": model.config.to_model_args(), "format_version": 1}
+    if model.vocabulary is not None:
+        payload["vocabulary"] = torch.frombuffer(bytearray(model.vocabulary), dtype=torch.uint8)
+        payload["vocabulary_fingerprint"] = _fingerprint(model.vocabulary)
+    return payload
+
+
+def load_pretrained(path: str | Path) -> Llama:
+    """Read a model, in float32 on the CPU and in eval mode, whatever program wrote it.
+
+    Goes by the content: .pt files of this program, the original and llama2.c; llama2.c's .bin
+    (versions 0 and 1, and 2, whose int8 is widened); Hugging Face folders with safetensors. Runs
+    no code from the file. Raises UsageError, naming file and tensor, for anything else.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_hugging_face(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    return (_read_pt if head[:2] in (b"PK", b"\x80\x02") else _read_llama2c)(path)
+
+
+def load_payload(path: str | Path) -> dict[str, Any]:
+    """Everything a .pt file holds, its tensors mapped from the disk, with no code run.
+
+    Raises UsageError unless it holds a dict with a dict of tensors under 'model'.
+    """
+    path = Path(path)
+    whole = zipfile.is_zipfile(path)  # else torch's format before 2020, or cut off
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=whole)
+    except pickle.UnpicklingError as error:
+        reason = "carries code or objects beyond tensors and plain values, and none of it was run"
+        if "Unsupported" not in str(error):
+            reason = "is damaged or no model file"
+        raise UsageError(f"{path}: {reason}; get a file of plain weights") from None
+    except Exception as error:  # torch.load raises what the damage happens to hit
+        remedy = "it is damaged or cut off; copy it again"
+        raise UsageError(f"{path}: {remedy} ({type(error).__name__})") from None
+    weights = payload.get("model") if isinstance(payload, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
+        raise UsageError(f"{path}: no tensors under the key 'model': not a weights file of a Llama")
+    return payload
+
+
+def _read_pt(path: Path) -> Llama:
+    payload = load_payload(path)
+    args = payload.get("model_args")
+    if not isinstance(args, dict):
+        raise UsageError(f"{path}: no dict 'model_args', which gives the shape of the model")
+    weights = {}
+    for name, tensor in payload["model"].items():
+        name = name.removeprefix("_orig_mod.").removeprefix("module.")
+        for other, ours in _OTHER_NAMES.items():
+            name = name.replace(f".{other}.", f".{ours}.")
+        if name not in ("freqs_cos", "freqs_sin"):  # llama2.c's rotary tables: made anew here
+            weights[name] = tensor
+    args = dict(args)
+    if args.get("hidden_dim") is None and "layers.0.feed_forward.w1.weight" in weights:
+        args["hidden_dim"] = weights["layers.0.feed_forward.w1.weight"].shape[0]
+    if "tie_word_embeddings" not in args and {"tok_embeddings.weight", "output.weight"} <= {
+        *weights
+    }:
+        args["tie_word_embeddings"] = torch.equal(
+            weights["tok_embeddings.weight"], weights["output.weight"]
+        )
+    vocabulary = payload.get("vocabulary")
+    if isinstance(vocabulary, Tensor) and vocabulary.dtype == torch.uint8:
+        vocabulary = vocabulary.numpy().tobytes()
+        found, said = _fingerprint(vocabulary), payload.get("vocabulary_fingerprint")
+        if found != said:
+            raise UsageError(
+                f"{path}: its vocabulary has the fingerprint {found} where it says {said}: "
+                "the file is damaged; copy it again"
+            )
+    elif vocabulary is not None:
+        raise UsageError(f"{path}: 'vocabulary' is not a tensor of bytes")
+    return _build(path, _config(path, args), weights, vocabulary)
+
+
+def llama2c_order(n_layers: int, *, version: int, tied: bool) -> list[str]:
+    """The tensors of a llama2.c .bin file in the order they stand in it."""
+
+    def each(*names: str) -> list[str]:
+        return [f"layers.{i}.{name}.weight" for name in names for i in range(n_layers)]
+
+    attention = each(*_OTHER_NAMES.values())
+    feed_forward = each("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+    embedding, norm, head = (
+        "tok_embeddings.weight",
+        "norm.weight",
+        [] if tied else ["output.weight"],
+    )
+    if version == 0:
+        layers = [*each("attention_norm"), *attention, *each("ffn_norm"), *feed_forward]
+        return [embedding, *layers, norm, "freqs_cos", "freqs_sin", *head]
+    norms = [*each("attention_norm", "ffn_norm"), norm]
+    return [*norms, embedding, *attention, *feed_forward, *head]
+
+
+def _read_llama2c(path: Path) -> Llama:
+    with path.open("rb") as file:
+        header = file.read(256).ljust(256, b"\0")
+        magic, version = struct.unpack_from("<Ii", header)
+        start, version = (256, version) if magic == LLAMA2C_MAGIC else (28, 0)
+        numbers = struct.unpack_from("<7i", header, 8 if version else 0)
+        tied = header[36] == 1 if version else numbers[5] > 0  # version 0: the vocabulary's sign
+        group = struct.unpack_from("<i", header, 37)[0] if version == 2 else 0
+        known = version in (0, 1) or (version == 2 and group > 0)
+        if not known or 0 in numbers or max(map(abs, numbers)) >= 2**26:  # text looks like that
+            raise UsageError(f"{path}: not a model file: neither a .pt file nor llama2.c's .bin")
+        names = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size")
+        args = dict(zip(names, (*numbers[:5], abs(numbers[5])), strict=True))
+        args |= {"max_seq_len": numbers[6], "tie_word_embeddings": tied}
+        config = _config(path, args)
+        _check_llama2c_size(path, config, start=start, group=group)
+        shapes = parameter_shapes(config)
+        shapes["freqs_cos"] = shapes["freqs_sin"] = (config.max_seq_len, config.head_dim // 2)
+        file.seek(start)
+        weights = {
+            name: _read_tensor(file, shapes[name], group)
+            for name in llama2c_order(config.n_layers, version=version, tied=tied)
+        }
+    weights.pop("freqs_cos", None), weights.pop("freqs_sin", None)  # made anew here
+    weights.setdefault("output.weight", weights["tok_embeddings.weight"])
+    return _build(path, config, weights, None)
+
+
+def _check_llama2c_size(path: Path, config: LlamaConfig, *, start: int, group: int) -> None:
+    """Refuse a .bin file that is not exactly as long as its header asks, before reading on."""
+
+    def size(*shape: int) -> int:
+        count = math.prod(shape)
+        return count + 4 * (count // group) if group and len(shape) == 2 else 4 * count
+
+    layer = sum(size(*shape) for shape in layer_shapes(config).values())
+    tables = size(config.vocab_size, config.dim) * (1 if config.tie_word_embeddings else 2)
+    rotary = size(config.max_seq_len, config.head_dim) if start == 28 else 0  # version 0 only
+    want = start + config.n_layers * layer + tables + size(config.dim) + rotary
+    if path.stat().st_size != want:
+        raise UsageError(
+            f"{path}: {path.stat().st_size:,} bytes where a llama2.c file with this header has "
+            f"{want:,}: it is cut off or no model file"
+        )
+
+
+def _read_tensor(file: BinaryIO, shape: tuple[int, ...], group: int) -> Tensor:
+    count = math.prod(shape)
+    if not group or len(shape) == 1:
+        return torch.from_numpy(np.fromfile(file, "<f4", count)).view(shape)
+    quantized = torch.from_numpy(np.fromfile(file, "i1", count)).view(-1, group)
+    scales = torch.from_numpy(np.fromfile(file, "<f4", count // group))
+    return (quantized * scales[:, None]).view(shape)
+
+
+def hugging_face_name(name: str) -> str:
+    """What `transformers` calls our tensor of this name."""
+    stem = name.removesuffix(".weight")
+    if not stem.startswith("layers."):
+        return f"{HUGGING_FACE_NAMES[stem]}.weight"
+    _, layer, part = stem.split(".", 2)
+    return f"model.layers.{layer}.{HUGGING_FACE_NAMES[part]}.weight"
+
+
+def to_half_split(weight: Tensor, n_heads: int) -> Tensor:
+    """Rows of a query or key matrix as `transformers` turns them: number i with i + D/2."""
+    return weight.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def to_adjacent_pairs(weight: Tensor, n_heads: int) -> Tensor:
+    """The inverse of to_half_split: number 2i is turned with 2i + 1."""
+    return weight.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path.parent}: no {path.name} in this folder") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: a JSON object was expected")
+    return content
+
+
+def _hugging_face_config(path: Path) -> LlamaConfig:
+    file, theirs = path / "config.json", _read_json(path / "config.json")
+    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", theirs.get("rope_theta", 10000.0))
+    heads = theirs.get("num_attention_heads")
+    asked = {  # what would compute something else than Llama here does, and what it must be
+        "model_type": (theirs.get("model_type"), "llama"),
+        "hidden_act": (theirs.get("hidden_act", "silu"), "silu"),
+        "attention_bias": (theirs.get("attention_bias", False), False),
+        "mlp_bias": (theirs.get("mlp_bias", False), False),
+        "quantization_config": (theirs.get("quantization_config"), None),
+        "rope_scaling": (rope.get("rope_type", rope.get("type", "default")), "default"),
+        "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), 1.0),
+    }
+    for key, (value, must_be) in asked.items():
+        if value != must_be:
+            raise UsageError(f"{file}: {key} {value!r} is not supported, only {must_be!r}")
+    args = {
+        "vocab_size": theirs.get("vocab_size"),
+        "dim": theirs.get("hidden_size"),
+        "n_layers": theirs.get("num_hidden_layers"),
+        "n_heads": heads,
+        "n_kv_heads": theirs.get("num_key_value_heads"),
+        "hidden_dim": theirs.get("intermediate_size"),
+        "max_seq_len": theirs.get("max_position_embeddings", 2048),
+        "layer_norm_eps": theirs.get("rms_norm_eps", 1e-6),
+        "rope_theta": theta,
+        "tie_word_embeddings": theirs.get("tie_word_embeddings", False),
+    }
+    config = _config(file, args)
+    if theirs.get("head_dim") not in (None, config.head_dim):
+        raise UsageError(
+            f"{file}: head_dim {theirs['head_dim']} is not supported, only hidden_size / "
+            f"num_attention_heads = {config.head_dim}"
+        )
+    return config
+
+
+def _read_hugging_face(path: Path) -> Llama:
+    config = _hugging_face_config(path)
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UsageError(f"{path}: reading this folder needs `pip install safetensors`") from None
+    files = ["model.safetensors"]
+    if (path / "model.safetensors.index.json").is_file():
+        shards = _read_json(path / "model.safetensors.index.json").get("weight_map", {})
+        files = sorted({Path(str(name)).name for name in shards.values()})
+    ours = {hugging_face_name(name): name for name in parameter_shapes(config)}
+    weights: dict[str, Tensor] = {}
+    for name in files:
+        try:
+            tensors = load_file(path / name)
+        except FileNotFoundError:
+            raise UsageError(f"{path}: no {name} in this folder") from None
+        except Exception as error:  # safetensors' own class, or what the damage happens to hit
+            raise UsageError(f"{path / name}: damaged: {error}") from None
+        weights |= {ours.get(key, key): tensor for key, tensor in tensors.items()}
+    weights = {key: w for key, w in weights.items() if not key.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings and "tok_embeddings.weight" in weights:
+        weights.setdefault("output.weight", weights["tok_embeddings.weight"])
+    vocabulary = path / "tokenizer.model"
+    vocabulary = vocabulary.read_bytes() if vocabulary.is_file() else None
+    model = _build(path, config, weights, vocabulary, spell=hugging_face_name)
+    with torch.no_grad():
+        for layer in model.layers:
+            query, key = layer.attention.compute_query, layer.attention.compute_key
+            query.weight.copy_(to_adjacent_pairs(query.weight, config.n_heads))
+            key.weight.copy_(to_adjacent_pairs(key.weight, config.n_kv_heads))
+    return model
+
+
+def _config(path: Path, args: dict[str, Any]) -> LlamaConfig:
+    """The shape a file asks for; UsageError, naming the file, for one no Llama can have."""
+    try:
+        config = LlamaConfig.from_model_args(args)
+        numbers = (config.hidden_dim, config.dropout, config.layer_norm_eps, config.rope_theta)
+        sound = (
+            all(isinstance(n, int | float) and n >= 0 for n in numbers) and config.hidden_dim > 0
+        )
+    except (TypeError, ValueError) as error:  # UsageError is a ValueError
+        raise UsageError(f"{path}: its shape is none a Llama can have: {error}") from None
+    if not sound or config.max_seq_len * config.head_dim > 2**32:
+        raise UsageError(f"{path}: its shape is none a Llama can have: {args}")
+    return config
+
+
+def _build(
+    path: Path,
+    config: LlamaConfig,
+    weights: dict[str, Tensor],
+    vocabulary: bytes | None,
+    *,
+    spell: Callable[[str], str] = str,
+) -> Llama:
+    """A Llama of exactly these tensors; UsageError, naming file and tensor, if they do not fit."""
+    if config.n_layers > len(weights):
+        raise UsageError(f"{path}: {len(weights)} tensors cannot be {config.n_layers} layers")
+    shapes = parameter_shapes(config)
+    missing = [spell(name) for name in shapes if name not in weights]
+    surplus = [name for name in weights if name not in shapes]
+    for what, names in (("missing", missing), ("not of a Llama of this shape", surplus)):
+        if names:
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UsageError(f"{path}: tensor {names[0]}{others} {what}")
+    for name, shape in shapes.items():
+        tensor = weights[name]
+        if tuple(tensor.shape) != shape:
+            got = f"{tuple(tensor.shape)} where its config asks for {shape}"
+            raise UsageError(f"{path}: tensor {spell(name)} has the shape {got}")
+        if not tensor.is_floating_point():
+            raise UsageError(f"{path}: tensor {spell(name)} holds {tensor.dtype}, not real numbers")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UsageError(f"{path}: tensor {spell(name)} is larger than what the file holds")
+    embedding, head = weights["tok_embeddings.weight"], weights["output.weight"]
+    if config.tie_word_embeddings and not torch.equal(embedding, head):
+        raise UsageError(f"{path}: says that embedding and output are tied, but they differ")
+    with torch.device("meta"):  # no time and no random numbers for weights that are replaced
+        model = Llama(config)
+    state = {name: weights[name].to(torch.float32, copy=True) for name in shapes}
+    model.load_state_dict(state, assign=True)
+    if config.tie_word_embeddings:
+        model.output.weight = model.tok_embeddings.weight
+    model.vocabulary = vocabulary
+    model._make_rotary_table()
+    return model.eval()

@@ -1,0 +1,141 @@
+"""AdamW, the groups of parameters it decays, and the learning rate of each step.
+
+The update is the assignment's: "efficient" bias correction, and decoupled weight decay times the
+learning rate after the update. Knows nothing of models beyond their parameters' names and shapes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+WARMUP_START = 0.01  # of the peak: where linear warmup begins
+WSD_DECAY = 0.2  # of the run: the last part of the warmup-stable-decay schedule
+
+
+# ---------------------------------------------------------------------------- AdamW
+
+
+class AdamW(torch.optim.Optimizer):
+    """Adam with decoupled weight decay (Kingma & Ba 2015, section 2; Loshchilov & Hutter 2019).
+
+    With `correct_bias` the step size is lr * sqrt(1 - b2^t) / (1 - b1^t), and `eps` is added to the
+    uncorrected sqrt(v): not quite torch.optim.AdamW, whose eps is added after the correction.
+    Raises ValueError for hyperparameters out of range and for sparse gradients.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[torch.Tensor] | Iterable[dict],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+    ) -> None:
+        if lr < 0:
+            raise ValueError(f"lr {lr} must be at least 0")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas {betas} must be at least 0 and below 1")
+        if eps < 0:
+            raise ValueError(f"eps {eps} must be at least 0")
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "correct_bias": correct_bias,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+        """Update every parameter that has a gradient; returns the loss of the closure, if any."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            # Parameters of one step count share their bias correction, so one fused call each.
+            by_step: dict[int, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_step.setdefault(self._next_step(parameter), []).append(parameter)
+            for step, parameters in by_step.items():
+                self._update(parameters, group, step)
+        return loss
+
+    def _next_step(self, parameter: nn.Parameter) -> int:
+        """Count this step of the parameter, whose moments are zero before its first."""
+        if parameter.grad.is_sparse:
+            raise ValueError("AdamW does not take sparse gradients")
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        state["step"] += 1
+        return state["step"]
+
+    def _update(self, parameters: list[nn.Parameter], group: dict, step: int) -> None:
+        beta1, beta2 = group["betas"]
+        gradients = [parameter.grad for parameter in parameters]
+        exp_avg = [self.state[parameter]["exp_avg"] for parameter in parameters]
+        exp_avg_sq = [self.state[parameter]["exp_avg_sq"] for parameter in parameters]
+        torch._foreach_lerp_(exp_avg, gradients, 1 - beta1)
+        torch._foreach_mul_(exp_avg_sq, beta2)
+        torch._foreach_addcmul_(exp_avg_sq, gradients, gradients, 1 - beta2)
+        step_size = group["lr"]
+        if group["correct_bias"]:
+            step_size *= math.sqrt(1 - beta2**step) / (1 - beta1**step)
+        denominator = torch._foreach_sqrt(exp_avg_sq)
+        torch._foreach_add_(denominator, group["eps"])
+        torch._foreach_addcdiv_(parameters, exp_avg, denominator, -step_size)
+        if group["weight_decay"]:
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups of the trainable parameters: matrices decay, gains and biases do not."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+# ---------------------------------------------------------------------------- learning rate
+
+
+def learning_rate(
+    step: int,
+    *,
+    peak_lr: float,
+    min_lr: float,
+    warmup_steps: int,
+    total_steps: int,
+    scheduler: str = "cosine",
+) -> float:
+    """The learning rate of optimizer step `step`, counted from 0: a pure function, nothing to save.
+
+    Linear from 0.01 x peak_lr to peak_lr over `warmup_steps`, then by `scheduler` to `min_lr` at
+    `total_steps`: what SequentialLR(LinearLR, CosineAnnealingLR) gives, and beyond the end min_lr.
+    """
+    if step < warmup_steps:
+        return peak_lr * (WARMUP_START + (1 - WARMUP_START) * step / warmup_steps)
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    if scheduler == "constant":
+        share = 1.0
+    elif scheduler == "linear":
+        share = 1 - progress
+    elif scheduler == "cosine":
+        share = 0.5 * (1 + math.cos(math.pi * progress))
+    elif scheduler == "wsd":
+        share = min(1.0, (1 - progress) / WSD_DECAY)
+    else:
+        raise ValueError(f"scheduler {scheduler!r} is not cosine, linear, constant or wsd")
+    return min_lr + (peak_lr - min_lr) * share

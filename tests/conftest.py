@@ -1,0 +1,28 @@
+"""Fixtures that several test modules share."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from config import LlamaConfig  # noqa: E402  (the modules stand in the root, found by the line above)
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """The optional folder of real data beside the checkout (SST-5, CFIMDB, Llama-2 vocabulary)."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("optional real data: ../shared/data is not there")
+    return folder
+
+
+@pytest.fixture
+def tiny_config() -> LlamaConfig:
+    """A Llama small enough to check by hand, with grouped-query attention."""
+    return LlamaConfig(vocab_size=64, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=32)

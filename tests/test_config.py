@@ -1,0 +1,182 @@
+"""The command line as a user meets it, and the arithmetic of shapes and plans."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from config import (
+    PRESETS,
+    LlamaConfig,
+    Options,
+    TrainingPlan,
+    UsageError,
+    human_size,
+    human_time,
+    parse_options,
+)
+
+
+def test_public_flags_are_these():
+    """The command line is a contract: a flag that goes or changes its default breaks scripts."""
+    options = parse_options([])
+    assert (options.option, options.batch_size, options.lr) == ("generate", 8, 2e-5)
+    assert (options.epochs, options.hidden_dropout_prob, options.seed) == (5, 0.3, 1337)
+    assert options.max_sentence_len is None
+    assert options.generated_sentence_low_temp_out.name == "generated-sentence-temp-0.txt"
+    assert options.generated_sentence_high_temp_out.name == "generated-sentence-temp-1.txt"
+    assert (options.max_seq_len, options.pretrain_batch_size) == (1024, 8)
+    assert (options.gradient_accumulation_steps, options.save_interval) == (1, 50)
+    assert options.save_dir.as_posix() == "checkpoints" and options.lr_scheduler == "cosine"
+
+
+@pytest.mark.parametrize(
+    "spelling", ["--pretrained_model_path", "--pretrained-model-path", "--pretrained-model_path"]
+)
+@pytest.mark.parametrize("joint", [" ", "="])
+def test_underscores_and_hyphens_are_one(spelling, joint):
+    """The original mixes `--label-names` with `--batch_size`; a value's hyphens stay."""
+    options = parse_options(f"{spelling}{joint}my-model_file.pt".split(" "))
+    assert options.pretrained_model_path.as_posix() == "my-model_file.pt"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (
+            "--pretrain_batch_size 6--gradient_accumulation_steps 4",
+            ["--pretrain_batch_size", "space is missing before --gradient_accumulation_steps"],
+        ),
+        ("--pretrain_batch_size 0", ["--pretrain_batch_size", "0", "at least 1"]),
+        ("--pretrain_batch_size -3", ["--pretrain_batch_size", "-3", "at least 1"]),
+        ("--lr 0", ["--lr", "above 0"]),
+        ("--lr nan", ["--lr", "nan"]),
+        ("--dropout 1", ["--dropout", "below 1"]),
+        ("--epochs 1.5", ["--epochs", "1.5", "whole number"]),
+        ("--option train", ["--option", "train", "pretrain"]),
+        ("--sav_dir x", ["--sav_dir", "did you mean --save_dir?"]),
+        ("--option pretrain --dim 100 --n_heads 7", ["--dim 100", "--n_heads 7", "98"]),
+        ("--option pretrain --n_heads 4 --n_kv_heads 3", ["--n_heads 4", "--n_kv_heads 3"]),
+        ("--option pretrain --dim 12 --n_heads 4", ["--dim 12", "--n_heads 4", "even"]),
+        ("--option pretrain --pretrain_lr 1e-5 --min_lr 1e-4", ["--min_lr", "--pretrain_lr"]),
+        ("--freeze_backbone --lora_rank 4", ["--freeze_backbone", "--lora_rank"]),
+        ("--resume auto --overwrite", ["--resume", "--overwrite"]),
+        ("--prompt_template hello", ["--prompt_template", "{sentence}"]),
+        ("--top_p 1.5", ["--top_p", "1.5"]),
+    ],
+)
+def test_bad_input_names_flag_value_and_remedy(line, words):
+    """Each in one line; `6--gradient_accumulation_steps` was the user's missing space."""
+    with pytest.raises(UsageError) as error:
+        parse_options(line.split())
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_all_contradictions_are_told_at_once():
+    """A user should not find them one run at a time."""
+    with pytest.raises(UsageError) as error:
+        parse_options("--resume auto --overwrite --top_p 2 --freeze_backbone --lora_rank 2".split())
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_help_needs_no_torch():
+    """`--help` and a wrong flag answer at once: the options load neither torch nor numpy."""
+    code = (
+        "import sys, config; config.build_parser(); assert not {'torch', 'numpy'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    text = subprocess.run(
+        [sys.executable, "run_llama.py", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for name in Options.__dataclass_fields__:
+        assert f"--{name}" in text
+
+
+def test_options_become_plain_values():
+    """What checkpoints and run.json hold can be read without this program's classes."""
+    plain = parse_options("--pretrain_data a b --save_dir x/y".split()).to_plain()
+    assert plain["pretrain_data"] == ["a", "b"] and plain["save_dir"] == "x/y"
+    assert all(isinstance(v, str | int | float | list | None) for v in plain.values())
+
+
+def test_presets_have_their_known_sizes():
+    """stories42M and its siblings are llama2.c's shapes, 1.1B is TinyLlama's."""
+    expected = {"stories15M": 15.2e6, "stories42M": 41.7e6, "stories110M": 109.5e6, "1.1B": 1.1e9}
+    for name, size in expected.items():
+        options = parse_options(["--model_size", name])
+        counts = options.llama_config(vocab_size=32000).parameter_counts()
+        assert sum(counts.values()) == pytest.approx(size, rel=0.01)
+    assert set(expected) | {"tiny"} == set(PRESETS)
+
+
+def test_single_flags_change_a_preset():
+    """A new width derives the rest again instead of keeping the preset's."""
+    config = parse_options(
+        "--model_size 1.1B --dim 1024 --n_heads 16 --max_seq_len 64".split()
+    ).llama_config(500)
+    assert (config.dim, config.n_kv_heads, config.max_seq_len) == (1024, 16, 64)
+    assert config.hidden_dim == 2752 and config.vocab_size == 500
+
+
+def test_model_args_of_other_programs():
+    """llama2.c's `norm_eps`, the original's extra keys, and what either leaves out."""
+    config = LlamaConfig.from_model_args(
+        {"dim": 64, "n_layers": 2, "n_heads": 4, "norm_eps": 1e-6, "position_embedding_type": "x"}
+    )
+    assert config.layer_norm_eps == 1e-6 and config.n_kv_heads == 4
+    assert LlamaConfig.from_model_args(config.to_model_args()) == config
+
+
+def plan_of(**changes) -> TrainingPlan:
+    settings = {
+        "config": LlamaConfig(),
+        "trainable_parameters": 41_689_600,
+        "sequences": 249,
+        "tokens": 254_455,
+        "sequence_length": 1024,
+        "micro_batch_size": 8,
+        "accumulation_steps": 1,
+        "world_size": 1,
+        "epochs": 100,
+        "max_steps": None,
+        "warmup_steps_given": None,
+        "dtype": "float32",
+        "activation_checkpointing": False,
+    }
+    return TrainingPlan(**settings | changes)
+
+
+def test_an_epoch_has_at_least_one_step():
+    """The old ZeroDivisionError: a batch larger than the data made an epoch of no batches."""
+    assert plan_of(sequences=1, micro_batch_size=32).steps_per_epoch == 1
+    assert plan_of(sequences=249).steps_per_epoch == 32  # 31 full steps and a short one
+
+
+def test_plan_arithmetic():
+    """--max_steps ends the run early and leaves the schedule as it is."""
+    plan = plan_of(max_steps=50)
+    assert (plan.schedule_steps, plan.last_step, plan.warmup_steps) == (3200, 50, 160)
+    assert plan_of(accumulation_steps=4, world_size=2).sequences_per_step == 64
+    assert plan_of(warmup_steps_given=10).warmup_steps == 10
+
+
+def test_plan_says_why_a_checkpoint_is_larger_than_a_model():
+    """stories42M: weights once, tied, 167 MB; with AdamW's two moments 500 MB."""
+    plan = plan_of()
+    assert human_size(plan.weights_file_bytes("float32")) == "167 MB"
+    assert human_size(plan.weights_file_bytes("bfloat16")) == "83.4 MB"
+    assert human_size(plan.checkpoint_bytes()) == "500 MB"
+    text = "\n".join(plan.lines(noun="chunks", save_dtype="float32", available=8 << 30))
+    for word in ("41,689,600 parameters", "249 chunks", "32 per epoch", "167 MB", "8.59 GB"):
+        assert word in text
+
+
+def test_sizes_and_times_as_people_read_them():
+    """Three digits, decimal units."""
+    assert [human_size(n) for n in (0, 999, 1000, 226e6, 1.17e9)] == [
+        "0 B", "999 B", "1 kB", "226 MB", "1.17 GB",
+    ]  # fmt: skip
+    assert [human_time(s) for s in (45, 200, 7500)] == ["45 s", "3 min 20 s", "2 h 5 min"]

@@ -1,0 +1,169 @@
+"""AdamW against torch's and against its own equations; schedules against torch's."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+
+from optimizer import AdamW, learning_rate, parameter_groups
+
+
+def adamw_by_hand(weight, gradients, *, lr, betas, eps, weight_decay, correct_bias):
+    """The assignment's update, a number at a time in float64."""
+    weight = weight.double().clone()
+    m = torch.zeros_like(weight)
+    v = torch.zeros_like(weight)
+    for t, gradient in enumerate(gradients, start=1):
+        gradient = gradient.double()
+        m = betas[0] * m + (1 - betas[0]) * gradient
+        v = betas[1] * v + (1 - betas[1]) * gradient**2
+        step_size = lr
+        if correct_bias:
+            step_size = lr * math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t)
+        weight = weight - step_size * m / (v.sqrt() + eps)
+        weight = weight - lr * weight_decay * weight
+    return weight
+
+
+@pytest.mark.parametrize("correct_bias", [True, False])
+@pytest.mark.parametrize("weight_decay", [0.0, 1e-4, 0.9])
+@pytest.mark.parametrize("scale", [1.0, 1e-7])
+@pytest.mark.parametrize("steps", [1, 3, 50])
+def test_update_is_the_equations(correct_bias, weight_decay, scale, steps):
+    """Large decay, tiny gradients (where eps rules) and few steps tell apart near-miss updates:
+    decay before the update, eps after the bias correction, decay not times lr."""
+    generator = torch.Generator().manual_seed(steps)
+    start = torch.randn(5, 7, generator=generator)
+    gradients = [scale * torch.randn(5, 7, generator=generator) for _ in range(steps)]
+    settings = {
+        "lr": 0.01,
+        "betas": (0.9, 0.99),
+        "eps": 1e-6,
+        "weight_decay": weight_decay,
+        "correct_bias": correct_bias,
+    }
+    parameter = nn.Parameter(start.clone())
+    optimizer = AdamW([parameter], **settings)
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    expected = adamw_by_hand(start, gradients, **settings)
+    torch.testing.assert_close(parameter.detach().double(), expected, rtol=2e-5, atol=2e-6)
+
+
+def test_without_decay_and_eps_it_is_torch_adamw():
+    """With no eps to place and no decay to order, the two AdamWs are the same equations."""
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(6, 4), nn.Linear(6, 4)
+    theirs.load_state_dict(ours.state_dict())
+    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-30, "weight_decay": 0.0}
+    optimizers = [AdamW(ours.parameters(), **settings)]
+    optimizers += [torch.optim.AdamW(theirs.parameters(), **settings)]
+    for _ in range(30):
+        x = torch.randn(8, 6)
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            (model(x) ** 2).sum().backward()
+            optimizer.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_parameters_without_gradient_keep_their_own_count():
+    """A parameter that joins late gets the bias correction of its own first step."""
+    early, late = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = AdamW([early, late], lr=0.1)
+    early.grad = torch.full((3,), 2.0)
+    optimizer.step()
+    assert torch.equal(late, torch.ones(3))
+    early.grad, late.grad = torch.full((3,), 2.0), torch.full((3,), 2.0)
+    optimizer.step()
+    fresh = nn.Parameter(torch.ones(3))
+    fresh.grad = torch.full((3,), 2.0)
+    AdamW([fresh], lr=0.1).step()
+    assert torch.equal(late, fresh)
+
+
+def test_state_survives_saving(tmp_path):
+    """A run resumed from the state dict goes on bit for bit, read back without running code."""
+
+    def steps(parameter, optimizer, numbers):
+        for number in numbers:
+            parameter.grad = torch.full_like(parameter, float(number))
+            optimizer.step()
+
+    whole = nn.Parameter(torch.linspace(-1, 1, 12))
+    steps(whole, AdamW([whole], lr=0.01, weight_decay=0.1), range(1, 7))
+    halves = nn.Parameter(torch.linspace(-1, 1, 12))
+    optimizer = AdamW([halves], lr=0.01, weight_decay=0.1)
+    steps(halves, optimizer, range(1, 4))
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    resumed = AdamW([halves], lr=1.0)
+    resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    steps(halves, resumed, range(4, 7))
+    assert torch.equal(whole, halves)
+
+
+def test_closure_and_bad_settings():
+    """The optimizer's usual contract: a closure is evaluated, nonsense is refused."""
+    parameter = nn.Parameter(torch.ones(2))
+
+    def closure():
+        loss = (parameter**2).sum()
+        loss.backward()
+        return loss
+
+    assert AdamW([parameter]).step(closure).item() == 2.0
+    for bad in ({"lr": -1.0}, {"betas": (1.0, 0.9)}, {"eps": -1e-8}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            AdamW([parameter], **bad)
+
+
+def test_only_matrices_decay():
+    """Gains and biases are left alone by decay, frozen parameters by the optimizer."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 3))
+    model[2].weight.requires_grad_(False)
+    decayed, plain = parameter_groups(model, 0.1)
+    assert [p.ndim for p in decayed["params"]] == [2] and decayed["weight_decay"] == 0.1
+    assert {p.ndim for p in plain["params"]} == {1} and plain["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(10, 100), (1, 7), (50, 60)])
+def test_cosine_is_torch_sequential_lr(warmup, total):
+    """Linear warmup from 0.01 x lr, then cosine to min_lr, stepped per optimizer step."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1e-4)
+    schedulers = [
+        LinearLR(optimizer, start_factor=0.01, total_iters=warmup),
+        CosineAnnealingLR(optimizer, T_max=total - warmup, eta_min=1e-7),
+    ]
+    scheduler = SequentialLR(optimizer, schedulers, milestones=[warmup])
+    for step in range(total):
+        ours = learning_rate(
+            step, peak_lr=1e-4, min_lr=1e-7, warmup_steps=warmup, total_steps=total
+        )
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        if step == 0:
+            assert ours == pytest.approx(1e-6)
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("scheduler", ["cosine", "linear", "constant", "wsd"])
+def test_every_schedule_warms_up_peaks_and_ends(scheduler):
+    """Whatever follows the warmup starts at the peak, never rises, and ends where it should."""
+
+    def lr(step, warmup=10):
+        return learning_rate(
+            step, peak_lr=1.0, min_lr=0.1, warmup_steps=warmup, total_steps=100, scheduler=scheduler
+        )
+
+    assert lr(0) == pytest.approx(0.01) and lr(10) == 1.0 and lr(0, warmup=0) == 1.0
+    after = [lr(step) for step in range(10, 120)]
+    assert all(a >= b for a, b in zip(after, after[1:], strict=False))
+    assert lr(100) == lr(1000) == (1.0 if scheduler == "constant" else pytest.approx(0.1))
+    if scheduler == "wsd":
+        assert lr(80) == 1.0 and lr(95) < 1.0
