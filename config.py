@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import hashlib
 import math
 import re
 import sys
@@ -21,10 +22,16 @@ from typing import Any, Literal, NoReturn
 
 DATA_DIR = Path(__file__).resolve().parent / "data"
 SHIPPED_MODEL = DATA_DIR / "stories-tiny.pt"
+IGNORE_INDEX = -100  # a target that is no target: padding
 
 
 class UsageError(ValueError):
     """Bad input. The message is for the user: what was given, where, and the remedy."""
+
+
+def fingerprint(model_bytes: bytes) -> str:
+    """What a vocabulary is called in messages: the first 16 hex digits of its file's SHA-256."""
+    return hashlib.sha256(model_bytes).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------- the model's shape
@@ -130,7 +137,7 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    "tiny": Preset({"dim": 128, "n_layers": 4, "n_heads": 4}, pretrain_lr=3e-3),
+    "tiny": Preset({"dim": 128, "n_layers": 4, "n_heads": 2}, pretrain_lr=5e-3),
     "stories15M": Preset({"dim": 288, "n_layers": 6, "n_heads": 6}, pretrain_lr=1e-3),
     "stories42M": Preset({"dim": 512, "n_layers": 8, "n_heads": 8}, pretrain_lr=5e-4),
     "stories110M": Preset({"dim": 768, "n_layers": 12, "n_heads": 12}, pretrain_lr=5e-4),
@@ -185,6 +192,7 @@ class TrainingPlan:
     sequences: int  # to train on: chunks of text, or labelled sentences
     tokens: int  # in those sequences
     sequence_length: int
+    logits_width: int  # logits per target: the vocabulary's size, or the number of labels
     micro_batch_size: int
     accumulation_steps: int
     world_size: int
@@ -235,7 +243,7 @@ class TrainingPlan:
     def memory(self) -> dict[str, int]:
         """Bytes by part while training."""
         weights = 4 * sum(self.config.parameter_counts().values())
-        logits = 4 * self.micro_batch_size * self.sequence_length * self.config.vocab_size
+        logits = 4 * self.micro_batch_size * self.sequence_length * self.logits_width
         return {
             "weights": weights,
             "gradients": 4 * self.trainable_parameters,
@@ -281,6 +289,9 @@ class TrainingPlan:
 
 
 # ---------------------------------------------------------------------------- the options
+
+
+EMBEDDED_SEQ_LEN = 256  # of the embedded stories, which are shorter: more steps, sooner done
 
 
 def flag(
@@ -330,7 +341,9 @@ class ModelOptions:
     n_heads: int | None = flag(None, "attention heads per layer", at_least=1)
     n_kv_heads: int | None = flag(None, "key/value heads; fewer than --n_heads: GQA", at_least=1)
     hidden_dim: int | None = flag(None, "width of the feed-forward network", at_least=1)
-    max_seq_len: int = flag(1024, "context in tokens; text is cut into chunks of it", at_least=1)
+    max_seq_len: int = flag(
+        1024, "context in tokens; text is cut into chunks of it; the stories: 256", at_least=1
+    )
     dropout: float = flag(0.0, "dropout of the model while training", at_least=0, below=1)
     tokenizer_model: Path | None = flag(
         None, "SentencePiece vocabulary; unset: the model file's own, or the embedded one"
@@ -640,10 +653,14 @@ def parse_options(arguments: Sequence[str]) -> Options:
     Raises UsageError with every problem found, a line each; exits 0 after `--help`.
     """
     parser = build_parser()
+    parser.set_defaults(max_seq_len=None)
     namespace, unknown = parser.parse_known_args([with_underscores(word) for word in arguments])
     if unknown:
         raise UsageError("\n".join(unknown_argument(parser, word) for word in unknown))
     values = vars(namespace)
+    if values["max_seq_len"] is None:
+        embedded = values["option"] == "pretrain" and not values["pretrain_data"]
+        values["max_seq_len"] = EMBEDDED_SEQ_LEN if embedded else Options.max_seq_len
     for field in dataclasses.fields(Options):
         if isinstance(field.default, tuple):
             values[field.name] = tuple(values[field.name] or ())

@@ -14,7 +14,6 @@ import argparse
 import codecs
 import glob
 import gzip
-import hashlib
 import importlib.util
 import io
 import json
@@ -27,13 +26,14 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 import sentencepiece
 
-from config import UsageError
+from config import UsageError, fingerprint
 
 EMBEDDED_VOCABULARY = Path(__file__).resolve().parent / "data" / "stories-vocabulary.model"
 SPACE = "\u2581"  # SentencePiece's visible stand-in for a space
@@ -306,11 +306,6 @@ def split_labelled(path: Path, number: int, line: str) -> tuple[str, str]:
 
 
 # ------------------------------------------------------------------------------- the tokenizer
-
-
-def fingerprint(model_bytes: bytes) -> str:
-    """First 16 hexadecimal digits of the SHA-256: what a vocabulary is called in messages."""
-    return hashlib.sha256(model_bytes).hexdigest()[:16]
 
 
 class Tokenizer:
@@ -681,14 +676,21 @@ class DocumentEncoder:
 
     def _look_up(self, parts: list[_Part]) -> list[np.ndarray]:
         first = " " if self.cuts.adds_space else ""  # what the vocabulary itself puts in front
-        split = [_split_words(first + p.text if p.starts else p.text) for p in parts]
+        texts = [first + part.text if part.starts else part.text for part in parts]
+        # Many short documents without newlines become one text: a call a document costs more.
+        joined = len(texts) > 1 and not any("\n" in text for text in texts)
+        split = [_split_words(text) for text in (["\n".join(texts)] if joined else texts)]
         self.words["\n"] = self.dtype.type(self.newline_id).tobytes()
         missing = list(set().union(*split).difference(self.words))
         self._learn(missing)
         look_up = self.words.__getitem__
         arrays = [np.frombuffer(b"".join(map(look_up, w)), dtype=self.dtype) for w in split]
         self._trim_cache(missing)
-        return arrays
+        return self._split_lines(arrays[0]) if joined else arrays
+
+    def _split_lines(self, ids: np.ndarray) -> list[np.ndarray]:
+        edges = [-1, *np.flatnonzero(ids == self.newline_id).tolist(), len(ids)]
+        return [ids[start + 1 : stop] for start, stop in pairwise(edges)]
 
     def _learn(self, words: list[str]) -> None:
         # A newline joins with nothing and is one token, so words that hold none can be encoded as
@@ -696,13 +698,11 @@ class DocumentEncoder:
         count = 4 * self.threads
         groups = [group for i in range(count) if (group := words[i::count])]
         texts = ["\n" + "\n".join(group) for group in groups]
-        for group, ids in zip(
-            groups, _encode_many(self.sp_model, texts, self.threads), strict=True
-        ):
-            edges = [*np.flatnonzero(ids == self.newline_id).tolist(), len(ids)]
-            encoded, width = ids.astype(self.dtype).tobytes(), self.dtype.itemsize
-            for word, start, stop in zip(group, edges, edges[1:], strict=True):
-                self.words[word] = encoded[(start + 1) * width : stop * width]
+        encoded = _encode_many(self.sp_model, texts, self.threads)
+        for group, ids in zip(groups, encoded, strict=True):
+            lines = self._split_lines(ids.astype(self.dtype))[1:]
+            for word, line in zip(group, lines, strict=True):
+                self.words[word] = line.tobytes()
 
     def _trim_cache(self, new: list[str]) -> None:
         if len(self.words) > WORD_CACHE_ENTRIES:

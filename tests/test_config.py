@@ -32,6 +32,13 @@ def test_public_flags_are_these():
     assert options.save_dir.as_posix() == "checkpoints" and options.lr_scheduler == "cosine"
 
 
+def test_the_stories_are_cut_into_shorter_chunks():
+    """Chunks of 1,024 would hold five stories each and leave the bare command too few steps."""
+    assert parse_options(["--option", "pretrain"]).max_seq_len == 256
+    assert parse_options(["--option", "pretrain", "--max_seq_len", "64"]).max_seq_len == 64
+    assert parse_options(["--option", "pretrain", "--pretrain_data", "x"]).max_seq_len == 1024
+
+
 @pytest.mark.parametrize(
     "spelling", ["--pretrained_model_path", "--pretrained-model-path", "--pretrained-model_path"]
 )
@@ -137,6 +144,7 @@ def plan_of(**changes) -> TrainingPlan:
         "sequences": 249,
         "tokens": 254_455,
         "sequence_length": 1024,
+        "logits_width": 32000,
         "micro_batch_size": 8,
         "accumulation_steps": 1,
         "world_size": 1,

@@ -33,6 +33,15 @@ STORIES260K_GREEDY = """
 GREEDY = L.Sampling(temperature=0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small gain nothing from threads, and lose much where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def make_llama(config: LlamaConfig, seed: int = 0) -> L.Llama:
     """A model whose weights are large enough for every token to matter, norms included."""
     torch.manual_seed(seed)
@@ -118,6 +127,15 @@ def test_rotary_table_stays_float32_in_a_bfloat16_model(model: L.Llama):
     model.to(torch.bfloat16)
     assert model.norm.weight.dtype == torch.bfloat16
     assert torch.equal(model.rotary, table)
+
+
+def test_a_model_made_on_meta_is_whole_once_it_has_memory(tiny_config: LlamaConfig):
+    """Sharded training makes it so: the table must hold angles and the head stay tied."""
+    with torch.device("meta"):
+        model = L.Llama(tiny_config)
+    model.to_empty(device="cpu").init_weights()
+    assert model.output.weight is model.tok_embeddings.weight
+    assert torch.equal(model.rotary, L.rotary_table(8, 32))
 
 
 @pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
@@ -304,6 +322,16 @@ def test_cached_generation_equals_the_naive_loop_past_the_window(model: L.Llama)
     assert got.tolist() == [naive_generate(model, row, 40) for row in prompt.tolist()]
 
 
+def test_layout_for_decoding_changes_no_value(model: L.Llama):
+    tokens = torch.randint(64, (1, 9))
+    plain, state = model(tokens)[0], {k: v.clone() for k, v in model.state_dict().items()}
+    model.lay_out_for_decoding()
+    assert model.output.weight.stride() == (1, 64)
+    assert model.output.weight is model.tok_embeddings.weight
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    torch.testing.assert_close(model(tokens)[0], plain, rtol=1e-5, atol=1e-5)
+
+
 def test_generate_draws_from_the_global_generator(model: L.Llama):
     prompt = torch.randint(64, (2, 5))
     draws = []
@@ -402,6 +430,12 @@ def test_repetition_penalty_lowers_what_was_said_whatever_its_sign():
 def test_tiny_temperature_is_greedy_and_not_a_number_never():
     logits = torch.tensor([100.0, 101.0, -1e30])
     assert L.logits_to_probs(logits, L.Sampling(1e-30)).tolist() == [0, 1, 0]
+
+
+def test_a_diverged_model_says_so():
+    """NaN logits drew token id V, which no embedding has: an IndexError one step later."""
+    with pytest.raises(UsageError, match="diverged"):
+        L.sample_next(torch.full((5,), float("nan")), L.Sampling())
 
 
 # ---------------------------------------------------------------------------- classifiers
@@ -585,6 +619,12 @@ def test_weights_file_holds_a_tied_table_once(model: L.Llama, tmp_path: Path, dt
 def test_resumable_checkpoint_loads_as_a_model(model: L.Llama, tmp_path: Path):
     payload = L.model_payload(model) | {"optimizer": {"state": {0: torch.ones(3)}}, "progress": 7}
     assert_same_weights(L.load_pretrained(save(tmp_path / "a.pt", **payload)), model)
+
+
+def test_torchs_old_file_format_loads(model: L.Llama, tmp_path: Path):
+    payload = L.model_payload(model)
+    torch.save(payload, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    assert_same_weights(L.load_pretrained(tmp_path / "a.pt"), model)
 
 
 def test_files_of_the_original_and_of_llama2c_load(tiny_config: LlamaConfig, tmp_path: Path):

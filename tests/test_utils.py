@@ -14,10 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import utils_data as data
+import utils as data
 from config import UsageError
 from tokenizer import Reading, Tokenizer, train_vocabulary
-from utils_data import (
+from utils import (
     IGNORE_INDEX,
     UNLABELLED,
     BadCache,
@@ -212,7 +212,7 @@ def test_two_processes_build_the_same_cache(
     """Each writes its own temporary file; whoever is last replaces a cache by its equal."""
     (tmp_path / "a.model").write_bytes(tokenizer.model_bytes)
     code = (
-        "import sys; from pathlib import Path; from utils_data import *\n"
+        "import sys; from pathlib import Path; from utils import *\n"
         "cache = build_or_load([Path(sys.argv[2])], Tokenizer(tokenizer_model=sys.argv[1]),"
         " Reading(), Path(sys.argv[3]), progress=False)\nprint(len(cache))"
     )

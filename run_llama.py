@@ -1,0 +1,1314 @@
+"""Pretrain a small Llama from scratch, then finetune, prompt and generate with it.
+
+    python run_llama.py --option pretrain
+    python run_llama.py --option finetune
+    python run_llama.py --option prompt
+    python run_llama.py --option generate --prompt "Once upon a time"
+    python run_llama.py --help
+
+The parts stand in the other modules; here they are put together: one train loop that pretraining
+and finetuning share, and a function for each option.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from config import options_or_exit
+
+if __name__ == "__main__":  # --help and bad flags are answered before torch, which takes seconds
+    OPTIONS_GIVEN = options_or_exit(sys.argv[1:])
+
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import random
+import re
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from config import (
+    DATA_DIR,
+    IGNORE_INDEX,
+    SHIPPED_MODEL,
+    Options,
+    TrainingPlan,
+    UsageError,
+    human_size,
+    report_usage_error,
+)
+from llama import (
+    Llama,
+    LlamaEmbeddingClassifier,
+    LlamaZeroShotClassifier,
+    NextTokenLoss,
+    Sampling,
+    add_lora,
+    common_prefix,
+    generate_tokens,
+    load_pretrained,
+    merge_lora,
+    model_payload,
+)
+from optimizer import AdamW, learning_rate, parameter_groups
+from tokenizer import Reading, Tokenizer, find_text_files, is_labelled
+from utils import (
+    GpuTelemetry,
+    Interrupted,
+    LlamaDataset,
+    MetricsLog,
+    PretrainDataset,
+    Ranks,
+    RunFolder,
+    StopRequest,
+    TokenCache,
+    available_memory,
+    batch_indices,
+    bucketed_batches,
+    build_or_load,
+    check_writable,
+    check_writable_file,
+    choose_device,
+    choose_dtype,
+    describe_device,
+    dtype_name,
+    environment,
+    free_disk,
+    load_checkpoint,
+    loss_curve_svg,
+    peak_flops,
+    random_state,
+    read_labelled,
+    read_records,
+    restore_random_state,
+    save_checkpoint,
+    seed_everything,
+    split_documents,
+    used_memory,
+    whole_stream,
+    write_text,
+)
+
+BETAS, EPS = (0.9, 0.95), 1e-8  # AdamW's, as Llama was pretrained
+EVALUATED = ("val_loss", "val_perplexity", "bits_per_byte", "dev_loss", "dev_accuracy", "dev_f1")
+MAX_SKIPPED = 10  # updates in a row that may be left out for gradients that are not finite
+
+
+# ---------------------------------------------------------------------------- the train loop
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch on the device: what the loss takes, and the targets it sums over."""
+
+    inputs: tuple[torch.Tensor, ...]
+    targets: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """What pretraining and finetuning do not share: batches, loss, evaluation, best model."""
+
+    batches: Callable[[int], list[Batch]]  # this rank's micro-batches of optimizer step N
+    loss: Callable[..., torch.Tensor]  # sum of the losses of a micro-batch's targets
+    evaluate: Callable[[], dict[str, float]]  # empty where there is nothing to evaluate on
+    goal: str  # the metric that chooses the best model
+    higher_is_better: bool
+    weights: Callable[[], dict[str, Any]]  # the content of a weights file
+    state: Callable[[], dict[str, Any]]  # the model's part of a resumable checkpoint
+    best_interval: int = 1  # epochs between looks for a new best
+    eval_interval: int = 0  # optimizer steps between evaluations; 0: at epochs' ends only
+    patience: int | None = None  # epochs without a new best after which to stop
+
+
+@dataclass
+class Progress:
+    """Where a run stands, in plain values; data order and learning rate follow from `step`."""
+
+    step: int = 0  # optimizer steps made
+    tokens: int = 0  # trained on, over all ranks
+    skipped: int = 0  # updates left out in a row
+    first: float | None = None  # the goal before training
+    best: float | None = None  # the goal's best value
+    best_step: int = 0
+    pending: dict[str, Any] | None = None  # the last step's record, not yet evaluated and written
+
+
+@dataclass
+class Run:
+    """Everything the train loop works on."""
+
+    options: Options
+    plan: TrainingPlan
+    task: Task
+    model: nn.Module
+    optimizer: AdamW
+    scaler: torch.amp.GradScaler
+    device: torch.device
+    dtype: torch.dtype
+    folder: RunFolder
+    ranks: Ranks
+    stop: StopRequest
+    identity: dict[str, Any]  # what a resumed run must share with the one it goes on with
+    progress: Progress = dataclasses.field(default_factory=Progress)
+
+    def save(self, path: Path) -> None:
+        """Write a resumable checkpoint: everything that is not a flag or a file. Raises OSError."""
+        payload = {
+            **self.task.state(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": random_state(),
+            "progress": dataclasses.asdict(self.progress),
+            "identity": self.identity,
+            "options": self.options.to_plain(),
+        }
+        if self.ranks.is_main:
+            save_checkpoint(path, payload)
+
+    def restore(self, payload: dict[str, Any]) -> None:
+        """Take over a checkpoint's state; its identity has been checked."""
+        self.model.load_state_dict(payload["model"])
+        self.optimizer.load_state_dict(payload["optimizer"])
+        self.scaler.load_state_dict(payload["scaler"])
+        self.progress = Progress(**payload["progress"])
+        restore_random_state(payload["rng"])
+
+
+def train(run: Run) -> None:
+    """Train from where `run.progress` stands to the plan's last step, or until asked to stop.
+
+    Each step makes one record. What follows a step (evaluation, best model, checkpoint) is decided
+    by its number alone, so a run stopped anywhere and resumed ends as if it had never stopped.
+    """
+    plan, task, options, progress = run.plan, run.task, run.options, run.progress
+    log = MetricsLog(run.folder.file("metrics.jsonl"), last_step=progress.step)
+    telemetry = GpuTelemetry(run.device)
+    peak = peak_flops(run.device, run.dtype)
+    flops = plan.config.flops_per_token(plan.sequence_length)
+    bar = tqdm(total=plan.last_step, initial=progress.step, unit="step", dynamic_ncols=True)
+    run.model.train()
+    while (progress.step < plan.last_step or progress.pending) and not run.stop.requested:
+        record = progress.pending or optimizer_step(run)
+        progress.pending = record
+        epoch, steps_into_epoch = divmod(progress.step, plan.steps_per_epoch)
+        ends_epoch, ends_run = steps_into_epoch == 0, progress.step == plan.last_step
+        choose_best = ends_run or every(task.eval_interval, progress.step)
+        choose_best |= ends_epoch and epoch % task.best_interval == 0
+        if ends_epoch or choose_best:
+            try:
+                record |= task.evaluate()
+            except Interrupted:
+                break  # the checkpoint keeps the record, so the resumed run evaluates it
+        progress.pending = None
+        record["mfu"] = record["tokens_per_second"] * flops / peak
+        log.append(record | telemetry.sample())
+        show(bar, record)
+        if choose_best and is_new_best(task, progress, record):
+            save_or_warn(
+                run.folder.file("best-model.pt"),
+                lambda path: save_checkpoint(path, task.weights()),
+            )
+        if ends_epoch and (ends_run or epoch % options.save_interval == 0):
+            save_or_warn(run.folder.epoch_checkpoint(epoch), run.save)
+        elif ends_run or every(options.checkpoint_interval, progress.step):
+            save_or_warn(run.folder.step_checkpoint(progress.step), run.save)
+            run.folder.prune(options.keep_last)
+        if ends_epoch and out_of_patience(task, plan, progress):
+            bar.write(f"stopped: no better {task.goal} for {task.patience} epochs")
+            break
+    bar.close()
+    log.close()
+    if run.stop.requested:
+        run.save(run.folder.step_checkpoint(progress.step))
+
+
+def optimizer_step(run: Run) -> dict[str, Any]:
+    """Train on one accumulation window; returns the step's record.
+
+    The gradient is that of the mean loss over all targets of the window and of all ranks, so
+    accumulation and ragged batches equal one big batch.
+    """
+    started = time.perf_counter()
+    plan, progress = run.plan, run.progress
+    lr = learning_rate(
+        progress.step,
+        peak_lr=run.options.peak_lr(),
+        min_lr=run.options.min_lr,
+        warmup_steps=plan.warmup_steps,
+        total_steps=plan.schedule_steps,
+        scheduler=run.options.lr_scheduler,
+    )
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    batches = run.task.batches(progress.step)
+    targets = max(1, sum(batch.targets for batch in batches))
+    loss_sum = torch.zeros((), device=run.device)
+    for batch in batches:
+        with autocast(run.device, run.dtype):
+            batch_loss = run.task.loss(*batch.inputs)
+        run.scaler.scale(batch_loss / targets).backward()
+        loss_sum += batch_loss.detach()
+    run.scaler.unscale_(run.optimizer)
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    grad_norm = nn.utils.clip_grad_norm_(parameters, run.options.grad_clip or math.inf).item()
+    update(run, finite=math.isfinite(grad_norm))
+    progress.step += 1
+    tokens = sum(batch.tokens for batch in batches)
+    progress.tokens += tokens
+    return {
+        "step": progress.step,
+        "epoch": (progress.step - 1) // plan.steps_per_epoch + 1,
+        "tokens": progress.tokens,
+        "loss": finite_or_none(loss_sum.item() / targets),
+        "val_loss": None,
+        "lr": lr,
+        "grad_norm": finite_or_none(grad_norm),
+        "tokens_per_second": tokens / (time.perf_counter() - started),
+        "memory": used_memory(run.device),
+    }
+
+
+def update(run: Run, *, finite: bool) -> None:
+    """Update the weights, or leave the update out where a gradient is not finite."""
+    run.progress.skipped = 0 if finite else run.progress.skipped + 1
+    if finite or run.scaler.is_enabled():  # the scaler leaves it out itself and lowers its scale
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+    elif run.progress.skipped > MAX_SKIPPED:
+        raise UsageError(
+            f"{MAX_SKIPPED} steps in a row had gradients that are not finite: try a lower "
+            "--pretrain_lr or --lr, or --dtype float32; the last checkpoint is as it was"
+        )
+    run.optimizer.zero_grad(set_to_none=True)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Arithmetic in `dtype` on float32 weights; float32 switches it off."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def every(interval: int, step: int) -> bool:
+    """Whether something done every `interval` steps (0: never) is due after `step` of them."""
+    return bool(interval) and step % interval == 0
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def is_new_best(task: Task, progress: Progress, record: dict[str, Any]) -> bool:
+    """Note the record's value of the goal, and whether it is the best so far."""
+    value = record.get(task.goal)
+    if value is None:
+        return False
+    if progress.best is not None and (
+        value <= progress.best if task.higher_is_better else value >= progress.best
+    ):
+        return False
+    progress.best, progress.best_step = value, progress.step
+    return True
+
+
+def out_of_patience(task: Task, plan: TrainingPlan, progress: Progress) -> bool:
+    """Whether too many epochs have gone by without a new best."""
+    waited = progress.step - progress.best_step
+    return task.patience is not None and waited >= task.patience * plan.steps_per_epoch
+
+
+def show(bar: tqdm, record: dict[str, Any]) -> None:
+    """Put a step's figures behind the progress bar, an evaluation on a line of its own."""
+    shown = {"loss": record["loss"] or math.nan, "lr": record["lr"]}
+    bar.set_postfix_str(
+        f"loss {shown['loss']:.3f}, lr {shown['lr']:.2e}, {record['tokens_per_second']:,.0f} tok/s",
+        refresh=False,
+    )
+    bar.update()
+    metrics = {key: record[key] for key in EVALUATED if record.get(key) is not None}
+    if metrics:
+        figures = ", ".join(
+            f"{key.replace('_', ' ')} {value:.4g}" for key, value in metrics.items()
+        )
+        bar.write(f"epoch {record['epoch']}, step {record['step']:,}: {figures}")
+
+
+def save_or_warn(path: Path, save: Callable[[Path], None]) -> None:
+    """Write a file that the run can go on without; the one it would replace stays whole."""
+    try:
+        save(path)
+    except OSError as error:
+        tqdm.write(f"warning: {path} was not written ({error}); the run goes on")
+
+
+# ---------------------------------------------------------------------------- before and after
+
+
+def open_run(options: Options, folder: RunFolder) -> dict[str, Any] | None:
+    """Check that the run may write its folder; returns the checkpoint to go on from, if any."""
+    if not options.plan:
+        check_writable(folder.path, "--save_dir")
+        folder.check_free(resume=options.resume is not None, overwrite=options.overwrite)
+    if options.resume is None:
+        return None
+    path, checkpoint = folder.find_checkpoint(options.resume)
+    print(f"resuming     {path}, made after step {checkpoint['progress']['step']:,}")
+    return checkpoint
+
+
+def check_identity(checkpoint: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raise UsageError, a line each, for what a checkpoint was made with and this run is not."""
+    made_with = checkpoint["identity"]
+    problems = [
+        f"{name} {value} differs from the checkpoint's {made_with.get(name)}: a run is resumed "
+        "with what it was started with"
+        for name, value in identity.items()
+        if made_with.get(name) != value
+    ]
+    if problems:
+        raise UsageError("\n".join(problems))
+
+
+def print_plan(options: Options, plan: TrainingPlan, device: torch.device, noun: str) -> None:
+    """Print the plan and warn of what will not fit; raises UsageError if the disk is too small."""
+    available = available_memory(device)
+    for line in plan.lines(noun=noun, save_dtype=options.save_dtype, available=available):
+        print(line)
+    needed = sum(plan.memory().values())
+    if available is not None and needed > available:
+        print(
+            f"warning: about {human_size(needed)} of memory are needed and {human_size(available)} "
+            "are free: try --activation_checkpointing, a smaller batch with more "
+            "--gradient_accumulation_steps, or a smaller model"
+        )
+    # Two checkpoints stand at once while one replaces the other, beside the two weights files.
+    files = 2 * plan.checkpoint_bytes() + 2 * plan.weights_file_bytes(options.save_dtype)
+    free = free_disk(options.save_dir)
+    if not options.plan and files > free:
+        raise UsageError(
+            f"--save_dir {options.save_dir}: {human_size(free)} are free on that disk and the "
+            f"run's files take {human_size(files)}; name a folder on a larger one"
+        )
+
+
+def start(run: Run, checkpoint: dict[str, Any] | None) -> None:
+    """Take over the checkpoint or clear the folder, and put on record what is about to run."""
+    if checkpoint is not None:
+        run.restore(checkpoint)
+    elif run.options.overwrite:
+        run.folder.clear()
+    record = {
+        "options": run.options.to_plain(),
+        "environment": environment(),
+        "device": describe_device(run.device),
+        "dtype": dtype_name(run.dtype),
+        "resumed_at_step": run.progress.step,
+    }
+    run.folder.add_start(record)
+    if run.progress.first is None:
+        run.progress.first = run.task.evaluate().get(run.task.goal)
+
+
+def interrupted(run: Run) -> int:
+    """Say what was saved and how to go on; returns the exit status."""
+    words = [word for word in sys.argv[1:] if word != "--overwrite"]
+    if run.options.resume is None:
+        words += ["--resume", "auto"]
+    print(
+        f"stopped after step {run.progress.step:,}; everything is in "
+        f"{run.folder.step_checkpoint(run.progress.step)}\ngo on with:  "
+        f"{shlex.join(['python', sys.argv[0], *words])}"
+    )
+    return run.stop.exit_status
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy to the device; to a GPU from pinned memory, without waiting."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def ready_to_train(
+    model: nn.Module, options: Options, device: torch.device, dtype: torch.dtype
+) -> tuple[AdamW, torch.amp.GradScaler]:
+    """The optimizer of the trainable parameters, and the gradient scaler that float16 needs."""
+    weight_decay = options.weight_decay
+    if weight_decay is None:
+        weight_decay = 0.1 if options.option == "pretrain" else 0.0
+    groups = parameter_groups(model, weight_decay)
+    optimizer = AdamW(groups, lr=options.peak_lr(), betas=BETAS, eps=EPS)
+    return optimizer, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
+# ---------------------------------------------------------------------------- pretrain
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The text to train on and the held-out text, cut into chunks."""
+
+    train: PretrainDataset
+    val: PretrainDataset | None
+    key: str  # of the training text, its vocabulary and how it was read
+
+
+def load_texts(options: Options, tokenizer: Tokenizer, stop: StopRequest) -> Texts:
+    """Tokenize the text, or find it tokenized, and hold some of it out. Raises UsageError."""
+    reading = Reading(
+        document_per_line=options.document_per_line,
+        text_field=options.text_field,
+        encoding_errors=options.encoding_errors,
+        sentences_only=options.sentences_only,
+    )
+
+    def load(patterns: tuple[str, ...], flag: str) -> TokenCache:
+        files = find_text_files(patterns, flag=flag)
+        cache = build_or_load(
+            files, tokenizer, reading, options.cache_dir, should_stop=lambda: stop.requested
+        )
+        for path, chunks in zip(files, cache.chunks_per_file(options.max_seq_len), strict=True):
+            print(f"Loaded {chunks} chunks from {path}")
+            if is_labelled(path) and not options.sentences_only:
+                print(f"  {path} has labelled lines: --sentences_only reads the sentences alone")
+        return cache
+
+    embedded = not options.pretrain_data
+    cache = load(
+        options.pretrain_data or (str(DATA_DIR / "stories-train.jsonl"),), "--pretrain_data"
+    )
+    val_data = options.val_data
+    if embedded and not val_data and options.val_fraction:
+        val_data = (str(DATA_DIR / "stories-val.jsonl"),)
+    if val_data:
+        train, val = whole_stream(cache), whole_stream(load(val_data, "--val_data"))
+    else:
+        train, val = split_documents(cache, options.val_fraction, chunk_length=options.max_seq_len)
+        if val is None and options.val_fraction:
+            print("no validation: the text is too short to hold some of it out; --val_data FILE")
+    length = options.max_seq_len
+    if len(train) <= length:
+        print(f"the text is shorter than --max_seq_len {length}: training on one short chunk")
+    return Texts(
+        PretrainDataset(train, length),
+        None if val is None else PretrainDataset(val, length),
+        cache.key.hex()[:16],
+    )
+
+
+def pretrain(options: Options, stop: StopRequest) -> int:
+    """Train a Llama from scratch on text files; returns the exit status."""
+    folder, ranks = RunFolder(options.save_dir, "pretrain"), Ranks.from_environment()
+    tokenizer = Tokenizer(tokenizer_model=options.tokenizer_model)
+    config = options.llama_config(tokenizer.n_words)
+    checkpoint = open_run(options, folder)
+    seed_everything(options.seed)
+    device, device_note = choose_device(options.use_gpu)
+    dtype = choose_dtype(options.dtype, device)
+    print(f"device       {device_note}")
+    texts = load_texts(options, tokenizer, stop)
+    identity = {
+        "--pretrain_data, --tokenizer_model or how the text is read: key": texts.key,
+        "training tokens (--val_fraction, --val_data)": len(texts.train.stream),
+        "model shape": config.to_model_args() | {"dropout": 0.0},
+        "--max_seq_len": options.max_seq_len,
+        "--pretrain_batch_size": options.pretrain_batch_size,
+        "--gradient_accumulation_steps": options.gradient_accumulation_steps,
+        "--seed": options.seed,
+    }
+    if checkpoint is not None:
+        check_identity(checkpoint, identity)
+    plan = TrainingPlan(
+        config=config,
+        trainable_parameters=sum(config.parameter_counts().values()),
+        sequences=len(texts.train),
+        tokens=len(texts.train.stream),
+        sequence_length=options.max_seq_len,
+        logits_width=config.vocab_size,
+        micro_batch_size=options.pretrain_batch_size,
+        accumulation_steps=options.gradient_accumulation_steps,
+        world_size=ranks.world_size,
+        epochs=options.epochs,
+        max_steps=options.max_steps,
+        warmup_steps_given=options.warmup_steps,
+        dtype=dtype_name(dtype),
+        activation_checkpointing=options.activation_checkpointing,
+    )
+    print_plan(options, plan, device, "chunks")
+    if options.plan:
+        return 0
+
+    model = Llama(config).to(device)
+    model.vocabulary = tokenizer.model_bytes
+    model.activation_checkpointing = options.activation_checkpointing
+    optimizer, scaler = ready_to_train(model, options, device, dtype)
+    next_token_loss = NextTokenLoss(model)
+    loss = torch.compile(next_token_loss) if options.compile else next_token_loss
+
+    def batches(step: int) -> list[Batch]:
+        epoch, index = divmod(step, plan.steps_per_epoch)
+        chosen = batch_indices(
+            len(texts.train), plan.sequences_per_step, options.seed, epoch, index
+        )
+        size = options.pretrain_batch_size
+        parts = [chosen[i : i + size] for i in range(0, len(chosen), size)]
+        return [
+            text_batch(texts.train, part, device) for part in parts[ranks.rank :: ranks.world_size]
+        ]
+
+    def evaluate() -> dict[str, float]:
+        if texts.val is None:
+            return {}
+        return evaluate_text(model, loss, texts.val, options, device, dtype, stop)
+
+    task = Task(
+        batches=batches,
+        loss=lambda tokens, targets: loss(tokens, targets)[0],
+        evaluate=evaluate,
+        goal="loss" if texts.val is None else "val_loss",
+        higher_is_better=False,
+        weights=lambda: model_payload(model, getattr(torch, options.save_dtype)),
+        state=lambda: model_payload(model, torch.float32),
+        best_interval=options.best_model_interval,
+        eval_interval=options.eval_interval,
+    )
+    run = Run(
+        options, plan, task, model, optimizer, scaler, device, dtype, folder, ranks, stop, identity
+    )
+    start(run, checkpoint)
+    train(run)
+    if stop.requested:
+        return interrupted(run)
+    return finish_pretraining(run, tokenizer)
+
+
+def text_batch(dataset: PretrainDataset, indices: Sequence[int], device: torch.device) -> Batch:
+    """Chunks as a micro-batch on the device."""
+    tokens, targets = dataset.batch(indices)
+    real = int((targets != IGNORE_INDEX).sum())
+    return Batch((to_device(tokens, device), to_device(targets, device)), targets=real, tokens=real)
+
+
+def evaluate_text(
+    model: Llama,
+    loss: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    dataset: PretrainDataset,
+    options: Options,
+    device: torch.device,
+    dtype: torch.dtype,
+    stop: StopRequest,
+) -> dict[str, float]:
+    """Loss in nats per token, perplexity and bits per byte over all of `dataset`.
+
+    Raises Interrupted when asked to stop.
+    """
+    loss_sum = 0.0
+    size = options.pretrain_batch_size
+    model.eval()
+    try:
+        with torch.inference_mode(), autocast(device, dtype):
+            for first in tqdm(
+                range(0, len(dataset), size), desc="validating", leave=False, dynamic_ncols=True
+            ):
+                stop.check()
+                indices = range(first, min(first + size, len(dataset)))
+                batch = text_batch(dataset, indices, device)
+                loss_sum += loss(*batch.inputs)[0].item()
+    finally:
+        model.train()
+    metrics = {"val_loss": loss_sum / dataset.n_targets}
+    metrics["val_perplexity"] = math.exp(min(metrics["val_loss"], 700.0))
+    if dataset.stream.utf8_bytes:
+        metrics["bits_per_byte"] = loss_sum / math.log(2) / dataset.stream.utf8_bytes
+    return metrics
+
+
+def finish_pretraining(run: Run, tokenizer: Tokenizer) -> int:
+    """Write the model and the loss curve, show a sample, and say what there is and what is next."""
+    folder, progress = run.folder, run.progress
+    final = folder.file("final-model.pt")
+    save_checkpoint(final, run.task.weights())
+    records = read_records(folder.file("metrics.jsonl"))
+    write_text(folder.file("loss-curve.svg"), loss_curve_svg(records, f"{folder.path}"))
+    run.model.eval()
+    print("\na sample of what it writes:")
+    print(sample_text(run.model, tokenizer))
+    print()
+    last = records[-1] if records else {}
+    if last.get("val_perplexity") is not None and progress.first is not None:
+        print(
+            f"validation perplexity {math.exp(progress.first):,.1f} before training, "
+            f"{last['val_perplexity']:.2f} after {progress.step:,} steps"
+        )
+    print("files:")
+    for path in folder.own_files():
+        print(f"  {human_size(path.stat().st_size):>8}  {path}")
+    script = Path(sys.argv[0]).name
+    print(
+        "next:\n"
+        f'  python {script} --option generate --pretrained_model_path {final} --prompt "One day"\n'
+        f"  python {script} --option finetune --pretrained_model_path {final}\n"
+        f"  python check_model_precision.py {final}"
+    )
+    return 0
+
+
+def sample_text(model: Llama, tokenizer: Tokenizer, max_new_tokens: int = 120) -> str:
+    """A document begun from nothing, at temperature 0.8."""
+    ids = [tokenizer.bos_id]
+    for (token,) in generate_tokens(
+        model,
+        [ids[:]],
+        max_new_tokens=min(max_new_tokens, model.config.max_seq_len - 1),
+        sampling=Sampling(temperature=0.8),
+        seeds=[0],
+        stop_ids=[tokenizer.eos_id],
+    ):
+        if token is not None:
+            ids.append(token)
+    return tokenizer.decode(ids)
+
+
+# ---------------------------------------------------------------------------- a pretrained model
+
+
+def find_model(options: Options) -> Path:
+    """The model file or folder to use, as named or the first default that is there; says which."""
+    if options.pretrained_model_path is not None:
+        return options.pretrained_model_path
+    defaults = (Path("checkpoints/final-model.pt"), Path("stories42M.pt"), SHIPPED_MODEL)
+    path = next((path for path in defaults if path.exists()), SHIPPED_MODEL)
+    print(f"--pretrained_model_path is not given: using {path}")
+    return path
+
+
+def find_vocabulary(llama: Llama, path: Path, options: Options) -> Tokenizer:
+    """The vocabulary of a loaded model: its own; files without one take a file of the same size.
+
+    Raises UsageError, naming both fingerprints or sizes, for a vocabulary that is not the model's.
+    """
+    given = options.tokenizer_model
+    if llama.vocabulary is not None:
+        tokenizer = Tokenizer(tokenizer_model=llama.vocabulary)
+        if given is not None:
+            named = Tokenizer(tokenizer_model=given)
+            if named.fingerprint != tokenizer.fingerprint:
+                raise UsageError(
+                    f"--tokenizer_model {given} has the fingerprint {named.fingerprint}, and "
+                    f"{path} was trained with {tokenizer.fingerprint}: leave the flag out"
+                )
+        return tokenizer
+    beside = Path("tokenizer.model")
+    if given is None and not beside.exists():
+        raise UsageError(
+            f"{path} carries no vocabulary (of {llama.config.vocab_size:,} pieces): name its "
+            "SentencePiece file with --tokenizer_model, or for Llama-2's run: "
+            "python data/download.py tokenizer"
+        )
+    tokenizer = Tokenizer(tokenizer_model=given or beside)
+    if tokenizer.n_words != llama.config.vocab_size:
+        raise UsageError(
+            f"--tokenizer_model {given or beside} has {tokenizer.n_words:,} pieces (fingerprint "
+            f"{tokenizer.fingerprint}) and {path} was trained with "
+            f"{llama.config.vocab_size:,}: name the vocabulary it was trained with"
+        )
+    return tokenizer
+
+
+def load_model(options: Options) -> tuple[Llama, Tokenizer, torch.device]:
+    """The model on its device, in float32 and eval mode, and its vocabulary."""
+    path = find_model(options)
+    llama = load_pretrained(path)
+    tokenizer = find_vocabulary(llama, path, options)
+    llama.vocabulary = tokenizer.model_bytes
+    device, note = choose_device(options.use_gpu)
+    print(f"device       {note}")
+    return llama.to(device), tokenizer, device
+
+
+# ---------------------------------------------------------------------------- labelled data
+
+
+@dataclass(frozen=True)
+class LabelledFiles:
+    """The files of a labelled data set, its name, its labels' names and where predictions go."""
+
+    name: str
+    label_names: list[str]
+    train: Path
+    dev: Path
+    test: Path | None
+    dev_out: Path
+    test_out: Path
+
+
+def find_labelled_files(options: Options, suffix: str) -> LabelledFiles:
+    """The files that the flags name, else the embedded reviews; checked before any long work.
+
+    `suffix` ends the default names of the prediction files, as the assignment has them: its
+    `sst-dev-finetuning-output.txt`. Raises UsageError.
+    """
+    train = options.train or DATA_DIR / "reviews-train.txt"
+    name = re.sub(r"[-_.]?train$", "", train.stem) or train.stem
+    dev = options.dev if options.train else DATA_DIR / "reviews-dev.txt"
+    test = options.test if options.train else DATA_DIR / "reviews-test.txt"
+    if dev is None:
+        raise UsageError(f"--dev is not given: --train {train} needs a file to be measured on")
+    for flag, path in (("--train", train), ("--dev", dev), ("--test", test)):
+        if path is not None:
+            find_text_files([path], flag=flag)
+    out = [
+        options.dev_out or Path(f"{name}-dev-{suffix}-output.txt"),
+        options.test_out or Path(f"{name}-test-{suffix}-output.txt"),
+    ]
+    for flag, path in zip(("--dev_out", "--test_out"), out, strict=True):
+        check_writable_file(path, flag)
+    names = read_label_names(options.label_names, train.with_name(f"{name}-label-mapping.json"))
+    labels = {example.label for example in read_labelled(train, n_labels=len(names) or None)}
+    if None in labels:
+        raise UsageError(f"--train {train}: has lines without a label, which cannot be learnt from")
+    if names and len(labels) != len(names):
+        raise UsageError(
+            f"--label_names names {len(names)} labels and --train {train} has {len(labels)} "
+            f"({', '.join(map(str, sorted(labels)))}): give names and lines for the same labels"
+        )
+    names = names or [str(label) for label in range(max(labels) + 1)]
+    return LabelledFiles(name, names, train, dev, test, *out)
+
+
+def read_label_names(given: Path | None, beside: Path) -> list[str]:
+    """The JSON list of label names, as given or beside the training file; else an empty list."""
+    if given is None and not beside.is_file():
+        return []
+    path = find_text_files([given or beside], flag="--label_names")[0]
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"--label_names {path}: is not JSON ({error})") from None
+    if not isinstance(names, list) or len(names) < 2 or not all(isinstance(n, str) for n in names):
+        raise UsageError(f'--label_names {path}: must be a JSON list of names, ["bad", "good"]')
+    return names
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How predictions compare with labels. `confusion[label][prediction]` counts sentences."""
+
+    confusion: np.ndarray  # (n_labels, n_labels) int64
+
+    @classmethod
+    def of(cls, labels: Sequence[int | None], predictions: Sequence[int], n: int) -> Scores:
+        """Count the pairs; sentences without a label are left out."""
+        confusion = np.zeros((n, n), np.int64)
+        for label, prediction in zip(labels, predictions, strict=True):
+            if label is not None:
+                confusion[label, prediction] += 1
+        return cls(confusion)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of sentences whose label was predicted."""
+        return float(np.trace(self.confusion) / max(1, self.confusion.sum()))
+
+    @property
+    def majority(self) -> float:
+        """Accuracy of always predicting the most frequent label."""
+        return float(self.confusion.sum(axis=1).max() / max(1, self.confusion.sum()))
+
+    @property
+    def macro_f1(self) -> float:
+        """Mean F1 over the labels that occur, in truth or in predictions."""
+        hits = np.diag(self.confusion)
+        seen = self.confusion.sum(axis=0) + self.confusion.sum(axis=1)
+        return float(np.mean(2 * hits[seen > 0] / seen[seen > 0])) if seen.any() else 0.0
+
+    def lines(self, names: Sequence[str]) -> list[str]:
+        """The confusion matrix as a table: a row per label, a column per prediction."""
+        width = max(7, *(len(name) + 2 for name in names))
+        head = "label \\ predicted".ljust(18) + "".join(name.rjust(width) for name in names)
+        rows = [
+            name.ljust(18) + "".join(str(count).rjust(width) for count in row)
+            for name, row in zip(names, self.confusion, strict=True)
+        ]
+        return [head, *rows]
+
+
+def report_predictions(
+    split: str, dataset: LlamaDataset, predictions: list[int], names: list[str], out: Path
+) -> None:
+    """Print a split's figures, or that it has none, and write `prediction ||| sentence` lines."""
+    if dataset.has_placeholder_labels():
+        print(f"{split}: unlabelled ({len(dataset)} sentences), so no accuracy")
+    else:
+        scores = Scores.of(dataset.labels, predictions, len(names))
+        print(
+            f"{split} accuracy {scores.accuracy:.3f}, macro-F1 {scores.macro_f1:.3f} "
+            f"({len(dataset)} sentences; always the commonest label: {scores.majority:.3f})"
+        )
+        print("\n".join("  " + line for line in scores.lines(names)))
+    lines = [
+        f"{prediction} ||| {example.sentence}\n"
+        for prediction, example in zip(predictions, dataset.examples, strict=True)
+    ]
+    write_text(out, "".join(lines))
+    print(f"wrote {out}")
+
+
+# ---------------------------------------------------------------------------- finetune
+
+
+def finetune(options: Options, stop: StopRequest) -> int:
+    """Train a classifier on top of a pretrained Llama; returns the exit status."""
+    files = find_labelled_files(options, "finetuning")
+    folder, ranks = RunFolder(options.save_dir, f"finetune-{files.name}"), Ranks.from_environment()
+    checkpoint = open_run(options, folder)
+    seed_everything(options.seed)
+    llama, tokenizer, device = load_model(options)
+    dtype = choose_dtype(options.dtype, device)
+    room = min(options.max_sentence_len or math.inf, llama.config.max_seq_len - 1)
+    splits = {
+        split: LlamaDataset(
+            path, tokenizer, n_labels=len(files.label_names), max_sentence_len=int(room)
+        )
+        for split, path in (("train", files.train), ("dev", files.dev), ("test", files.test))
+        if path is not None
+    }
+    for split, dataset in splits.items():
+        print(f"Loaded {len(dataset)} sentences from {dataset.path} ({split})")
+    train_set, dev_set = splits["train"], splits["dev"]
+
+    if options.lora_rank:
+        add_lora(llama, rank=options.lora_rank, alpha=2 * options.lora_rank)
+    llama.activation_checkpointing = options.activation_checkpointing
+    model = LlamaEmbeddingClassifier(
+        llama,
+        num_labels=len(files.label_names),
+        hidden_dropout_prob=options.hidden_dropout_prob,
+        freeze_backbone=options.freeze_backbone,
+    ).to(device)
+    identity = {
+        "--train": hashlib.sha256(files.train.read_bytes()).hexdigest()[:16],
+        "model shape": llama.config.to_model_args(),
+        "--tokenizer_model": tokenizer.fingerprint,
+        "--batch_size": options.batch_size,
+        "--gradient_accumulation_steps": options.gradient_accumulation_steps,
+        "--max_sentence_len": options.max_sentence_len,
+        "--freeze_backbone": options.freeze_backbone,
+        "--lora_rank": options.lora_rank,
+        "--seed": options.seed,
+    }
+    if checkpoint is not None:
+        check_identity(checkpoint, identity)
+    plan = TrainingPlan(
+        config=llama.config,
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        sequences=len(train_set),
+        tokens=int(train_set.lengths.sum()),
+        sequence_length=int(train_set.lengths.max()),
+        logits_width=len(files.label_names),
+        micro_batch_size=options.batch_size,
+        accumulation_steps=options.gradient_accumulation_steps,
+        world_size=ranks.world_size,
+        epochs=options.epochs,
+        max_steps=options.max_steps,
+        warmup_steps_given=options.warmup_steps,
+        dtype=dtype_name(dtype),
+        activation_checkpointing=options.activation_checkpointing,
+    )
+    print_plan(options, plan, device, "sentences")
+    if options.plan:
+        return 0
+
+    optimizer, scaler = ready_to_train(model, options, device, dtype)
+    classify = torch.compile(model, dynamic=True) if options.compile else model
+
+    def batches(step: int) -> list[Batch]:
+        epoch, index = divmod(step, plan.steps_per_epoch)
+        chosen = bucketed_batches(train_set.lengths, options.batch_size, options.seed, epoch)
+        first = index * options.gradient_accumulation_steps
+        parts = chosen[first : first + options.gradient_accumulation_steps]
+        return [labelled_batch(train_set, part, device) for part in parts]
+
+    def loss(tokens: torch.Tensor, lengths: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return nn.functional.nll_loss(classify(tokens, lengths), labels, reduction="sum")
+
+    def evaluate() -> dict[str, float]:
+        predictions = predict(model, dev_set, options.batch_size, device, stop)
+        if dev_set.has_placeholder_labels():
+            return {}
+        scores = Scores.of(dev_set.labels, predictions, len(files.label_names))
+        return {"dev_accuracy": scores.accuracy, "dev_f1": scores.macro_f1}
+
+    task = Task(
+        batches=batches,
+        loss=loss,
+        evaluate=evaluate,
+        goal="loss" if dev_set.has_placeholder_labels() else "dev_accuracy",
+        higher_is_better=not dev_set.has_placeholder_labels(),
+        weights=lambda: classifier_payload(model, files.label_names, options),
+        state=lambda: {"model": model.state_dict()},
+        patience=options.early_stopping,
+    )
+    run = Run(
+        options, plan, task, model, optimizer, scaler, device, dtype, folder, ranks, stop, identity
+    )
+    start(run, checkpoint)
+    train(run)
+    if stop.requested:
+        return interrupted(run)
+    best = folder.file("best-model.pt")
+    load_classifier(model, best, options)
+    print(f"\nbest epoch: {run.progress.best_step / plan.steps_per_epoch:.3g} ({best})")
+    for split, out in (("dev", files.dev_out), ("test", files.test_out)):
+        if split in splits:
+            predictions = predict(model, splits[split], options.batch_size, device, stop)
+            report_predictions(split, splits[split], predictions, files.label_names, out)
+    return 0
+
+
+def labelled_batch(dataset: LlamaDataset, indices: Sequence[int], device: torch.device) -> Batch:
+    """Labelled sentences as a micro-batch on the device."""
+    batch = dataset.collate(indices)
+    inputs = (batch.tokens, batch.lengths, batch.labels)
+    return Batch(
+        tuple(to_device(tensor, device) for tensor in inputs),
+        targets=len(indices),
+        tokens=int(batch.lengths.sum()),
+    )
+
+
+def predict(
+    model: LlamaEmbeddingClassifier,
+    dataset: LlamaDataset,
+    batch_size: int,
+    device: torch.device,
+    stop: StopRequest,
+) -> list[int]:
+    """The likeliest label of each sentence, in the file's order.
+
+    In float32 whatever the training's dtype: bfloat16 rounds differently at another batch size,
+    and a prediction must not depend on its batch. Raises Interrupted when asked to stop.
+    """
+    predictions = np.zeros(len(dataset), np.int64)
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        batches = dataset.length_sorted_batches(batch_size)
+        for indices in tqdm(batches, desc="predicting", leave=False, dynamic_ncols=True):
+            stop.check()
+            batch = labelled_batch(dataset, indices, device)
+            predictions[indices] = model(*batch.inputs[:2]).argmax(dim=-1).cpu().numpy()
+    model.train(was_training)
+    return predictions.tolist()
+
+
+def classifier_payload(
+    model: LlamaEmbeddingClassifier, label_names: list[str], options: Options
+) -> dict[str, Any]:
+    """An ordinary weights file, adapters folded in, with the classifier's head beside the model."""
+    llama = model.llama
+    if options.lora_rank:
+        llama = copy.deepcopy(llama)
+        merge_lora(llama)
+    dtype = getattr(torch, options.save_dtype)
+    return model_payload(llama, dtype) | {
+        "classifier_head": {
+            name: tensor.cpu() for name, tensor in model.classifier_head.state_dict().items()
+        },
+        "label_names": label_names,
+    }
+
+
+def load_classifier(model: LlamaEmbeddingClassifier, path: Path, options: Options) -> None:
+    """Put the weights of `classifier_payload` back into the classifier."""
+    payload = load_checkpoint(path)
+    if options.lora_rank:
+        merge_lora(model.llama)
+    model.llama.load_state_dict(payload["model"])
+    model.classifier_head.load_state_dict(payload["classifier_head"])
+
+
+# ---------------------------------------------------------------------------- prompt
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Turns a sentence into the token ids of prompt and label, one sequence per label."""
+
+    tokenizer: Tokenizer
+    template: str
+    label_names: list[str]
+    context: int  # tokens that prompt and label may have together
+    max_sentence_len: int | None = None
+    shots: str = ""  # solved examples that stand before the prompt
+
+    def text(self, sentence: str) -> str:
+        """The prompt without shots: the template filled in."""
+        names = self.label_names
+        labels = (
+            " or ".join(names) if len(names) == 2 else f"{', '.join(names[:-1])}, or {names[-1]}"
+        )
+        filled = self.template.replace("{labels}", labels)
+        return filled.replace("{sentence}", sentence).strip()
+
+    def sequences(self, sentence: str) -> tuple[list[list[int]], int]:
+        """Each label's ids after the prompt, tokenized jointly, and where the labels begin.
+
+        The sentence is cut until all fits into the context; the question never is. Raises
+        UsageError where the question alone does not fit.
+        """
+        ids = self.tokenizer.encode(sentence, bos=False, eos=False)
+        kept = min(len(ids), self.max_sentence_len or len(ids))
+        while True:
+            cut = sentence if kept == len(ids) else self.tokenizer.decode(ids[:kept])
+            prompt = self.shots + self.text(cut)
+            texts = [prompt, *(f"{prompt} {name}" for name in self.label_names)]
+            encoded = [self.tokenizer.encode(text, bos=True, eos=False) for text in texts]
+            over = max(map(len, encoded)) - self.context
+            if over <= 0:
+                return encoded[1:], common_prefix(encoded)
+            kept -= over
+            if kept < min(1, len(ids)):
+                raise UsageError(
+                    f"--prompt_template and --shots take more than the model's context of "
+                    f"{self.context} tokens without a sentence: shorten them"
+                )
+
+
+def prompt(options: Options, stop: StopRequest) -> int:
+    """Classify sentences by the label that the model finds likeliest after a question."""
+    files = find_labelled_files(options, "prompting")
+    llama, tokenizer, device = load_model(options)
+    model = LlamaZeroShotClassifier(llama)
+    datasets = {
+        split: LlamaDataset(path, tokenizer, n_labels=len(files.label_names))
+        for split, path in (("dev", files.dev), ("test", files.test))
+        if path is not None
+    }
+    prompts = Prompts(
+        tokenizer,
+        options.prompt_template,
+        files.label_names,
+        llama.config.max_seq_len,
+        options.max_sentence_len,
+    )
+    if options.shots:
+        examples = read_labelled(files.train)
+        chosen = random.Random(options.seed).sample(examples, min(options.shots, len(examples)))
+        solved = [
+            f"{prompts.text(example.sentence)} {files.label_names[example.label]}\n"
+            for example in chosen
+        ]
+        prompts = dataclasses.replace(prompts, shots="".join(solved))
+    score_labels(model, prompts, [""], options.label_norm)  # a question too long shows at once
+    for split, out in (("dev", files.dev_out), ("test", files.test_out)):
+        if split not in datasets:
+            continue
+        dataset = datasets[split]
+        predictions = np.zeros(len(dataset), np.int64)
+        batches = dataset.length_sorted_batches(options.batch_size)
+        for indices in tqdm(batches, desc=f"prompting {split}", dynamic_ncols=True):
+            stop.check()
+            sentences = [dataset.examples[index].sentence for index in indices]
+            scores = score_labels(model, prompts, sentences, options.label_norm)
+            predictions[indices] = scores.argmax(dim=-1).cpu().numpy()
+        report_predictions(split, dataset, predictions.tolist(), files.label_names, out)
+    return 0
+
+
+def score_labels(
+    model: LlamaZeroShotClassifier, prompts: Prompts, sentences: Sequence[str], norm: str
+) -> torch.Tensor:
+    """Scores (B, n_labels): log-probabilities of the labels, normalised as `--label_norm` says."""
+    sequences, starts = zip(*(prompts.sequences(sentence) for sentence in sentences), strict=True)
+    scores, counts = model.score(sequences, starts)
+    if norm == "token":
+        return scores / counts.to(scores.device)
+    if norm == "byte":
+        sizes = [len(f" {name}".encode()) for name in prompts.label_names]
+        return scores / torch.tensor(sizes, device=scores.device)
+    if norm == "pmi" and any(sentences):
+        return scores - score_labels(model, prompts, [""], "sum")
+    return scores
+
+
+# ---------------------------------------------------------------------------- generate
+
+# The assignment's test sentence, continued when no prompt is given.
+PREFIX = (
+    "I have wanted to see this thriller for a while, and it didn't disappoint. Keanu Reeves, "
+    "playing the hero John Wick, is"
+)
+PROMPT_TEMPERATURE = 0.8  # where --prompt is given and --temperature is not
+
+
+def generate(options: Options, stop: StopRequest) -> int:
+    """Continue prompts; without any, the assignment's sentence at temperature 0 and 1."""
+    prompts = list(options.prompt)
+    if options.prompt_file is not None:
+        path = find_text_files([options.prompt_file], flag="--prompt_file")[0]
+        prompts += path.read_text(encoding="utf-8-sig").splitlines()
+    outputs = []
+    if not prompts and not options.interactive and options.temperature is None:
+        outputs = [
+            (0.0, options.generated_sentence_low_temp_out),
+            (1.0, options.generated_sentence_high_temp_out),
+        ]
+        flags = ("--generated_sentence_low_temp_out", "--generated_sentence_high_temp_out")
+        for flag, (_, path) in zip(flags, outputs, strict=True):
+            check_writable_file(path, flag)
+    llama, tokenizer, _ = load_model(options)
+    writer = Writer(llama, tokenizer, options, stop)
+    for temperature, path in outputs:
+        print(f"Temperature is {temperature:g}")
+        (text,) = writer.continue_texts([PREFIX], temperature)
+        print("---------------")
+        write_text(path, text)
+        print(f"Wrote generated sentence to {path}.")
+    if options.interactive:
+        return converse(writer, options)
+    if not outputs:
+        temperature = PROMPT_TEMPERATURE if options.temperature is None else options.temperature
+        writer.continue_texts(prompts or [PREFIX], temperature)
+    return stop.exit_status if stop.requested else 0
+
+
+def converse(writer: Writer, options: Options) -> int:
+    """Read prompts from the terminal and continue each, until the end of input or Ctrl-C."""
+    writer.stop.restore()  # Ctrl-C at a prompt should end the program at once
+    temperature = PROMPT_TEMPERATURE if options.temperature is None else options.temperature
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            print()
+            return 0
+        writer.continue_texts([text], temperature)
+
+
+class Continuation:
+    """The text that grows behind a prompt; holds back what may yet turn into something else."""
+
+    def __init__(self, prompt_ids: list[int], tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self.prompt_ids, self.tokenizer, self.stops = prompt_ids, tokenizer, stops
+        self.ids: list[int] = []
+        self.prompt_text = tokenizer.decode(prompt_ids)
+        self.text = ""  # without the prompt, certain
+        self.ended = False
+
+    def add(self, token: int | None) -> str:
+        """Take the next token (None: the row has ended); returns the text that became certain."""
+        if token is None:
+            self.ended = True
+        elif not self.ended:
+            self.ids.append(token)
+        text = self.tokenizer.decode(self.prompt_ids + self.ids)[len(self.prompt_text) :]
+        found = [place for place in map(text.find, self.stops) if place >= 0]
+        if found:
+            self.ended, text = True, text[: min(found)]
+        elif not self.ended:  # a character of several bytes, or the beginning of a stop text
+            text = text.rstrip("\ufffd")
+            held = max((overlap(text, stop) for stop in self.stops), default=0)
+            text = text[: len(text) - held]
+        new, self.text = text[len(self.text) :], text
+        return new
+
+
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Continues texts with a model and shows them: one as it comes, several when they are whole."""
+
+    llama: Llama
+    tokenizer: Tokenizer
+    options: Options
+    stop: StopRequest
+
+    def continue_texts(self, prompts: Sequence[str], temperature: float) -> list[str]:
+        """Prompt and continuation of each prompt, `--num_samples` times."""
+        options, samples = self.options, self.options.num_samples
+        rows = [
+            Continuation(self.tokenizer.encode(text, True, False), self.tokenizer, options.stop)
+            for text in prompts
+            for _ in range(samples)
+        ]
+        streamed = len(rows) == 1
+        if streamed:
+            print(prompts[0], end="", flush=True)
+        steps = generate_tokens(
+            self.llama,
+            [row.prompt_ids for row in rows],
+            max_new_tokens=options.max_new_tokens,
+            sampling=Sampling(
+                temperature,
+                options.top_k,
+                options.top_p,
+                options.min_p,
+                options.repetition_penalty,
+            ),
+            # A sample's number alone seeds it, so a prompt gives alone what it gives in company.
+            seeds=[options.seed + number for _ in prompts for number in range(samples)],
+            stop_ids=[self.tokenizer.eos_id],
+            should_stop=lambda: self.stop.requested,
+        )
+        for step in steps:
+            new = [row.add(token) for row, token in zip(rows, step, strict=True)]
+            if streamed:
+                print(new[0], end="", flush=True)
+            if all(row.ended for row in rows):
+                break
+        rest = [row.add(None) for row in rows]
+        if streamed:
+            print(rest[0])
+        texts = [prompts[i // samples] + row.text for i, row in enumerate(rows)]
+        if not streamed:
+            for number, text in enumerate(texts, start=1):
+                print(f"--- {number} of {len(texts)}\n{text}")
+        return texts
+
+
+# ---------------------------------------------------------------------------- entry
+
+
+RUN_OPTION = {
+    "pretrain": pretrain,
+    "finetune": finetune,
+    "prompt": prompt,
+    "generate": generate,
+}
+
+
+def main(options: Options, stop: StopRequest | None = None) -> int:
+    """Run one option; returns the exit status: 2 for bad input, 130 or 143 when interrupted."""
+    stop = stop or StopRequest()
+    with stop.listening():
+        try:
+            return RUN_OPTION[options.option](options, stop)
+        except UsageError as error:
+            report_usage_error("run_llama.py", error)
+            return 2
+        except Interrupted:
+            print("stopped; there was nothing to save yet")
+            return stop.exit_status
+        except KeyboardInterrupt:
+            return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(OPTIONS_GIVEN))

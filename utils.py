@@ -1,0 +1,1344 @@
+"""What every option needs beside the model: data sets, checkpoint files, the process, its record.
+
+Sections: whole files; from text files to chunks (token cache, holding out, PretrainDataset);
+labelled sentences; checkpoints and the run's folder; seeds, ranks, device and signals; telemetry
+and metrics. What decides an order is a pure function of (seed, epoch, index), so the state of a
+run's data is integers. Knows the model only as a state dict, and nothing of options.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from config import IGNORE_INDEX, UsageError
+from tokenizer import (
+    JSON_SUFFIXES,
+    Block,
+    DocumentEncoder,
+    EncodedPart,
+    Reading,
+    TextSource,
+    Tokenizer,
+    find_text_files,
+    read_documents,
+    split_labelled,
+)
+
+# ---------------------------------------------------------------------------- whole files
+
+
+def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file so that its name only ever holds a whole one.
+
+    `write` fills a temporary file in the same folder, which is flushed to the disk and renamed over
+    `path`. On any failure the temporary file is removed and `path` is as it was. Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def replace(source: Path, target: Path) -> None:
+    """os.replace, tried again where Windows reports that a scanner or indexer holds the target."""
+    for pause in (0.05, 0.2, 0.5, 1.0):
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            if os.name != "nt":
+                raise
+            time.sleep(pause)
+    os.replace(source, target)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a rename to the disk, where the system can open folders (Windows cannot)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text with Unix line ends, whole or not at all."""
+    atomic_write(path, lambda file: file.write(text.encode("utf-8")))
+
+
+# ---------------------------------------------------------------------------- the token cache
+
+# File: header, tokens, zeros to a multiple of 8, (documents, 2) int64 of first token and bytes of
+# UTF-8, (files, 2) int64 of tokens and documents; all little-endian. The header ends in a CRC-32
+# of all that follows it and one of itself: any flipped bit, and any burst of 32, is detected.
+MAGIC = b"MLTOKENS"
+CACHE_VERSION = 1
+HEADER = struct.Struct("<8sIIQQQ32sII")
+VERIFY_ALWAYS_BYTES = 1 << 30  # a larger cache is verified once, then again only if it was touched
+RACY_NS = 2_000_000_000  # a file changed this shortly before we looked may change again unseen
+HASH_BYTES = 1 << 20
+
+
+class BadCache(Exception):
+    """Why a cache file cannot be used; it is rebuilt."""
+
+
+class TokenCache:
+    """The tokens of a corpus, memory-mapped: every document between BOS and EOS, in order.
+
+    tokens (n,) uint16 or uint32; document_starts, document_bytes (documents,) int64, the latter of
+    UTF-8 text; file_tokens, file_documents (files,) int64. `rebuilt_because` tells why the file was
+    made anew, None where it was found as wanted. Raises BadCache when stale, damaged or absent.
+    """
+
+    def __init__(self, path: Path, *, key: bytes | None = None, verify: bool = True) -> None:
+        self.path = path
+        self.rebuilt_because: str | None = None
+        self.token_byte_lengths: np.ndarray | None = None  # set by build_or_load
+        header, size = _read_header(path)
+        magic, version, width, n_tokens, n_documents, n_files, found_key, crc, _ = header
+        if magic != MAGIC or version != CACHE_VERSION or width not in (2, 4):
+            raise BadCache("it is not a token cache of this version")
+        if key is not None and key != found_key:
+            raise BadCache("the text, the vocabulary or the reading options changed")
+        documents_at = _aligned(HEADER.size + width * n_tokens)
+        files_at = documents_at + 16 * n_documents
+        if size != files_at + 16 * n_files:
+            raise BadCache("it is damaged (its size is wrong)")
+        if verify and _payload_crc(path) != crc:
+            raise BadCache("it is damaged (its checksum is wrong)")
+        raw = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+        self.key: bytes = found_key
+        self.tokens = raw[HEADER.size : HEADER.size + width * n_tokens].view(f"<u{width}")
+        documents = raw[documents_at:files_at].view("<i8").reshape(-1, 2)
+        files = raw[files_at:].view("<i8").reshape(-1, 2)
+        self.document_starts, self.document_bytes = documents[:, 0], documents[:, 1]
+        self.file_tokens, self.file_documents = files[:, 0], files[:, 1]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def document_stops(self) -> np.ndarray:
+        """(documents,) int64: one past each document's EOS."""
+        return np.append(self.document_starts[1:], len(self.tokens))
+
+    def chunks_per_file(self, chunk_length: int) -> list[int]:
+        """Chunks of each input file's own tokens, in the order of the files."""
+        return [count_chunks(int(n), chunk_length) for n in self.file_tokens]
+
+
+def _read_header(path: Path) -> tuple[tuple, int]:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(HEADER.size)
+            size = os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        raise BadCache("there was none") from None
+    except OSError as error:
+        raise BadCache(f"it cannot be read ({error.strerror})") from None
+    if len(data) < HEADER.size or zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
+        raise BadCache("it is damaged (its header is wrong)")
+    return HEADER.unpack(data), size
+
+
+def _payload_crc(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:  # read, not mapped: mapped pages would count as our memory
+        file.seek(HEADER.size)
+        while data := file.read(HASH_BYTES):
+            crc = zlib.crc32(data, crc)
+    return crc
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // 8) * 8
+
+
+class _CacheWriter:
+    """Streams tokens into a temporary file beside `path`; `publish` makes it the cache, whole.
+
+    The temporary's name is its own, so two processes that build the same cache do not meet.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype, bos_id: int, eos_id: int) -> None:
+        self.path, self.dtype = path, dtype.newbyteorder("<")
+        self.bos, self.eos = np.array([[bos_id], [eos_id]], self.dtype)
+        self.n_tokens = self.n_documents = self.crc = self.open_bytes = 0
+        _remove_abandoned(path.parent)
+        handle, self.temporary = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
+        self.file: BinaryIO = open(handle, "wb")
+        try:
+            # The document table follows the tokens, whose number is not known yet; kept in a file
+            # of its own, for a corpus of a document a line has a table of gigabytes.
+            self.table = tempfile.TemporaryFile(dir=path.parent)
+            self.file.write(bytes(HEADER.size))
+        except OSError:
+            self.discard()
+            raise
+
+    def add(self, parts: Iterable[EncodedPart]) -> None:
+        arrays, rows = [], []
+        for part in parts:
+            if part.starts:
+                arrays.append(self.bos)
+                rows.append(self.n_tokens)
+                self.n_tokens, self.open_bytes = self.n_tokens + 1, 0
+            arrays.append(part.ids)
+            self.n_tokens += len(part.ids)
+            self.open_bytes += part.utf8_bytes
+            if part.ends:
+                arrays.append(self.eos)
+                rows.append(self.open_bytes)
+                self.n_tokens, self.n_documents = self.n_tokens + 1, self.n_documents + 1
+        self._write(np.concatenate(arrays).astype(self.dtype, copy=False).tobytes())
+        self.table.write(np.array(rows, "<i8").tobytes())
+
+    def publish(self, key: bytes, file_documents: Sequence[int]) -> None:
+        """Write the rest, flush it to the disk, and move the file to its place."""
+        self._write(bytes(_aligned(self.file.tell()) - self.file.tell()))
+        files = self._file_table(file_documents).astype("<i8").tobytes()
+        self.table.seek(0)
+        while data := self.table.read(HASH_BYTES):
+            self._write(data)
+        self._write(files)
+        counts = (self.n_tokens, self.n_documents, len(file_documents))
+        fields = (MAGIC, CACHE_VERSION, self.dtype.itemsize, *counts, key, self.crc, 0)
+        header = HEADER.pack(*fields)[:-4]
+        self.file.seek(0)
+        self.file.write(header + zlib.crc32(header).to_bytes(4, "little"))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        os.replace(self.temporary, self.path)
+
+    def discard(self) -> None:
+        """Close, and remove the temporary file unless it was published."""
+        for file in (self.file, getattr(self, "table", None)):
+            if file is not None:
+                with contextlib.suppress(OSError):  # closing flushes: a full disk fails again here
+                    file.close()
+        Path(self.temporary).unlink(missing_ok=True)
+
+    def _write(self, data: bytes) -> None:
+        self.crc = zlib.crc32(data, self.crc)
+        self.file.write(data)
+
+    def _file_table(self, file_documents: Sequence[int]) -> np.ndarray:
+        starts, first = [], 0
+        for count in [*file_documents, 0]:
+            start = self.n_tokens
+            if first < self.n_documents:
+                self.table.seek(16 * first)
+                start = int.from_bytes(self.table.read(8), "little")
+            starts.append(start)
+            first += count
+        return np.stack([np.diff(starts), np.asarray(file_documents)], axis=1)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Delete temporary files that a killed process left more than a day ago."""
+    for path in folder.glob(".*.tokens.*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > 86400:
+                path.unlink()
+
+
+class _Memo:
+    """What is known of files by (path, size, mtime): SHA-256 of inputs, that a cache is sound.
+
+    An entry is not believed when the file had changed within RACY_NS of the look at it, because a
+    second change may then have left size and time as they were (git's rule for its index).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.entries: dict[str, list] = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            self.entries = {}
+
+    def get(self, path: Path) -> str | None:
+        stat = path.stat()
+        match self.entries.get(str(path.absolute())):
+            case [int(size), int(mtime), int(looked), str(value)]:
+                fresh = (size, mtime) == (stat.st_size, stat.st_mtime_ns)
+                return value if fresh and mtime + RACY_NS < looked else None
+        return None
+
+    def put(self, path: Path, stat: os.stat_result, looked_ns: int, value: str) -> None:
+        key = str(path.absolute())
+        self.entries[key] = [stat.st_size, stat.st_mtime_ns, looked_ns, value]
+
+    def save(self) -> None:
+        """Best effort: without it the next start only takes longer."""
+        with contextlib.suppress(OSError):
+            handle, temporary = tempfile.mkstemp(".tmp", ".memo.", self.path.parent)
+            with open(handle, "w", encoding="utf-8") as file:
+                json.dump(self.entries, file)
+            os.replace(temporary, self.path)
+
+
+def build_or_load(
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    reading: Reading,
+    cache_dir: Path,
+    *,
+    threads: int | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    progress: bool = True,
+) -> TokenCache:
+    """The token cache of `files` in `cache_dir`, made or remade where it is not there and sound.
+
+    Memory stays bounded whatever the size of the text. `should_stop` is polled several times a
+    second. Raises Interrupted; UsageError for text that cannot be read, changes meanwhile or is
+    empty, and, naming --cache_dir, for a folder that cannot be written.
+    """
+    stop = should_stop or (lambda: False)
+    memo = _Memo(cache_dir / "content-hashes.json")
+    stats = [(file, _stat(file)) for file in files]
+    key = _cache_key(files, tokenizer, reading, memo, stop, progress)
+    path = cache_dir / _cache_name(files, tokenizer, reading)
+    try:
+        cache = _load(path, key, memo)
+    except BadCache as error:
+        try:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            _build(path, key, stats, tokenizer, reading, threads, stop, progress)
+        except OSError as os_error:
+            reason = os_error.strerror or os_error
+            raise UsageError(f"--cache_dir {cache_dir}: cannot be written ({reason})") from None
+        cache = TokenCache(path, key=key, verify=False)
+        cache.rebuilt_because = str(error)
+    cache.token_byte_lengths = tokenizer.token_byte_lengths()
+    memo.save()
+    return cache
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _load(path: Path, key: bytes, memo: _Memo) -> TokenCache:
+    looked = time.time_ns()
+    size = path.stat().st_size if path.is_file() else 0
+    verify = size <= VERIFY_ALWAYS_BYTES or memo.get(path) != "sound"
+    cache = TokenCache(path, key=key, verify=verify)
+    if verify and size > VERIFY_ALWAYS_BYTES:
+        memo.put(path, path.stat(), looked, "sound")
+    return cache
+
+
+def _build(
+    path: Path,
+    key: bytes,
+    stats: list[tuple[Path, os.stat_result]],
+    tokenizer: Tokenizer,
+    reading: Reading,
+    threads: int | None,
+    stop: Callable[[], bool],
+    progress: bool,
+) -> None:
+    files = [file for file, _ in stats]
+    encoder = DocumentEncoder(tokenizer, threads=threads)
+    file_documents: list[int] = []
+    writer = _CacheWriter(path, encoder.dtype, tokenizer.bos_id, tokenizer.eos_id)
+    try:
+        with _byte_bar("tokenizing", files, progress) as bar:
+            for batch in encoder.encode(_all_blocks(files, reading, bar.update, file_documents)):
+                writer.add(batch)
+                if stop():
+                    raise Interrupted
+        if not writer.n_documents:
+            named = ", ".join(map(str, files[:3])) + (", ..." if len(files) > 3 else "")
+            raise UsageError(f"{named}: empty, there is no text to train on")
+        _check_unchanged(stats)  # since they were hashed
+        writer.publish(key, file_documents)
+    finally:
+        writer.discard()
+
+
+def _check_unchanged(stats: list[tuple[Path, os.stat_result]]) -> None:
+    for path, before in stats:
+        now = _stat(path)
+        if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise UsageError(f"{path}: changed while it was read; wait until it is whole")
+
+
+def _all_blocks(
+    files: Sequence[Path],
+    reading: Reading,
+    on_bytes: Callable[[int], object],
+    file_documents: list[int],
+) -> Iterator[Block]:
+    """Blocks of all files in one stream, so that small files share batches; counts documents."""
+    for path in files:
+        count = 0
+        for block in read_documents(path, reading, on_bytes=on_bytes):
+            count += block.ends
+            yield block
+        file_documents.append(count)
+
+
+def _byte_bar(what: str, files: Sequence[Path], progress: bool) -> tqdm:
+    total = sum(_stat(path).st_size for path in files)
+    hidden = None if progress and total else True  # None: hidden where there is no terminal
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False, disable=hidden)
+
+
+def _cache_key(
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    reading: Reading,
+    memo: _Memo,
+    stop: Callable[[], bool],
+    progress: bool,
+) -> bytes:
+    """SHA-256 of all that the tokens depend on; names count only by the format they tell."""
+    key = hashlib.sha256(b"%d" % CACHE_VERSION)
+    key.update(hashlib.sha256(tokenizer.model_bytes).digest())
+    key.update(json.dumps(asdict(reading), sort_keys=True).encode())
+    unknown = [path for path in files if memo.get(path) is None]
+    with _byte_bar("checking", unknown, progress) as bar:
+        for path in unknown:
+            looked, stat = time.time_ns(), _stat(path)
+            memo.put(path, stat, looked, _hash_file(path, stop, bar.update))
+    for path in files:
+        is_json = path.name.lower().endswith(JSON_SUFFIXES)
+        key.update(f"{memo.entries[str(path.absolute())][3]} {is_json}\n".encode())
+    return key.digest()
+
+
+def _hash_file(path: Path, stop: Callable[[], bool], on_bytes: Callable[[int], object]) -> str:
+    digest = hashlib.sha256()
+    try:
+        if not path.is_file():
+            raise UsageError(f"{path}: not a regular file")
+        with open(path, "rb") as file:
+            while data := file.read(HASH_BYTES):
+                digest.update(data)
+                on_bytes(len(data))
+                if stop():
+                    raise Interrupted
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+    return digest.hexdigest()
+
+
+def _cache_name(files: Sequence[Path], tokenizer: Tokenizer, reading: Reading) -> str:
+    """Named by where the text is, not by what it says: changed text replaces its old cache."""
+    where = json.dumps([[str(p.absolute()) for p in files], asdict(reading), tokenizer.fingerprint])
+    stem = "".join(c if c.isalnum() or c in "-_" else "-" for c in files[0].stem)[:40]
+    return f"{stem}-{hashlib.sha256(where.encode()).hexdigest()[:12]}.tokens"
+
+
+# ---------------------------------------------------------------------------- holding out
+
+
+class TokenStream:
+    """Stretches of a token array read as one: token `i` of the stream, without a copy of it all."""
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        starts: np.ndarray,
+        stops: np.ndarray,
+        *,
+        utf8_bytes: int | None = None,
+    ) -> None:
+        self.tokens, self.starts = tokens, np.asarray(starts, np.int64)
+        self.offsets = np.concatenate([[0], np.cumsum(np.asarray(stops, np.int64) - self.starts)])
+        self.utf8_bytes = utf8_bytes  # of the text, for bits per byte; None: not known
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start..stop-1 of the stream, (stop - start,)."""
+        first = int(np.searchsorted(self.offsets, start, side="right")) - 1
+        found = []
+        while start < stop:
+            at = int(self.starts[first]) + start - int(self.offsets[first])
+            count = min(stop, int(self.offsets[first + 1])) - start
+            found.append(self.tokens[at : at + count])
+            start, first = start + count, first + 1
+        return found[0] if len(found) == 1 else np.concatenate([self.tokens[:0], *found])
+
+    def locate(self, position: int) -> int:
+        """Where token `position` of the stream stands in the token array."""
+        index = int(np.searchsorted(self.offsets, position, side="right")) - 1
+        return int(self.starts[index]) + position - int(self.offsets[index])
+
+
+def whole_stream(cache: TokenCache) -> TokenStream:
+    """All of a cache, as validation files are read."""
+    return _documents_stream(cache, np.ones(len(cache.document_starts), bool))
+
+
+def split_documents(
+    cache: TokenCache, val_fraction: float, seed: int = 0, *, chunk_length: int
+) -> tuple[TokenStream, TokenStream | None]:
+    """(train, val): whole documents are held out, chosen by a pure function of their number.
+
+    Held-out tokens stay at or below `val_fraction` of all where documents are small enough; of a
+    single document its last chunks are held out, at least one. val is None for a fraction of 0 and
+    for a corpus too small to part with anything.
+    """
+    if val_fraction <= 0:
+        return whole_stream(cache), None
+    if len(cache.document_starts) == 1:
+        return _split_last_chunks(cache, val_fraction, chunk_length)
+    held_out = _choose_documents(cache, val_fraction, seed)
+    return _documents_stream(cache, ~held_out), _documents_stream(cache, held_out)
+
+
+def _choose_documents(cache: TokenCache, val_fraction: float, seed: int) -> np.ndarray:
+    """(documents,) bool: random documents that fit the fraction; the smallest where none does."""
+    sizes = cache.document_stops() - cache.document_starts
+    target = min(val_fraction, 0.5) * len(cache)
+    order = np.argsort(_scrambled(len(sizes), seed), kind="stable")
+    order = order[sizes[order] <= target]  # one huge document must not be the whole hold-out
+    if not len(order):
+        order = np.argmin(sizes, keepdims=True)
+        target = sizes[order[0]]
+    held_out = np.zeros(len(sizes), bool)
+    held_out[order[: np.searchsorted(np.cumsum(sizes[order]), target, side="right")]] = True
+    return held_out
+
+
+def _scrambled(count: int, seed: int) -> np.ndarray:
+    """(count,) uint64: splitmix64 of 0..count-1, so a document's number decides alone."""
+    x = np.arange(count, dtype=np.uint64) + np.uint64(seed % (1 << 32) << 32 | 0x6D696E69)
+    x *= np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _documents_stream(cache: TokenCache, chosen: np.ndarray) -> TokenStream:
+    """The chosen documents; neighbours make one stretch."""
+    edges = np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8))
+    first, last = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1) - 1
+    starts, stops = cache.document_starts[first], cache.document_stops()[last]
+    return TokenStream(
+        cache.tokens, starts, stops, utf8_bytes=int(cache.document_bytes[chosen].sum())
+    )
+
+
+def _split_last_chunks(
+    cache: TokenCache, val_fraction: float, chunk_length: int
+) -> tuple[TokenStream, TokenStream | None]:
+    size = len(cache)
+    chunks = -(-size // chunk_length)
+    held_out = min(chunks - 1, max(1, round(chunks * val_fraction)))
+    cut = (chunks - held_out) * chunk_length
+    if held_out < 1 or size - cut < 2:  # no chunk to spare, or a single token: nothing to predict
+        return whole_stream(cache), None
+    val_bytes = None
+    if cache.token_byte_lengths is not None:
+        tail = cache.tokens[cut:]
+        val_bytes = sum(
+            int(cache.token_byte_lengths[tail[at : at + HASH_BYTES]].sum())
+            for at in range(0, len(tail), HASH_BYTES)
+        )
+    return (
+        TokenStream(cache.tokens, np.array([0]), np.array([cut])),
+        TokenStream(cache.tokens, np.array([cut]), np.array([size]), utf8_bytes=val_bytes),
+    )
+
+
+# ---------------------------------------------------------------------------- pretraining chunks
+
+
+def count_chunks(n_tokens: int, chunk_length: int) -> int:
+    """Chunks of a stream: every token but the last is an input, so ceil((n - 1) / chunk_length)."""
+    return -(-max(0, n_tokens - 1) // chunk_length)
+
+
+class PretrainDataset:
+    """A token stream cut into chunks of `chunk_length` inputs; the last one may be short.
+
+    Chunk i predicts tokens i*T+1 .. (i+1)*T from tokens i*T .. (i+1)*T-1. The length cuts the
+    stream and never truncates the text: the old bug was to tokenize a file with max_len=1024, which
+    made "1 chunk" of any file. Raises UsageError for fewer than two tokens.
+    """
+
+    def __init__(self, stream: TokenStream, chunk_length: int) -> None:
+        if chunk_length < 1:
+            raise UsageError(f"--max_seq_len {chunk_length}: must be at least 1")
+        if len(stream) < 2:
+            raise UsageError(
+                f"the training text is {len(stream)} token: at least two are needed, one to read "
+                "and one to predict"
+            )
+        self.stream, self.chunk_length = stream, chunk_length
+
+    @classmethod
+    def from_files(
+        cls,
+        patterns: Sequence[str | Path],
+        tokenizer: Tokenizer,
+        chunk_length: int,
+        *,
+        cache_dir: Path,
+        reading: Reading | None = None,
+        progress: bool = False,
+    ) -> PretrainDataset:
+        """The chunks of text files, for those who import this class directly."""
+        files = find_text_files(patterns)
+        cache = build_or_load(files, tokenizer, reading or Reading(), cache_dir, progress=progress)
+        return cls(whole_stream(cache), chunk_length)
+
+    def __len__(self) -> int:
+        return count_chunks(len(self.stream), self.chunk_length)
+
+    @property
+    def n_targets(self) -> int:
+        """Tokens that one epoch predicts."""
+        return len(self.stream) - 1
+
+    def chunk(self, index: int) -> np.ndarray:
+        """Inputs and the target after the last, (up to chunk_length + 1,)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"chunk {index} of {len(self)}")
+        start = index * self.chunk_length
+        return self.stream.read(start, min(start + self.chunk_length + 1, len(self.stream)))
+
+    def batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tokens, targets), both (B, T) int64, T the longest chunk's; IGNORE_INDEX pads targets.
+
+        Tokens are padded with 0; causal attention lets no real position see them.
+        """
+        chunks = [self.chunk(int(index)) for index in indices]
+        longest = max(len(chunk) for chunk in chunks) - 1
+        tokens = np.zeros((len(chunks), longest), np.int64)
+        targets = np.full((len(chunks), longest), IGNORE_INDEX, np.int64)
+        for row, chunk in enumerate(chunks):
+            tokens[row, : len(chunk) - 1] = chunk[:-1]
+            targets[row, : len(chunk) - 1] = chunk[1:]
+        return torch.from_numpy(tokens), torch.from_numpy(targets)
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of 0..n-1, (n,) int64, read-only; the same for ever for the same numbers.
+
+    It sorts the raw output of PCG64, a stream that NumPy promises to keep (NEP 19); it promises no
+    such thing for `Generator.permutation`, and a run may be resumed after an upgrade.
+    """
+    raw = np.random.PCG64([seed, epoch]).random_raw(n)
+    order = np.argsort(raw, kind="stable")
+    order.flags.writeable = False
+    return order
+
+
+def count_batches(n: int, batch_size: int) -> int:
+    """Batches of an epoch, the short last one included."""
+    return -(-n // batch_size)
+
+
+def batch_indices(n: int, batch_size: int, seed: int, epoch: int, index: int) -> np.ndarray:
+    """Chunk numbers of batch `index` of an epoch, (up to batch_size,) int64; the last is short."""
+    if not 0 <= index < count_batches(n, batch_size):
+        raise IndexError(f"batch {index} of {count_batches(n, batch_size)}")
+    return epoch_order(n, seed, epoch)[index * batch_size : (index + 1) * batch_size]
+
+
+# ---------------------------------------------------------------------------- labelled sentences
+
+UNLABELLED = -1  # the label of a sentence without one, in files and in batches
+BUCKET_BATCHES = 50  # training batches are sorted by length within windows of this many
+
+
+@dataclass(frozen=True)
+class LabelledExample:
+    """A sentence as written, and its label; None where the file has none."""
+
+    label: int | None
+    sentence: str
+
+
+class LabelledBatch(NamedTuple):
+    """Sentences as tensors, padded on the right with 0: `lengths` says what is real."""
+
+    tokens: torch.Tensor  # (B, T) int64
+    lengths: torch.Tensor  # (B,) int64
+    labels: torch.Tensor  # (B,) int64, UNLABELLED where there is none
+    indices: torch.Tensor  # (B,) int64, places in the file
+
+
+def read_labelled(path: Path, *, n_labels: int | None = None) -> list[LabelledExample]:
+    """The lines `label ||| sentence` of a file, in order; blank lines are left out.
+
+    A label of -1, or none, means unlabelled. Raises UsageError `file:line: ...` for anything else
+    that is not a whole number from 0 (below `n_labels`, if given), and for an empty file.
+    """
+    examples = [
+        LabelledExample(_parse_label(label, f"{path}:{number}", n_labels), sentence)
+        for number, line in TextSource(path).lines()
+        if line.strip()
+        for label, sentence in [split_labelled(path, number, line)]
+    ]
+    if not examples:
+        raise UsageError(f"{path}: empty, there is no line `label ||| sentence`")
+    return examples
+
+
+def _parse_label(text: str, where: str, n_labels: int | None) -> int | None:
+    if text in ("", str(UNLABELLED)):
+        return None
+    if not re.fullmatch(r"-?[0-9]{1,9}", text):
+        raise UsageError(f"{where}: label {text!r} is not a whole number")
+    label = int(text)
+    if label < 0 or (n_labels is not None and label >= n_labels):
+        last = "" if n_labels is None else f" to {n_labels - 1}"
+        raise UsageError(
+            f"{where}: label {label} is not one of 0{last} (-1 for unlabelled); do the label names "
+            "belong to this file?"
+        )
+    return label
+
+
+class LlamaDataset:
+    """A labelled file, encoded: BOS, sentence cut to `max_sentence_len`, `suffix`, EOS if asked.
+
+    Cutting leaves the suffix (a prompt's question) whole. `ids[i]` are the tokens of `examples[i]`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tokenizer: Tokenizer,
+        *,
+        n_labels: int | None = None,
+        max_sentence_len: int | None = None,
+        suffix: str = "",
+        eos: bool = False,
+    ) -> None:
+        self.path = path
+        self.examples = read_labelled(path, n_labels=n_labels)
+        # A vocabulary joins nothing across the space before a word, so sentence and suffix, which
+        # gets that space by itself, are encoded apart.
+        tail = tokenizer.encode(suffix, bos=False, eos=eos)
+        sentences = tokenizer.sp_model.encode([example.sentence for example in self.examples])
+        self.ids = [[tokenizer.bos_id, *ids[:max_sentence_len], *tail] for ids in sentences]
+        self.lengths = np.array([len(ids) for ids in self.ids], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def labels(self) -> list[int | None]:
+        """The label of each example."""
+        return [example.label for example in self.examples]
+
+    def is_unlabelled(self) -> bool:
+        """Whether no sentence has a label."""
+        return all(label is None for label in self.labels)
+
+    def has_placeholder_labels(self) -> bool:
+        """Whether a test file's labels tell nothing: none, or one and the same on every line.
+
+        CFIMDB's test file has 0 on all lines; an accuracy against it means nothing.
+        """
+        return self.is_unlabelled() or (len(self) > 1 and len(set(self.labels)) == 1)
+
+    def length_sorted_batches(self, batch_size: int) -> list[np.ndarray]:
+        """Every index once, longest sentences first, so that little is padded; for prediction."""
+        order = np.argsort(-self.lengths, kind="stable")
+        return np.split(order, range(batch_size, len(order), batch_size))
+
+    def training_batches(self, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+        """The batches of an epoch, `bucketed_batches` of this file's lengths."""
+        return bucketed_batches(self.lengths, batch_size, seed, epoch)
+
+    def collate(self, indices: Sequence[int] | np.ndarray) -> LabelledBatch:
+        """The examples at `indices` as one batch, padded to its longest."""
+        lengths = torch.from_numpy(self.lengths[np.asarray(indices)])
+        tokens = torch.zeros(len(indices), int(lengths.max()), dtype=torch.int64)
+        for row, index in enumerate(indices):
+            tokens[row, : len(self.ids[index])] = torch.tensor(self.ids[index])
+        labels = [self.examples[index].label for index in indices]
+        labels = [UNLABELLED if label is None else label for label in labels]
+        return LabelledBatch(
+            tokens, lengths, torch.tensor(labels), torch.tensor([int(i) for i in indices])
+        )
+
+
+def bucketed_batches(
+    lengths: np.ndarray, batch_size: int, seed: int, epoch: int
+) -> list[np.ndarray]:
+    """Batches of an epoch, alike in length: a pure function of (lengths, batch_size, seed, epoch).
+
+    Indices are shuffled, sorted by length within windows of BUCKET_BATCHES batches, cut into
+    batches, and the batches shuffled. Each index comes once; one batch may be short.
+    """
+    order = epoch_order(len(lengths), seed, epoch)
+    window = BUCKET_BATCHES * batch_size
+    batches = []
+    for start in range(0, len(order), window):
+        part = order[start : start + window]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        batches += np.split(part, range(batch_size, len(part), batch_size))
+    # Another stream than the indices' own: the epoch's number alone would give the same one twice.
+    return [batches[i] for i in epoch_order(len(batches), seed + (1 << 32), epoch)]
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+
+def content_digest(payload: Any) -> str:
+    """SHA-256 over every key, plain value and tensor byte of a checkpoint, in order."""
+    digest = hashlib.sha256()
+
+    def add(node: Any) -> None:
+        if isinstance(node, torch.Tensor):
+            digest.update(f"{node.dtype}{tuple(node.shape)}".encode())
+            flat = node.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy())
+        elif isinstance(node, dict):
+            digest.update(f"dict{len(node)}".encode())
+            for key, value in node.items():
+                digest.update(repr(key).encode())
+                add(value)
+        elif isinstance(node, list | tuple):
+            digest.update(f"{type(node).__name__}{len(node)}".encode())
+            for value in node:
+                add(value)
+        else:
+            digest.update(repr(node).encode())
+
+    add(payload)
+    return digest.hexdigest()
+
+
+def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
+    """Write tensors and plain values with their digest, whole or not at all. Raises OSError."""
+    sealed = payload | {"digest": content_digest(payload)}
+    atomic_write(path, lambda file: torch.save(sealed, file))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a file of `save_checkpoint` and verify it; runs no code from it.
+
+    Raises UsageError naming the file when it is not whole, not ours, or not what was written.
+    """
+    if not path.is_file():
+        raise UsageError(f"--resume {path}: no such file")
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+        digest = payload.pop("digest")
+        intact = content_digest(payload) == digest
+    except Exception as error:  # torch raises many kinds for a damaged or foreign file
+        reason = str(error).strip().split("\n")[0]
+        raise UsageError(f"{path} is not a whole checkpoint of this program ({reason})") from None
+    if not intact:
+        raise UsageError(f"{path} is damaged: its content does not match its SHA-256")
+    return payload
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every random number generator, as tensors and plain values."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Put back what `random_state` took; CUDA's only where the number of GPUs is the same."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+# ---------------------------------------------------------------------------- the run's folder
+
+
+@dataclass
+class RunFolder:
+    """The files of one run: checkpoints `<prefix>-epoch-N.pt`, its models and its records.
+
+    `prefix` names the option (`pretrain`) or the option and the data set (`finetune-sst`), so runs
+    of several options share a folder without touching each other's files.
+    """
+
+    path: Path
+    prefix: str
+
+    @property
+    def records_prefix(self) -> str:
+        """What stands before the records' names: nothing for the main job."""
+        return "" if self.prefix == "pretrain" else f"{self.prefix}-"
+
+    def file(self, name: str) -> Path:
+        """One of the run's files by its plain name, e.g. final-model.pt or metrics.jsonl."""
+        return self.path / f"{self.records_prefix}{name}"
+
+    def own_files(self) -> list[Path]:
+        """The files that runs of this prefix write and that stand here now."""
+        names = ("final-model.pt", "best-model.pt", "metrics.jsonl", "run.json", "loss-curve.svg")
+        files = [self.file(name) for name in names if self.file(name).is_file()]
+        return files + self.checkpoints()
+
+    def checkpoints(self) -> list[Path]:
+        """Resumable checkpoints, the newest (by time of writing) first."""
+        pattern = re.compile(re.escape(self.prefix) + r"-(epoch|step)-\d+\.pt")
+        found = [path for path in self.path.glob("*.pt") if pattern.fullmatch(path.name)]
+        return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+
+    def epoch_checkpoint(self, epoch: int) -> Path:
+        """The resumable checkpoint after `epoch` passes over the data."""
+        return self.path / f"{self.prefix}-epoch-{epoch}.pt"
+
+    def step_checkpoint(self, step: int) -> Path:
+        """The resumable checkpoint after `step` optimizer steps."""
+        return self.path / f"{self.prefix}-step-{step}.pt"
+
+    def prune(self, keep_last: int) -> None:
+        """Delete all but the newest `keep_last` step checkpoints (0: keep all)."""
+        steps = [path for path in self.checkpoints() if "-step-" in path.name]
+        for path in steps[keep_last:] if keep_last else []:
+            path.unlink()
+
+    def check_free(self, *, resume: bool, overwrite: bool) -> None:
+        """Raise UsageError if a run stands here that is neither to be resumed nor removed."""
+        present = self.own_files()
+        if present and not resume and not overwrite:
+            raise UsageError(
+                f"--save_dir {self.path} already holds a run ({present[0].name}): add --resume "
+                "auto to go on with it, --overwrite to remove its files, or name another folder"
+            )
+
+    def clear(self) -> None:
+        """Remove the files of an earlier run, and no others."""
+        for path in self.own_files():
+            path.unlink()
+
+    def add_start(self, record: dict[str, Any]) -> None:
+        """Put one start of the run, the first or a resume, into run.json."""
+        path = self.file("run.json")
+        starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.is_file() else []
+        write_text(path, json.dumps({"starts": [*starts, record]}, indent=2) + "\n")
+
+    def find_checkpoint(self, resume: str) -> tuple[Path, dict[str, Any]]:
+        """The checkpoint that `--resume` names, read and verified; auto: the newest that is whole.
+
+        Raises UsageError if there is none.
+        """
+        if resume != "auto":
+            return Path(resume), load_checkpoint(Path(resume))
+        for path in self.checkpoints():
+            try:
+                return path, load_checkpoint(path)
+            except UsageError as error:
+                print(f"skipped: {error}")
+        raise UsageError(
+            f"--resume auto: no whole {self.prefix} checkpoint in {self.path}; start without it"
+        )
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Make `folder` and write a byte into it; raises UsageError that names the flag."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe.{os.getpid()}"
+        probe.write_bytes(b"\0")
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"{flag} {folder}: cannot write there ({error.strerror})") from None
+
+
+def check_writable_file(path: Path, flag: str) -> None:
+    """Raise UsageError, naming the flag, where a file cannot be written at the end of a run."""
+    if path.is_dir():
+        raise UsageError(f"{flag} {path}: is a folder; name a file")
+    check_writable(path.parent, flag)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise UsageError(f"{flag} {path}: is write-protected; name another file")
+
+
+# ---------------------------------------------------------------------------- the process
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, numpy's and torch's generators, on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run, as torchrun tells it in the environment."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints and writes the files that are written once."""
+        return self.rank == 0
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        """Read RANK and WORLD_SIZE; a process started alone is rank 0 of 1."""
+        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def choose_device(use_gpu: bool) -> tuple[torch.device, str]:
+    """The device to compute on, and a line that says so; a missing GPU is no error."""
+    gpu = None
+    if torch.cuda.is_available():
+        gpu = torch.device("cuda")
+    elif torch.backends.mps.is_available():
+        gpu = torch.device("mps")
+    if gpu is not None and use_gpu:
+        name = torch.cuda.get_device_name() if gpu.type == "cuda" else "Apple GPU (MPS)"
+        return gpu, name
+    note = f"CPU, {torch.get_num_threads()} threads"
+    if use_gpu:
+        note += "; --use_gpu: no GPU that torch can use was found, so this goes on on the CPU"
+    elif gpu is not None:
+        note += "; this machine has a GPU: --use_gpu uses it"
+    return torch.device("cpu"), note
+
+
+def describe_device(device: torch.device) -> str:
+    """The device's name, for records."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {platform.processor() or platform.machine()}"
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes free on the disk of `folder`, or of the nearest folder above it that exists."""
+    while not folder.exists():
+        folder = folder.absolute().parent
+    return shutil.disk_usage(folder).free
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the arithmetic; `auto` takes bfloat16 where the device multiplies it fast."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.bfloat16` as the flags spell it: bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes free on the device (the CPU: in the machine), or None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        if sys.platform == "linux":
+            text = Path("/proc/meminfo").read_text(encoding="utf-8")
+            return int(re.search(r"MemAvailable:\s+(\d+)", text)[1]) * 1024
+        if sys.platform == "darwin":
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return windows_available_memory()
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def windows_available_memory() -> int:
+    """Bytes of free physical memory, from GlobalMemoryStatusEx."""
+    import ctypes
+
+    status = (ctypes.c_uint64 * 8)()  # MEMORYSTATUSEX: length and load, then seven sizes
+    status[0] = ctypes.sizeof(status)
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(status)
+    return status[2]
+
+
+def used_memory(device: torch.device) -> int | None:
+    """Peak bytes of this process on the device (the CPU: resident), or None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform in ("linux", "darwin"):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1024 if sys.platform == "linux" else 1)
+    return None
+
+
+class Interrupted(Exception):
+    """The user asked to stop while nothing had to be saved; nothing half-made is left."""
+
+
+@dataclass
+class StopRequest:
+    """Whether the user asked to stop (Ctrl-C, SIGTERM). The handler only sets it; loops read it.
+
+    A second signal finds Python's own handler restored and ends the process at once.
+    """
+
+    signal_number: int | None = None
+    previous: dict[int, Any] = field(default_factory=dict)
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return self.signal_number is not None
+
+    @property
+    def exit_status(self) -> int:
+        """What a shell expects of a process ended by that signal: 130 for Ctrl-C, 143 for TERM."""
+        return 128 + (self.signal_number or 0)
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal has come: for work that has nothing to save."""
+        if self.requested:
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Handle SIGINT and SIGTERM within the block."""
+
+        def handle(signal_number: int, frame: Any) -> None:
+            self.signal_number = signal_number
+            self.restore()
+            # os.write, since print may be interrupted in the middle of its own lock
+            os.write(2, b"\nstopping after this step; once more to quit at once\n")
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.previous[number] = signal.signal(number, handle)
+        try:
+            yield self
+        finally:
+            self.restore()
+
+    def restore(self) -> None:
+        """Put back the handlers that were there before."""
+        while self.previous:
+            number, handler = self.previous.popitem()
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------- telemetry
+
+
+class GpuTelemetry:
+    """Memory, utilisation, power and energy of an NVIDIA GPU through NVML; silent without one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.handle = None
+        if device.type != "cuda":
+            return
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+            self.nvml, self.handle = pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            self.start_energy = pynvml.nvmlDeviceGetTotalEnergyConsumption(self.handle)
+        except Exception:  # no driver, no permission, a GPU without the counter: no telemetry
+            self.handle = None
+
+    def sample(self) -> dict[str, float]:
+        """Bytes in use, % busy, watts, joules since the start; an empty dict where unknown."""
+        if self.handle is None:
+            return {}
+        try:
+            energy = self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle)
+            return {
+                "gpu_memory_used": self.nvml.nvmlDeviceGetMemoryInfo(self.handle).used,
+                "gpu_utilization": self.nvml.nvmlDeviceGetUtilizationRates(self.handle).gpu,
+                "gpu_power_watts": self.nvml.nvmlDeviceGetPowerUsage(self.handle) / 1000,
+                "gpu_energy_joules": (energy - self.start_energy) / 1000,
+            }
+        except self.nvml.NVMLError:
+            return {}
+
+
+# Dense bfloat16 (V100, T4: float16) tensor-core rates of the makers' data sheets, in FLOP/s.
+GPU_PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "V100": 125e12,
+    "T4": 65e12,
+    "4090": 165e12,
+    "3090": 71e12,
+}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that MFU is measured against: the data sheet's, else a large product timed here."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for key, rate in GPU_PEAK_FLOPS.items():
+            if key in name:
+                return rate
+    size = 1024
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # .item() waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine of this run, for run.json."""
+    commit = (
+        subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip()
+        if shutil.which("git")
+        else ""
+    )
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "git_commit": commit or None,
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+# ---------------------------------------------------------------------------- metrics
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON line per optimizer step, each step once, also over resumes."""
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        """Open the log to go on after `last_step`; later lines belong to steps to be made again."""
+        self.path = path
+        self.records = [record for record in read_records(path) if record["step"] <= last_step]
+        write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
+        self.file = path.open("a", encoding="utf-8", newline="\n")
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add one step's record and hand it to the system, so that it outlives the process."""
+        self.records.append(record)
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file; a last line cut short by a crash is left out."""
+    records = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+    return records
+
+
+def loss_curve_svg(records: list[dict[str, Any]], title: str) -> str:
+    """The training and validation loss over the steps as an SVG picture for any browser."""
+    width, height, left, top = 860, 460, 70, 50
+    plot_width, plot_height = width - left - 30, height - top - 60
+    train = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
+    val = [(r["step"], r["val_loss"]) for r in records if r.get("val_loss") is not None]
+    points = train + val
+    if not points:
+        return ""
+    last_step = max(step for step, _ in points)
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    span = (high - low) or 1.0
+
+    def place(step: float, loss: float) -> str:
+        x = left + plot_width * step / max(1, last_step)
+        return f"{x:.1f},{top + plot_height * (high - loss) / span:.1f}"
+
+    def line(series: list[tuple[float, float]], color: str) -> str:
+        path = " ".join(place(*point) for point in series)
+        return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6"/>'
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        'font-family="sans-serif" font-size="13">',
+        '<rect width="100%" height="100%" fill="white"/>',
+        f'<text x="{left}" y="28" font-size="17">{title}</text>',
+    ]
+    for i in range(6):
+        loss, step = low + span * i / 5, last_step * i / 5
+        x, y = place(step, loss).split(",")
+        parts += [
+            f'<line x1="{left}" x2="{left + plot_width}" y1="{y}" y2="{y}" stroke="#ddd"/>',
+            f'<text x="{left - 8}" y="{y}" dy="4" text-anchor="end">{loss:.2f}</text>',
+            f'<text x="{x}" y="{height - 38}" text-anchor="middle">{step:,.0f}</text>',
+        ]
+    parts += [
+        line(train[:: max(1, len(train) // 2000)], "#4477aa"),
+        line(val, "#cc3311"),
+        *(
+            f'<circle cx="{place(*p).split(",")[0]}" cy="{place(*p).split(",")[1]}" r="3" '
+            'fill="#cc3311"/>'
+            for p in val
+        ),
+        f'<text x="{left + plot_width / 2}" y="{height - 12}" text-anchor="middle">'
+        "optimizer step</text>",
+        f'<text x="{left + plot_width - 210}" y="28" fill="#4477aa">training loss</text>',
+        f'<text x="{left + plot_width - 100}" y="28" fill="#cc3311">validation loss</text>',
+        "</svg>\n",
+    ]
+    return "\n".join(parts)
