@@ -113,7 +113,8 @@ def outcome(folder: Path, step: int) -> dict[str, Any]:
     found = {name: content_digest(state[name]) for name in kept}
     for name in ("final-model.pt", "best-model.pt"):
         found[name] = content_digest(load_checkpoint(folder / "run" / name))
-    records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open("rb")]
+    lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
     found["metrics"] = [{k: v for k, v in r.items() if k not in TIMED} for r in records]
     return found
 
