@@ -129,6 +129,13 @@ def live(folder: str, words: list[str], slow_save: int | None) -> None:
     sys.argv = ["run_llama.py", *words]
     sys.stdout = sys.stderr = open("output.txt", "a", encoding="utf-8", buffering=1)
     run_llama.peak_flops = lambda *_: 1e9  # a tenth of a second that tells nothing here
+    train = run_llama.train
+
+    def announced(run: run_llama.Run) -> None:
+        Path("training").touch()
+        train(run)
+
+    run_llama.train = announced
     if slow_save is not None:
         slow_down(slow_save)
     sys.exit(run_llama.main(parse_options([*SMALL, *words])))
@@ -163,18 +170,20 @@ def slow_down(number: int) -> None:
     utils.atomic_write = atomic_write
 
 
-def kill_once(folder: Path, words: list[str], chance: random.Random, in_save: bool) -> int | None:
+def kill_once(
+    folder: Path, words: list[str], chance: random.Random, kind: str, training_seconds: float
+) -> int | None:
     """Start or resume the run and kill it; returns the exit status, None where the kill came."""
-    announced = folder / "in-save"
-    announced.unlink(missing_ok=True)
-    slow_save = chance.randrange(1, 5) if in_save else None
+    announced = {IN_TRAINING: "training", IN_SAVE: "in-save"}.get(kind)
+    for name in ("training", "in-save"):
+        (folder / name).unlink(missing_ok=True)
+    slow_save = chance.randrange(1, 5) if kind == IN_SAVE else None
     process = start_process(live, str(folder), words, slow_save)
-    if in_save:
-        while process.is_alive() and not announced.exists():
-            time.sleep(0.001)
-        process.join(chance.uniform(0, 0.15))
-    else:
-        process.join(chance.uniform(0, 1.2))
+    while announced and process.is_alive() and not (folder / announced).exists():
+        time.sleep(0.001)
+    # A third of the training: enough lives come so far that the run gets on.
+    longest = {IN_TRAINING: training_seconds / 3, IN_SAVE: 0.12, IN_START: 1.0}[kind]
+    process.join(chance.uniform(0, longest))
     if process.is_alive():
         process.kill()
         process.join()
@@ -182,38 +191,54 @@ def kill_once(folder: Path, words: list[str], chance: random.Random, in_save: bo
     return None if killed else process.exitcode
 
 
+IN_START, IN_TRAINING, IN_SAVE = "start or resume", "training", "inside a save"
+KINDS = (
+    IN_TRAINING,
+    IN_TRAINING,
+    IN_SAVE,
+    IN_TRAINING,
+    IN_TRAINING,
+    IN_START,
+    IN_SAVE,
+    IN_TRAINING,
+)
+
+
 def kills(folder: Path, count: int, *, steps: int = 60, per_run: int = 8, seed: int = 0) -> Tally:
     """SIGKILL at random moments, every fourth inside a save; each run ends as the one never killed.
 
-    A run is killed `per_run` times and then left to end; then the next one begins.
+    A run is killed up to `per_run` times and then left to end; then the next one begins.
     """
     tally, chance = Tally(), random.Random(seed)
     write_text_file(folder / "whole")
     words = ["--max_steps", str(steps), "--save_dir", "run"]
-    status, text = run_here(folder / "whole", *words)
-    assert status == 0, text
+    process = start_process(live, str(folder / "whole"), words, None)
+    process.join()
+    training = (folder / "whole" / "run" / f"pretrain-step-{steps}.pt").stat().st_mtime
+    training -= (folder / "whole" / "training").stat().st_mtime
     expected = outcome(folder / "whole", steps)
-    number = 0
+    number, landed = 0, Counter()
     while tally.tried.total() < count:
         number += 1
-        place, landed, status = folder / f"killed-{number}", Counter(), None
+        place, status = folder / f"killed-{number}", None
         write_text_file(place)
         shutil.copytree(folder / "whole" / "cache", place / "cache")
+        landed.clear()
         while status is None and landed.total() < min(per_run, count - tally.tried.total()):
-            in_save = (tally.tried.total() + landed.total()) % 4 == 3
+            kind = KINDS[(tally.tried.total() + landed.total()) % len(KINDS)]
             began = (place / "run" / "run.json").exists()
             resume = ["--resume", "auto"] if began else []
-            status = kill_once(place, words + resume, chance, in_save)
-            if status is None:
-                landed["kill inside a save" if in_save else "kill at a random moment"] += 1
-        if status is None or not landed:  # else the run was faster than the last kill
-            process = start_process(live, str(place), [*words, "--resume", "auto"], None)
+            status = kill_once(place, words + resume, chance, kind, training)
+            landed[kind] += status is None  # else the run had ended before the kill
+        if status is None:
+            resume = ["--resume", "auto"] if (place / "run" / "run.json").exists() else []
+            process = start_process(live, str(place), words + resume, None)
             process.join()
             status = process.exitcode
         same = status == 0 and outcome(place, steps) == expected
+        story = (place / "output.txt").read_text(encoding="utf-8")
         for kind, times in landed.items():
-            story = (place / "output.txt").read_text(encoding="utf-8")[-500:]
-            tally.count(kind, same, f"run {number}: exit {status}, {story}", times)
+            tally.count(f"SIGKILL, {kind}", same, f"run {number}: exit {status}, {story}", times)
         if same:
             shutil.rmtree(place)
     return tally

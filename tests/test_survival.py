@@ -59,7 +59,7 @@ def test_killed_runs_end_as_if_they_never_were(tmp_path):
     """SIGKILL at random moments and inside saves, dropout on: bit-equal in the end."""
     tally = survivor.kills(tmp_path, 8)
     assert_all_survived(tally)
-    assert tally.tried["kill inside a save"] == 2 and tally.tried.total() == 8
+    assert tally.tried["SIGKILL, inside a save"] == 2 and tally.tried.total() == 8
 
 
 @pytest.mark.soak
