@@ -884,6 +884,8 @@ def load_pretrained(path: str | Path) -> Llama:
     path = Path(path)
     if path.is_dir():
         return _read_hugging_face(path)
+    if path.exists() and not path.is_file():  # opening a FIFO would wait for ever
+        raise UsageError(f"{path}: not a regular file")
     try:
         with path.open("rb") as file:
             head = file.read(64)

@@ -284,7 +284,7 @@ def train(run: Run) -> None:
     bar = tqdm(total=plan.last_step, initial=progress.step, unit="step", dynamic_ncols=True)
     run.model.train()
     with contextlib.closing(log), bar:
-        while (progress.step < plan.last_step or progress.pending) and not run.stop.requested:
+        while not has_ended(run) and not run.stop.requested:
             record = progress.pending or optimizer_step(run)
             if progress.skipped >= MAX_SKIPPED:
                 roll_back(run)
@@ -313,9 +313,8 @@ def train(run: Run) -> None:
                 write_checkpoint(run, run.folder.epoch_checkpoint(epoch))
             elif ends_run or every(options.checkpoint_interval, progress.step):
                 write_checkpoint(run, run.folder.step_checkpoint(progress.step))
-            if ends_epoch and out_of_patience(task, plan, progress):
+            if has_ended(run) and not ends_run:
                 bar.write(f"stopped: no better {task.goal} for {task.patience} epochs")
-                break
     if run.stop.requested:
         write_checkpoint(run, run.folder.step_checkpoint(progress.step))
         run.files.finish()
@@ -517,10 +516,16 @@ def is_new_best(task: Task, progress: Progress, record: dict[str, Any]) -> bool:
     return True
 
 
-def out_of_patience(task: Task, plan: TrainingPlan, progress: Progress) -> bool:
-    """Whether too many epochs have gone by without a new best."""
+def has_ended(run: Run) -> bool:
+    """Whether the last step is made, or too many epochs have gone by without a new best."""
+    plan, progress, patience = run.plan, run.progress, run.task.patience
+    if progress.pending is not None:
+        return False
+    if progress.step >= plan.last_step:
+        return True
+    ends_epoch = progress.step % plan.steps_per_epoch == 0
     waited = progress.step - progress.best_step
-    return task.patience is not None and waited >= task.patience * plan.steps_per_epoch
+    return ends_epoch and patience is not None and waited >= patience * plan.steps_per_epoch
 
 
 def show(bar: tqdm, record: dict[str, Any]) -> None:

@@ -21,7 +21,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,7 +35,7 @@ import llama
 import run_llama
 import utils
 from config import LlamaConfig, UsageError, parse_options
-from llama import Llama, content_digest, load_pretrained, model_payload
+from llama import Llama, content_digest, load_pretrained
 from utils import BadCache, RunFolder, TokenCache, load_checkpoint, save_checkpoint
 
 SMALL = (
@@ -53,6 +52,8 @@ def start_process(target: Callable, *args: Any) -> Any:
     if os.name != "nt":
         CONTEXT.set_forkserver_preload(["survivor"])
         # The server starts with the first process, and finds what to import by this alone.
+        from multiprocessing import forkserver
+
         with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT / "tests")):
             forkserver.ensure_running()
     process = CONTEXT.Process(target=target, args=args)
@@ -559,8 +560,3 @@ def tiny_model() -> Llama:
         for parameter in model.parameters():
             parameter.copy_(torch.arange(parameter.numel()).view(parameter.shape) / 64)
     return model
-
-
-def tiny_payload() -> dict[str, Any]:
-    """What a weights file of `tiny_model` holds."""
-    return model_payload(tiny_model())

@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
 import zipfile
@@ -98,6 +99,25 @@ def test_a_thousand_damaged_files(tmp_path):
 def test_signals_in_every_phase(tmp_path):
     """While tokenizing, in the first step, validating, saving, finetuning and generating."""
     assert_all_survived(survivor.signals(tmp_path))
+
+
+def test_a_second_ctrl_c_quits_at_once(text, monkeypatch):
+    """In the middle of a save: the one before stays whole, nothing half-written is left."""
+    calls, real = [], utils.verify_seal
+
+    def twice(path):
+        calls.append(path.name)
+        if "step-6" in path.name:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return real(path)
+
+    monkeypatch.setattr(utils, "verify_seal", twice)
+    status, said = run_here(text, "--max_steps", "30", "--save_dir", "run")
+    assert status == 130 and "Traceback" not in said
+    assert [path.name for path in (text / "run").glob("*.pt")] == ["pretrain-step-3.pt"]
+    assert not list((text / "run").glob(".*"))
+    load_checkpoint(text / "run" / "pretrain-step-3.pt")
 
 
 def test_a_disk_that_is_really_full(tmp_path):
@@ -342,6 +362,22 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(text):
     status, said = run_here(text, "--max_steps", "3", "--save_dir", "run", "--resume", "auto")
     assert status == 0 and "begins anew" in said
     assert [record["step"] for record in records(text)] == [1, 2, 3]
+
+
+def test_a_run_stopped_for_want_of_progress_stays_stopped(text):
+    """Killed after its last checkpoint, it went on training past its early end."""
+    survivor.write_labelled(text)
+    assert run_here(text, "--max_steps", "2", "--save_dir", "model")[0] == 0
+    words = (
+        "--option finetune --pretrained_model_path model/final-model.pt --train toy-train.txt "
+        "--dev toy-train.txt --save_dir run --lr 1e-9 --epochs 9 --early_stopping 1 "
+        "--save_interval 1"
+    ).split()
+    status, said = run_here(text, *words)
+    assert status == 0 and "stopped: no better dev_accuracy for 1 epochs" in said
+    before = (text / "run" / "finetune-toy-metrics.jsonl").read_bytes()
+    assert run_here(text, *words, "--resume", "auto")[0] == 0
+    assert (text / "run" / "finetune-toy-metrics.jsonl").read_bytes() == before
 
 
 def test_what_a_killed_run_left_half_written_is_removed(text):
