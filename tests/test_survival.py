@@ -144,6 +144,21 @@ def test_a_disk_that_is_really_full(tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
+def test_records_that_the_disk_does_not_take_come_later(tmp_path, capsys):
+    """A full disk ended the run in the middle of a line of metrics.jsonl."""
+    log = utils.MetricsLog(tmp_path / "metrics.jsonl", last_step=0)
+    log.append({"step": 1})
+    log.file.close()
+    log.file = open("/dev/full", "w") if Path("/dev/full").exists() else None
+    log.append({"step": 2})
+    log.append({"step": 3})
+    log.rewind(2)
+    log.append({"step": 3})
+    log.close()
+    assert [record["step"] for record in utils.read_records(log.path)] == [1, 2, 3]
+    assert "No space left" in capsys.readouterr().out or not Path("/dev/full").exists()
+
+
 # ---------------------------------------------------------------------------- files
 
 
