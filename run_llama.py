@@ -198,7 +198,13 @@ def train(run: Run) -> None:
     telemetry = GpuTelemetry(run.device)
     peak = peak_flops(run.device, run.dtype)
     flops = plan.config.flops_per_token(plan.sequence_length)
-    bar = tqdm(total=plan.last_step, initial=progress.step, unit="step", dynamic_ncols=True)
+    bar = tqdm(
+        total=plan.last_step,
+        initial=progress.step,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.2 if sys.stderr.isatty() else 10,  # seconds; a log needs few lines
+    )
     run.model.train()
     while (progress.step < plan.last_step or progress.pending) and not run.stop.requested:
         record = progress.pending or optimizer_step(run)
@@ -340,7 +346,7 @@ def show(bar: tqdm, record: dict[str, Any]) -> None:
     metrics = {key: record[key] for key in EVALUATED if record.get(key) is not None}
     if metrics:
         figures = ", ".join(
-            f"{key.replace('_', ' ')} {value:.4g}" for key, value in metrics.items()
+            f"{key.replace('_', ' ')} {value:,.4g}" for key, value in metrics.items()
         )
         bar.write(f"epoch {record['epoch']}, step {record['step']:,}: {figures}")
 
@@ -620,7 +626,7 @@ def evaluate_text(
     try:
         with torch.inference_mode(), autocast(device, dtype):
             for first in tqdm(
-                range(0, len(dataset), size), desc="validating", leave=False, dynamic_ncols=True
+                range(0, len(dataset), size), desc="validating", leave=False, disable=None
             ):
                 stop.check()
                 indices = range(first, min(first + size, len(dataset)))
@@ -1006,7 +1012,7 @@ def predict(
     model.eval()
     with torch.inference_mode():
         batches = dataset.length_sorted_batches(batch_size)
-        for indices in tqdm(batches, desc="predicting", leave=False, dynamic_ncols=True):
+        for indices in tqdm(batches, desc="predicting", leave=False, disable=None):
             stop.check()
             batch = labelled_batch(dataset, indices, device)
             predictions[indices] = model(*batch.inputs[:2]).argmax(dim=-1).cpu().numpy()
