@@ -77,6 +77,7 @@ from utils import (
     batch_indices,
     bucketed_batches,
     build_or_load,
+    check_compiler,
     check_writable,
     check_writable_file,
     choose_device,
@@ -556,12 +557,19 @@ def pretrain(options: Options, stop: StopRequest) -> int:
     if options.plan:
         return 0
 
+    if options.compile:
+        check_compiler(device)
     model = Llama(config).to(device)
     model.vocabulary = tokenizer.model_bytes
     model.activation_checkpointing = options.activation_checkpointing
     optimizer, scaler = ready_to_train(model, options, device, dtype)
-    next_token_loss = NextTokenLoss(model)
-    loss = torch.compile(next_token_loss) if options.compile else next_token_loss
+    eager = NextTokenLoss(model)
+    compiled = torch.compile(eager, dynamic=False) if options.compile else eager
+
+    def loss(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        # An epoch's short last batch is not worth another half minute of compiling.
+        whole = tokens.shape == (options.pretrain_batch_size, options.max_seq_len)
+        return (compiled if whole else eager)(tokens, targets)[0]
 
     def batches(step: int) -> list[Batch]:
         epoch, index = divmod(step, plan.steps_per_epoch)
@@ -577,11 +585,11 @@ def pretrain(options: Options, stop: StopRequest) -> int:
     def evaluate() -> dict[str, float]:
         if texts.val is None:
             return {}
-        return evaluate_text(model, loss, texts.val, options, device, dtype, stop)
+        return evaluate_text(model, texts.val, options, device, dtype, stop)
 
     task = Task(
         batches=batches,
-        loss=lambda tokens, targets: loss(tokens, targets)[0],
+        loss=loss,
         evaluate=evaluate,
         goal="loss" if texts.val is None else "val_loss",
         higher_is_better=False,
@@ -609,7 +617,6 @@ def text_batch(dataset: PretrainDataset, indices: Sequence[int], device: torch.d
 
 def evaluate_text(
     model: Llama,
-    loss: Callable[..., tuple[torch.Tensor, torch.Tensor]],
     dataset: PretrainDataset,
     options: Options,
     device: torch.device,
@@ -631,7 +638,7 @@ def evaluate_text(
                 stop.check()
                 indices = range(first, min(first + size, len(dataset)))
                 batch = text_batch(dataset, indices, device)
-                loss_sum += loss(*batch.inputs)[0].item()
+                loss_sum += model.loss(*batch.inputs)[0].item()
     finally:
         model.train()
     metrics = {"val_loss": loss_sum / dataset.n_targets}
@@ -937,6 +944,8 @@ def finetune(options: Options, stop: StopRequest) -> int:
     if options.plan:
         return 0
 
+    if options.compile:
+        check_compiler(device)
     optimizer, scaler = ready_to_train(model, options, device, dtype)
     classify = torch.compile(model, dynamic=True) if options.compile else model
 
@@ -1175,7 +1184,9 @@ def generate(options: Options, stop: StopRequest) -> int:
         flags = ("--generated_sentence_low_temp_out", "--generated_sentence_high_temp_out")
         for flag, (_, path) in zip(flags, outputs, strict=True):
             check_writable_file(path, flag)
-    llama, tokenizer, _ = load_model(options)
+    llama, tokenizer, device = load_model(options)
+    if device.type == "cpu":
+        llama.lay_out_for_decoding()
     writer = Writer(llama, tokenizer, options, stop)
     for temperature, path in outputs:
         print(f"Temperature is {temperature:g}")

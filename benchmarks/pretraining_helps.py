@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = "--dim 128 --n_layers 4 --n_heads 2 --max_seq_len 128 --dropout 0.1".split()
-PRETRAIN = "--epochs 20 --pretrain_batch_size 16 --pretrain_lr 3e-3 --sentences_only".split()
+PRETRAIN = "--epochs 8 --pretrain_batch_size 16 --pretrain_lr 3e-3 --sentences_only".split()
 UNTRAINED = "--max_steps 1 --pretrain_lr 1e-9 --sentences_only".split()
 FINETUNE = "--epochs 4 --batch_size 16 --lr 3e-4 --hidden_dropout_prob 0.3".split()
 
