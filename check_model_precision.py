@@ -49,7 +49,7 @@ from llama import (
     to_half_split,
 )
 from tokenizer import Tokenizer, export_tokenizer_bin
-from utils import atomic_write, content_digest
+from utils import atomic_write
 
 PROGRAM = "check_model_precision.py"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -121,7 +121,7 @@ def read_stored(path: Path) -> tuple[str, dict[str, Tensor], dict[str, Any], str
     with path.open("rb") as file:
         head = file.read(8).ljust(8, b"\0")
     if head[:2] == b"PK" or head[:2] == b"\x80\x02":
-        payload = load_payload(path)
+        payload = load_payload(path, verify=False)
         kind = "resumable checkpoint" if "optimizer" in payload else "weights file"
         return kind, payload["model"], payload, None
     state = load_pretrained(path).state_dict()
@@ -191,9 +191,6 @@ def verify_file(path: Path, report: Report, weights: dict[str, Tensor], payload:
             for kind, count in (("nan", tensor.isnan().sum()), ("inf", tensor.isinf().sum())):
                 if count:
                     getattr(report, kind)[name] = int(count)
-    sealed = {key: value for key, value in payload.items() if key != "digest"}
-    if "digest" in payload and content_digest(sealed) != payload["digest"]:
-        report.damage.append("its content is not what its digest says")
     try:
         load_pretrained(path)
     except UsageError as error:

@@ -29,6 +29,10 @@ class UsageError(ValueError):
     """Bad input. The message is for the user: what was given, where, and the remedy."""
 
 
+class RunFailed(Exception):
+    """A run that cannot go on or end as it should, through no bad input; a line for the user."""
+
+
 def fingerprint(model_bytes: bytes) -> str:
     """What a vocabulary is called in messages: the first 16 hex digits of its file's SHA-256."""
     return hashlib.sha256(model_bytes).hexdigest()[:16]
@@ -405,6 +409,11 @@ class TrainOptions:
         1000, "optimizer steps between resumable checkpoints; 0: none", at_least=0
     )
     keep_last: int = flag(2, "step checkpoints to keep; 0: all", at_least=0)
+    on_nonfinite: Literal["rollback", "stop"] = flag(
+        "rollback",
+        "after 10 steps in a row whose loss or gradients are not finite: go back to the last good "
+        "checkpoint with half the learning rate, or stop",
+    )
 
 
 @dataclass(frozen=True)
@@ -681,7 +690,7 @@ def options_or_exit(arguments: Sequence[str]) -> Options:
         sys.exit(2)
 
 
-def report_usage_error(program: str, error: UsageError) -> None:
+def report_usage_error(program: str, error: Exception) -> None:
     """Print each problem of the error on a line of its own."""
     for line in str(error).splitlines():
         print(f"{program}: error: {line}", file=sys.stderr)

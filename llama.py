@@ -10,6 +10,7 @@ S places in the cache; `dim` is the width of the residual stream.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import pickle
@@ -718,6 +719,8 @@ def merge_lora(model: Llama) -> None:
 
 # ---------------------------------------------------------------------------- model files
 
+FORMAT_VERSION = 2  # of .pt files; 1: 'digest' among the keys, where there is one; 2: sealed
+SEAL = b"minllama sha256 "  # begins the comment that ends a sealed file; 64 hex digits follow
 LLAMA2C_MAGIC = 0x616B3432  # "ak42": llama2.c's versions 1 and 2; version 0 has no magic
 _OTHER_NAMES = {  # llama2.c's and Meta's names of what the original renamed
     "attention.wq": "attention.compute_query",
@@ -789,6 +792,88 @@ def model_payload(
     return payload
 
 
+class SealingFile:
+    """Passes on to `file` what torch.save writes; `seal` ends it with the SHA-256 of every byte.
+
+    The checksum is the comment of the zip archive that torch.save makes, so any other program
+    reads a sealed file as an unsealed one. What was meant to be written is summed, not what was.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sum = file, hashlib.sha256()
+        self.held = b""  # the last two bytes: they tell the size of the archive's comment
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write all but the last two bytes so far."""
+        view = memoryview(data).cast("B")
+        if len(view) < 2:
+            view = memoryview(self.held + bytes(view))
+        else:
+            self._pass_on(self.held)
+        self._pass_on(view[:-2])
+        self.held = bytes(view[-2:])
+        return len(data)
+
+    def flush(self) -> None:
+        """For torch.save; the file is flushed by who opened it."""
+
+    def seal(self) -> None:
+        """Write the rest and the checksum."""
+        assert self.held == b"\0\0", "torch.save ended its archive with a comment of its own"
+        self._pass_on(struct.pack("<H", len(SEAL) + 64))
+        self.file.write(SEAL + self.sum.hexdigest().encode())
+
+    def _pass_on(self, data: bytes | memoryview) -> None:
+        self.sum.update(data)
+        self.file.write(data)
+
+
+def verify_seal(path: Path) -> bool:
+    """Read every byte of a sealed file; False for one without a seal.
+
+    Raises UsageError where a byte is not what was written, OSError where it cannot be read.
+    """
+    with path.open("rb") as file:
+        left = file.seek(0, 2) - len(SEAL) - 64
+        file.seek(max(0, left))
+        seal = file.read()
+        if not seal.startswith(SEAL):
+            return False
+        file.seek(0)
+        found = hashlib.sha256()
+        while left > 0 and (data := file.read(min(left, 1 << 20))):
+            found.update(data)
+            left -= len(data)
+    if seal[len(SEAL) :] != found.hexdigest().encode():
+        raise UsageError(f"{path} is damaged: its bytes do not match its SHA-256")
+    return True
+
+
+def content_digest(payload: Any) -> str:
+    """SHA-256 over every key, plain value and tensor byte, in order: 'digest' of format 1."""
+    digest = hashlib.sha256()
+
+    def add(node: Any) -> None:
+        if isinstance(node, Tensor):
+            digest.update(f"{node.dtype}{tuple(node.shape)}".encode())
+            flat = node.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy())
+        elif isinstance(node, dict):
+            digest.update(f"dict{len(node)}".encode())
+            for key, value in node.items():
+                digest.update(repr(key).encode())
+                add(value)
+        elif isinstance(node, list | tuple):
+            digest.update(f"{type(node).__name__}{len(node)}".encode())
+            for value in node:
+                add(value)
+        else:
+            digest.update(repr(node).encode())
+
+    add(payload)
+    return digest.hexdigest()
+
+
 def load_pretrained(path: str | Path) -> Llama:
     """Read a model, in float32 on the CPU and in eval mode, whatever program wrote it.
 
@@ -809,15 +894,21 @@ def load_pretrained(path: str | Path) -> Llama:
     return (_read_pt if head[:2] in (b"PK", b"\x80\x02") else _read_llama2c)(path)
 
 
-def load_payload(path: str | Path) -> dict[str, Any]:
+def load_payload(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
     """Everything a .pt file holds, its tensors mapped from the disk, with no code run.
 
-    Raises UsageError unless it holds a dict with a dict of tensors under 'model'.
+    `verify` reads every byte of a file that carries a checksum. Raises UsageError for one that is
+    damaged or of a newer format, and unless it holds a dict with a dict of tensors under 'model'.
     """
     path = Path(path)
-    whole = zipfile.is_zipfile(path)  # else torch's format before 2020, or cut off
     try:
+        sealed = verify and verify_seal(path)
+        whole = zipfile.is_zipfile(path)  # else torch's format before 2020, or cut off
+        if whole:
+            _check_archive(path)
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=whole)
+    except UsageError:
+        raise
     except pickle.UnpicklingError as error:
         reason = "carries code or objects beyond tensors and plain values, and none of it was run"
         if "Unsupported" not in str(error):
@@ -829,7 +920,33 @@ def load_payload(path: str | Path) -> dict[str, Any]:
     weights = payload.get("model") if isinstance(payload, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
         raise UsageError(f"{path}: no tensors under the key 'model': not a weights file of a Llama")
+    _check_version(path, payload.get("format_version", 1), sealed=sealed or not verify)
+    if verify and "digest" in payload:
+        rest = {key: value for key, value in payload.items() if key != "digest"}
+        if content_digest(rest) != payload["digest"]:
+            raise UsageError(f"{path} is damaged: its content does not match its SHA-256")
     return payload
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse an archive that would unpack to more than the file holds, before it does."""
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+    size = sum(part.file_size for part in parts)
+    if size > path.stat().st_size or any(part.compress_type for part in parts):
+        raise UsageError(f"{path}: claims {size:,} bytes of content, more than the file holds")
+
+
+def _check_version(path: Path, version: Any, *, sealed: bool) -> None:
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise UsageError(
+            f"{path}: has the format version {version}, and this program reads up to "
+            f"{FORMAT_VERSION}: update it"
+        )
+    if version > 1 and not sealed:
+        raise UsageError(
+            f"{path} is damaged: its checksum is gone; it was cut off, or saved by another program"
+        )
 
 
 def _read_pt(path: Path) -> Llama:

@@ -19,16 +19,20 @@ from config import options_or_exit
 if __name__ == "__main__":  # --help and bad flags are answered before torch, which takes seconds
     OPTIONS_GIVEN = options_or_exit(sys.argv[1:])
 
+import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import random
 import re
 import shlex
+import statistics
 import time
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +47,7 @@ from config import (
     IGNORE_INDEX,
     SHIPPED_MODEL,
     Options,
+    RunFailed,
     TrainingPlan,
     UsageError,
     human_size,
@@ -103,7 +108,9 @@ from utils import (
 
 BETAS, EPS = (0.9, 0.95), 1e-8  # AdamW's, as Llama was pretrained
 EVALUATED = ("val_loss", "val_perplexity", "bits_per_byte", "dev_loss", "dev_accuracy", "dev_f1")
-MAX_SKIPPED = 10  # updates in a row that may be left out for gradients that are not finite
+MAX_SKIPPED = 10  # updates in a row that may be left out for numbers that are not finite
+MAX_ROLLBACKS = 4  # each halves the learning rate
+SPIKE_WINDOW, SPIKE_LEAST, SPIKE_STDS = 100, 20, 6.0  # losses looked back on; fewer tell nothing
 
 
 # ---------------------------------------------------------------------------- the train loop
@@ -113,9 +120,15 @@ MAX_SKIPPED = 10  # updates in a row that may be left out for gradients that are
 class Batch:
     """A micro-batch on the device: what the loss takes, and the targets it sums over."""
 
-    inputs: tuple[torch.Tensor, ...]
+    inputs: tuple[torch.Tensor, ...]  # a row for each sequence
     targets: int
     tokens: int
+    numbers: Sequence[int] = ()  # the sequences' places in the data set
+
+    def parts(self, count: int) -> list[tuple[torch.Tensor, ...]]:
+        """The inputs in `count` parts of about as many rows, fewer where there are fewer rows."""
+        rows = -(-len(self.inputs[0]) // count)
+        return list(zip(*(tensor.split(rows) for tensor in self.inputs), strict=True))
 
 
 @dataclass(frozen=True)
@@ -129,6 +142,7 @@ class Task:
     higher_is_better: bool
     weights: Callable[[], dict[str, Any]]  # the content of a weights file
     state: Callable[[], dict[str, Any]]  # the model's part of a resumable checkpoint
+    locate: Callable[[int], str]  # where a sequence of the data set stands, for messages
     best_interval: int = 1  # epochs between looks for a new best
     eval_interval: int = 0  # optimizer steps between evaluations; 0: at epochs' ends only
     patience: int | None = None  # epochs without a new best after which to stop
@@ -141,10 +155,61 @@ class Progress:
     step: int = 0  # optimizer steps made
     tokens: int = 0  # trained on, over all ranks
     skipped: int = 0  # updates left out in a row
+    lr_scale: float = 1.0  # halved by each rollback
+    split: int = 1  # parts that a micro-batch is trained on in, since it did not fit the memory
     first: float | None = None  # the goal before training
     best: float | None = None  # the goal's best value
     best_step: int = 0
     pending: dict[str, Any] | None = None  # the last step's record, not yet evaluated and written
+
+
+@dataclass
+class Files:
+    """The writing of a run's files: one that fails is tried again after 1, 2, 4, ... more steps."""
+
+    waiting: dict[str, tuple[Callable[[], None], int, int]] = dataclasses.field(
+        default_factory=dict
+    )  # what writes each, after which step to try again, and how long was waited
+
+    def write(
+        self,
+        name: str,
+        save: Callable[[], None],
+        *,
+        step: int,
+        keep: Callable[[], Callable[[], None]] | None = None,
+        wait: int = 1,
+    ) -> None:
+        """Write a file that the run can go on without; the one it would replace stays whole.
+
+        `keep` makes what writes it later, where that cannot be `save` itself.
+        """
+        try:
+            save()
+            self.waiting.pop(name, None)
+        except OSError as error:
+            again = f"tries again in {wait} step{'s' * (wait > 1)}"
+            tqdm.write(f"warning: {name} was not written ({error}); the run goes on and {again}")
+            self.waiting[name] = (keep() if keep else save, step + wait, min(2 * wait, 64))
+
+    def retry(self, step: int) -> None:
+        """Try those again whose time has come."""
+        for name, (save, due, wait) in list(self.waiting.items()):
+            if step >= due:
+                self.write(name, save, step=step, wait=wait)
+
+    def finish(self) -> None:
+        """Try everything that is not written a last time; raises RunFailed, a line for each."""
+        problems = []
+        for name, (save, _, _) in self.waiting.items():
+            try:
+                save()
+            except OSError as error:
+                problems.append(f"{name} was not written ({error.strerror or error})")
+        self.waiting.clear()
+        if problems:
+            problems[-1] += "; make room, then the same command with --resume auto ends the run"
+            raise RunFailed("\n".join(problems))
 
 
 @dataclass
@@ -164,6 +229,8 @@ class Run:
     stop: StopRequest
     identity: dict[str, Any]  # what a resumed run must share with the one it goes on with
     progress: Progress = dataclasses.field(default_factory=Progress)
+    run_id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
+    files: Files = dataclasses.field(default_factory=lambda: Files())
 
     def save(self, path: Path) -> None:
         """Write a resumable checkpoint: everything that is not a flag or a file. Raises OSError."""
@@ -174,18 +241,33 @@ class Run:
             "rng": random_state(),
             "progress": dataclasses.asdict(self.progress),
             "identity": self.identity,
+            "run_id": self.run_id,
             "options": self.options.to_plain(),
         }
         if self.ranks.is_main:
             save_checkpoint(path, payload)
 
     def restore(self, payload: dict[str, Any]) -> None:
-        """Take over a checkpoint's state; its identity has been checked."""
-        self.model.load_state_dict(payload["model"])
-        self.optimizer.load_state_dict(payload["optimizer"])
-        self.scaler.load_state_dict(payload["scaler"])
-        self.progress = Progress(**payload["progress"])
-        restore_random_state(payload["rng"])
+        """Take over a checkpoint's state; its identity has been checked.
+
+        Raises UsageError where it holds other things than this program writes.
+        """
+        try:
+            self.model.load_state_dict(payload["model"])
+            self.optimizer.load_state_dict(payload["optimizer"])
+            self.scaler.load_state_dict(payload["scaler"])
+            vars(self.progress).update(vars(Progress(**payload["progress"])))
+            restore_random_state(payload["rng"])
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UsageError(f"the checkpoint is not one of this program ({reason})") from None
+        self.run_id = payload.get("run_id", self.run_id)
+
+    def checkpoint(self, path: Path | None = None) -> None:
+        """Save, by default named after the step, and delete what is old by now. Raises OSError."""
+        step = self.progress.step
+        self.save(path or self.folder.step_checkpoint(step))
+        self.folder.prune(self.options.keep_last, run_id=self.run_id, step=step)
 
 
 def train(run: Run) -> None:
@@ -195,10 +277,10 @@ def train(run: Run) -> None:
     by its number alone, so a run stopped anywhere and resumed ends as if it had never stopped.
     """
     plan, task, options, progress = run.plan, run.task, run.options, run.progress
-    log = MetricsLog(run.folder.file("metrics.jsonl"), last_step=progress.step)
     telemetry = GpuTelemetry(run.device)
     peak = peak_flops(run.device, run.dtype)
     flops = plan.config.flops_per_token(plan.sequence_length)
+    log = MetricsLog(run.folder.file("metrics.jsonl"), last_step=progress.step)
     bar = tqdm(
         total=plan.last_step,
         initial=progress.step,
@@ -207,39 +289,42 @@ def train(run: Run) -> None:
         mininterval=0.2 if sys.stderr.isatty() else 10,  # seconds; a log needs few lines
     )
     run.model.train()
-    while (progress.step < plan.last_step or progress.pending) and not run.stop.requested:
-        record = progress.pending or optimizer_step(run)
-        progress.pending = record
-        epoch, steps_into_epoch = divmod(progress.step, plan.steps_per_epoch)
-        ends_epoch, ends_run = steps_into_epoch == 0, progress.step == plan.last_step
-        choose_best = ends_run or every(task.eval_interval, progress.step)
-        choose_best |= ends_epoch and epoch % task.best_interval == 0
-        if ends_epoch or choose_best:
-            try:
-                record |= task.evaluate()
-            except Interrupted:
-                break  # the checkpoint keeps the record, so the resumed run evaluates it
-        progress.pending = None
-        record["mfu"] = record["tokens_per_second"] * flops / peak
-        log.append(record | telemetry.sample())
-        show(bar, record)
-        if choose_best and is_new_best(task, progress, record):
-            save_or_warn(
-                run.folder.file("best-model.pt"),
-                lambda path: save_checkpoint(path, task.weights()),
-            )
-        if ends_epoch and (ends_run or epoch % options.save_interval == 0):
-            save_or_warn(run.folder.epoch_checkpoint(epoch), run.save)
-        elif ends_run or every(options.checkpoint_interval, progress.step):
-            save_or_warn(run.folder.step_checkpoint(progress.step), run.save)
-            run.folder.prune(options.keep_last)
-        if ends_epoch and out_of_patience(task, plan, progress):
-            bar.write(f"stopped: no better {task.goal} for {task.patience} epochs")
-            break
-    bar.close()
-    log.close()
+    with contextlib.closing(log), bar:
+        while (progress.step < plan.last_step or progress.pending) and not run.stop.requested:
+            record = progress.pending or optimizer_step(run)
+            if progress.skipped >= MAX_SKIPPED:
+                roll_back(run)
+                log.rewind(progress.step)
+                bar.n = progress.step
+                continue
+            progress.pending = record
+            epoch, steps_into_epoch = divmod(progress.step, plan.steps_per_epoch)
+            ends_epoch, ends_run = steps_into_epoch == 0, progress.step == plan.last_step
+            choose_best = ends_run or every(task.eval_interval, progress.step)
+            choose_best |= ends_epoch and epoch % task.best_interval == 0
+            if ends_epoch or choose_best:
+                try:
+                    record |= task.evaluate()
+                except Interrupted:
+                    break  # the checkpoint keeps the record, so the resumed run evaluates it
+            progress.pending = None
+            record["mfu"] = record["tokens_per_second"] * flops / peak
+            note_spike(record, log.records)
+            log.append(record | telemetry.sample())
+            show(bar, record)
+            run.files.retry(progress.step)
+            if choose_best and is_new_best(task, progress, record):
+                write_weights(run, "best-model.pt")
+            if ends_epoch and (ends_run or epoch % options.save_interval == 0):
+                write_checkpoint(run, run.folder.epoch_checkpoint(epoch))
+            elif ends_run or every(options.checkpoint_interval, progress.step):
+                write_checkpoint(run, run.folder.step_checkpoint(progress.step))
+            if ends_epoch and out_of_patience(task, plan, progress):
+                bar.write(f"stopped: no better {task.goal} for {task.patience} epochs")
+                break
     if run.stop.requested:
-        run.save(run.folder.step_checkpoint(progress.step))
+        write_checkpoint(run, run.folder.step_checkpoint(progress.step))
+        run.files.finish()
 
 
 def optimizer_step(run: Run) -> dict[str, Any]:
@@ -250,7 +335,7 @@ def optimizer_step(run: Run) -> dict[str, Any]:
     """
     started = time.perf_counter()
     plan, progress = run.plan, run.progress
-    lr = learning_rate(
+    lr = progress.lr_scale * learning_rate(
         progress.step,
         peak_lr=run.options.peak_lr(),
         min_lr=run.options.min_lr,
@@ -261,17 +346,12 @@ def optimizer_step(run: Run) -> dict[str, Any]:
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     batches = run.task.batches(progress.step)
-    targets = max(1, sum(batch.targets for batch in batches))
-    loss_sum = torch.zeros((), device=run.device)
-    for batch in batches:
-        with autocast(run.device, run.dtype):
-            batch_loss = run.task.loss(*batch.inputs)
-        run.scaler.scale(batch_loss / targets).backward()
-        loss_sum += batch_loss.detach()
+    targets = max(1, sum(batch.targets for batch in batches))  # none at all: a loss of 0, not NaN
+    loss = backward_in_parts(run, batches, targets) / targets
     run.scaler.unscale_(run.optimizer)
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     grad_norm = nn.utils.clip_grad_norm_(parameters, run.options.grad_clip or math.inf).item()
-    update(run, finite=math.isfinite(grad_norm))
+    update(run, batches, loss, grad_norm)
     progress.step += 1
     tokens = sum(batch.tokens for batch in batches)
     progress.tokens += tokens
@@ -279,7 +359,7 @@ def optimizer_step(run: Run) -> dict[str, Any]:
         "step": progress.step,
         "epoch": (progress.step - 1) // plan.steps_per_epoch + 1,
         "tokens": progress.tokens,
-        "loss": finite_or_none(loss_sum.item() / targets),
+        "loss": finite_or_none(loss),
         "val_loss": None,
         "lr": lr,
         "grad_norm": finite_or_none(grad_norm),
@@ -288,18 +368,131 @@ def optimizer_step(run: Run) -> dict[str, Any]:
     }
 
 
-def update(run: Run, *, finite: bool) -> None:
-    """Update the weights, or leave the update out where a gradient is not finite."""
-    run.progress.skipped = 0 if finite else run.progress.skipped + 1
-    if finite or run.scaler.is_enabled():  # the scaler leaves it out itself and lowers its scale
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
-    elif run.progress.skipped > MAX_SKIPPED:
-        raise UsageError(
-            f"{MAX_SKIPPED} steps in a row had gradients that are not finite: try a lower "
-            "--pretrain_lr or --lr, or --dtype float32; the last checkpoint is as it was"
+def backward(run: Run, batches: list[Batch], targets: int) -> float:
+    """Sum up the gradients of the window's mean loss; returns the sum of its losses."""
+    loss_sum = torch.zeros((), device=run.device)
+    for batch in batches:
+        for inputs in batch.parts(run.progress.split):
+            with autocast(run.device, run.dtype):
+                batch_loss = run.task.loss(*inputs)
+            run.scaler.scale(batch_loss / targets).backward()
+            loss_sum += batch_loss.detach()
+    return loss_sum.item()
+
+
+def backward_in_parts(run: Run, batches: list[Batch], targets: int) -> float:
+    """`backward`, with micro-batches halved as often as it takes to fit the memory.
+
+    The window's sequences, their order and the update stay the same: what was one micro-batch is
+    accumulated from its parts, in this and all later steps. Raises RunFailed where one sequence
+    alone does not fit.
+    """
+    random_before = random_state()  # a step tried again draws the dropout of the first attempt
+    while True:
+        try:
+            return backward(run, batches, targets)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside of the handler, whose traceback holds on to the activations.
+        run.optimizer.zero_grad(set_to_none=True)
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+        restore_random_state(random_before)
+        halve_micro_batch(run.progress, max(len(batch.inputs[0]) for batch in batches))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: on a GPU, or on the CPU, where torch has no exception for it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error) for words in ("not enough memory", "out of memory"))
+
+
+def halve_micro_batch(progress: Progress, rows: int) -> None:
+    """Train on micro-batches of `rows` sequences in twice as many parts as so far, and say so."""
+    if progress.split >= rows:
+        raise RunFailed(
+            "out of memory with one sequence at a time: try --activation_checkpointing, a shorter "
+            "--max_seq_len, a smaller model or --dtype bfloat16"
         )
+    progress.split *= 2
+    tqdm.write(
+        f"out of memory: from here on each micro-batch of {rows} is trained on in "
+        f"{progress.split} parts; batch, data order and learning rate stay as they are"
+    )
+
+
+def update(run: Run, batches: list[Batch], loss: float, grad_norm: float) -> None:
+    """Update the weights, or leave the update out where a number is not finite, and say where."""
+    scaling = run.scaler.is_enabled()
+    finite = math.isfinite(loss) and math.isfinite(grad_norm)
+    # Gradients that overflow float16 are the scaler's: it leaves the update out, lowers its scale.
+    if finite or (scaling and not math.isfinite(grad_norm)):
+        run.scaler.step(run.optimizer)
+    run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
+    if finite or (scaling and math.isfinite(loss)):
+        run.progress.skipped = 0
+        return
+    run.progress.skipped += 1
+    what = "gradient" if math.isfinite(loss) else "loss"
+    tqdm.write(
+        f"step {run.progress.step + 1:,} skipped: its {what} is not finite "
+        f"({run.progress.skipped} in a row); {culprits(run, batches)}"
+    )
+
+
+def culprits(run: Run, batches: list[Batch]) -> str:
+    """Which of the step's sequences have, one by one and without dropout, no finite loss."""
+    found = []
+    run.model.eval()
+    with torch.no_grad(), autocast(run.device, run.dtype):
+        for batch in batches:
+            for number, inputs in zip(batch.numbers, batch.parts(len(batch.numbers)), strict=True):
+                if not math.isfinite(run.task.loss(*inputs).item()):
+                    found.append(number)
+    run.model.train()
+    if not found:
+        numbers = [number for batch in batches for number in batch.numbers]
+        return f"each loss alone is finite, the first being of {run.task.locate(numbers[0])}"
+    places = "; ".join(run.task.locate(number) for number in found[:2])
+    return f"from {places}" + (f" and {len(found) - 2} more" if len(found) > 2 else "")
+
+
+def roll_back(run: Run) -> None:
+    """Go back to the last good checkpoint with half the learning rate, as --on_nonfinite says.
+
+    Raises RunFailed where that was asked, is not possible, or did not help often enough.
+    """
+    progress, options = run.progress, run.options
+    bad = f"{MAX_SKIPPED} steps in a row, up to step {progress.step:,}, were not finite"
+    remedy = "try a lower --pretrain_lr or --lr, or --dtype float32"
+    if options.on_nonfinite == "stop":
+        raise RunFailed(f"{bad}: {remedy}; the last checkpoint is as it was")
+    lr_scale = progress.lr_scale / 2
+    if lr_scale < 2.0**-MAX_ROLLBACKS:
+        raise RunFailed(f"{bad}, also with 1/{2**MAX_ROLLBACKS} of the learning rate: {remedy}")
+    payload = run.folder.last_good(run.run_id, progress.step)
+    if payload is None:
+        raise RunFailed(f"{bad}, and there is no earlier checkpoint to go back to: {remedy}")
+    run.restore(payload)
+    progress.lr_scale = lr_scale
+    tqdm.write(f"{bad}: back to step {progress.step:,}, with {lr_scale:g} of the learning rate")
+
+
+def note_spike(record: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
+    """Report and record a loss far above those before it, in their standard deviations."""
+    losses = [r["loss"] for r in earlier[-SPIKE_WINDOW:] if r.get("loss") is not None]
+    if record["loss"] is None or len(losses) < SPIKE_LEAST:
+        return
+    mean, std = statistics.fmean(losses), statistics.stdev(losses)
+    if record["loss"] > mean + SPIKE_STDS * std:
+        record["loss_spike"] = record["loss"] - mean
+        tqdm.write(
+            f"loss spike at step {record['step']:,}: {record['loss']:.3f}, where the last "
+            f"{len(losses)} were {mean:.3f} +- {std:.3f}"
+        )
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -352,25 +545,49 @@ def show(bar: tqdm, record: dict[str, Any]) -> None:
         bar.write(f"epoch {record['epoch']}, step {record['step']:,}: {figures}")
 
 
-def save_or_warn(path: Path, save: Callable[[Path], None]) -> None:
-    """Write a file that the run can go on without; the one it would replace stays whole."""
-    try:
-        save(path)
-    except OSError as error:
-        tqdm.write(f"warning: {path} was not written ({error}); the run goes on")
+def write_weights(run: Run, name: str) -> None:
+    """Write one of the run's weights files, now or, these same weights, later."""
+    path, payload = run.folder.file(name), run.task.weights()
+
+    def keep() -> Callable[[], None]:  # the payload may be the model's own memory
+        return functools.partial(save_checkpoint, path, copy.deepcopy(payload))
+
+    save = functools.partial(save_checkpoint, path, payload)
+    run.files.write(path.name, save, step=run.progress.step, keep=keep)
+
+
+def write_checkpoint(run: Run, path: Path) -> None:
+    """Write a resumable checkpoint, now or, of the step the run stands at then, later."""
+    save = functools.partial(run.checkpoint, path)
+    run.files.write("checkpoint", save, step=run.progress.step, keep=lambda: run.checkpoint)
 
 
 # ---------------------------------------------------------------------------- before and after
 
 
+@contextlib.contextmanager
+def own_folder(options: Options, prefix: str) -> Iterator[RunFolder]:
+    """The run's folder, writable and with no other run of this kind in it; raises UsageError."""
+    folder = RunFolder(options.save_dir, prefix)
+    if options.plan or not Ranks.from_environment().is_main:
+        yield folder
+        return
+    check_writable(folder.path, "--save_dir")
+    with folder.locked():
+        yield folder
+
+
 def open_run(options: Options, folder: RunFolder) -> dict[str, Any] | None:
     """Check that the run may write its folder; returns the checkpoint to go on from, if any."""
     if not options.plan:
-        check_writable(folder.path, "--save_dir")
         folder.check_free(resume=options.resume is not None, overwrite=options.overwrite)
     if options.resume is None:
         return None
-    path, checkpoint = folder.find_checkpoint(options.resume)
+    found = folder.find_checkpoint(options.resume)
+    if found is None:
+        print("--resume auto: the run ended before its first checkpoint, so it begins anew")
+        return None
+    path, checkpoint = found
     print(f"resuming     {path}, made after step {checkpoint['progress']['step']:,}")
     return checkpoint
 
@@ -416,6 +633,7 @@ def start(run: Run, checkpoint: dict[str, Any] | None) -> None:
         run.restore(checkpoint)
     elif run.options.overwrite:
         run.folder.clear()
+    run.folder.remove_abandoned()
     record = {
         "options": run.options.to_plain(),
         "environment": environment(),
@@ -470,6 +688,7 @@ class Texts:
     train: PretrainDataset
     val: PretrainDataset | None
     key: str  # of the training text, its vocabulary and how it was read
+    locate: Callable[[int], str]  # where a training chunk stands in the files
 
 
 def load_texts(options: Options, tokenizer: Tokenizer, stop: StopRequest) -> Texts:
@@ -481,8 +700,7 @@ def load_texts(options: Options, tokenizer: Tokenizer, stop: StopRequest) -> Tex
         sentences_only=options.sentences_only,
     )
 
-    def load(patterns: tuple[str, ...], flag: str) -> TokenCache:
-        files = find_text_files(patterns, flag=flag)
+    def load(files: list[Path]) -> TokenCache:
         cache = build_or_load(
             files, tokenizer, reading, options.cache_dir, should_stop=lambda: stop.requested
         )
@@ -493,31 +711,45 @@ def load_texts(options: Options, tokenizer: Tokenizer, stop: StopRequest) -> Tex
         return cache
 
     embedded = not options.pretrain_data
-    cache = load(
-        options.pretrain_data or (str(DATA_DIR / "stories-train.jsonl"),), "--pretrain_data"
-    )
+    patterns = options.pretrain_data or (str(DATA_DIR / "stories-train.jsonl"),)
+    files = find_text_files(patterns, flag="--pretrain_data")
+    cache = load(files)
     val_data = options.val_data
     if embedded and not val_data and options.val_fraction:
         val_data = (str(DATA_DIR / "stories-val.jsonl"),)
     if val_data:
-        train, val = whole_stream(cache), whole_stream(load(val_data, "--val_data"))
+        train = whole_stream(cache)
+        val = whole_stream(load(find_text_files(val_data, flag="--val_data")))
     else:
         train, val = split_documents(cache, options.val_fraction, chunk_length=options.max_seq_len)
         if val is None and options.val_fraction:
             print("no validation: the text is too short to hold some of it out; --val_data FILE")
     length = options.max_seq_len
+
+    def locate(chunk: int) -> str:
+        file, token = cache.place(train.locate(chunk * length))
+        text = tokenizer.decode(train.read(chunk * length, chunk * length + 8)[:8].tolist())
+        return f"{files[file]}, token {token:,} ({text!r})"
+
     if len(train) <= length:
         print(f"the text is shorter than --max_seq_len {length}: training on one short chunk")
     return Texts(
         PretrainDataset(train, length),
         None if val is None else PretrainDataset(val, length),
         cache.key.hex()[:16],
+        locate,
     )
 
 
 def pretrain(options: Options, stop: StopRequest) -> int:
     """Train a Llama from scratch on text files; returns the exit status."""
-    folder, ranks = RunFolder(options.save_dir, "pretrain"), Ranks.from_environment()
+    with own_folder(options, "pretrain") as folder:
+        return pretrain_in(folder, options, stop)
+
+
+def pretrain_in(folder: RunFolder, options: Options, stop: StopRequest) -> int:
+    """`pretrain` in a folder that no other run writes to."""
+    ranks = Ranks.from_environment()
     tokenizer = Tokenizer(tokenizer_model=options.tokenizer_model)
     config = options.llama_config(tokenizer.n_words)
     checkpoint = open_run(options, folder)
@@ -595,6 +827,7 @@ def pretrain(options: Options, stop: StopRequest) -> int:
         higher_is_better=False,
         weights=lambda: model_payload(model, getattr(torch, options.save_dtype)),
         state=lambda: model_payload(model, torch.float32),
+        locate=texts.locate,
         best_interval=options.best_model_interval,
         eval_interval=options.eval_interval,
     )
@@ -612,7 +845,8 @@ def text_batch(dataset: PretrainDataset, indices: Sequence[int], device: torch.d
     """Chunks as a micro-batch on the device."""
     tokens, targets = dataset.batch(indices)
     real = int((targets != IGNORE_INDEX).sum())
-    return Batch((to_device(tokens, device), to_device(targets, device)), targets=real, tokens=real)
+    inputs = (to_device(tokens, device), to_device(targets, device))
+    return Batch(inputs, targets=real, tokens=real, numbers=indices)
 
 
 def evaluate_text(
@@ -651,10 +885,12 @@ def evaluate_text(
 def finish_pretraining(run: Run, tokenizer: Tokenizer) -> int:
     """Write the model and the loss curve, show a sample, and say what there is and what is next."""
     folder, progress = run.folder, run.progress
-    final = folder.file("final-model.pt")
-    save_checkpoint(final, run.task.weights())
+    final, curve = folder.file("final-model.pt"), folder.file("loss-curve.svg")
+    write_weights(run, "final-model.pt")
     records = read_records(folder.file("metrics.jsonl"))
-    write_text(folder.file("loss-curve.svg"), loss_curve_svg(records, f"{folder.path}"))
+    picture = loss_curve_svg(records, f"{folder.path}")
+    run.files.write(curve.name, lambda: write_text(curve, picture), step=progress.step)
+    run.files.finish()
     run.model.eval()
     print("\na sample of what it writes:")
     print(sample_text(run.model, tokenizer))
@@ -885,7 +1121,15 @@ def report_predictions(
 def finetune(options: Options, stop: StopRequest) -> int:
     """Train a classifier on top of a pretrained Llama; returns the exit status."""
     files = find_labelled_files(options, "finetuning")
-    folder, ranks = RunFolder(options.save_dir, f"finetune-{files.name}"), Ranks.from_environment()
+    with own_folder(options, f"finetune-{files.name}") as folder:
+        return finetune_in(folder, files, options, stop)
+
+
+def finetune_in(
+    folder: RunFolder, files: LabelledFiles, options: Options, stop: StopRequest
+) -> int:
+    """`finetune` in a folder that no other run writes to."""
+    ranks = Ranks.from_environment()
     checkpoint = open_run(options, folder)
     seed_everything(options.seed)
     llama, tokenizer, device = load_model(options)
@@ -974,6 +1218,7 @@ def finetune(options: Options, stop: StopRequest) -> int:
         higher_is_better=not dev_set.has_placeholder_labels(),
         weights=lambda: classifier_payload(model, files.label_names, options),
         state=lambda: {"model": model.state_dict()},
+        locate=lambda number: f"{files.train}, sentence {number + 1:,}",
         patience=options.early_stopping,
     )
     run = Run(
@@ -983,6 +1228,7 @@ def finetune(options: Options, stop: StopRequest) -> int:
     train(run)
     if stop.requested:
         return interrupted(run)
+    run.files.finish()
     best = folder.file("best-model.pt")
     load_classifier(model, best, options)
     print(f"\nbest epoch: {run.progress.best_step / plan.steps_per_epoch:.3g} ({best})")
@@ -1001,6 +1247,7 @@ def labelled_batch(dataset: LlamaDataset, indices: Sequence[int], device: torch.
         tuple(to_device(tensor, device) for tensor in inputs),
         targets=len(indices),
         tokens=int(batch.lengths.sum()),
+        numbers=indices,
     )
 
 
@@ -1192,6 +1439,7 @@ def generate(options: Options, stop: StopRequest) -> int:
         print(f"Temperature is {temperature:g}")
         (text,) = writer.continue_texts([PREFIX], temperature)
         print("---------------")
+        stop.check()
         write_text(path, text)
         print(f"Wrote generated sentence to {path}.")
     if options.interactive:
@@ -1312,7 +1560,10 @@ RUN_OPTION = {
 
 
 def main(options: Options, stop: StopRequest | None = None) -> int:
-    """Run one option; returns the exit status: 2 for bad input, 130 or 143 when interrupted."""
+    """Run one option; returns the exit status.
+
+    2 for bad input, 130 or 143 when interrupted, 1 where the run failed or a file was not written.
+    """
     stop = stop or StopRequest()
     with stop.listening():
         try:
@@ -1320,6 +1571,13 @@ def main(options: Options, stop: StopRequest | None = None) -> int:
         except UsageError as error:
             report_usage_error("run_llama.py", error)
             return 2
+        except RunFailed as error:
+            report_usage_error("run_llama.py", error)
+            return 1
+        except OSError as error:  # a disk that is full or fails, beside what is tried again
+            where = f"{error.filename}: " if error.filename else ""
+            report_usage_error("run_llama.py", RunFailed(f"{where}{error.strerror or error}"))
+            return 1
         except Interrupted:
             print("stopped; there was nothing to save yet")
             return stop.exit_status

@@ -9,6 +9,8 @@ run's data is integers. Knows the model only as a state dict, and nothing of opt
 from __future__ import annotations
 
 import contextlib
+import copy
+import errno
 import functools
 import hashlib
 import json
@@ -27,13 +29,14 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from config import IGNORE_INDEX, UsageError
+from llama import FORMAT_VERSION, SealingFile, load_payload, verify_seal
 from tokenizer import (
     JSON_SUFFIXES,
     Block,
@@ -50,11 +53,17 @@ from tokenizer import (
 # ---------------------------------------------------------------------------- whole files
 
 
-def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def atomic_write(
+    path: Path,
+    write: Callable[[BinaryIO], None],
+    *,
+    verify: Callable[[Path], object] | None = None,
+) -> None:
     """Write a file so that its name only ever holds a whole one.
 
-    `write` fills a temporary file in the same folder, which is flushed to the disk and renamed over
-    `path`. On any failure the temporary file is removed and `path` is as it was. Raises OSError.
+    `write` fills a temporary file in the same folder, which is flushed to the disk, read back by
+    `verify`, and renamed over `path`. On any failure the temporary file is removed and `path` is as
+    it was. Raises OSError, and what `verify` raises.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -63,10 +72,21 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+            if verify is not None:
+                forget_cached(file)
+        if verify is not None:
+            verify(temporary)
         replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a failing disk must not hide what failed first
+            temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def forget_cached(file: BinaryIO) -> None:
+    """Drop a flushed file from the memory of the system, so that the disk itself is read next."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def replace(source: Path, target: Path) -> None:
@@ -153,6 +173,12 @@ class TokenCache:
     def document_stops(self) -> np.ndarray:
         """(documents,) int64: one past each document's EOS."""
         return np.append(self.document_starts[1:], len(self.tokens))
+
+    def place(self, position: int) -> tuple[int, int]:
+        """(file, token of that file) of token `position`."""
+        ends = np.cumsum(self.file_tokens)
+        file = int(np.searchsorted(ends, position, side="right"))
+        return file, position - int(ends[file] - self.file_tokens[file])
 
     def chunks_per_file(self, chunk_length: int) -> list[int]:
         """Chunks of each input file's own tokens, in the order of the files."""
@@ -241,7 +267,8 @@ class _CacheWriter:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
-        os.replace(self.temporary, self.path)
+        replace(Path(self.temporary), self.path)
+        sync_folder(self.path.parent)
 
     def discard(self) -> None:
         """Close, and remove the temporary file unless it was published."""
@@ -822,54 +849,56 @@ def bucketed_batches(
 # ---------------------------------------------------------------------------- checkpoints
 
 
-def content_digest(payload: Any) -> str:
-    """SHA-256 over every key, plain value and tensor byte of a checkpoint, in order."""
-    digest = hashlib.sha256()
-
-    def add(node: Any) -> None:
-        if isinstance(node, torch.Tensor):
-            digest.update(f"{node.dtype}{tuple(node.shape)}".encode())
-            flat = node.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy())
-        elif isinstance(node, dict):
-            digest.update(f"dict{len(node)}".encode())
-            for key, value in node.items():
-                digest.update(repr(key).encode())
-                add(value)
-        elif isinstance(node, list | tuple):
-            digest.update(f"{type(node).__name__}{len(node)}".encode())
-            for value in node:
-                add(value)
-        else:
-            digest.update(repr(node).encode())
-
-    add(payload)
-    return digest.hexdigest()
-
-
 def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
-    """Write tensors and plain values with their digest, whole or not at all. Raises OSError."""
-    sealed = payload | {"digest": content_digest(payload)}
-    atomic_write(path, lambda file: torch.save(sealed, file))
+    """Write tensors and plain values with their SHA-256, whole and read back, or not at all.
+
+    Raises OSError, and then `path` is as it was.
+    """
+
+    def write(file: BinaryIO) -> None:
+        sealing = SealingFile(file)
+        torch.save(payload | {"format_version": FORMAT_VERSION}, sealing)
+        sealing.seal()
+
+    def verify(temporary: Path) -> None:
+        try:
+            whole = verify_seal(temporary)
+        except UsageError:
+            whole = False
+        if not whole:
+            raise OSError(errno.EIO, "what was read back is not what was written", str(path))
+
+    try:
+        atomic_write(path, write, verify=verify)
+    except RuntimeError as error:  # torch's writer hides what the file raised
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a file of `save_checkpoint` and verify it; runs no code from it.
+    """Read a file of `save_checkpoint` into memory and verify it; runs no code from it.
 
     Raises UsageError naming the file when it is not whole, not ours, or not what was written.
     """
     if not path.is_file():
         raise UsageError(f"--resume {path}: no such file")
-    try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
-        digest = payload.pop("digest")
-        intact = content_digest(payload) == digest
-    except Exception as error:  # torch raises many kinds for a damaged or foreign file
-        reason = str(error).strip().split("\n")[0]
-        raise UsageError(f"{path} is not a whole checkpoint of this program ({reason})") from None
-    if not intact:
-        raise UsageError(f"{path} is damaged: its content does not match its SHA-256")
+    payload = copy.deepcopy(load_payload(path))  # mapped: its claims of size are checked by then
+    payload.pop("digest", None)
     return payload
+
+
+RESUMABLE = {"model", "optimizer", "scaler", "rng", "progress", "identity"}
+
+
+def check_resumable(path: Path, payload: dict[str, Any]) -> None:
+    """Raise UsageError where a sound file is no state of a run."""
+    missing = sorted(RESUMABLE - payload.keys())
+    if missing or not all(isinstance(payload[name], dict) for name in RESUMABLE):
+        raise UsageError(
+            f"{path} is a weights file and holds no state to go on from "
+            f"({', '.join(missing) or 'other types'}): name a -epoch-N.pt or -step-N.pt file"
+        )
 
 
 def random_state() -> dict[str, Any]:
@@ -898,6 +927,9 @@ def restore_random_state(state: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------------- the run's folder
 
 
+RUN_FILES = ("final-model.pt", "best-model.pt", "metrics.jsonl", "run.json", "loss-curve.svg")
+
+
 @dataclass
 class RunFolder:
     """The files of one run: checkpoints `<prefix>-epoch-N.pt`, its models and its records.
@@ -920,15 +952,13 @@ class RunFolder:
 
     def own_files(self) -> list[Path]:
         """The files that runs of this prefix write and that stand here now."""
-        names = ("final-model.pt", "best-model.pt", "metrics.jsonl", "run.json", "loss-curve.svg")
-        files = [self.file(name) for name in names if self.file(name).is_file()]
+        files = [self.file(name) for name in RUN_FILES if self.file(name).is_file()]
         return files + self.checkpoints()
 
     def checkpoints(self) -> list[Path]:
-        """Resumable checkpoints, the newest (by time of writing) first."""
+        """What bears the name of a resumable checkpoint, whoever wrote it."""
         pattern = re.compile(re.escape(self.prefix) + r"-(epoch|step)-\d+\.pt")
-        found = [path for path in self.path.glob("*.pt") if pattern.fullmatch(path.name)]
-        return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+        return sorted(path for path in self.path.glob("*.pt") if pattern.fullmatch(path.name))
 
     def epoch_checkpoint(self, epoch: int) -> Path:
         """The resumable checkpoint after `epoch` passes over the data."""
@@ -938,11 +968,45 @@ class RunFolder:
         """The resumable checkpoint after `step` optimizer steps."""
         return self.path / f"{self.prefix}-step-{step}.pt"
 
-    def prune(self, keep_last: int) -> None:
-        """Delete all but the newest `keep_last` step checkpoints (0: keep all)."""
-        steps = [path for path in self.checkpoints() if "-step-" in path.name]
-        for path in steps[keep_last:] if keep_last else []:
-            path.unlink()
+    def prune(self, keep_last: int, *, run_id: str, step: int) -> None:
+        """Delete all but the newest `keep_last` step checkpoints up to `step` (0: keep all).
+
+        Only those that the run `run_id` wrote are counted and deleted. Best effort: what cannot be
+        deleted stays.
+        """
+        own = []
+        for path in self.checkpoints() if keep_last else []:
+            with contextlib.suppress(UsageError, OSError):  # damaged: not known to be ours
+                found = peek(path)
+                if "-step-" in path.name and found.run_id == run_id and found.step <= step:
+                    own.append((found.step, path))
+        for _, path in sorted(own, reverse=True)[keep_last:]:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    def remove_abandoned(self) -> None:
+        """Delete the temporary files of runs of this prefix that were killed while they wrote."""
+        names = [re.escape(self.file(name).name) for name in RUN_FILES]
+        names.append(re.escape(self.prefix) + r"-(epoch|step)-\d+\.pt")
+        pattern = re.compile(rf"\.({'|'.join(names)})\.\d+\.tmp")
+        for path in self.path.glob(".*.tmp"):
+            if pattern.fullmatch(path.name):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs of this prefix out of the folder within the block.
+
+        Raises UsageError that names the run that is in it.
+        """
+        path = self.file("run.lock")
+        take_lock(path)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
 
     def check_free(self, *, resume: bool, overwrite: bool) -> None:
         """Raise UsageError if a run stands here that is neither to be resumed nor removed."""
@@ -964,21 +1028,178 @@ class RunFolder:
         starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.is_file() else []
         write_text(path, json.dumps({"starts": [*starts, record]}, indent=2) + "\n")
 
-    def find_checkpoint(self, resume: str) -> tuple[Path, dict[str, Any]]:
-        """The checkpoint that `--resume` names, read and verified; auto: the newest that is whole.
+    def find_checkpoint(self, resume: str) -> tuple[Path, dict[str, Any]] | None:
+        """The checkpoint that `--resume` names, read and verified.
 
-        Raises UsageError if there is none.
+        auto: the newest by its training step that is whole; what is skipped is said. None where a
+        run was begun here and ended before its first. Raises UsageError if there is none.
         """
         if resume != "auto":
-            return Path(resume), load_checkpoint(Path(resume))
-        for path in self.checkpoints():
+            payload = load_checkpoint(Path(resume))
+            check_resumable(Path(resume), payload)
+            return Path(resume), payload
+        paths = self.checkpoints()
+        if not paths and self.file("run.json").is_file():
+            return None
+        for path in self.newest_first(paths):
             try:
-                return path, load_checkpoint(path)
+                payload = load_checkpoint(path)
+                check_resumable(path, payload)
+                return path, payload
             except UsageError as error:
                 print(f"skipped: {error}")
         raise UsageError(
             f"--resume auto: no whole {self.prefix} checkpoint in {self.path}; start without it"
+            + (", with --overwrite" if paths else "")
         )
+
+    def last_good(self, run_id: str, step: int) -> dict[str, Any] | None:
+        """The newest whole checkpoint of a run before `step` that followed no skipped update."""
+        for path in self.newest_first(self.checkpoints(), quiet=True):
+            with contextlib.suppress(UsageError):
+                found = peek(path)
+                if found.run_id == run_id and found.step < step and not found.skipped:
+                    return load_checkpoint(path)
+        return None
+
+    def newest_first(self, paths: Sequence[Path], *, quiet: bool = False) -> list[Path]:
+        """Checkpoints by training step; those that do not even tell theirs are left out."""
+        steps = []
+        for path in paths:
+            try:
+                steps.append((peek(path).step, path))
+            except UsageError as error:
+                if not quiet:
+                    print(f"skipped: {error}")
+        return [path for _, path in sorted(steps, reverse=True)]
+
+
+class Peek(NamedTuple):
+    """What a checkpoint says of itself, unverified."""
+
+    run_id: str | None
+    step: int
+    skipped: int
+
+
+def peek(path: Path) -> Peek:
+    """Read a checkpoint's plain values and none of its tensors. Raises UsageError."""
+    payload = load_payload(path, verify=False)
+    check_resumable(path, payload)
+    progress = payload["progress"]
+    step, skipped = progress.get("step"), progress.get("skipped", 0)
+    if not isinstance(step, int) or not isinstance(skipped, int):
+        raise UsageError(f"{path} is damaged: its step is {step!r}")
+    return Peek(payload.get("run_id"), step, skipped)
+
+
+# ---------------------------------------------------------------------------- the folder's lock
+
+
+def take_lock(path: Path) -> None:
+    """Make a lock file of this process; one that a dead process left is taken over.
+
+    Raises UsageError that names the process that holds it.
+    """
+    mine = json.dumps(process_name(os.getpid()))
+    for _ in range(2):
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(mine)
+            return
+        except FileExistsError:
+            found = _read_lock(path)
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
+        if found is not None and _is_held(path, found):
+            _raise_held(path, found)
+        _remove_stale(path, found)
+    raise UsageError(f"{path}: another run has just begun in this folder; name another one")
+
+
+def process_name(pid: int) -> dict[str, Any]:
+    """What tells a process from every other: its number, its machine, and when it began."""
+    return {"pid": pid, "host": platform.node(), "began": process_began(pid)}
+
+
+def process_began(pid: int) -> int | None:
+    """When a living process began, in the system's ticks since it started; None: not known."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
+    except (OSError, IndexError):
+        return None
+    return None if fields[0] == "Z" else int(fields[19])  # a zombie has ended
+
+
+def process_lives(pid: int) -> bool:
+    """Whether a process of this number runs on this machine."""
+    if sys.platform == "win32":
+        import ctypes
+
+        handle = ctypes.windll.kernel32.OpenProcess(0x1000, False, pid)  # to query, no more
+        code = ctypes.c_ulong()
+        ctypes.windll.kernel32.GetExitCodeProcess(handle, ctypes.byref(code))
+        ctypes.windll.kernel32.CloseHandle(handle)
+        return bool(handle) and code.value == 259  # STILL_ACTIVE
+    if Path("/proc/self/stat").exists():
+        return process_began(pid) is not None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+def _read_lock(path: Path) -> str | None:
+    """The content of a lock file, None where it has just gone."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return path.read_text(encoding="utf-8")
+    return None
+
+
+def _holder(content: str) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        holder = json.loads(content)
+        if isinstance(holder, dict) and isinstance(holder.get("pid"), int):
+            return holder
+    return {}
+
+
+def _is_held(path: Path, content: str) -> bool:
+    holder = _holder(content)
+    if not holder:  # made this moment and not yet written, or cut off by a crash
+        with contextlib.suppress(OSError):
+            return time.time() - path.stat().st_mtime < 10
+        return False
+    if holder.get("host") != platform.node():
+        return True  # nothing can be known of it from here
+    began = process_began(holder["pid"])
+    if holder.get("began") is not None and began is not None and began != holder["began"]:
+        return False  # its number was given to another process
+    return process_lives(holder["pid"])
+
+
+def _raise_held(path: Path, content: str) -> NoReturn:
+    holder = _holder(content)
+    who = f"process {holder.get('pid', 'unknown')} on {holder.get('host', 'an unknown machine')}"
+    remedy = "wait for it or name another folder"
+    if holder.get("host") != platform.node():
+        remedy += f"; if it has ended, remove {path}"
+    raise UsageError(f"--save_dir {path.parent}: {who} is running in it: {remedy}")
+
+
+def _remove_stale(path: Path, content: str | None) -> None:
+    """Move a stale lock aside and look again: another process may have taken it over just now."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        os.replace(path, aside)
+        if content is not None and aside.read_text(encoding="utf-8") != content:
+            os.replace(aside, path)
+        aside.unlink(missing_ok=True)
+    except OSError:
+        pass  # gone already: the next attempt tells who has it
 
 
 def check_writable(folder: Path, flag: str) -> None:
@@ -1277,18 +1498,44 @@ class MetricsLog:
         """Open the log to go on after `last_step`; later lines belong to steps to be made again."""
         self.path = path
         self.records = [record for record in read_records(path) if record["step"] <= last_step]
-        write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
-        self.file = path.open("a", encoding="utf-8", newline="\n")
+        self.file: TextIO | None = None
+        self._write(self._rewrite)
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add one step's record and hand it to the system, so that it outlives the process."""
+        """Add one step's record and hand it to the system, so that it outlives the process.
+
+        Where the disk takes nothing it is kept in memory, and the next record brings it along.
+        """
         self.records.append(record)
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        self._write(self._rewrite if self.file is None else self._append_last)
+
+    def rewind(self, last_step: int) -> None:
+        """Take back what came after `last_step`: those steps are made again."""
+        self.close()
+        self.records = [record for record in self.records if record["step"] <= last_step]
+        self._write(self._rewrite)
 
     def close(self) -> None:
         """Close the file."""
-        self.file.close()
+        if self.file is not None:
+            with contextlib.suppress(OSError):  # closing flushes: a full disk fails again here
+                self.file.close()
+        self.file = None
+
+    def _append_last(self) -> None:
+        self.file.write(json.dumps(self.records[-1]) + "\n")
+        self.file.flush()
+
+    def _rewrite(self) -> None:
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
+        self.file = self.path.open("a", encoding="utf-8", newline="\n")
+
+    def _write(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            self.close()
+            tqdm.write(f"warning: {self.path} was not written ({error}); the run goes on")
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
