@@ -271,6 +271,7 @@ class TrainingPlan:
         parts = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
         needs = ", ".join(f"{name} {human_size(size)}" for name, size in memory.items())
         have = f"; {human_size(available)} available" if available else ""
+        processes = f" x {self.world_size} processes" if self.world_size > 1 else ""
         ends = ""
         if self.last_step < self.schedule_steps:
             ends = f", ended after {self.last_step:,} by --max_steps"
@@ -283,8 +284,8 @@ class TrainingPlan:
             f"{self.sequence_length:,}",
             f"steps        {self.steps_per_epoch:,} per epoch x {self.epochs:,} epochs = "
             f"{self.schedule_steps:,}, of {self.sequences_per_step:,} {noun} "
-            f"({self.micro_batch_size} x {self.accumulation_steps} accumulated"
-            f" x {self.world_size} processes); warmup {self.warmup_steps:,}{ends}",
+            f"({self.micro_batch_size} x {self.accumulation_steps} accumulated{processes}); "
+            f"warmup {self.warmup_steps:,}{ends}",
             f"memory       {human_size(sum(memory.values()))} in {self.dtype}: {needs}{have}",
             f"files        weights {human_size(self.weights_file_bytes(save_dtype))} "
             f"({save_dtype}), resumable checkpoint {human_size(self.checkpoint_bytes())} "

@@ -82,6 +82,7 @@ from utils import (
     batch_indices,
     bucketed_batches,
     build_or_load,
+    check_compiler,
     check_writable,
     check_writable_file,
     choose_device,
@@ -281,7 +282,13 @@ def train(run: Run) -> None:
     peak = peak_flops(run.device, run.dtype)
     flops = plan.config.flops_per_token(plan.sequence_length)
     log = MetricsLog(run.folder.file("metrics.jsonl"), last_step=progress.step)
-    bar = tqdm(total=plan.last_step, initial=progress.step, unit="step", dynamic_ncols=True)
+    bar = tqdm(
+        total=plan.last_step,
+        initial=progress.step,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.2 if sys.stderr.isatty() else 10,  # seconds; a log needs few lines
+    )
     run.model.train()
     with contextlib.closing(log), bar:
         while not has_ended(run) and not run.stop.requested:
@@ -539,7 +546,7 @@ def show(bar: tqdm, record: dict[str, Any]) -> None:
     metrics = {key: record[key] for key in EVALUATED if record.get(key) is not None}
     if metrics:
         figures = ", ".join(
-            f"{key.replace('_', ' ')} {value:.4g}" for key, value in metrics.items()
+            f"{key.replace('_', ' ')} {value:,.4g}" for key, value in metrics.items()
         )
         bar.write(f"epoch {record['epoch']}, step {record['step']:,}: {figures}")
 
@@ -788,12 +795,19 @@ def pretrain_in(folder: RunFolder, options: Options, stop: StopRequest) -> int:
     if options.plan:
         return 0
 
+    if options.compile:
+        check_compiler(device)
     model = Llama(config).to(device)
     model.vocabulary = tokenizer.model_bytes
     model.activation_checkpointing = options.activation_checkpointing
     optimizer, scaler = ready_to_train(model, options, device, dtype)
-    next_token_loss = NextTokenLoss(model)
-    loss = torch.compile(next_token_loss) if options.compile else next_token_loss
+    eager = NextTokenLoss(model)
+    compiled = torch.compile(eager, dynamic=False) if options.compile else eager
+
+    def loss(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        # An epoch's short last batch is not worth another half minute of compiling.
+        whole = tokens.shape == (options.pretrain_batch_size, options.max_seq_len)
+        return (compiled if whole else eager)(tokens, targets)[0]
 
     def batches(step: int) -> list[Batch]:
         epoch, index = divmod(step, plan.steps_per_epoch)
@@ -809,11 +823,11 @@ def pretrain_in(folder: RunFolder, options: Options, stop: StopRequest) -> int:
     def evaluate() -> dict[str, float]:
         if texts.val is None:
             return {}
-        return evaluate_text(model, loss, texts.val, options, device, dtype, stop)
+        return evaluate_text(model, texts.val, options, device, dtype, stop)
 
     task = Task(
         batches=batches,
-        loss=lambda tokens, targets: loss(tokens, targets)[0],
+        loss=loss,
         evaluate=evaluate,
         goal="loss" if texts.val is None else "val_loss",
         higher_is_better=False,
@@ -843,7 +857,6 @@ def text_batch(dataset: PretrainDataset, indices: Sequence[int], device: torch.d
 
 def evaluate_text(
     model: Llama,
-    loss: Callable[..., tuple[torch.Tensor, torch.Tensor]],
     dataset: PretrainDataset,
     options: Options,
     device: torch.device,
@@ -860,12 +873,12 @@ def evaluate_text(
     try:
         with torch.inference_mode(), autocast(device, dtype):
             for first in tqdm(
-                range(0, len(dataset), size), desc="validating", leave=False, dynamic_ncols=True
+                range(0, len(dataset), size), desc="validating", leave=False, disable=None
             ):
                 stop.check()
                 indices = range(first, min(first + size, len(dataset)))
                 batch = text_batch(dataset, indices, device)
-                loss_sum += loss(*batch.inputs)[0].item()
+                loss_sum += model.loss(*batch.inputs)[0].item()
     finally:
         model.train()
     metrics = {"val_loss": loss_sum / dataset.n_targets}
@@ -1181,6 +1194,8 @@ def finetune_in(
     if options.plan:
         return 0
 
+    if options.compile:
+        check_compiler(device)
     optimizer, scaler = ready_to_train(model, options, device, dtype)
     classify = torch.compile(model, dynamic=True) if options.compile else model
 
@@ -1259,7 +1274,7 @@ def predict(
     model.eval()
     with torch.inference_mode():
         batches = dataset.length_sorted_batches(batch_size)
-        for indices in tqdm(batches, desc="predicting", leave=False, dynamic_ncols=True):
+        for indices in tqdm(batches, desc="predicting", leave=False, disable=None):
             stop.check()
             batch = labelled_batch(dataset, indices, device)
             predictions[indices] = model(*batch.inputs[:2]).argmax(dim=-1).cpu().numpy()
@@ -1422,7 +1437,9 @@ def generate(options: Options, stop: StopRequest) -> int:
         flags = ("--generated_sentence_low_temp_out", "--generated_sentence_high_temp_out")
         for flag, (_, path) in zip(flags, outputs, strict=True):
             check_writable_file(path, flag)
-    llama, tokenizer, _ = load_model(options)
+    llama, tokenizer, device = load_model(options)
+    if device.type == "cpu":
+        llama.lay_out_for_decoding()
     writer = Writer(llama, tokenizer, options, stop)
     for temperature, path in outputs:
         print(f"Temperature is {temperature:g}")

@@ -1295,6 +1295,15 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def check_compiler(device: torch.device) -> None:
+    """Raise UsageError where torch.compile would look in vain for what it compiles with."""
+    if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        raise UsageError(
+            "--compile: no C++ compiler was found (g++, clang++ or Windows' cl): install one, or "
+            "leave the flag out"
+        )
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """`torch.bfloat16` as the flags spell it: bfloat16."""
     return str(dtype).removeprefix("torch.")

@@ -1,0 +1,92 @@
+"""The README's commands, run as they stand: in order, in one folder, shortened by flags."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import check_model_precision
+import run_llama
+import tokenizer
+from config import parse_options
+
+ROOT = Path(__file__).resolve().parents[1]
+SHORTER = {
+    "pretrain": ["--max_steps", "2"],
+    "finetune": ["--max_steps", "2", "--batch_size", "80"],
+    "prompt": ["--batch_size", "80"],
+    "generate": ["--max_new_tokens", "8"],
+}
+
+
+def commands() -> list[str]:
+    """The lines of the README's code blocks that start a program."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.S)
+    return [line for block in blocks for line in block.splitlines() if line.startswith("python ")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with the program's data, a reader's own text, and small labelled files."""
+    path = tmp_path_factory.mktemp("readme")
+    shutil.copytree(ROOT / "data", path / "data")
+    for split in ("train", "dev", "test"):
+        reviews = path / "data" / f"reviews-{split}.txt"
+        lines = reviews.read_text(encoding="utf-8").splitlines(keepends=True)
+        reviews.write_text("".join(lines[:40]), encoding="utf-8", newline="\n")
+    stories = (ROOT / "data" / "stories-train.jsonl").read_text(encoding="utf-8").splitlines()
+    (path / "my_text.txt").write_text("\n".join(stories[:150]), encoding="utf-8")
+    (path / "my_folder").mkdir()
+    (path / "my_folder" / "a.jsonl").write_text("\n".join(stories[150:160]), encoding="utf-8")
+    return path
+
+
+def start(line: str) -> int:
+    """Run one line in this process; returns its exit status."""
+    _, script, *words = shlex.split(line)
+    if script == "run_llama.py":
+        option = words[words.index("--option") + 1]
+        words = [word for word in words if word != "--compile"]  # half a minute; tested elsewhere
+        return run_llama.main(parse_options([*words, *SHORTER[option]]))
+    if script == "tokenizer.py":
+        return tokenizer.main(words)
+    assert script == "check_model_precision.py", line
+    return check_model_precision.main(words)
+
+
+def test_every_command_runs(folder, monkeypatch):
+    """A reader who types the README from top to bottom meets no error."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(run_llama, "DATA_DIR", folder / "data")
+    monkeypatch.setattr(sys, "argv", ["run_llama.py"])
+    torch.manual_seed(0)
+    lines = [line for line in commands() if " -m venv " not in line and "download.py" not in line]
+    assert len(lines) > 25
+    for line in lines:
+        if line.endswith("--option finetune --lr 1e-3"):
+            assert not list(folder.glob("checkpoints/finetune*"))
+        assert start(line) == 0, line
+
+
+def test_set_up_lines_are_those_that_ci_runs():
+    """The two commands install what they run: CI makes the environment from the same files."""
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for line in commands()[:2]:
+        for step in line.split(" && ")[2:]:
+            assert step.split(" --option")[0].replace("pip install", "pip install -q") in (
+                ci.replace("pip install -q -r tests", "pip install -q -r requirements.txt -r tests")
+            ), step
+
+
+def test_downloads_named_are_those_that_exist():
+    """The names of the public sets in the README are the downloader's."""
+    script = (ROOT / "data" / "download.py").read_text(encoding="utf-8")
+    named = [word for line in commands() if "download.py" in line for word in line.split()[2:]]
+    assert named and all(f'"{name}"' in script for name in named)
