@@ -23,20 +23,20 @@ import survivor
 import torch
 
 WHAT = {
-    "kills": "SIGKILL, the run resumed and ended bit-equal to one never killed",
-    "crashes": "process ended before or after a write, fsync, rename or unlink of a save",
-    "faults": "disk that fails in a save: old file kept, run goes on, save tried again",
-    "damages": "damaged file detected",
-    "signals": "SIGINT or SIGTERM in six phases: exit status and saved step",
+    "kills": "the run, resumed each time, ends bit-equal to one never killed",
+    "crashes": "ended before or after a write, fsync, rename or unlink: a whole checkpoint loads",
+    "faults": "the old file stays, the run goes on, the save is tried again",
+    "damages": "detected, not loaded",
+    "signals": "in six phases: exit status and saved step are right",
 }
 
 
 def table(results: dict[str, survivor.Tally]) -> str:
     """The counts as Markdown."""
-    rows = ["| what | kind | tried | survived |", "|---|---|---:|---:|"]
+    rows = ["| what happens | what must hold | tried | survived |", "|---|---|---:|---:|"]
     for group, tally in results.items():
         for kind, tried in sorted(tally.tried.items()):
-            rows.append(f"| {WHAT[group]} | {kind} | {tried:,} | {tally.survived[kind]:,} |")
+            rows.append(f"| {kind} | {WHAT[group]} | {tried:,} | {tally.survived[kind]:,} |")
     tried = sum(tally.tried.total() for tally in results.values())
     survived = sum(tally.survived.total() for tally in results.values())
     rows.append(f"| **all** | | **{tried:,}** | **{survived:,}** |")

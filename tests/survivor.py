@@ -166,15 +166,19 @@ def slow_down(number: int) -> None:
             mock.patch.object(os, "replace", drawn_out(os.replace, 0.02)),
             mock.patch.object(utils, "verify_seal", drawn_out(utils.verify_seal, 0.02)),
         ):
-            return real(path, write, **kwargs)
+            real(path, write, **kwargs)
+        Path("in-save").rename("saved")
 
     utils.atomic_write = atomic_write
 
 
 def kill_once(
     folder: Path, words: list[str], chance: random.Random, kind: str, training_seconds: float
-) -> int | None:
-    """Start or resume the run and kill it; returns the exit status, None where the kill came."""
+) -> tuple[int | None, str]:
+    """Start or resume the run and kill it.
+
+    Returns the exit status, None where the kill came, and the kind that the kill turned out to be.
+    """
     announced = {IN_TRAINING: "training", IN_SAVE: "in-save"}.get(kind)
     for name in ("training", "in-save"):
         (folder / name).unlink(missing_ok=True)
@@ -183,16 +187,18 @@ def kill_once(
     while announced and process.is_alive() and not (folder / announced).exists():
         time.sleep(0.001)
     # A third of the training: enough lives come so far that the run gets on.
-    longest = {IN_TRAINING: training_seconds / 3, IN_SAVE: 0.12, IN_START: 1.0}[kind]
+    longest = {IN_TRAINING: training_seconds / 3, IN_SAVE: 0.1, IN_START: 1.0}[kind]
     process.join(chance.uniform(0, longest))
     if process.is_alive():
         process.kill()
         process.join()
     killed = process.exitcode == -signal.SIGKILL if os.name != "nt" else process.exitcode != 0
-    return None if killed else process.exitcode
+    if kind == IN_SAVE and not (folder / "in-save").exists():
+        kind = IN_TRAINING  # the save was over by then
+    return None if killed else process.exitcode, kind
 
 
-IN_START, IN_TRAINING, IN_SAVE = "start or resume", "training", "inside a save"
+IN_START, IN_TRAINING, IN_SAVE = "a start or resume", "training", "the middle of a save"
 KINDS = (
     IN_TRAINING,
     IN_TRAINING,
@@ -229,7 +235,7 @@ def kills(folder: Path, count: int, *, steps: int = 60, per_run: int = 8, seed: 
             kind = KINDS[(tally.tried.total() + landed.total()) % len(KINDS)]
             began = (place / "run" / "run.json").exists()
             resume = ["--resume", "auto"] if began else []
-            status = kill_once(place, words + resume, chance, kind, training)
+            status, kind = kill_once(place, words + resume, chance, kind, training)
             landed[kind] += status is None  # else the run had ended before the kill
         if status is None:
             resume = ["--resume", "auto"] if (place / "run" / "run.json").exists() else []
@@ -239,7 +245,7 @@ def kills(folder: Path, count: int, *, steps: int = 60, per_run: int = 8, seed: 
         same = status == 0 and outcome(place, steps) == expected
         story = (place / "output.txt").read_text(encoding="utf-8")
         for kind, times in landed.items():
-            tally.count(f"SIGKILL, {kind}", same, f"run {number}: exit {status}, {story}", times)
+            tally.count(f"SIGKILL in {kind}", same, f"run {number}: exit {status}, {story}", times)
         if same:
             shutil.rmtree(place)
     return tally
