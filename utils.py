@@ -13,6 +13,7 @@ import copy
 import errno
 import functools
 import hashlib
+import html
 import json
 import os
 import platform
@@ -1025,7 +1026,9 @@ class RunFolder:
     def add_start(self, record: dict[str, Any]) -> None:
         """Put one start of the run, the first or a resume, into run.json."""
         path = self.file("run.json")
-        starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.is_file() else []
+        starts = []
+        with contextlib.suppress(OSError, ValueError, KeyError):  # none yet, or cut by a crash
+            starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
         write_text(path, json.dumps({"starts": [*starts, record]}, indent=2) + "\n")
 
     def find_checkpoint(self, resume: str) -> tuple[Path, dict[str, Any]] | None:
@@ -1246,8 +1249,17 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """Read RANK and WORLD_SIZE; a process started alone is rank 0 of 1."""
-        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        """Read RANK and WORLD_SIZE; a process started alone is rank 0 of 1.
+
+        Raises UsageError for more than one: they would train apart, on parts of the data.
+        """
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        if world_size > 1:
+            raise UsageError(
+                f"WORLD_SIZE={world_size}: this version trains in one process; start it without "
+                "torchrun or srun, or unset WORLD_SIZE"
+            )
+        return cls(int(os.environ.get("RANK", 0)), world_size)
 
 
 def choose_device(use_gpu: bool) -> tuple[torch.device, str]:
@@ -1287,7 +1299,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
     fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
@@ -1449,10 +1462,10 @@ GPU_PEAK_FLOPS = {
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s that MFU is measured against: the data sheet's, else a large product timed here."""
-    if device.type == "cuda":
+    if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
         for key, rate in GPU_PEAK_FLOPS.items():
-            if key in name:
+            if re.search(rf"\b{key}\b", name):
                 return rate
     size = 1024
     a = torch.ones(size, size, device=device, dtype=dtype)
@@ -1573,7 +1586,7 @@ def loss_curve_svg(records: list[dict[str, Any]], title: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         'font-family="sans-serif" font-size="13">',
         '<rect width="100%" height="100%" fill="white"/>',
-        f'<text x="{left}" y="28" font-size="17">{title}</text>',
+        f'<text x="{left}" y="28" font-size="17">{html.escape(title)}</text>',
     ]
     for i in range(6):
         loss, step = low + span * i / 5, last_step * i / 5
