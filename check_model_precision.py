@@ -49,7 +49,7 @@ from llama import (
     to_half_split,
 )
 from tokenizer import Tokenizer, export_tokenizer_bin
-from utils import atomic_write
+from utils import atomic_write, write_sealed
 
 PROGRAM = "check_model_precision.py"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -560,7 +560,8 @@ def convert(path: Path, target: str, output: Path, args: argparse.Namespace) -> 
         )
     elif target == "pt":
         payload = model_payload(model, DTYPES[args.save_dtype]) | classifier_parts(path)
-        publish(output, lambda file: torch.save(payload, file), expected(model, args.save_dtype))
+        want = expected(model, args.save_dtype)
+        publish(output, lambda file: write_sealed(file, payload), want)
     else:
         require_llama2c(model.config)
         write, want = (write_bin, model.state_dict())

@@ -884,6 +884,8 @@ def load_pretrained(path: str | Path) -> Llama:
     path = Path(path)
     if path.is_dir():
         return _read_hugging_face(path)
+    if path.exists() and not path.is_file():  # opening a FIFO would wait for ever
+        raise UsageError(f"{path}: not a regular file")
     try:
         with path.open("rb") as file:
             head = file.read(64)
@@ -905,13 +907,13 @@ def load_payload(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
         sealed = verify and verify_seal(path)
         whole = zipfile.is_zipfile(path)  # else torch's format before 2020, or cut off
         if whole:
-            _check_archive(path)
+            _check_archive(path, checksums=verify and not sealed)
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=whole)
     except UsageError:
         raise
     except pickle.UnpicklingError as error:
         reason = "carries code or objects beyond tensors and plain values, and none of it was run"
-        if "Unsupported" not in str(error):
+        if "unsupported" not in str(error).lower():
             reason = "is damaged or no model file"
         raise UsageError(f"{path}: {reason}; get a file of plain weights") from None
     except Exception as error:  # torch.load raises what the damage happens to hit
@@ -928,13 +930,20 @@ def load_payload(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
     return payload
 
 
-def _check_archive(path: Path) -> None:
-    """Refuse an archive that would unpack to more than the file holds, before it does."""
+def _check_archive(path: Path, *, checksums: bool) -> None:
+    """Refuse an archive that would unpack to more than the file holds, before it does.
+
+    `checksums` reads every byte of its parts and compares their CRC-32, all that other programs'
+    files have.
+    """
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
-    size = sum(part.file_size for part in parts)
-    if size > path.stat().st_size or any(part.compress_type for part in parts):
-        raise UsageError(f"{path}: claims {size:,} bytes of content, more than the file holds")
+        size = sum(part.file_size for part in parts)
+        if size > path.stat().st_size or any(part.compress_type for part in parts):
+            raise UsageError(f"{path}: claims {size:,} bytes of content, more than the file holds")
+        broken = archive.testzip() if checksums else None
+    if broken is not None:
+        raise UsageError(f"{path} is damaged: the checksum of {broken} is wrong; copy it again")
 
 
 def _check_version(path: Path, version: Any, *, sealed: bool) -> None:

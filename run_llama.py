@@ -276,7 +276,8 @@ class Run:
         """Save, by default named after the step, and delete what is old by now. Raises OSError."""
         step = self.progress.step
         self.save(path or self.folder.step_checkpoint(step))
-        self.folder.prune(self.options.keep_last, run_id=self.run_id, step=step)
+        if not self.progress.skipped:  # else the last good one, to go back to, may be among them
+            self.folder.prune(self.options.keep_last, run_id=self.run_id, step=step)
 
 
 def train(run: Run) -> None:
@@ -339,7 +340,7 @@ def train(run: Run) -> None:
         write_checkpoint(run, run.folder.step_checkpoint(progress.step))
         run.files.finish()
     elif out_of_patience(task, plan, progress):
-        print(f"no better {task.goal} for {task.patience} epochs: stopped early")
+        print(f"stopped: no better {task.goal} for {task.patience} epochs")
 
 
 def optimizer_step(run: Run) -> dict[str, Any]:

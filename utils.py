@@ -1,9 +1,10 @@
 """What every option needs beside the model: data sets, checkpoint files, the process, its record.
 
 Sections: whole files; from text files to chunks (token cache, holding out, PretrainDataset);
-labelled sentences; checkpoints and the run's folder; seeds, ranks, device and signals; telemetry
-and metrics. What decides an order is a pure function of (seed, epoch, index), so the state of a
-run's data is integers. Knows the model only as a state dict, and nothing of options.
+labelled sentences; checkpoints, the run's folder and its lock; seeds, ranks, device and signals;
+telemetry and metrics. What decides an order is a pure function of (seed, epoch, index), so the
+state of a run's data is integers. Knows the model only as a state dict in llama's file format, and
+nothing of options.
 """
 
 from __future__ import annotations
@@ -850,16 +851,18 @@ def bucketed_batches(
 # ---------------------------------------------------------------------------- checkpoints
 
 
+def write_sealed(file: BinaryIO, payload: dict[str, Any]) -> None:
+    """Write tensors and plain values, and behind them the SHA-256 of every byte."""
+    sealing = SealingFile(file)
+    torch.save(payload | {"format_version": FORMAT_VERSION}, sealing)
+    sealing.seal()
+
+
 def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
     """Write tensors and plain values with their SHA-256, whole and read back, or not at all.
 
     Raises OSError, and then `path` is as it was.
     """
-
-    def write(file: BinaryIO) -> None:
-        sealing = SealingFile(file)
-        torch.save(payload | {"format_version": FORMAT_VERSION}, sealing)
-        sealing.seal()
 
     def verify(temporary: Path) -> None:
         try:
@@ -870,7 +873,7 @@ def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
             raise OSError(errno.EIO, "what was read back is not what was written", str(path))
 
     try:
-        atomic_write(path, write, verify=verify)
+        atomic_write(path, lambda file: write_sealed(file, payload), verify=verify)
     except RuntimeError as error:  # torch's writer hides what the file raised
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None

@@ -132,12 +132,13 @@ def test_learning_rate_follows_the_contract(text_file):
         ("float32", [1, 14, 20]),
         ("float32", [14]),
         ("bfloat16", [14, 20]),
-        ("float16", [14]),
+        ("float16", [3]),
     ],
 )
 def test_interrupted_and_resumed_equals_uninterrupted(text_file, monkeypatch, dtype, stops):
     """Bit for bit, with dropout, from the middle of an epoch, at its end, three times in a row."""
     command = f"--option pretrain --pretrain_data {text_file} --epochs 2 --dropout 0.1"
+    command += " --max_steps 5" if dtype == "float16" else ""  # slow on a CPU
     command += f" --dtype {dtype}"  # float16 brings the gradient scaler's state along
     options = [*command.split(), *[w for w in SMALL if w not in ("--dtype", "float32")]]
     assert run_llama.main(parse_options([*options, "--save_dir", "whole"])) == 0
@@ -148,8 +149,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(text_file, monkeypatch, dt
         assert status == 130
         assert [line["step"] for line in records()] == list(range(1, len(records()) + 1))
     assert run_llama.main(parse_options([*options, "--resume", "auto"])) == 0
-    whole = load_checkpoint(Path("whole/pretrain-epoch-2.pt"))
-    resumed = load_checkpoint(Path("run/pretrain-epoch-2.pt"))
+    last = "pretrain-step-5.pt" if dtype == "float16" else "pretrain-epoch-2.pt"
+    whole, resumed = (load_checkpoint(Path(folder) / last) for folder in ("whole", "run"))
     for part in ("model", "optimizer", "scaler", "rng"):
         assert_same(whole[part], resumed[part], part)
     for part in ("step", "tokens", "best", "best_step"):
