@@ -1,6 +1,6 @@
 """What is in a model file: precision, size by part, tied or not; verified, compared, converted.
 
-    python check_model_precision.py                        # the model the other options would use
+    python check_model_precision.py                        # stories42M.pt, or the newest model
     python check_model_precision.py a.pt model.bin folder
     python check_model_precision.py a.pt --verify
     python check_model_precision.py a.pt --compare b.pt
@@ -82,7 +82,7 @@ class Report:
 
 
 def default_file() -> Path:
-    """The model that the other options would use where none is named."""
+    """stories42M.pt, else the newest model in ./checkpoints, else the shipped one."""
     if Path("stories42M.pt").is_file():
         return Path("stories42M.pt")
     saved = [path for path in Path("checkpoints").glob("*.pt") if path.is_file()]

@@ -764,10 +764,8 @@ def _parse_label(text: str, where: str, n_labels: int | None) -> int | None:
 
 
 class LlamaDataset:
-    """A labelled file, encoded: BOS, sentence cut to `max_sentence_len`, `suffix`, EOS if asked.
-
-    Cutting leaves the suffix (a prompt's question) whole. `ids[i]` are the tokens of `examples[i]`.
-    """
+    """A labelled file, encoded: `ids[i]` are BOS and the tokens of `examples[i]`'s sentence, of
+    which at most `max_sentence_len` are kept."""
 
     def __init__(
         self,
@@ -776,16 +774,11 @@ class LlamaDataset:
         *,
         n_labels: int | None = None,
         max_sentence_len: int | None = None,
-        suffix: str = "",
-        eos: bool = False,
     ) -> None:
         self.path = path
         self.examples = read_labelled(path, n_labels=n_labels)
-        # A vocabulary joins nothing across the space before a word, so sentence and suffix, which
-        # gets that space by itself, are encoded apart.
-        tail = tokenizer.encode(suffix, bos=False, eos=eos)
         sentences = tokenizer.sp_model.encode([example.sentence for example in self.examples])
-        self.ids = [[tokenizer.bos_id, *ids[:max_sentence_len], *tail] for ids in sentences]
+        self.ids = [[tokenizer.bos_id, *ids[:max_sentence_len]] for ids in sentences]
         self.lengths = np.array([len(ids) for ids in self.ids], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -811,10 +804,6 @@ class LlamaDataset:
         """Every index once, longest sentences first, so that little is padded; for prediction."""
         order = np.argsort(-self.lengths, kind="stable")
         return np.split(order, range(batch_size, len(order), batch_size))
-
-    def training_batches(self, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-        """The batches of an epoch, `bucketed_batches` of this file's lengths."""
-        return bucketed_batches(self.lengths, batch_size, seed, epoch)
 
     def collate(self, indices: Sequence[int] | np.ndarray) -> LabelledBatch:
         """The examples at `indices` as one batch, padded to its longest."""
