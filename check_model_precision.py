@@ -1,6 +1,6 @@
 """What is in a model file: precision, size by part, tied or not; verified, compared, converted.
 
-    python check_model_precision.py                        # the model the other options would use
+    python check_model_precision.py                        # stories42M.pt, or the newest model
     python check_model_precision.py a.pt model.bin folder
     python check_model_precision.py a.pt --verify
     python check_model_precision.py a.pt --compare b.pt
@@ -82,7 +82,7 @@ class Report:
 
 
 def default_file() -> Path:
-    """The model that the other options would use where none is named."""
+    """stories42M.pt, else the newest model in ./checkpoints, else the shipped one."""
     if Path("stories42M.pt").is_file():
         return Path("stories42M.pt")
     saved = [path for path in Path("checkpoints").glob("*.pt") if path.is_file()]
@@ -543,6 +543,8 @@ def convert(path: Path, target: str, output: Path, args: argparse.Namespace) -> 
     tokenizer = find_tokenizer(model, args.tokenizer_model)
     outputs = [output]
     if target.startswith("bin") and tokenizer is not None:
+        if output.name == "tokenizer.bin":
+            raise UsageError(f"--output {output}: is the vocabulary's name; give another")
         outputs.append(output.with_name("tokenizer.bin"))
     for each in outputs:
         if each.exists() and not args.overwrite:
@@ -557,7 +559,7 @@ def convert(path: Path, target: str, output: Path, args: argparse.Namespace) -> 
             output, lambda folder: fill_folder(model, folder, args.save_dtype, tokenizer)
         )
     elif target == "pt":
-        payload = model_payload(model, DTYPES[args.save_dtype])
+        payload = model_payload(model, DTYPES[args.save_dtype]) | classifier_parts(path)
         want = expected(model, args.save_dtype)
         publish(output, lambda file: write_sealed(file, payload), want)
     else:
@@ -569,6 +571,12 @@ def convert(path: Path, target: str, output: Path, args: argparse.Namespace) -> 
         if tokenizer is not None:
             export_tokenizer_bin(tokenizer, outputs[1])
     return outputs
+
+
+def classifier_parts(path: Path) -> dict[str, Any]:
+    """What a fine-tuned .pt file has beside the Llama: its head and its labels' names."""
+    payload = read_stored(path)[2]
+    return {key: payload[key] for key in ("classifier_head", "label_names") if key in payload}
 
 
 def find_tokenizer(model: Llama, given: Path | None) -> Tokenizer | None:
@@ -699,6 +707,8 @@ def run(args: argparse.Namespace) -> int:
         results[0]["compared"] = compare(files[0], args.compare)
         if not args.json:
             print_comparison(files[0], results[0]["compared"])
+    if args.convert and not sound:
+        print(f"{PROGRAM}: damaged, so nothing was converted", file=sys.stderr)
     if args.convert and sound:
         written = convert(files[0], args.convert, args.output, args)
         results[0]["written"] = [{"path": str(p), "size": size_on_disk(p)} for p in written]

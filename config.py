@@ -120,15 +120,15 @@ class LlamaConfig:
             "output": 0 if self.tie_word_embeddings else self.vocab_size * self.dim,
         }
 
-    def flops_per_token(self, sequence_length: int) -> float:
+    def flops_per_token(self, sequence_length: int, *, logits: bool) -> float:
         """Floating-point operations to train on one token: 6 per weight, 6 L T d for attention.
 
         PaLM's count (Chowdhery et al. 2022, appendix B) with the causal half of the attention; the
-        embedding's look-up is free, the output head's product is not.
+        embedding's look-up is free, the output head's product, where there are logits, is not.
         """
         counts = self.parameter_counts()
-        weights = sum(counts.values()) - counts["norms"] - counts["embedding"] - counts["output"]
-        weights += self.vocab_size * self.dim
+        weights = counts["attention"] + counts["feed_forward"]
+        weights += self.vocab_size * self.dim if logits else 0
         return 6.0 * weights + 6.0 * self.n_layers * sequence_length * self.dim
 
 
@@ -161,7 +161,9 @@ PRESETS: dict[str, Preset] = {
 
 # ---------------------------------------------------------------------------- the plan of a run
 
-LOGITS_CHUNK_BYTES = 2**25  # logits that stand at once: the loss is computed in chunks of them
+# Logits that stand at once, by device: the loss is computed in chunks of them. On a CPU chunks near
+# the size of its cache are fastest; a GPU wants larger products.
+LOGITS_CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28, "mps": 2**28}
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -204,7 +206,10 @@ class TrainingPlan:
     max_steps: int | None
     warmup_steps_given: int | None
     dtype: str
+    device: str  # cpu, cuda or mps
     activation_checkpointing: bool
+    keep_last: int
+    checkpoints_kept: int  # those of epochs, which are not deleted
 
     @property
     def sequences_per_step(self) -> int:
@@ -244,6 +249,11 @@ class TrainingPlan:
             layers = config.n_layers * residual + layer
         return self.micro_batch_size * self.sequence_length * (layers + 3 * residual)
 
+    def flops_per_token(self) -> float:
+        """Operations to train on one token; of finetuning, as if all weights were trained."""
+        logits = self.logits_width == self.config.vocab_size
+        return self.config.flops_per_token(self.sequence_length, logits=logits)
+
     def memory(self) -> dict[str, int]:
         """Bytes by part while training."""
         weights = 4 * sum(self.config.parameter_counts().values())
@@ -253,7 +263,7 @@ class TrainingPlan:
             "gradients": 4 * self.trainable_parameters,
             "optimizer": 8 * self.trainable_parameters,
             "activations": self.activation_bytes(),
-            "logits": 2 * min(logits, LOGITS_CHUNK_BYTES),
+            "logits": 2 * min(logits, LOGITS_CHUNK_BYTES[self.device]),
         }
 
     def checkpoint_bytes(self) -> int:
@@ -263,6 +273,11 @@ class TrainingPlan:
     def weights_file_bytes(self, save_dtype: str) -> int:
         """A weights file: the weights alone, a tied embedding once."""
         return DTYPE_BYTES[save_dtype] * sum(self.config.parameter_counts().values())
+
+    def disk_bytes(self, save_dtype: str) -> int:
+        """Everything the run will have written, a file being replaced counted twice."""
+        checkpoints = self.checkpoints_kept + self.keep_last + 1
+        return checkpoints * self.checkpoint_bytes() + 3 * self.weights_file_bytes(save_dtype)
 
     def lines(self, *, noun: str, save_dtype: str, available: int | None) -> list[str]:
         """The plan as a person reads it; `noun` is what a sequence is called."""
@@ -320,7 +335,7 @@ class RunOptions:
     """the run"""
 
     option: Literal["pretrain", "finetune", "prompt", "generate"] = flag("generate", "what to do")
-    seed: int = flag(1337, "of every random number", at_least=0)
+    seed: int = flag(1337, "of every random number", at_least=0, below=2**63)
     use_gpu: bool = flag(False, "train or run on CUDA or Apple's MPS where there is one")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto", "of the arithmetic; auto: bfloat16 where the device multiplies it fast"
@@ -494,7 +509,8 @@ class GenerateOptions:
     num_samples: int = flag(1, "continuations of each prompt", at_least=1)
     temperature: float | None = flag(
         None,
-        "0: the likeliest token; 1: as the model says; unset: both, as the original",
+        "0: the likeliest token; 1: as the model says; unset: 0.8, and without a prompt both 0 "
+        "and 1, as the original",
         at_least=0,
     )
     top_k: int | None = flag(None, "sample among this many likeliest tokens", at_least=1)
@@ -515,6 +531,11 @@ class GenerateOptions:
         Path("generated-sentence-temp-1.txt"), "the original's file at temperature 1"
     )
 
+
+# A resumed run asks these of the command line, and everything else of its checkpoint.
+ANEW_ON_RESUME = frozenset(
+    "option use_gpu compile plan save_dir resume overwrite max_steps cache_dir".split()
+)
 
 # The groups in the order `--help` shows them; later bases come first in a dataclass's fields.
 OPTION_GROUPS = (
@@ -544,15 +565,35 @@ class Options(
 ):
     """Everything the command line says, checked as far as it can be without data or device."""
 
+    given: frozenset[str] = frozenset()  # names of the flags that were typed
+
     def to_plain(self) -> dict[str, Any]:
         """The options as JSON and checkpoints hold them: strings, numbers, lists, None."""
         plain = dataclasses.asdict(self)
+        del plain["given"]
         for name, value in plain.items():
             if isinstance(value, Path):
                 plain[name] = value.as_posix()
             elif isinstance(value, tuple):
                 plain[name] = list(value)
         return plain
+
+    def resumed(self, stored: dict[str, Any]) -> Options:
+        """These options with those of a checkpoint for every flag that was not typed.
+
+        Where the run writes, what it computes on and when it ends early are not the checkpoint's.
+        """
+        kept = self.given | ANEW_ON_RESUME
+        changes = {}
+        for field in dataclasses.fields(self):
+            if field.name in stored and field.name not in kept and "help" in field.metadata:
+                value = stored[field.name]
+                if isinstance(value, list):
+                    value = tuple(value)
+                elif isinstance(value, str) and "Path" in str(field.type):
+                    value = Path(value)
+                changes[field.name] = value
+        return dataclasses.replace(self, **changes)
 
     def llama_config(self, vocab_size: int) -> LlamaConfig:
         """The shape to pretrain: the preset, changed by the single flags."""
@@ -664,7 +705,8 @@ def parse_options(arguments: Sequence[str]) -> Options:
     """
     parser = build_parser()
     parser.set_defaults(max_seq_len=None)
-    namespace, unknown = parser.parse_known_args([with_underscores(word) for word in arguments])
+    words = [with_underscores(word) for word in arguments]
+    namespace, unknown = parser.parse_known_args(words)
     if unknown:
         raise UsageError("\n".join(unknown_argument(parser, word) for word in unknown))
     values = vars(namespace)
@@ -674,7 +716,8 @@ def parse_options(arguments: Sequence[str]) -> Options:
     for field in dataclasses.fields(Options):
         if isinstance(field.default, tuple):
             values[field.name] = tuple(values[field.name] or ())
-    options = Options(**values)
+    typed = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+    options = Options(**values, given=frozenset(typed & {*values}))
     problems = find_problems(options)
     if problems:
         raise UsageError("\n".join(problems))
@@ -702,6 +745,39 @@ def unknown_argument(parser: argparse.ArgumentParser, word: str) -> str:
     near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
     remedy = f"did you mean {near[0]}?" if near else "--help lists the options"
     return f"{word}: no such option; {remedy}"
+
+
+# The options that a group of flags is for; of the groups left out, all.
+GROUP_IS_FOR: dict[type, tuple[str, ...]] = {
+    PretrainDataOptions: ("pretrain",),
+    PretrainOptions: ("pretrain",),
+    TrainOptions: ("pretrain", "finetune"),
+    LabelledDataOptions: ("finetune", "prompt"),
+    FinetuneOptions: ("finetune",),
+    PromptOptions: ("prompt",),
+    GenerateOptions: ("generate",),
+}
+ALSO_FOR = {"save_dtype": "finetune"}
+INSTEAD = {
+    ("pretrain", "lr"): "--pretrain_lr",
+    ("pretrain", "batch_size"): "--pretrain_batch_size",
+    ("finetune", "pretrain_lr"): "--lr",
+    ("finetune", "pretrain_batch_size"): "--batch_size",
+}
+
+
+def find_idle_flags(options: Options) -> list[str]:
+    """A note for each flag typed that the option at hand does not look at."""
+    notes = []
+    for group, meant_for in GROUP_IS_FOR.items():
+        for field in dataclasses.fields(group):
+            name = field.name
+            if name not in options.given or options.option in (*meant_for, ALSO_FOR.get(name)):
+                continue
+            instead = INSTEAD.get((options.option, name))
+            remedy = f": {instead} has" if instead else ""
+            notes.append(f"note: --{name} has no effect on --option {options.option}{remedy}")
+    return notes
 
 
 def find_problems(options: Options) -> list[str]:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from config import IGNORE_INDEX, LlamaConfig, UsageError, fingerprint
+from config import IGNORE_INDEX, LOGITS_CHUNK_BYTES, LlamaConfig, UsageError, fingerprint
 
 # ---------------------------------------------------------------------------- parts
 
@@ -244,9 +244,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _chunk_rows(vocab_size: int, device: torch.device) -> int:
     """Rows of logits to hold at once: measured best where a chunk stays near the CPU's cache."""
-    if device.type == "cpu":
-        return max(16, min(512, 2**25 // (4 * vocab_size)))  # 32 MB
-    return max(256, 2**28 // (4 * vocab_size))  # 256 MB
+    rows = LOGITS_CHUNK_BYTES.get(device.type, LOGITS_CHUNK_BYTES["cpu"]) // (4 * vocab_size)
+    return max(16, min(512, rows)) if device.type == "cpu" else max(256, rows)
 
 
 def linear_cross_entropy(
@@ -459,10 +458,11 @@ def sample_next(
         logits = penalize(logits, history, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return int(logits.argmax())
-    cumulated = logits_to_probs(logits, sampling).cumsum(0, dtype=torch.float64)
+    # On the CPU: Apple's GPU has no float64, which keeps the sum of many small numbers true.
+    cumulated = logits_to_probs(logits, sampling).cpu().cumsum(0, dtype=torch.float64)
     if not cumulated[-1] > 0:
         raise UsageError("the model's logits are not numbers: its training diverged")
-    draw = torch.rand((), generator=generator, dtype=torch.float64).to(cumulated.device)
+    draw = torch.rand((), generator=generator, dtype=torch.float64)
     return int(torch.searchsorted(cumulated, draw * cumulated[-1], right=True))
 
 
@@ -965,10 +965,11 @@ def _read_pt(path: Path) -> Llama:
         raise UsageError(f"{path}: no dict 'model_args', which gives the shape of the model")
     weights = {}
     for name, tensor in payload["model"].items():
-        name = name.removeprefix("_orig_mod.").removeprefix("module.")
+        name = name.removeprefix("_orig_mod.").removeprefix("module.").removeprefix("llama.")
         for other, ours in _OTHER_NAMES.items():
             name = name.replace(f".{other}.", f".{ours}.")
-        if name not in ("freqs_cos", "freqs_sin"):  # llama2.c's rotary tables: made anew here
+        # llama2.c's rotary tables are made anew here; a classifier's head is not the Llama's.
+        if name not in ("freqs_cos", "freqs_sin") and not name.startswith("classifier_head."):
             weights[name] = tensor
     args = dict(args)
     if args.get("hidden_dim") is None and "layers.0.feed_forward.w1.weight" in weights:

@@ -12,11 +12,13 @@ and finetuning share, and a function for each option.
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from config import options_or_exit
 
 if __name__ == "__main__":  # --help and bad flags are answered before torch, which takes seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback till then
     OPTIONS_GIVEN = options_or_exit(sys.argv[1:])
 
 import contextlib
@@ -26,10 +28,12 @@ import functools
 import hashlib
 import json
 import math
+import os
 import random
 import re
 import shlex
 import statistics
+import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +47,7 @@ from torch import nn
 from tqdm import tqdm
 
 from config import (
+    ANEW_ON_RESUME,
     DATA_DIR,
     IGNORE_INDEX,
     SHIPPED_MODEL,
@@ -50,7 +55,9 @@ from config import (
     RunFailed,
     TrainingPlan,
     UsageError,
+    find_idle_flags,
     human_size,
+    human_time,
     report_usage_error,
 )
 from llama import (
@@ -67,7 +74,7 @@ from llama import (
     model_payload,
 )
 from optimizer import AdamW, learning_rate, parameter_groups
-from tokenizer import Reading, Tokenizer, find_text_files, is_labelled
+from tokenizer import Reading, TextSource, Tokenizer, find_text_files, is_labelled
 from utils import (
     GpuTelemetry,
     Interrupted,
@@ -87,6 +94,7 @@ from utils import (
     check_writable_file,
     choose_device,
     choose_dtype,
+    count_chunks,
     describe_device,
     dtype_name,
     environment,
@@ -107,7 +115,8 @@ from utils import (
 )
 
 BETAS, EPS = (0.9, 0.95), 1e-8  # AdamW's, as Llama was pretrained
-EVALUATED = ("val_loss", "val_perplexity", "bits_per_byte", "dev_loss", "dev_accuracy", "dev_f1")
+EVALUATED = ("val_loss", "val_perplexity", "bits_per_byte", "dev_accuracy", "dev_f1")
+MEASURED_STEPS = 10  # after which the time left is told
 MAX_SKIPPED = 10  # updates in a row that may be left out for numbers that are not finite
 MAX_ROLLBACKS = 4  # each halves the learning rate
 SPIKE_WINDOW, SPIKE_LEAST, SPIKE_STDS = 100, 20, 6.0  # losses looked back on; fewer tell nothing
@@ -153,7 +162,7 @@ class Progress:
     """Where a run stands, in plain values; data order and learning rate follow from `step`."""
 
     step: int = 0  # optimizer steps made
-    tokens: int = 0  # trained on, over all ranks
+    tokens: int = 0  # trained on
     skipped: int = 0  # updates left out in a row
     lr_scale: float = 1.0  # halved by each rollback
     split: int = 1  # parts that a micro-batch is trained on in, since it did not fit the memory
@@ -280,8 +289,9 @@ def train(run: Run) -> None:
     plan, task, options, progress = run.plan, run.task, run.options, run.progress
     telemetry = GpuTelemetry(run.device)
     peak = peak_flops(run.device, run.dtype)
-    flops = plan.config.flops_per_token(plan.sequence_length)
-    log = MetricsLog(run.folder.file("metrics.jsonl"), last_step=progress.step)
+    flops = plan.flops_per_token()
+    done = progress.step - bool(progress.pending)  # steps whose record is complete
+    log = MetricsLog(run.folder.file("metrics.jsonl"), last_step=done)
     bar = tqdm(
         total=plan.last_step,
         initial=progress.step,
@@ -289,9 +299,10 @@ def train(run: Run) -> None:
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 10,  # seconds; a log needs few lines
     )
+    first_step, started = progress.step, time.perf_counter()
     run.model.train()
     with contextlib.closing(log), bar:
-        while not has_ended(run) and not run.stop.requested:
+        while goes_on(task, plan, progress) and not run.stop.requested:
             record = progress.pending or optimizer_step(run)
             if progress.skipped >= MAX_SKIPPED:
                 roll_back(run)
@@ -313,25 +324,30 @@ def train(run: Run) -> None:
             note_spike(record, log.records)
             log.append(record | telemetry.sample())
             show(bar, record)
+            if progress.step == first_step + MEASURED_STEPS < plan.last_step:
+                a_step = (time.perf_counter() - started) / MEASURED_STEPS
+                left = human_time((plan.last_step - progress.step) * a_step)
+                bar.write(f"about {left} left, evaluations apart")
             run.files.retry(progress.step)
             if choose_best and is_new_best(task, progress, record):
                 write_weights(run, "best-model.pt")
+            ends_run |= out_of_patience(task, plan, progress)
             if ends_epoch and (ends_run or epoch % options.save_interval == 0):
                 write_checkpoint(run, run.folder.epoch_checkpoint(epoch))
             elif ends_run or every(options.checkpoint_interval, progress.step):
                 write_checkpoint(run, run.folder.step_checkpoint(progress.step))
-            if has_ended(run) and not ends_run:
-                bar.write(f"stopped: no better {task.goal} for {task.patience} epochs")
     if run.stop.requested:
         write_checkpoint(run, run.folder.step_checkpoint(progress.step))
         run.files.finish()
+    elif out_of_patience(task, plan, progress):
+        print(f"stopped: no better {task.goal} for {task.patience} epochs")
 
 
 def optimizer_step(run: Run) -> dict[str, Any]:
     """Train on one accumulation window; returns the step's record.
 
-    The gradient is that of the mean loss over all targets of the window and of all ranks, so
-    accumulation and ragged batches equal one big batch.
+    The gradient is that of the mean loss over all targets of the window, so accumulation and
+    ragged batches equal one big batch.
     """
     started = time.perf_counter()
     plan, progress = run.plan, run.progress
@@ -513,7 +529,7 @@ def finite_or_none(value: float) -> float | None:
 def is_new_best(task: Task, progress: Progress, record: dict[str, Any]) -> bool:
     """Note the record's value of the goal, and whether it is the best so far."""
     value = record.get(task.goal)
-    if value is None:
+    if value is None or not math.isfinite(value):
         return False
     if progress.best is not None and (
         value <= progress.best if task.higher_is_better else value >= progress.best
@@ -523,16 +539,18 @@ def is_new_best(task: Task, progress: Progress, record: dict[str, Any]) -> bool:
     return True
 
 
-def has_ended(run: Run) -> bool:
-    """Whether the last step is made, or too many epochs have gone by without a new best."""
-    plan, progress, patience = run.plan, run.progress, run.task.patience
-    if progress.pending is not None:
+def out_of_patience(task: Task, plan: TrainingPlan, progress: Progress) -> bool:
+    """Whether, at the end of an epoch, too many have gone by without a new best."""
+    if task.patience is None or progress.step % plan.steps_per_epoch:
         return False
-    if progress.step >= plan.last_step:
+    return progress.step - progress.best_step >= task.patience * plan.steps_per_epoch
+
+
+def goes_on(task: Task, plan: TrainingPlan, progress: Progress) -> bool:
+    """Whether there is a step to make, or the last one's record still to complete."""
+    if progress.pending:
         return True
-    ends_epoch = progress.step % plan.steps_per_epoch == 0
-    waited = progress.step - progress.best_step
-    return ends_epoch and patience is not None and waited >= patience * plan.steps_per_epoch
+    return progress.step < plan.last_step and not out_of_patience(task, plan, progress)
 
 
 def show(bar: tqdm, record: dict[str, Any]) -> None:
@@ -546,7 +564,8 @@ def show(bar: tqdm, record: dict[str, Any]) -> None:
     metrics = {key: record[key] for key in EVALUATED if record.get(key) is not None}
     if metrics:
         figures = ", ".join(
-            f"{key.replace('_', ' ')} {value:,.4g}" for key, value in metrics.items()
+            f"{key.replace('_', ' ')} {value:,.{0 if value >= 1000 else 4}f}"
+            for key, value in metrics.items()
         )
         bar.write(f"epoch {record['epoch']}, step {record['step']:,}: {figures}")
 
@@ -583,32 +602,80 @@ def own_folder(options: Options, prefix: str) -> Iterator[RunFolder]:
         yield folder
 
 
-def open_run(options: Options, folder: RunFolder) -> dict[str, Any] | None:
-    """Check that the run may write its folder; returns the checkpoint to go on from, if any."""
+def where_it_was(options: Options) -> Options:
+    """A run resumed from a file goes on in that file's folder. Raises UsageError for another."""
+    if options.resume in (None, "auto"):
+        return options
+    folder = Path(options.resume).parent
+    if "save_dir" in options.given and options.save_dir.resolve() != folder.resolve():
+        raise UsageError(
+            f"--resume {options.resume} lies outside --save_dir {options.save_dir}: a run goes on "
+            f"where its files are, so leave --save_dir out or give {folder}"
+        )
+    return dataclasses.replace(options, save_dir=folder)
+
+
+def open_run(options: Options, folder: RunFolder) -> tuple[Options, dict[str, Any] | None]:
+    """Check that the run may write its folder, and find the checkpoint to go on from, if any.
+
+    Returns it with the options: what was not typed is as the checkpoint has it.
+    """
     if not options.plan:
         folder.check_free(resume=options.resume is not None, overwrite=options.overwrite)
     if options.resume is None:
-        return None
+        return options, None
     found = folder.find_checkpoint(options.resume)
     if found is None:
         print("--resume auto: the run ended before its first checkpoint, so it begins anew")
-        return None
+        return options, None
     path, checkpoint = found
     print(f"resuming     {path}, made after step {checkpoint['progress']['step']:,}")
-    return checkpoint
+    before = checkpoint.get("options", {})
+    options = options.resumed(before)
+    now = options.to_plain()
+    for name in sorted(options.given - ANEW_ON_RESUME):
+        if name in before and before[name] != now[name]:
+            print(f"changed      --{name} from {before[name]} to {now[name]}")
+    return options, checkpoint
 
 
 def check_identity(checkpoint: dict[str, Any], identity: dict[str, Any]) -> None:
     """Raise UsageError, a line each, for what a checkpoint was made with and this run is not."""
     made_with = checkpoint["identity"]
-    problems = [
-        f"{name} {value} differs from the checkpoint's {made_with.get(name)}: a run is resumed "
-        "with what it was started with"
-        for name, value in identity.items()
-        if made_with.get(name) != value
-    ]
+    problems = []
+    for name, value in identity.items():
+        before = made_with.get(name)
+        if before == value:
+            continue
+        if isinstance(value, dict) and isinstance(before, dict):  # of a shape, what differs
+            differs = [key for key in value if before.get(key) != value[key]]
+            value = ", ".join(f"{key} {value[key]}" for key in differs)
+            before = ", ".join(str(before.get(key)) for key in differs)
+        problems.append(
+            f"{name} {value} differs from the checkpoint's {before}: a run is resumed with what "
+            "it was started with"
+        )
     if problems:
         raise UsageError("\n".join(problems))
+
+
+def make_plan(
+    options: Options, ranks: Ranks, device: torch.device, dtype: torch.dtype, **sizes: Any
+) -> TrainingPlan:
+    """The plan of a run: what the flags say, and the sizes of the task's model and data."""
+    return TrainingPlan(
+        accumulation_steps=options.gradient_accumulation_steps,
+        world_size=ranks.world_size,
+        epochs=options.epochs,
+        max_steps=options.max_steps,
+        warmup_steps_given=options.warmup_steps,
+        dtype=dtype_name(dtype),
+        device=device.type,
+        activation_checkpointing=options.activation_checkpointing,
+        keep_last=options.keep_last,
+        checkpoints_kept=1 + options.epochs // options.save_interval,
+        **sizes,
+    )
 
 
 def print_plan(options: Options, plan: TrainingPlan, device: torch.device, noun: str) -> None:
@@ -623,8 +690,12 @@ def print_plan(options: Options, plan: TrainingPlan, device: torch.device, noun:
             "are free: try --activation_checkpointing, a smaller batch with more "
             "--gradient_accumulation_steps, or a smaller model"
         )
-    # Two checkpoints stand at once while one replaces the other, beside the two weights files.
-    files = 2 * plan.checkpoint_bytes() + 2 * plan.weights_file_bytes(options.save_dtype)
+    if plan.warmup_steps >= plan.last_step > 1:
+        print(
+            f"warning: --warmup_steps {plan.warmup_steps:,} in a run of {plan.last_step:,} steps: "
+            "the full learning rate is never reached"
+        )
+    files = plan.disk_bytes(options.save_dtype)
     free = free_disk(options.save_dir)
     if not options.plan and files > free:
         raise UsageError(
@@ -654,14 +725,13 @@ def start(run: Run, checkpoint: dict[str, Any] | None) -> None:
 
 def interrupted(run: Run) -> int:
     """Say what was saved and how to go on; returns the exit status."""
-    words = [word for word in sys.argv[1:] if word != "--overwrite"]
-    if run.options.resume is None:
-        words += ["--resume", "auto"]
-    print(
-        f"stopped after step {run.progress.step:,}; everything is in "
-        f"{run.folder.step_checkpoint(run.progress.step)}\ngo on with:  "
-        f"{shlex.join(['python', sys.argv[0], *words])}"
-    )
+    words = ["python", sys.argv[0], "--option", run.options.option]
+    words += ["--save_dir", str(run.folder.path), "--resume", "auto"]
+    for name in sorted(run.options.given & {"train", "dev", "test", "use_gpu", "max_steps"}):
+        value = getattr(run.options, name)
+        words += [f"--{name}", *([] if value is True else [str(value)])]
+    quoted = subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+    print(f"stopped after step {run.progress.step:,}, and saved; go on with:\n  {quoted}")
     return run.stop.exit_status
 
 
@@ -697,6 +767,9 @@ class Texts:
     locate: Callable[[int], str]  # where a training chunk stands in the files
 
 
+SHOWN_FILES = 10  # of many, named one by one
+
+
 def load_texts(options: Options, tokenizer: Tokenizer, stop: StopRequest) -> Texts:
     """Tokenize the text, or find it tokenized, and hold some of it out. Raises UsageError."""
     reading = Reading(
@@ -710,12 +783,19 @@ def load_texts(options: Options, tokenizer: Tokenizer, stop: StopRequest) -> Tex
         cache = build_or_load(
             files, tokenizer, reading, options.cache_dir, should_stop=lambda: stop.requested
         )
-        for path, chunks in zip(files, cache.chunks_per_file(options.max_seq_len), strict=True):
-            print(f"Loaded {chunks} chunks from {path}")
+        if cache.rebuilt_because not in (None, "there was none"):
+            print(f"tokenized anew: of the cache in {options.cache_dir}, {cache.rebuilt_because}")
+        counted = []
+        for path, chunks in zip(files, cache.chunks_per_file(length), strict=True):
+            counted.append(f"Loaded {chunks} chunks from {path}")
             if is_labelled(path) and not options.sentences_only:
-                print(f"  {path} has labelled lines: --sentences_only reads the sentences alone")
+                counted.append("  labelled lines in it: --sentences_only reads the sentences alone")
+        print("\n".join(counted[:SHOWN_FILES]))
+        if len(counted) > SHOWN_FILES:
+            print(f"... {len(files):,} files in all, {count_chunks(len(cache), length):,} chunks")
         return cache
 
+    length = options.max_seq_len
     embedded = not options.pretrain_data
     patterns = options.pretrain_data or (str(DATA_DIR / "stories-train.jsonl"),)
     files = find_text_files(patterns, flag="--pretrain_data")
@@ -727,10 +807,12 @@ def load_texts(options: Options, tokenizer: Tokenizer, stop: StopRequest) -> Tex
         train = whole_stream(cache)
         val = whole_stream(load(find_text_files(val_data, flag="--val_data")))
     else:
-        train, val = split_documents(cache, options.val_fraction, chunk_length=options.max_seq_len)
+        train, val = split_documents(cache, options.val_fraction, chunk_length=length)
         if val is None and options.val_fraction:
             print("no validation: the text is too short to hold some of it out; --val_data FILE")
-    length = options.max_seq_len
+    if val is not None:
+        share = len(val) / (len(val) + len(train))
+        print(f"validation   {len(val):,} tokens held out ({share:.1%} of all)")
 
     def locate(chunk: int) -> str:
         file, token = cache.place(train.locate(chunk * length))
@@ -749,6 +831,7 @@ def load_texts(options: Options, tokenizer: Tokenizer, stop: StopRequest) -> Tex
 
 def pretrain(options: Options, stop: StopRequest) -> int:
     """Train a Llama from scratch on text files; returns the exit status."""
+    options = where_it_was(options)
     with own_folder(options, "pretrain") as folder:
         return pretrain_in(folder, options, stop)
 
@@ -756,9 +839,9 @@ def pretrain(options: Options, stop: StopRequest) -> int:
 def pretrain_in(folder: RunFolder, options: Options, stop: StopRequest) -> int:
     """`pretrain` in a folder that no other run writes to."""
     ranks = Ranks.from_environment()
+    options, checkpoint = open_run(options, folder)
     tokenizer = Tokenizer(tokenizer_model=options.tokenizer_model)
     config = options.llama_config(tokenizer.n_words)
-    checkpoint = open_run(options, folder)
     seed_everything(options.seed)
     device, device_note = choose_device(options.use_gpu)
     dtype = choose_dtype(options.dtype, device)
@@ -775,7 +858,11 @@ def pretrain_in(folder: RunFolder, options: Options, stop: StopRequest) -> int:
     }
     if checkpoint is not None:
         check_identity(checkpoint, identity)
-    plan = TrainingPlan(
+    plan = make_plan(
+        options,
+        ranks,
+        device,
+        dtype,
         config=config,
         trainable_parameters=sum(config.parameter_counts().values()),
         sequences=len(texts.train),
@@ -783,13 +870,6 @@ def pretrain_in(folder: RunFolder, options: Options, stop: StopRequest) -> int:
         sequence_length=options.max_seq_len,
         logits_width=config.vocab_size,
         micro_batch_size=options.pretrain_batch_size,
-        accumulation_steps=options.gradient_accumulation_steps,
-        world_size=ranks.world_size,
-        epochs=options.epochs,
-        max_steps=options.max_steps,
-        warmup_steps_given=options.warmup_steps,
-        dtype=dtype_name(dtype),
-        activation_checkpointing=options.activation_checkpointing,
     )
     print_plan(options, plan, device, "chunks")
     if options.plan:
@@ -907,9 +987,7 @@ def finish_pretraining(run: Run, tokenizer: Tokenizer) -> int:
             f"validation perplexity {math.exp(progress.first):,.1f} before training, "
             f"{last['val_perplexity']:.2f} after {progress.step:,} steps"
         )
-    print("files:")
-    for path in folder.own_files():
-        print(f"  {human_size(path.stat().st_size):>8}  {path}")
+    list_files(folder)
     script = Path(sys.argv[0]).name
     print(
         "next:\n"
@@ -918,6 +996,13 @@ def finish_pretraining(run: Run, tokenizer: Tokenizer) -> int:
         f"  python check_model_precision.py {final}"
     )
     return 0
+
+
+def list_files(folder: RunFolder) -> None:
+    """Print the run's files and their sizes."""
+    print("files:")
+    for path in folder.own_files():
+        print(f"  {human_size(path.stat().st_size):>8}  {path}")
 
 
 def sample_text(model: Llama, tokenizer: Tokenizer, max_new_tokens: int = 120) -> str:
@@ -964,6 +1049,11 @@ def find_vocabulary(llama: Llama, path: Path, options: Options) -> Tokenizer:
                     f"--tokenizer_model {given} has the fingerprint {named.fingerprint}, and "
                     f"{path} was trained with {tokenizer.fingerprint}: leave the flag out"
                 )
+        if tokenizer.n_words != llama.config.vocab_size:
+            raise UsageError(
+                f"{path}: the vocabulary in it has {tokenizer.n_words:,} pieces and the model "
+                f"{llama.config.vocab_size:,}: they do not belong together; make the file anew"
+            )
         return tokenizer
     beside = Path("tokenizer.model")
     if given is None and not beside.exists():
@@ -1028,7 +1118,11 @@ def find_labelled_files(options: Options, suffix: str) -> LabelledFiles:
         options.dev_out or Path(f"{name}-dev-{suffix}-output.txt"),
         options.test_out or Path(f"{name}-test-{suffix}-output.txt"),
     ]
+    taken = {path.resolve() for path in (train, dev, test) if path is not None}
     for flag, path in zip(("--dev_out", "--test_out"), out, strict=True):
+        if path.resolve() in taken:
+            raise UsageError(f"{flag} {path}: is another of the files named; give a new one")
+        taken.add(path.resolve())
         check_writable_file(path, flag)
     names = read_label_names(options.label_names, train.with_name(f"{name}-label-mapping.json"))
     labels = {example.label for example in read_labelled(train, n_labels=len(names) or None)}
@@ -1049,7 +1143,7 @@ def read_label_names(given: Path | None, beside: Path) -> list[str]:
         return []
     path = find_text_files([given or beside], flag="--label_names")[0]
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))
+        names = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise UsageError(f"--label_names {path}: is not JSON ({error})") from None
     if not isinstance(names, list) or len(names) < 2 or not all(isinstance(n, str) for n in names):
@@ -1104,13 +1198,16 @@ def report_predictions(
     split: str, dataset: LlamaDataset, predictions: list[int], names: list[str], out: Path
 ) -> None:
     """Print a split's figures, or that it has none, and write `prediction ||| sentence` lines."""
-    if dataset.has_placeholder_labels():
+    if dataset.is_unlabelled():
         print(f"{split}: unlabelled ({len(dataset)} sentences), so no accuracy")
+    elif split == "test" and dataset.has_placeholder_labels():
+        print(f"{split}: unlabelled (one and the same label on every line), so no accuracy")
     else:
         scores = Scores.of(dataset.labels, predictions, len(names))
         print(
             f"{split} accuracy {scores.accuracy:.3f}, macro-F1 {scores.macro_f1:.3f} "
-            f"({len(dataset)} sentences; always the commonest label: {scores.majority:.3f})"
+            f"({scores.confusion.sum()} labelled; always the commonest label: "
+            f"{scores.majority:.3f})"
         )
         print("\n".join("  " + line for line in scores.lines(names)))
     lines = [
@@ -1126,6 +1223,7 @@ def report_predictions(
 
 def finetune(options: Options, stop: StopRequest) -> int:
     """Train a classifier on top of a pretrained Llama; returns the exit status."""
+    options = where_it_was(options)
     files = find_labelled_files(options, "finetuning")
     with own_folder(options, f"finetune-{files.name}") as folder:
         return finetune_in(folder, files, options, stop)
@@ -1136,7 +1234,7 @@ def finetune_in(
 ) -> int:
     """`finetune` in a folder that no other run writes to."""
     ranks = Ranks.from_environment()
-    checkpoint = open_run(options, folder)
+    options, checkpoint = open_run(options, folder)
     seed_everything(options.seed)
     llama, tokenizer, device = load_model(options)
     dtype = choose_dtype(options.dtype, device)
@@ -1174,7 +1272,11 @@ def finetune_in(
     }
     if checkpoint is not None:
         check_identity(checkpoint, identity)
-    plan = TrainingPlan(
+    plan = make_plan(
+        options,
+        ranks,
+        device,
+        dtype,
         config=llama.config,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         sequences=len(train_set),
@@ -1182,13 +1284,6 @@ def finetune_in(
         sequence_length=int(train_set.lengths.max()),
         logits_width=len(files.label_names),
         micro_batch_size=options.batch_size,
-        accumulation_steps=options.gradient_accumulation_steps,
-        world_size=ranks.world_size,
-        epochs=options.epochs,
-        max_steps=options.max_steps,
-        warmup_steps_given=options.warmup_steps,
-        dtype=dtype_name(dtype),
-        activation_checkpointing=options.activation_checkpointing,
     )
     print_plan(options, plan, device, "sentences")
     if options.plan:
@@ -1199,9 +1294,13 @@ def finetune_in(
     optimizer, scaler = ready_to_train(model, options, device, dtype)
     classify = torch.compile(model, dynamic=True) if options.compile else model
 
+    @functools.lru_cache(maxsize=1)
+    def epoch_batches(epoch: int) -> list[np.ndarray]:
+        return bucketed_batches(train_set.lengths, options.batch_size, options.seed, epoch)
+
     def batches(step: int) -> list[Batch]:
         epoch, index = divmod(step, plan.steps_per_epoch)
-        chosen = bucketed_batches(train_set.lengths, options.batch_size, options.seed, epoch)
+        chosen = epoch_batches(epoch)
         first = index * options.gradient_accumulation_steps
         parts = chosen[first : first + options.gradient_accumulation_steps]
         return [labelled_batch(train_set, part, device) for part in parts]
@@ -1210,9 +1309,9 @@ def finetune_in(
         return nn.functional.nll_loss(classify(tokens, lengths), labels, reduction="sum")
 
     def evaluate() -> dict[str, float]:
-        predictions = predict(model, dev_set, options.batch_size, device, stop)
-        if dev_set.has_placeholder_labels():
+        if dev_set.is_unlabelled():
             return {}
+        predictions = predict(model, dev_set, options.batch_size, device, stop)
         scores = Scores.of(dev_set.labels, predictions, len(files.label_names))
         return {"dev_accuracy": scores.accuracy, "dev_f1": scores.macro_f1}
 
@@ -1220,10 +1319,10 @@ def finetune_in(
         batches=batches,
         loss=loss,
         evaluate=evaluate,
-        goal="loss" if dev_set.has_placeholder_labels() else "dev_accuracy",
-        higher_is_better=not dev_set.has_placeholder_labels(),
+        goal="loss" if dev_set.is_unlabelled() else "dev_accuracy",
+        higher_is_better=not dev_set.is_unlabelled(),
         weights=lambda: classifier_payload(model, files.label_names, options),
-        state=lambda: {"model": model.state_dict()},
+        state=lambda: model_payload(llama, state=model.state_dict()),
         locate=lambda number: f"{files.train}, sentence {number + 1:,}",
         patience=options.early_stopping,
     )
@@ -1237,11 +1336,22 @@ def finetune_in(
     run.files.finish()
     best = folder.file("best-model.pt")
     load_classifier(model, best, options)
-    print(f"\nbest epoch: {run.progress.best_step / plan.steps_per_epoch:.3g} ({best})")
-    for split, out in (("dev", files.dev_out), ("test", files.test_out)):
-        if split in splits:
-            predictions = predict(model, splits[split], options.batch_size, device, stop)
-            report_predictions(split, splits[split], predictions, files.label_names, out)
+    epoch = run.progress.best_step / plan.steps_per_epoch
+    print(f"\nbest model: {best}, after step {run.progress.best_step:,} (epoch {epoch:.3g})")
+    try:
+        for split, out in (("dev", files.dev_out), ("test", files.test_out)):
+            if split in splits:
+                predictions = predict(model, splits[split], options.batch_size, device, stop)
+                report_predictions(split, splits[split], predictions, files.label_names, out)
+    except Interrupted:
+        return interrupted(run)
+    list_files(folder)
+    script = Path(sys.argv[0]).name
+    print(
+        "next:\n"
+        f'  python {script} --option generate --pretrained_model_path {best} --prompt "This film"\n'
+        f"  python check_model_precision.py {best}"
+    )
     return 0
 
 
@@ -1380,7 +1490,8 @@ def prompt(options: Options, stop: StopRequest) -> int:
             for example in chosen
         ]
         prompts = dataclasses.replace(prompts, shots="".join(solved))
-    score_labels(model, prompts, [""], options.label_norm)  # a question too long shows at once
+    # Without any sentence: what `pmi` subtracts; and a question that is too long shows at once.
+    base = score_labels(model, prompts, [""], "sum")
     for split, out in (("dev", files.dev_out), ("test", files.test_out)):
         if split not in datasets:
             continue
@@ -1391,6 +1502,8 @@ def prompt(options: Options, stop: StopRequest) -> int:
             stop.check()
             sentences = [dataset.examples[index].sentence for index in indices]
             scores = score_labels(model, prompts, sentences, options.label_norm)
+            if options.label_norm == "pmi":
+                scores = scores - base
             predictions[indices] = scores.argmax(dim=-1).cpu().numpy()
         report_predictions(split, dataset, predictions.tolist(), files.label_names, out)
     return 0
@@ -1399,7 +1512,7 @@ def prompt(options: Options, stop: StopRequest) -> int:
 def score_labels(
     model: LlamaZeroShotClassifier, prompts: Prompts, sentences: Sequence[str], norm: str
 ) -> torch.Tensor:
-    """Scores (B, n_labels): log-probabilities of the labels, normalised as `--label_norm` says."""
+    """Scores (B, n_labels): log-probabilities of the labels, per `norm`: sum, token or byte."""
     sequences, starts = zip(*(prompts.sequences(sentence) for sentence in sentences), strict=True)
     scores, counts = model.score(sequences, starts)
     if norm == "token":
@@ -1407,8 +1520,6 @@ def score_labels(
     if norm == "byte":
         sizes = [len(f" {name}".encode()) for name in prompts.label_names]
         return scores / torch.tensor(sizes, device=scores.device)
-    if norm == "pmi" and any(sentences):
-        return scores - score_labels(model, prompts, [""], "sum")
     return scores
 
 
@@ -1427,7 +1538,9 @@ def generate(options: Options, stop: StopRequest) -> int:
     prompts = list(options.prompt)
     if options.prompt_file is not None:
         path = find_text_files([options.prompt_file], flag="--prompt_file")[0]
-        prompts += path.read_text(encoding="utf-8-sig").splitlines()
+        prompts += [line for _, line in TextSource(path).lines() if line.strip()]
+        if not prompts:
+            raise UsageError(f"--prompt_file {path}: is empty; it takes a prompt a line")
     outputs = []
     if not prompts and not options.interactive and options.temperature is None:
         outputs = [
@@ -1571,6 +1684,8 @@ def main(options: Options, stop: StopRequest | None = None) -> int:
     2 for bad input, 130 or 143 when interrupted, 1 where the run failed or a file was not written.
     """
     stop = stop or StopRequest()
+    for note in find_idle_flags(options):
+        print(note)
     with stop.listening():
         try:
             return RUN_OPTION[options.option](options, stop)
@@ -1592,4 +1707,7 @@ def main(options: Options, stop: StopRequest | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows `?`
     sys.exit(main(OPTIONS_GIVEN))

@@ -33,7 +33,13 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 import numpy as np
 import sentencepiece
 
-from config import UsageError, fingerprint
+from config import (
+    OneLineParser,
+    UsageError,
+    fingerprint,
+    report_usage_error,
+    with_underscores,
+)
 
 EMBEDDED_VOCABULARY = Path(__file__).resolve().parent / "data" / "stories-vocabulary.model"
 SPACE = "\u2581"  # SentencePiece's visible stand-in for a space
@@ -808,14 +814,9 @@ def export_tokenizer_bin(tokenizer: Tokenizer, path: Path) -> None:
 # ------------------------------------------------------------------------------- command line
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see {self.prog} --help")
-
-
 def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="tokenizer.py", description="Train or export a vocabulary.")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    parser = OneLineParser(prog="tokenizer.py", description="Train or export a vocabulary.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
     train = commands.add_parser("train", help="train a SentencePiece vocabulary on text")
     train.add_argument(
         "--input", nargs="+", required=True, help="files, folders and globs: .txt, .jsonl, .gz"
@@ -861,7 +862,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0, or 2 after one line about bad input."""
     given = sys.argv[1:] if argv is None else argv
     try:
-        args = _build_parser().parse_args([_underscored(argument) for argument in given])
+        args = _build_parser().parse_args([with_underscores(argument) for argument in given])
         if args.output.exists() and not args.overwrite:
             raise UsageError(f"--output {args.output}: is there already; --overwrite replaces it")
         if args.command == "train":
@@ -871,19 +872,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             tokenizer = Tokenizer(tokenizer_model=args.tokenizer_model)
             export_tokenizer_bin(tokenizer, args.output)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        report_usage_error("tokenizer.py", error)
         return 2
     size = args.output.stat().st_size
     print(f"{args.output}: {tokenizer.n_words:,} tokens, {size:,} bytes, {tokenizer.fingerprint}")
     return 0
-
-
-def _underscored(argument: str) -> str:
-    """`--vocab-size=4096` as `--vocab_size=4096`: both spellings are accepted."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import copy
 import errno
 import functools
 import hashlib
+import html
 import json
 import os
 import platform
@@ -763,10 +764,8 @@ def _parse_label(text: str, where: str, n_labels: int | None) -> int | None:
 
 
 class LlamaDataset:
-    """A labelled file, encoded: BOS, sentence cut to `max_sentence_len`, `suffix`, EOS if asked.
-
-    Cutting leaves the suffix (a prompt's question) whole. `ids[i]` are the tokens of `examples[i]`.
-    """
+    """A labelled file, encoded: `ids[i]` are BOS and the tokens of `examples[i]`'s sentence, of
+    which at most `max_sentence_len` are kept."""
 
     def __init__(
         self,
@@ -775,16 +774,11 @@ class LlamaDataset:
         *,
         n_labels: int | None = None,
         max_sentence_len: int | None = None,
-        suffix: str = "",
-        eos: bool = False,
     ) -> None:
         self.path = path
         self.examples = read_labelled(path, n_labels=n_labels)
-        # A vocabulary joins nothing across the space before a word, so sentence and suffix, which
-        # gets that space by itself, are encoded apart.
-        tail = tokenizer.encode(suffix, bos=False, eos=eos)
         sentences = tokenizer.sp_model.encode([example.sentence for example in self.examples])
-        self.ids = [[tokenizer.bos_id, *ids[:max_sentence_len], *tail] for ids in sentences]
+        self.ids = [[tokenizer.bos_id, *ids[:max_sentence_len]] for ids in sentences]
         self.lengths = np.array([len(ids) for ids in self.ids], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -810,10 +804,6 @@ class LlamaDataset:
         """Every index once, longest sentences first, so that little is padded; for prediction."""
         order = np.argsort(-self.lengths, kind="stable")
         return np.split(order, range(batch_size, len(order), batch_size))
-
-    def training_batches(self, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-        """The batches of an epoch, `bucketed_batches` of this file's lengths."""
-        return bucketed_batches(self.lengths, batch_size, seed, epoch)
 
     def collate(self, indices: Sequence[int] | np.ndarray) -> LabelledBatch:
         """The examples at `indices` as one batch, padded to its longest."""
@@ -1028,7 +1018,9 @@ class RunFolder:
     def add_start(self, record: dict[str, Any]) -> None:
         """Put one start of the run, the first or a resume, into run.json."""
         path = self.file("run.json")
-        starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.is_file() else []
+        starts = []
+        with contextlib.suppress(OSError, ValueError, KeyError):  # none yet, or cut by a crash
+            starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
         write_text(path, json.dumps({"starts": [*starts, record]}, indent=2) + "\n")
 
     def find_checkpoint(self, resume: str) -> tuple[Path, dict[str, Any]] | None:
@@ -1249,8 +1241,17 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """Read RANK and WORLD_SIZE; a process started alone is rank 0 of 1."""
-        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        """Read RANK and WORLD_SIZE; a process started alone is rank 0 of 1.
+
+        Raises UsageError for more than one: they would train apart, on parts of the data.
+        """
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        if world_size > 1:
+            raise UsageError(
+                f"WORLD_SIZE={world_size}: this version trains in one process; start it without "
+                "torchrun or srun, or unset WORLD_SIZE"
+            )
+        return cls(int(os.environ.get("RANK", 0)), world_size)
 
 
 def choose_device(use_gpu: bool) -> tuple[torch.device, str]:
@@ -1290,7 +1291,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
     fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
@@ -1452,10 +1454,10 @@ GPU_PEAK_FLOPS = {
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s that MFU is measured against: the data sheet's, else a large product timed here."""
-    if device.type == "cuda":
+    if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
         for key, rate in GPU_PEAK_FLOPS.items():
-            if key in name:
+            if re.search(rf"\b{key}\b", name):
                 return rate
     size = 1024
     a = torch.ones(size, size, device=device, dtype=dtype)
@@ -1576,7 +1578,7 @@ def loss_curve_svg(records: list[dict[str, Any]], title: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         'font-family="sans-serif" font-size="13">',
         '<rect width="100%" height="100%" fill="white"/>',
-        f'<text x="{left}" y="28" font-size="17">{title}</text>',
+        f'<text x="{left}" y="28" font-size="17">{html.escape(title)}</text>',
     ]
     for i in range(6):
         loss, step = low + span * i / 5, last_step * i / 5

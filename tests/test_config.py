@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from config import (
     Options,
     TrainingPlan,
     UsageError,
+    find_idle_flags,
     human_size,
     human_time,
     parse_options,
@@ -98,7 +100,7 @@ def test_help_needs_no_torch():
     text = subprocess.run(
         [sys.executable, "run_llama.py", "--help"], capture_output=True, text=True, check=True
     ).stdout
-    for name in Options.__dataclass_fields__:
+    for name in Options().to_plain():
         assert f"--{name}" in text
 
 
@@ -152,6 +154,9 @@ def plan_of(**changes) -> TrainingPlan:
         "max_steps": None,
         "warmup_steps_given": None,
         "dtype": "float32",
+        "device": "cpu",
+        "keep_last": 2,
+        "checkpoints_kept": 3,
         "activation_checkpointing": False,
     }
     return TrainingPlan(**settings | changes)
@@ -169,6 +174,35 @@ def test_plan_arithmetic():
     assert (plan.schedule_steps, plan.last_step, plan.warmup_steps) == (3200, 50, 160)
     assert plan_of(accumulation_steps=4, world_size=2).sequences_per_step == 64
     assert plan_of(warmup_steps_given=10).warmup_steps == 10
+
+
+def test_plan_counts_every_file_that_will_stand():
+    """Three epochs' checkpoints, two of steps, and one that is being replaced."""
+    plan = plan_of()
+    expected = 6 * plan.checkpoint_bytes() + 3 * plan.weights_file_bytes("float16")
+    assert plan.disk_bytes("float16") == expected
+
+
+def test_flags_of_another_option_are_told():
+    """`--option pretrain --lr 7e-3` once trained at --pretrain_lr without a word."""
+    notes = find_idle_flags(parse_options("--option pretrain --lr 7e-3 --top-k 4".split()))
+    assert notes == [
+        "note: --lr has no effect on --option pretrain: --pretrain_lr has",
+        "note: --top_k has no effect on --option pretrain",
+    ]
+    assert not find_idle_flags(parse_options("--option finetune --save_dtype float16".split()))
+
+
+def test_a_resumed_run_takes_what_is_not_typed_from_its_checkpoint():
+    """Left out, --pretrain_lr and --dtype once went back to their defaults on a resume."""
+    stored = parse_options(
+        "--option pretrain --pretrain_lr 1e-4 --dtype float32 --pretrain_data a b --val_data c "
+        "--tokenizer_model x/y --epochs 7".split()
+    ).to_plain()
+    resumed = parse_options("--option pretrain --resume auto --epochs 9".split()).resumed(stored)
+    assert (resumed.pretrain_lr, resumed.dtype, resumed.epochs) == (1e-4, "float32", 9)
+    assert resumed.pretrain_data == ("a", "b") and resumed.resume == "auto"
+    assert resumed.tokenizer_model == Path("x/y") and resumed.dev is None
 
 
 def test_plan_says_why_a_checkpoint_is_larger_than_a_model():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import shlex
 import shutil
@@ -43,6 +44,10 @@ def folder(tmp_path_factory) -> Path:
         reviews.write_text("".join(lines[:40]), encoding="utf-8", newline="\n")
     stories = (ROOT / "data" / "stories-train.jsonl").read_text(encoding="utf-8").splitlines()
     (path / "my_text.txt").write_text("\n".join(stories[:150]), encoding="utf-8")
+    characters = [chr(0x4E00 + i) for i in range(3000)]
+    chinese = random.Random(0).choices(characters, k=60000)
+    sentences = ["".join(chinese[i : i + 20]) + "。" for i in range(0, len(chinese), 20)]
+    (path / "我的语料.txt").write_text("\n".join(sentences), encoding="utf-8")
     (path / "my_folder").mkdir()
     (path / "my_folder" / "a.jsonl").write_text("\n".join(stories[150:160]), encoding="utf-8")
     return path
@@ -70,8 +75,6 @@ def test_every_command_runs(folder, monkeypatch):
     lines = [line for line in commands() if " -m venv " not in line and "download.py" not in line]
     assert len(lines) > 25
     for line in lines:
-        if line.endswith("--option finetune --lr 1e-3"):
-            assert not list(folder.glob("checkpoints/finetune*"))
         assert start(line) == 0, line
 
 

@@ -311,7 +311,7 @@ def test_absurd_claims_are_refused_without_allocating(tmp_path, load):
 def test_a_weights_file_is_no_state_of_a_run(tmp_path, text):
     """`--resume final-model.pt` ended in a KeyError."""
     save_checkpoint(tmp_path / "final-model.pt", make_golden.weights())
-    status, said = run_here(text, "--resume", "final-model.pt", "--save_dir", "run")
+    status, said = run_here(text, "--resume", "final-model.pt", "--save_dir", ".")
     assert status == 2 and "final-model.pt is a weights file" in said
 
 

@@ -409,9 +409,9 @@ def labelled(path: Path, text: str) -> Path:
 
 
 def test_labelled_dataset(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Order kept, lengths told, padded with 0; cutting the sentence leaves the question whole."""
+    """Order kept, lengths told, padded with 0, cut where asked."""
     path = labelled(tmp_path / "a.txt", "1 ||| two dogs\n\n0 ||| sat ||| the mat .\n-1 ||| it\n")
-    dataset = LlamaDataset(path, tokenizer, n_labels=2, eos=True)
+    dataset = LlamaDataset(path, tokenizer, n_labels=2)
     assert dataset.labels == [1, 0, None]
     assert dataset.examples[1].sentence == "sat ||| the mat ."
     batch = dataset.collate([2, 0])
@@ -419,14 +419,10 @@ def test_labelled_dataset(tokenizer: Tokenizer, tmp_path: Path) -> None:
     for row, index in enumerate((2, 0)):
         sentence = dataset.examples[index].sentence
         length = int(batch.lengths[row])
-        assert batch.tokens[row, :length].tolist() == tokenizer.encode(sentence, True, True)
+        assert batch.tokens[row, :length].tolist() == tokenizer.encode(sentence, True, False)
         assert not batch.tokens[row, length:].any()
-    asked = LlamaDataset(path, tokenizer, max_sentence_len=2, suffix="it ran home")
-    question = tokenizer.encode("it ran home", False, False)
-    assert all(ids[-len(question) :] == question for ids in asked.ids)
-    assert asked.ids[1][1:3] == tokenizer.encode("sat ||| the mat .", False, False)[:2]
-    uncut = LlamaDataset(path, tokenizer, suffix="it ran home")
-    assert uncut.ids[0] == tokenizer.encode("two dogs it ran home", True, False)
+    cut = LlamaDataset(path, tokenizer, max_sentence_len=2)
+    assert cut.ids[1] == tokenizer.encode("sat ||| the mat .", True, False)[:3]
 
 
 def test_length_sorted_batches(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -438,7 +434,6 @@ def test_length_sorted_batches(tokenizer: Tokenizer, tmp_path: Path) -> None:
     order = np.concatenate(batches)
     assert sorted(order) == list(range(11))
     assert (np.diff(dataset.lengths[order]) <= 0).all()
-    assert sorted(np.concatenate(dataset.training_batches(4, 0, 0))) == list(range(11))
 
 
 @pytest.mark.parametrize(
