@@ -306,7 +306,7 @@ def train(run: Run) -> None:
             record = progress.pending or optimizer_step(run)
             if progress.skipped >= MAX_SKIPPED:
                 roll_back(run)
-                log.rewind(progress.step)
+                log.rewind(progress.step - bool(progress.pending))
                 bar.n = progress.step
                 continue
             progress.pending = record
