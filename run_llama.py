@@ -723,11 +723,17 @@ def start(run: Run, checkpoint: dict[str, Any] | None) -> None:
         run.progress.first = run.task.evaluate().get(run.task.goal)
 
 
+# Flags that a resumed run looks at before it has read its checkpoint, or takes from it never.
+ASKED_BEFORE_RESUMING = frozenset(
+    "train dev test label_names dev_out test_out use_gpu compile max_steps cache_dir".split()
+)
+
+
 def interrupted(run: Run) -> int:
     """Say what was saved and how to go on; returns the exit status."""
     words = ["python", sys.argv[0], "--option", run.options.option]
     words += ["--save_dir", str(run.folder.path), "--resume", "auto"]
-    for name in sorted(run.options.given & {"train", "dev", "test", "use_gpu", "max_steps"}):
+    for name in sorted(run.options.given & ASKED_BEFORE_RESUMING):
         value = getattr(run.options, name)
         words += [f"--{name}", *([] if value is True else [str(value)])]
     quoted = subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
@@ -845,6 +851,8 @@ def pretrain_in(folder: RunFolder, options: Options, stop: StopRequest) -> int:
     seed_everything(options.seed)
     device, device_note = choose_device(options.use_gpu)
     dtype = choose_dtype(options.dtype, device)
+    if options.compile:
+        check_compiler(device)
     print(f"device       {device_note}")
     texts = load_texts(options, tokenizer, stop)
     identity = {
@@ -875,8 +883,6 @@ def pretrain_in(folder: RunFolder, options: Options, stop: StopRequest) -> int:
     if options.plan:
         return 0
 
-    if options.compile:
-        check_compiler(device)
     model = Llama(config).to(device)
     model.vocabulary = tokenizer.model_bytes
     model.activation_checkpointing = options.activation_checkpointing
@@ -1238,6 +1244,8 @@ def finetune_in(
     seed_everything(options.seed)
     llama, tokenizer, device = load_model(options)
     dtype = choose_dtype(options.dtype, device)
+    if options.compile:
+        check_compiler(device)
     room = min(options.max_sentence_len or math.inf, llama.config.max_seq_len - 1)
     splits = {
         split: LlamaDataset(
@@ -1289,8 +1297,6 @@ def finetune_in(
     if options.plan:
         return 0
 
-    if options.compile:
-        check_compiler(device)
     optimizer, scaler = ready_to_train(model, options, device, dtype)
     classify = torch.compile(model, dynamic=True) if options.compile else model
 
