@@ -5,7 +5,8 @@
 
 One model is pretrained on the training sentences of SST-5 and CFIMDB; for each seed another of the
 same shape and vocabulary is stopped after a single step with a learning rate of next to nothing.
-Both are fine-tuned alike. The table has the dev accuracy of the best epoch.
+Both are fine-tuned alike, by adapters: with all weights trained, SST-5 alone teaches a model of a
+million parameters as much as its pretraining did. The table has the dev accuracy of the best epoch.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHAPE = "--dim 128 --n_layers 4 --n_heads 2 --max_seq_len 128 --dropout 0.1".split()
 PRETRAIN = "--epochs 5 --pretrain_lr 3e-3".split()
 UNTRAINED = "--max_steps 1 --pretrain_lr 1e-9".split()
-FINETUNE = "--epochs 5 --batch_size 32 --lr 1e-3".split()
+FINETUNE = "--lora_rank 8 --epochs 4 --batch_size 32 --lr 3e-3".split()
 TEXTS = ("sst-train.txt", "cfimdb-train.txt")
 
 
