@@ -541,6 +541,8 @@ def convert(path: Path, target: str, output: Path, args: argparse.Namespace) -> 
     """
     model = load_pretrained(path)
     tokenizer = find_tokenizer(model, args.tokenizer_model)
+    if output.resolve() == path.resolve():
+        raise UsageError(f"--output {output}: is the file to convert; give another name")
     outputs = [output]
     if target.startswith("bin") and tokenizer is not None:
         if output.name == "tokenizer.bin":

@@ -794,6 +794,12 @@ def find_problems(options: Options) -> list[str]:
             f"--min_lr {options.min_lr:g} is above {name} {options.peak_lr():g}: the schedule "
             "falls, so give a smaller one"
         )
+    if options.option in ("prompt", "generate"):
+        problems += [
+            f"--{name} is for --option pretrain and finetune, which train; leave it out"
+            for name in ("plan", "resume")
+            if name in options.given
+        ]
     if options.top_p is not None and options.top_p > 1:
         problems.append(f"--top_p {options.top_p:g} must be at most 1: it is a probability")
     if options.freeze_backbone and options.lora_rank:

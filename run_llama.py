@@ -606,6 +606,8 @@ def where_it_was(options: Options) -> Options:
     """A run resumed from a file goes on in that file's folder. Raises UsageError for another."""
     if options.resume in (None, "auto"):
         return options
+    if not Path(options.resume).is_file():
+        raise UsageError(f"--resume {options.resume}: no such file; auto takes the newest")
     folder = Path(options.resume).parent
     if "save_dir" in options.given and options.save_dir.resolve() != folder.resolve():
         raise UsageError(
@@ -736,9 +738,14 @@ def interrupted(run: Run) -> int:
     for name in sorted(run.options.given & ASKED_BEFORE_RESUMING):
         value = getattr(run.options, name)
         words += [f"--{name}", *([] if value is True else [str(value)])]
-    quoted = subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
-    print(f"stopped after step {run.progress.step:,}, and saved; go on with:\n  {quoted}")
+    print(f"stopped after step {run.progress.step:,}, and saved; go on with:\n  {quoted(*words)}")
     return run.stop.exit_status
+
+
+def quoted(*words: str | Path) -> str:
+    """A command as it can be pasted into this system's shell."""
+    plain = [str(word) for word in words]
+    return subprocess.list2cmdline(plain) if os.name == "nt" else shlex.join(plain)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -994,14 +1001,17 @@ def finish_pretraining(run: Run, tokenizer: Tokenizer) -> int:
             f"{last['val_perplexity']:.2f} after {progress.step:,} steps"
         )
     list_files(folder)
-    script = Path(sys.argv[0]).name
-    print(
-        "next:\n"
-        f'  python {script} --option generate --pretrained_model_path {final} --prompt "One day"\n'
-        f"  python {script} --option finetune --pretrained_model_path {final}\n"
-        f"  python check_model_precision.py {final}"
-    )
+    print_next(final, "One day", "generate", "finetune")
     return 0
+
+
+def print_next(model: Path, prompt: str, *options: str) -> None:
+    """Print the commands that a new model is for."""
+    print("next:")
+    for option in options:
+        words = ["python", sys.argv[0], "--option", option, "--pretrained_model_path", model]
+        print(" ", quoted(*words, *(["--prompt", prompt] if option == "generate" else [])))
+    print(" ", quoted("python", Path(sys.argv[0]).with_name("check_model_precision.py"), model))
 
 
 def list_files(folder: RunFolder) -> None:
@@ -1352,12 +1362,7 @@ def finetune_in(
     except Interrupted:
         return interrupted(run)
     list_files(folder)
-    script = Path(sys.argv[0]).name
-    print(
-        "next:\n"
-        f'  python {script} --option generate --pretrained_model_path {best} --prompt "This film"\n'
-        f"  python check_model_precision.py {best}"
-    )
+    print_next(best, "This film", "generate")
     return 0
 
 
@@ -1581,7 +1586,7 @@ def converse(writer: Writer, options: Options) -> int:
     temperature = PROMPT_TEMPERATURE if options.temperature is None else options.temperature
     while True:
         try:
-            text = input("> ")
+            text = input("> ").encode("utf-8", "replace").decode("utf-8")  # bytes that are none
         except EOFError:
             print()
             return 0

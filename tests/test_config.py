@@ -71,9 +71,10 @@ def test_underscores_and_hyphens_are_one(spelling, joint):
         ("--option pretrain --dim 12 --n_heads 4", ["--dim 12", "--n_heads 4", "even"]),
         ("--option pretrain --pretrain_lr 1e-5 --min_lr 1e-4", ["--min_lr", "--pretrain_lr"]),
         ("--freeze_backbone --lora_rank 4", ["--freeze_backbone", "--lora_rank"]),
-        ("--resume auto --overwrite", ["--resume", "--overwrite"]),
+        ("--option finetune --resume auto --overwrite", ["--resume", "--overwrite"]),
         ("--prompt_template hello", ["--prompt_template", "{sentence}"]),
         ("--top_p 1.5", ["--top_p", "1.5"]),
+        ("--option generate --plan", ["--plan", "pretrain"]),
     ],
 )
 def test_bad_input_names_flag_value_and_remedy(line, words):
@@ -87,7 +88,8 @@ def test_bad_input_names_flag_value_and_remedy(line, words):
 def test_all_contradictions_are_told_at_once():
     """A user should not find them one run at a time."""
     with pytest.raises(UsageError) as error:
-        parse_options("--resume auto --overwrite --top_p 2 --freeze_backbone --lora_rank 2".split())
+        words = "--option finetune --resume auto --overwrite --top_p 2"
+        parse_options([*words.split(), *"--freeze_backbone --lora_rank 2".split()])
     assert len(str(error.value).splitlines()) == 3
 
 

@@ -396,6 +396,23 @@ def test_a_real_signal_saves_and_the_run_goes_on(text_file, number, status):
     assert [line["step"] for line in records()] == list(range(1, last + 3))
 
 
+def test_a_signal_while_compiling_saves_after_the_step(text_file, monkeypatch):
+    """Compiling takes half a minute inside the first step; Ctrl-C then must not be lost."""
+
+    def slow_compile(module, **_):
+        def compiled(*inputs):
+            if not Path("run/metrics.jsonl").read_text(encoding="utf-8"):  # the first step
+                signal.raise_signal(signal.SIGINT)
+            return module(*inputs)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", slow_compile)
+    monkeypatch.setattr(run_llama, "check_compiler", lambda device: None)
+    assert run(f"--option pretrain --pretrain_data {text_file} --compile") == 130
+    assert load_checkpoint(Path("run/pretrain-step-1.pt"))["progress"]["step"] == 1
+
+
 # ---------------------------------------------------------------------------- the other options
 
 
