@@ -333,10 +333,7 @@ class _Memo:
     def save(self) -> None:
         """Best effort: without it the next start only takes longer."""
         with contextlib.suppress(OSError):
-            handle, temporary = tempfile.mkstemp(".tmp", ".memo.", self.path.parent)
-            with open(handle, "w", encoding="utf-8") as file:
-                json.dump(self.entries, file)
-            os.replace(temporary, self.path)
+            write_text(self.path, json.dumps(self.entries))
 
 
 def build_or_load(
