@@ -377,7 +377,11 @@ def start_process(*words: str) -> subprocess.Popen:
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for another process")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_real_signal_saves_and_the_run_goes_on(text_file, number, status):
-    """A signal in the middle of training saves within a step and names the command that resumes."""
+    """A signal in the middle of training saves within a step and names the command that resumes.
+
+    A signal that comes during the evaluation after a step saves that step too, its record still to
+    be completed: the test once took the last record for the last step, and failed now and then.
+    """
     words = ["--option", "pretrain", "--pretrain_data", str(text_file), "--epochs", "500", *SMALL]
     process = start_process(*words)
     metrics = Path("run/metrics.jsonl")
@@ -389,8 +393,8 @@ def test_a_real_signal_saves_and_the_run_goes_on(text_file, number, status):
     out, _ = process.communicate(timeout=60)
     assert process.returncode == status, out
     assert "--resume auto" in out and "Traceback" not in out
-    last = records()[-1]["step"]
-    assert Path(f"run/pretrain-step-{last}.pt").is_file()
+    last = max(int(path.stem.split("-")[-1]) for path in Path("run").glob("pretrain-step-*.pt"))
+    assert last - records()[-1]["step"] in (0, 1)
     assert run(f"--option pretrain --pretrain_data {text_file} --epochs 500 --resume auto".split()
                + ["--max_steps", str(last + 2)]) == 0  # fmt: skip
     assert [line["step"] for line in records()] == list(range(1, last + 3))
