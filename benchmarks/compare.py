@@ -22,75 +22,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from decoding import decoded_tokens_per_second
+from programs import SHAPES, hugging_face_model, llama2c_model, our_model
 
-SHAPES = {  # dim, layers, heads, vocabulary, sequence length, batch
-    "S": (288, 6, 6, 32000, 256, 8),
-    "T": (128, 4, 4, 4096, 256, 16),
-    "M": (512, 8, 8, 32000, 1024, 2),
-}
 TUNED = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "THP_MEM_ALLOC_ENABLE": "1",
 }
-NEW_TOKENS = 100  # of a decoding run
 
 
-# ---------------------------------------------------------------------------- the programs
-
-
-def our_model(shape: str) -> Any:
-    """Our Llama of a shape, with our optimizer."""
-    import torch
-
-    from config import LlamaConfig
-    from llama import Llama
-
-    dim, layers, heads, vocabulary, length, _ = SHAPES[shape]
-    torch.manual_seed(0)
-    return Llama(
-        LlamaConfig(
-            dim=dim, n_layers=layers, n_heads=heads, vocab_size=vocabulary, max_seq_len=length
-        )
-    )
-
-
-def hugging_face_model(shape: str) -> Any:
-    """transformers' Llama of the same shape."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    ours = our_model(shape).config
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=ours.vocab_size,
-            hidden_size=ours.dim,
-            intermediate_size=ours.hidden_dim,
-            num_hidden_layers=ours.n_layers,
-            num_attention_heads=ours.n_heads,
-            max_position_embeddings=ours.max_seq_len,
-            rms_norm_eps=ours.layer_norm_eps,
-            tie_word_embeddings=True,
-            bos_token_id=1,
-            eos_token_id=None,
-        )
-    )
-
-
-def llama2c_model(shape: str, checkout: Path) -> Any:
-    """llama2.c's own model of the same shape, from a checkout."""
-    spec = importlib.util.spec_from_file_location("llama2c_model", checkout / "model.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    dim, layers, heads, vocabulary, length, _ = SHAPES[shape]
-    arguments = module.ModelArgs(
-        dim=dim, n_layers=layers, n_heads=heads, n_kv_heads=heads, vocab_size=vocabulary,
-        multiple_of=32, max_seq_len=length, dropout=0.0,
-    )  # fmt: skip
-    return module.Transformer(arguments)
+# ---------------------------------------------------------------------------- training
 
 
 def training_tokens_per_second(
@@ -136,40 +78,6 @@ def training_tokens_per_second(
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - start)
     return batch * length / statistics.median(seconds[1:])
-
-
-def decoded_tokens_per_second(who: str, shape: str) -> float:
-    """Speed of greedy decoding after a prompt of 8 tokens in float32, reading it included."""
-    import torch
-
-    prompt = list(range(10, 18))
-    if who == "ours":
-        from llama import Sampling, generate_tokens
-
-        model = our_model(shape).eval()
-        model.lay_out_for_decoding()
-
-        def decode(count: int) -> None:
-            greedy = Sampling(temperature=0)
-            list(generate_tokens(model, [prompt], max_new_tokens=count, sampling=greedy))
-    else:
-        model = hugging_face_model(shape).eval()
-
-        def decode(count: int) -> None:
-            ids = torch.tensor([prompt])
-            model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=count,
-                min_new_tokens=count,
-                do_sample=False,
-                pad_token_id=0,
-            )
-
-    decode(8)
-    start = time.perf_counter()
-    decode(NEW_TOKENS)
-    return NEW_TOKENS / (time.perf_counter() - start)
 
 
 def measure(job: dict[str, Any]) -> dict[str, float]:
@@ -224,22 +132,9 @@ def compare(ours: dict[str, Any], peers: dict[str, dict[str, Any]], rounds: int)
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4, help="training steps of a round")
-    parser.add_argument("--llama2c", default="", help="a checkout of llama2.c, to measure it too")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.job:
-        print(json.dumps(measure(json.loads(arguments.job))))
-        return
+def compare_training(arguments: argparse.Namespace) -> None:
+    """A table of training steps, each shape beside every peer."""
     peers = ["transformers", *(["llama2.c"] if arguments.llama2c else [])]
-    if importlib.util.find_spec("transformers") is None:
-        sys.exit("compare.py: transformers is missing: pip install transformers")
-    print("| task, shape | peer | ours, tokens/s | peer, tokens/s | ratio | peak MB, ours / peer |")
-    print("|---|---|---|---|---|---|")
     for shape in arguments.shapes:
         job = {
             "task": "train", "shape": shape, "steps": arguments.steps, "dtype": "bfloat16",
@@ -251,6 +146,10 @@ def main() -> None:
             for how in ("as it comes", "tuned")
         }
         compare(job | {"who": "ours"}, rivals, arguments.rounds)
+
+
+def compare_decoding(arguments: argparse.Namespace) -> None:
+    """A table of decoding, each shape beside transformers."""
     for shape in arguments.shapes:
         job = {"task": "decode", "shape": shape}
         compare(
@@ -258,6 +157,29 @@ def main() -> None:
             {"transformers, with its cache": job | {"who": "transformers"}},
             arguments.rounds,
         )
+
+
+COMPARISONS = {"training": compare_training, "decoding": compare_decoding}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", choices=COMPARISONS, help="unset: everything")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4, help="training steps of a round")
+    parser.add_argument("--llama2c", default="", help="a checkout of llama2.c, to measure it too")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.job:
+        print(json.dumps(measure(json.loads(arguments.job))))
+        return
+    if importlib.util.find_spec("transformers") is None:
+        sys.exit("compare.py: transformers is missing: pip install transformers")
+    print("| task, shape | peer | ours, tokens/s | peer, tokens/s | ratio | peak MB, ours / peer |")
+    print("|---|---|---|---|---|---|")
+    for what in [arguments.only] if arguments.only else COMPARISONS:
+        COMPARISONS[what](arguments)
 
 
 if __name__ == "__main__":
