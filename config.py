@@ -163,7 +163,10 @@ PRESETS: dict[str, Preset] = {
 
 # Logits that stand at once, by device: the loss is computed in chunks of them. On a CPU chunks near
 # the size of its cache are fastest; a GPU wants larger products.
-LOGITS_CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28, "mps": 2**28}
+LOGITS_CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**28, "mps": 2**28}
+# Tokens up to which training on a CPU keeps attention's scores for the backward pass: that is
+# faster, and with longer rows the scores' memory is worth more than the time.
+SCORES_KEPT = 1024
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -244,6 +247,8 @@ class TrainingPlan:
         kv_dim = config.n_kv_heads * config.head_dim
         residual = 4 * config.dim  # the residual stream stays in float32
         layer = 2 * residual + compute * (5 * config.dim + 3 * kv_dim + 4 * config.hidden_dim)
+        if self.device == "cpu" and self.sequence_length <= SCORES_KEPT:
+            layer += compute * config.n_heads * self.sequence_length
         layers = config.n_layers * layer
         if self.activation_checkpointing:
             layers = config.n_layers * residual + layer

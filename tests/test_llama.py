@@ -181,6 +181,22 @@ def test_forward_gives_the_last_logits_only_unless_targets_are_given(model: L.Ll
         model(torch.zeros(1, 33, dtype=torch.long))
 
 
+@pytest.mark.parametrize("width", [1, 9, L.QUERY_BLOCK, 2 * L.QUERY_BLOCK + 3])
+def test_attention_by_blocks_equals_the_fused_one(width: int):
+    """Its masks must fit whole and ragged blocks; values and gradients, in float64."""
+    inputs = [torch.randn(2, 3, width, 4, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    weights = torch.randn(2, 3, width, 4, dtype=torch.float64)
+    got = L.causal_attention(*inputs)
+    want = F.scaled_dot_product_attention(*inputs, is_causal=True)
+    torch.testing.assert_close(got, want)
+    for mine, theirs in zip(
+        torch.autograd.grad(got, inputs, weights),
+        torch.autograd.grad(want, inputs, weights),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_initialisation_scales_the_two_residual_projections():
     """The original scaled w3, which ends no residual branch, instead of w2."""
     torch.manual_seed(0)
@@ -253,6 +269,16 @@ def test_float16_gradients_survive_a_loss_scale():
         torch.testing.assert_close(many / 65536, one)
 
 
+def test_a_hopeless_target_costs_a_finite_loss_and_keeps_its_gradient():
+    """Its probability is 0 in float32, whose logarithm would be infinite."""
+    hidden = torch.full((1, 8), 10.0, requires_grad=True)
+    weight = torch.stack((torch.full((8,), 2.0), torch.full((8,), -2.0)))
+    loss, _ = L.linear_cross_entropy(hidden, weight, torch.tensor([1]))
+    loss.backward()
+    assert loss.item() == pytest.approx(87.3, abs=0.1)
+    torch.testing.assert_close(hidden.grad, torch.full((1, 8), 4.0))
+
+
 def test_loss_without_any_target_is_zero_with_zero_gradients():
     hidden, weight, targets = loss_case()
     loss, count = L.linear_cross_entropy(hidden, weight, targets.fill_(L.IGNORE_INDEX))
@@ -286,6 +312,80 @@ def test_model_loss_trains_every_parameter_as_plain_cross_entropy(model: L.Llama
         torch.autograd.grad(loss, parameters), torch.autograd.grad(want, parameters), strict=True
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def ungrouped_config() -> LlamaConfig:
+    """Every key/value head its own: the shape that attention by blocks is for."""
+    return LlamaConfig(vocab_size=64, dim=32, n_layers=2, n_heads=4, max_seq_len=32)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03), (torch.float16, 0.005)]
+)
+def test_fast_path_has_the_gradients_of_the_plain_formula(monkeypatch, dtype, rounding):
+    """Chunked loss and blocked attention, against float32 logits and torch's fused attention."""
+    model = make_llama(ungrouped_config())
+    tokens, targets = torch.randint(64, (4, 32)), torch.randint(64, (4, 32))
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss, count = model.loss(tokens, targets)
+    got = torch.autograd.grad(loss / count, list(model.parameters()))
+    monkeypatch.setattr(L, "SCORES_KEPT", 0)
+    logits, _ = model(tokens, targets)
+    want = torch.autograd.grad(
+        F.cross_entropy(logits.flatten(0, 1), targets.flatten()), list(model.parameters())
+    )
+    for (name, _), mine, theirs in zip(model.named_parameters(), got, want, strict=True):
+        assert mine.dtype == torch.float32
+        assert (mine - theirs).norm() < rounding * theirs.norm(), name
+
+
+def test_fast_path_learns_as_float32_does(monkeypatch):
+    """The loss curves of bfloat16 and of the plain formula lie on each other for 150 steps."""
+    ways = {"fast": (L.SCORES_KEPT, True), "plain": (0, False)}
+    curves: dict[str, list[float]] = {}
+    for name, (kept, bfloat16) in ways.items():
+        monkeypatch.setattr(L, "SCORES_KEPT", kept)
+        model = make_llama(ungrouped_config()).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        generator, curve = torch.Generator().manual_seed(0), []
+        for _ in range(150):
+            start = torch.randint(64, (8, 1), generator=generator)
+            tokens = (start + torch.arange(17) * (1 + start % 3)) % 64  # three steps to tell apart
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                if bfloat16:
+                    loss = model.loss(tokens[:, :-1], tokens[:, 1:])[0] / 128
+                else:
+                    logits, _ = model(tokens[:, :-1], tokens)
+                    loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            curve.append(loss.item())
+        curves[name] = curve
+    assert curves["plain"][-1] < 0.3 * curves["plain"][0]
+    gaps = [abs(a - b) for a, b in zip(*curves.values(), strict=True)]
+    assert max(gaps) < 0.1 and sum(gaps) / len(gaps) < 0.02
+
+
+class Counter:
+    """A compiler that changes nothing and counts what it is given."""
+
+    graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch about torch's own doing
+def test_lengths_do_not_recompile_one_by_one():
+    """Finetuning compiles for any length: attention's blocks must not pin each length they see."""
+    model = L.LlamaEmbeddingClassifier(make_llama(ungrouped_config()), num_labels=2)
+    counter = Counter()
+    compiled = torch.compile(model, dynamic=True, backend=counter)
+    for width in (5, 9, 14, 20):
+        compiled(torch.randint(64, (2, width)), torch.tensor([width, 3]))
+    assert counter.graphs == 1
 
 
 def test_activation_checkpointing_changes_memory_only(tiny_config: LlamaConfig):
