@@ -99,6 +99,8 @@ from utils import (
     dtype_name,
     environment,
     free_disk,
+    has_compiler,
+    keep_freed_memory,
     load_checkpoint,
     loss_curve_svg,
     peak_flops,
@@ -706,6 +708,22 @@ def print_plan(options: Options, plan: TrainingPlan, device: torch.device, noun:
         )
 
 
+def settle_compile(options: Options, plan: TrainingPlan) -> Options:
+    """The options of a pretraining with --compile auto decided by its plan; says what and why.
+
+    Checkpoints keep the decision: compiled arithmetic rounds differently, and a resumed run has to
+    go on bit for bit.
+    """
+    if options.compile != "auto" or plan.device != "cpu":
+        return options
+    pays, reason = plan.compiling_pays(torch.get_num_threads())
+    if pays and not has_compiler(torch.device("cpu")):
+        pays, reason = False, f"{reason}, but no C++ compiler was found"
+    settled = "on" if pays else "off"
+    print(f"compile      {settled}: {reason}")
+    return dataclasses.replace(options, compile=settled)
+
+
 def start(run: Run, checkpoint: dict[str, Any] | None) -> None:
     """Take over the checkpoint or clear the folder, and put on record what is about to run."""
     if checkpoint is not None:
@@ -727,7 +745,7 @@ def start(run: Run, checkpoint: dict[str, Any] | None) -> None:
 
 # Flags that a resumed run looks at before it has read its checkpoint, or takes from it never.
 ASKED_BEFORE_RESUMING = frozenset(
-    "train dev test label_names dev_out test_out use_gpu compile max_steps cache_dir".split()
+    "train dev test label_names dev_out test_out use_gpu max_steps cache_dir".split()
 )
 
 
@@ -858,7 +876,7 @@ def pretrain_in(folder: RunFolder, options: Options, stop: StopRequest) -> int:
     seed_everything(options.seed)
     device, device_note = choose_device(options.use_gpu)
     dtype = choose_dtype(options.dtype, device)
-    if options.compile:
+    if options.compile == "on":
         check_compiler(device)
     print(f"device       {device_note}")
     texts = load_texts(options, tokenizer, stop)
@@ -887,15 +905,17 @@ def pretrain_in(folder: RunFolder, options: Options, stop: StopRequest) -> int:
         micro_batch_size=options.pretrain_batch_size,
     )
     print_plan(options, plan, device, "chunks")
+    options = settle_compile(options, plan)
     if options.plan:
         return 0
 
+    keep_freed_memory()
     model = Llama(config).to(device)
     model.vocabulary = tokenizer.model_bytes
     model.activation_checkpointing = options.activation_checkpointing
     optimizer, scaler = ready_to_train(model, options, device, dtype)
     eager = NextTokenLoss(model)
-    compiled = torch.compile(eager, dynamic=False) if options.compile else eager
+    compiled = torch.compile(eager, dynamic=False) if options.compile == "on" else eager
 
     def loss(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         # An epoch's short last batch is not worth another half minute of compiling.
@@ -1252,9 +1272,10 @@ def finetune_in(
     ranks = Ranks.from_environment()
     options, checkpoint = open_run(options, folder)
     seed_everything(options.seed)
+    keep_freed_memory()
     llama, tokenizer, device = load_model(options)
     dtype = choose_dtype(options.dtype, device)
-    if options.compile:
+    if options.compile == "on":
         check_compiler(device)
     room = min(options.max_sentence_len or math.inf, llama.config.max_seq_len - 1)
     splits = {
@@ -1308,7 +1329,7 @@ def finetune_in(
         return 0
 
     optimizer, scaler = ready_to_train(model, options, device, dtype)
-    classify = torch.compile(model, dynamic=True) if options.compile else model
+    classify = torch.compile(model, dynamic=True) if options.compile == "on" else model
 
     @functools.lru_cache(maxsize=1)
     def epoch_batches(epoch: int) -> list[np.ndarray]:

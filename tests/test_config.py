@@ -207,6 +207,31 @@ def test_a_resumed_run_takes_what_is_not_typed_from_its_checkpoint():
     assert resumed.tokenizer_model == Path("x/y") and resumed.dev is None
 
 
+def test_compile_is_a_choice_or_a_plain_flag():
+    """Typed alone it means on, also before another flag; a checkpoint of when it was a flag."""
+    for words, want in (
+        ("", "auto"),
+        ("--compile", "on"),
+        ("--compile --epochs 2", "on"),
+        ("--compile off", "off"),
+        ("--compile=auto", "auto"),
+    ):
+        assert parse_options(f"--option pretrain {words}".split()).compile == want
+    resumed = parse_options("--option pretrain --resume auto".split())
+    assert resumed.resumed({"compile": True}).compile == "on"
+    assert resumed.resumed({"compile": False}).compile == "off"
+    assert resumed.resumed({"compile": "on"}).compile == "on"
+
+
+def test_compiling_is_for_long_runs():
+    """The run's operations decide: not its name, and not how many steps an epoch has."""
+    pays, why = plan_of().compiling_pays(2)
+    assert pays and "would save about" in why
+    assert not plan_of(epochs=1).compiling_pays(2)[0]
+    assert not plan_of(max_steps=10).compiling_pays(2)[0]
+    assert not plan_of().compiling_pays(1000)[0]
+
+
 def test_plan_says_why_a_checkpoint_is_larger_than_a_model():
     """stories42M: weights once, tied, 167 MB; with AdamW's two moments 500 MB."""
     plan = plan_of()

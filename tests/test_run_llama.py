@@ -17,7 +17,7 @@ import torch
 
 import check_model_precision
 import run_llama
-from config import parse_options
+from config import TrainingPlan, parse_options
 from llama import load_pretrained
 from tokenizer import Tokenizer
 from utils import StopRequest, load_checkpoint
@@ -415,6 +415,24 @@ def test_a_signal_while_compiling_saves_after_the_step(text_file, monkeypatch):
     monkeypatch.setattr(run_llama, "check_compiler", lambda device: None)
     assert run(f"--option pretrain --pretrain_data {text_file} --compile") == 130
     assert load_checkpoint(Path("run/pretrain-step-1.pt"))["progress"]["step"] == 1
+
+
+def test_what_compile_auto_chose_is_said_and_kept(text_file, monkeypatch, capsys):
+    """Compiled arithmetic rounds differently: a resumed run must not choose anew."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda module, **_: compiled.append(module) or module)
+    monkeypatch.setattr(run_llama, "has_compiler", lambda device: True)
+    monkeypatch.setattr(TrainingPlan, "compiling_pays", lambda plan, threads: (True, "why"))
+    line = f"--option pretrain --pretrain_data {text_file} --epochs 2"
+    assert run(f"{line} --max_steps 3") == 0
+    assert "compile      on: why" in capsys.readouterr().out and len(compiled) == 1
+    monkeypatch.setattr(TrainingPlan, "compiling_pays", lambda plan, threads: (False, "short"))
+    assert run("--option pretrain --resume auto --max_steps 5".split()
+               + ["--pretrain_data", str(text_file)]) == 0  # fmt: skip
+    assert len(compiled) == 2
+    monkeypatch.setattr(run_llama, "has_compiler", lambda device: False)
+    assert run(f"{line} --max_steps 1 --overwrite") == 0
+    assert "compile      off: short" in capsys.readouterr().out and len(compiled) == 2
 
 
 # ---------------------------------------------------------------------------- the other options
