@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
+from torch.optim.adamw import adamw
 
 WARMUP_START = 0.01  # of the peak: where linear warmup begins
 WSD_DECAY = 0.2  # of the run: the last part of the warmup-stable-decay schedule
@@ -85,15 +86,36 @@ class AdamW(torch.optim.Optimizer):
         gradients = [parameter.grad for parameter in parameters]
         exp_avg = [self.state[parameter]["exp_avg"] for parameter in parameters]
         exp_avg_sq = [self.state[parameter]["exp_avg_sq"] for parameter in parameters]
-        torch._foreach_lerp_(exp_avg, gradients, 1 - beta1)
-        torch._foreach_mul_(exp_avg_sq, beta2)
-        torch._foreach_addcmul_(exp_avg_sq, gradients, gradients, 1 - beta2)
+        correction1, correction2 = 1 - beta1**step, math.sqrt(1 - beta2**step)
         step_size = group["lr"]
         if group["correct_bias"]:
-            step_size *= math.sqrt(1 - beta2**step) / (1 - beta1**step)
-        denominator = torch._foreach_sqrt(exp_avg_sq)
-        torch._foreach_add_(denominator, group["eps"])
-        torch._foreach_addcdiv_(parameters, exp_avg, denominator, -step_size)
+            step_size *= correction2 / correction1
+        if all(type(p) is nn.Parameter and p.is_cpu for p in parameters):
+            # One pass over memory instead of seven. torch divides sqrt(v) by its correction before
+            # it adds eps, so it is given the lr and eps that make of this the update below.
+            adamw(
+                parameters,
+                gradients,
+                exp_avg,
+                exp_avg_sq,
+                max_exp_avg_sqs=[],
+                state_steps=[torch.tensor(step - 1.0) for _ in parameters],
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=step_size * correction1 / correction2,
+                weight_decay=0.0,
+                eps=group["eps"] / correction2,
+                maximize=False,
+            )
+        else:
+            torch._foreach_lerp_(exp_avg, gradients, 1 - beta1)
+            torch._foreach_mul_(exp_avg_sq, beta2)
+            torch._foreach_addcmul_(exp_avg_sq, gradients, gradients, 1 - beta2)
+            denominator = torch._foreach_sqrt(exp_avg_sq)
+            torch._foreach_add_(denominator, group["eps"])
+            torch._foreach_addcdiv_(parameters, exp_avg, denominator, -step_size)
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
 
