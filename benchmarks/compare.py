@@ -7,6 +7,7 @@
 Every figure comes from a process of its own, so that no program inherits another's memory. The
 programs take turns, round after round; a ratio is taken within a round, and its median printed.
 `tuned` gives a peer glibc's best settings for its large tensors, which a user has to know of.
+Compiling a program takes a minute; the compiler's own cache makes later rounds shorter.
 """
 
 from __future__ import annotations
@@ -18,12 +19,11 @@ import os
 import statistics
 import subprocess
 import sys
-import time
-from pathlib import Path
 from typing import Any
 
 from decoding import decoded_tokens_per_second
-from programs import SHAPES, hugging_face_model, llama2c_model, our_model
+from programs import SHAPES
+from training import train, training_jobs, training_rows
 
 TUNED = {
     "MALLOC_MMAP_MAX_": "0",
@@ -32,65 +32,15 @@ TUNED = {
 }
 
 
-# ---------------------------------------------------------------------------- training
-
-
-def training_tokens_per_second(
-    who: str, shape: str, dtype: str, steps: int, checkout: str
-) -> float:
-    """Median speed of forward, backward and optimizer step on random tokens."""
-    import torch
-
-    _, _, _, vocabulary, length, batch = SHAPES[shape]
-    tokens = torch.randint(0, vocabulary, (batch, length + 1))
-    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    if who == "ours":
-        from optimizer import AdamW
-
-        model = our_model(shape)
-        optimizer = AdamW(model.parameters())
-
-        def loss() -> torch.Tensor:
-            loss_sum, count = model.loss(inputs, targets)
-            return loss_sum / count
-    elif who == "transformers":
-        model = hugging_face_model(shape).train()
-        optimizer = torch.optim.AdamW(model.parameters())
-
-        def loss() -> torch.Tensor:
-            return model(input_ids=inputs, labels=inputs).loss
-    else:
-        model = llama2c_model(shape, Path(checkout))
-        optimizer = torch.optim.AdamW(model.parameters())
-
-        def loss() -> torch.Tensor:
-            model(inputs, targets)
-            return model.last_loss
-
-    seconds = []
-    for _ in range(steps + 1):  # the first is not counted
-        start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            value = loss()
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seconds.append(time.perf_counter() - start)
-    return batch * length / statistics.median(seconds[1:])
-
-
 def measure(job: dict[str, Any]) -> dict[str, float]:
-    """Do one job in this process; returns its speed and the process's peak memory in MB."""
+    """Do one job in this process; returns its figures and the process's peak memory in MB."""
     import resource
 
     if job["task"] == "train":
-        rate = training_tokens_per_second(
-            job["who"], job["shape"], job["dtype"], job["steps"], job["llama2c"]
-        )
+        figures = train(job)
     else:
-        rate = decoded_tokens_per_second(job["who"], job["shape"])
-    return {"rate": rate, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000}
+        figures = {"rate": decoded_tokens_per_second(job["who"], job["shape"])}
+    return figures | {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000}
 
 
 # ---------------------------------------------------------------------------- taking turns
@@ -111,12 +61,18 @@ def in_a_process(job: dict[str, Any]) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def take_turns(jobs: dict[str, dict[str, Any]], rounds: int) -> dict[str, list[dict[str, float]]]:
+    """The figures of every job, by name, a set of them for each round."""
+    figures: dict[str, list[dict[str, float]]] = {name: [] for name in jobs}
+    for _ in range(rounds):
+        for name, job in jobs.items():
+            figures[name].append(in_a_process(job))
+    return figures
+
+
 def compare(ours: dict[str, Any], peers: dict[str, dict[str, Any]], rounds: int) -> None:
     """Print a row per peer: median speeds, the median ratio, and the peak memories."""
-    figures: dict[str, list[dict[str, float]]] = {name: [] for name in ("ours", *peers)}
-    for _ in range(rounds):
-        for name, job in {"ours": ours, **peers}.items():
-            figures[name].append(in_a_process(job))
+    figures = take_turns({"ours": ours, **peers}, rounds)
 
     def median(name: str, key: str) -> float:
         return statistics.median(figure[key] for figure in figures[name])
@@ -133,23 +89,20 @@ def compare(ours: dict[str, Any], peers: dict[str, dict[str, Any]], rounds: int)
 
 
 def compare_training(arguments: argparse.Namespace) -> None:
-    """A table of training steps, each shape beside every peer."""
-    peers = ["transformers", *(["llama2.c"] if arguments.llama2c else [])]
+    """A table of training steps: every program as it comes, tuned and compiled."""
+    print("| shape | program | tokens/s | of bf16 products | peak MB | ours, compiled ours / it |")
+    print("|---|---|---|---|---|---|")
     for shape in arguments.shapes:
-        job = {
-            "task": "train", "shape": shape, "steps": arguments.steps, "dtype": "bfloat16",
-            "llama2c": arguments.llama2c,
-        }  # fmt: skip
-        rivals = {
-            f"{peer}, {how}": job | {"who": peer, "tuned": how == "tuned"}
-            for peer in peers
-            for how in ("as it comes", "tuned")
-        }
-        compare(job | {"who": "ours"}, rivals, arguments.rounds)
+        jobs = training_jobs(shape, steps=arguments.steps, llama2c=arguments.llama2c)
+        for row in training_rows(shape, take_turns(jobs, arguments.rounds)):
+            print(row, flush=True)
+    print()
 
 
 def compare_decoding(arguments: argparse.Namespace) -> None:
     """A table of decoding, each shape beside transformers."""
+    print("| task, shape | peer | ours, tokens/s | peer, tokens/s | ratio | peak MB, ours / peer |")
+    print("|---|---|---|---|---|---|")
     for shape in arguments.shapes:
         job = {"task": "decode", "shape": shape}
         compare(
@@ -176,8 +129,6 @@ def main() -> None:
         return
     if importlib.util.find_spec("transformers") is None:
         sys.exit("compare.py: transformers is missing: pip install transformers")
-    print("| task, shape | peer | ours, tokens/s | peer, tokens/s | ratio | peak MB, ours / peer |")
-    print("|---|---|---|---|---|---|")
     for what in [arguments.only] if arguments.only else COMPARISONS:
         COMPARISONS[what](arguments)
 
