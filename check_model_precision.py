@@ -13,30 +13,88 @@ trains nothing, generates nothing and downloads nothing.
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from config import (
+    DTYPE_BYTES,
+    OneLineParser,
+    UsageError,
+    parse_or_exit,
+    report_usage_error,
+    with_underscores,
+)
+
+PROGRAM = "check_model_precision.py"
+FORMATS = ("pt", *(f"pt-{name}" for name in DTYPE_BYTES), "bin", "bin-int8", "hf")
+
+# ---------------------------------------------------------------------------- command line
+
+
+def build_parser() -> OneLineParser:
+    parser = OneLineParser(
+        prog=PROGRAM,
+        description="What is in a model file; verify, compare and convert it.",
+        epilog="Every option is accepted with _ and with -. Exit status: 0, 1 when --verify finds "
+        "damage, 2 on bad input.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("files", nargs="*", type=Path, metavar="FILE", help="model files or Hugging Face folders")
+    add("--verify", action="store_true", help="read every byte; count NaN and Inf per tensor")
+    add("--compare", type=Path, metavar="OTHER", help="largest difference per tensor and of logits")
+    add("--json", action="store_true", help="machine-readable output, and nothing else on stdout")
+    add("--convert", choices=FORMATS, metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
+    add("--output", type=Path, metavar="PATH", help="where --convert writes")
+    add("--save_dtype", choices=DTYPE_BYTES, help="precision of pt and hf (default: float32)")
+    add("--tokenizer_model", type=Path, metavar="PATH", help="vocabulary for a file without one")
+    add("--overwrite", action="store_true", help="let --convert replace what is there")
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read and check the command line. Raises UsageError."""
+    words = [with_underscores(word) for word in arguments]
+    for i, word in enumerate(words):  # the formats, too, in both spellings
+        if i and words[i - 1] == "--convert" or word.startswith("--convert="):
+            words[i] = word.replace("_", "-")
+    args = build_parser().parse_args(words)
+    if len(args.files) > 1 and (args.convert or args.compare):
+        raise UsageError("--convert and --compare take one FILE; several were given")
+    if bool(args.convert) != bool(args.output):
+        raise UsageError("--convert FORMAT and --output PATH need each other: give both")
+    if args.convert and args.compare:
+        raise UsageError("--convert and --compare exclude each other: give one")
+    if args.convert and args.convert.startswith("pt-"):
+        args.convert, named = args.convert.split("-")
+        if args.save_dtype not in (None, named):
+            raise UsageError(f"--save_dtype {args.save_dtype}: --convert pt-{named} says otherwise")
+        args.save_dtype = named
+    if args.save_dtype and args.convert not in ("pt", "hf"):
+        raise UsageError("--save_dtype is for --convert pt and --convert hf")
+    args.save_dtype = args.save_dtype or "float32"
+    return args
+
+
+if __name__ == "__main__":  # --help and bad flags are answered before torch, which takes seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback till then
+    parse_or_exit(parse, PROGRAM, sys.argv[1:])
+
 import json
 import os
 import shutil
 import struct
-import sys
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from config import (
-    SHIPPED_MODEL,
-    LlamaConfig,
-    OneLineParser,
-    UsageError,
-    human_size,
-    report_usage_error,
-    with_underscores,
-)
+from config import SHIPPED_MODEL, LlamaConfig, human_size
 from llama import (
     LLAMA2C_MAGIC,
     Llama,
@@ -51,9 +109,7 @@ from llama import (
 from tokenizer import Tokenizer, export_tokenizer_bin
 from utils import atomic_write, write_sealed
 
-PROGRAM = "check_model_precision.py"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FORMATS = ("pt", *(f"pt-{name}" for name in DTYPES), "bin", "bin-int8", "hf")
+DTYPES = {name: getattr(torch, name) for name in DTYPE_BYTES}
 
 # ---------------------------------------------------------------------------- what is in a file
 
@@ -647,52 +703,7 @@ def publish_folder(output: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-# ---------------------------------------------------------------------------- command line
-
-
-def build_parser() -> OneLineParser:
-    parser = OneLineParser(
-        prog=PROGRAM,
-        description="What is in a model file; verify, compare and convert it.",
-        epilog="Every option is accepted with _ and with -. Exit status: 0, 1 when --verify finds "
-        "damage, 2 on bad input.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("files", nargs="*", type=Path, metavar="FILE", help="model files or Hugging Face folders")
-    add("--verify", action="store_true", help="read every byte; count NaN and Inf per tensor")
-    add("--compare", type=Path, metavar="OTHER", help="largest difference per tensor and of logits")
-    add("--json", action="store_true", help="machine-readable output, and nothing else on stdout")
-    add("--convert", choices=FORMATS, metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
-    add("--output", type=Path, metavar="PATH", help="where --convert writes")
-    add("--save_dtype", choices=DTYPES, help="precision of pt and hf (default: float32)")
-    add("--tokenizer_model", type=Path, metavar="PATH", help="vocabulary for a file without one")
-    add("--overwrite", action="store_true", help="let --convert replace what is there")
-    return parser
-
-
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read and check the command line. Raises UsageError."""
-    words = [with_underscores(word) for word in arguments]
-    for i, word in enumerate(words):  # the formats, too, in both spellings
-        if i and words[i - 1] == "--convert" or word.startswith("--convert="):
-            words[i] = word.replace("_", "-")
-    args = build_parser().parse_args(words)
-    if len(args.files) > 1 and (args.convert or args.compare):
-        raise UsageError("--convert and --compare take one FILE; several were given")
-    if bool(args.convert) != bool(args.output):
-        raise UsageError("--convert FORMAT and --output PATH need each other: give both")
-    if args.convert and args.compare:
-        raise UsageError("--convert and --compare exclude each other: give one")
-    if args.convert and args.convert.startswith("pt-"):
-        args.convert, named = args.convert.split("-")
-        if args.save_dtype not in (None, named):
-            raise UsageError(f"--save_dtype {args.save_dtype}: --convert pt-{named} says otherwise")
-        args.save_dtype = named
-    if args.save_dtype and args.convert not in ("pt", "hf"):
-        raise UsageError("--save_dtype is for --convert pt and --convert hf")
-    args.save_dtype = args.save_dtype or "float32"
-    return args
+# ---------------------------------------------------------------------------- entry
 
 
 def run(args: argparse.Namespace) -> int:
@@ -734,4 +745,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

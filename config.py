@@ -25,6 +25,9 @@ SHIPPED_MODEL = DATA_DIR / "stories-tiny.pt"
 IGNORE_INDEX = -100  # a target that is no target: padding
 
 
+Parsed = typing.TypeVar("Parsed")
+
+
 class UsageError(ValueError):
     """Bad input. The message is for the user: what was given, where, and the remedy."""
 
@@ -759,12 +762,17 @@ def parse_options(arguments: Sequence[str]) -> Options:
     return options
 
 
-def options_or_exit(arguments: Sequence[str]) -> Options:
-    """The options of a command line; on bad ones a line per problem and exit status 2."""
+def parse_or_exit(
+    parse: Callable[[Sequence[str]], Parsed], program: str, arguments: Sequence[str]
+) -> Parsed:
+    """What `parse` makes of a command line; on a bad one a line per problem and exit status 2.
+
+    For scripts to call before they import torch, which takes seconds.
+    """
     try:
-        return parse_options(arguments)
+        return parse(arguments)
     except UsageError as error:
-        report_usage_error("run_llama.py", error)
+        report_usage_error(program, error)
         sys.exit(2)
 
 

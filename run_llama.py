@@ -15,11 +15,11 @@ from __future__ import annotations
 import signal
 import sys
 
-from config import options_or_exit
+from config import parse_options, parse_or_exit
 
 if __name__ == "__main__":  # --help and bad flags are answered before torch, which takes seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback till then
-    OPTIONS_GIVEN = options_or_exit(sys.argv[1:])
+    OPTIONS_GIVEN = parse_or_exit(parse_options, "run_llama.py", sys.argv[1:])
 
 import contextlib
 import copy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,33 @@ def test_help_needs_no_torch():
     ).stdout
     for name in Options().to_plain():
         assert f"--{name}" in text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "run_llama.py --help",
+        "run_llama.py --no_such_flag",
+        "check_model_precision.py --help",
+        "check_model_precision.py --convert bin",
+        "tokenizer.py train --help",
+        "tokenizer.py train",
+    ],
+)
+def test_what_the_parser_alone_can_answer_comes_before_torch(tmp_path, words):
+    """`check_model_precision.py --help` once took two seconds, nearly all of them torch's."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')", encoding="utf-8")
+    script, *arguments = words.split()
+    done = subprocess.run(
+        [sys.executable, script, *arguments],
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert "torch was imported" not in done.stderr
+    assert done.returncode == (0 if "--help" in words else 2)
+    assert (f"{script}: error: " in done.stderr) == ("--help" not in words)
 
 
 def test_options_become_plain_values():
