@@ -686,11 +686,10 @@ class DocumentEncoder:
         # Many short documents without newlines become one text: a call a document costs more.
         joined = len(texts) > 1 and not any("\n" in text for text in texts)
         split = [_split_words(text) for text in (["\n".join(texts)] if joined else texts)]
-        self.words["\n"] = self.dtype.type(self.newline_id).tobytes()
         missing = list(set().union(*split).difference(self.words))
         self._learn(missing)
         look_up = self.words.__getitem__
-        arrays = [np.frombuffer(b"".join(map(look_up, w)), dtype=self.dtype) for w in split]
+        arrays = [np.frombuffer(b"".join(map(look_up, w)), dtype=self.dtype)[1:] for w in split]
         self._trim_cache(missing)
         return self._split_lines(arrays[0]) if joined else arrays
 
@@ -699,16 +698,17 @@ class DocumentEncoder:
         return [ids[start + 1 : stop] for start, stop in pairwise(edges)]
 
     def _learn(self, words: list[str]) -> None:
-        # A newline joins with nothing and is one token, so words that hold none can be encoded as
-        # the lines of a text: one call, where a call a word costs as much as the encoding.
+        # A newline joins with nothing and is one token, so what the words stand for can be encoded
+        # as the lines of a text: one call, where a call a word costs as much as the encoding.
+        newline = self.dtype.type(self.newline_id).tobytes()
         count = 4 * self.threads
         groups = [group for i in range(count) if (group := words[i::count])]
-        texts = ["\n" + "\n".join(group) for group in groups]
+        texts = ["".join(w if w[:1] == "\n" else f"\n {w}" for w in group) for group in groups]
         encoded = _encode_many(self.sp_model, texts, self.threads)
         for group, ids in zip(groups, encoded, strict=True):
             lines = self._split_lines(ids.astype(self.dtype))[1:]
             for word, line in zip(group, lines, strict=True):
-                self.words[word] = line.tobytes()
+                self.words[word] = newline * (word[:1] == "\n") + line.tobytes()
 
     def _trim_cache(self, new: list[str]) -> None:
         if len(self.words) > WORD_CACHE_ENTRIES:
@@ -719,8 +719,15 @@ class DocumentEncoder:
                 del self.words[word]
 
 
-# Spaces and what follows them, or a newline: all cuts between are safe by `SafeCuts`.
-_split_words = re.compile(f"[ {SPACE}]+[^ {SPACE}\n]*|[^ {SPACE}\n]+|\n").findall
+def _split_words(text: str) -> list[str]:
+    """The words of `text` after a newline put in front of it; all cuts between are safe.
+
+    A word stands for a space and itself, or begins with a newline and stands for itself alone. Of
+    several spaces in a row, which a vocabulary may join, all but the first are spelt as its sign
+    for a space and belong to the word. By str.split, three times as fast as a regular expression.
+    """
+    text = text.replace("  ", f" {SPACE}").replace(f"{SPACE} ", 2 * SPACE)
+    return f"\n{text}".replace("\n", " \n").split(" ")[1:]
 
 
 def _utf8_bytes(text: str) -> int:

@@ -148,15 +148,21 @@ def _encode(encoder: DocumentEncoder, documents: list[str], sizes: list[int]) ->
     documents=st.lists(texts.filter(bool), min_size=1, max_size=3),
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     part_chars=st.integers(1, 6),
+    batch_chars=st.sampled_from([20, 300]),
     word_cache=st.booleans(),
 )
 def test_pieces_give_the_ids_of_the_whole(
-    name: str, documents: list[str], sizes: list[int], part_chars: int, word_cache: bool
+    name: str,
+    documents: list[str],
+    sizes: list[int],
+    part_chars: int,
+    batch_chars: int,
+    word_cache: bool,
 ) -> None:
     """Exactness is the property that lets a document be larger than memory and words be cached."""
     tokenizer = vocabulary(name)
     encoder = DocumentEncoder(
-        tokenizer, threads=1, part_chars=part_chars, batch_chars=20, word_cache=word_cache
+        tokenizer, threads=1, part_chars=part_chars, batch_chars=batch_chars, word_cache=word_cache
     )
     found = _encode(encoder, documents, sizes)
     assert found == [tokenizer.sp_model.encode(text) for text in documents]
