@@ -123,6 +123,12 @@ class LlamaConfig:
             "output": 0 if self.tie_word_embeddings else self.vocab_size * self.dim,
         }
 
+    def block_parameters(self) -> tuple[int, int]:
+        """Parameters in the layers, and in what is around them: embedding, last norm and head."""
+        counts = self.parameter_counts()
+        around = counts["embedding"] + counts["output"] + self.dim
+        return sum(counts.values()) - around, around
+
     def flops_per_token(self, sequence_length: int, *, logits: bool) -> float:
         """Floating-point operations to train on one token: 6 per weight, 6 L T d for attention.
 
@@ -159,6 +165,16 @@ PRESETS: dict[str, Preset] = {
         },
         pretrain_lr=4e-4,
     ),
+    "7B": Preset(  # Llama-2-7B
+        {
+            "dim": 4096,
+            "n_layers": 32,
+            "n_heads": 32,
+            "hidden_dim": 11008,
+            "tie_word_embeddings": False,
+        },
+        pretrain_lr=3e-4,
+    ),
 }
 
 
@@ -171,6 +187,8 @@ LOGITS_CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**28, "mps": 2**28}
 # faster, and with longer rows the scores' memory is worth more than the time.
 SCORES_KEPT = 1024
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# What a process takes before it has a model: Python and torch with their kernels, CUDA's context.
+PROCESS_BYTES = {"cpu": 400 * 10**6, "cuda": 500 * 10**6, "mps": 400 * 10**6}
 
 
 def human_size(size: float) -> str:
@@ -183,9 +201,11 @@ def human_size(size: float) -> str:
 
 
 def human_time(seconds: float) -> str:
-    """A duration as people read it: 45 s, 3 min 20 s, 2 h 5 min."""
+    """A duration as people read it: 45 s, 3 min 20 s, 2 h 5 min, 98 days 21 h."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24} days {hours % 24} h"
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
@@ -222,6 +242,7 @@ class TrainingPlan:
     activation_checkpointing: bool
     keep_last: int
     checkpoints_kept: int  # those of epochs, which are not deleted
+    parallel: str = "ddp"  # ddp: a whole model per process; fsdp: a share of every block
 
     @property
     def sequences_per_step(self) -> int:
@@ -279,16 +300,36 @@ class TrainingPlan:
         )
         return saved > 2 * COMPILING_TAKES, reason
 
+    @property
+    def shards(self) -> int:
+        """Processes that share out weights, gradients and the optimizer's moments."""
+        return self.world_size if self.parallel == "fsdp" else 1
+
+    def gathered_bytes(self) -> int:
+        """What a process holds of the weights beside its own float32 share of them.
+
+        Sharded: of two blocks the weights in `dtype`, one used and one on its way, of one its
+        gradients, in `dtype` and as float32 for the exchange; embedding and head whole, in float32,
+        with their gradients. Whole: autocast's copies of the matrices.
+        """
+        compute = DTYPE_BYTES[self.dtype]
+        blocks, rest = self.config.block_parameters()
+        if self.shards > 1:
+            return blocks // self.config.n_layers * (3 * compute + 4) + 8 * rest
+        return compute * blocks if self.dtype != "float32" else 0
+
     def memory(self) -> dict[str, int]:
         """Bytes by part while training."""
         weights = 4 * sum(self.config.parameter_counts().values())
         logits = 4 * self.micro_batch_size * self.sequence_length * self.logits_width
         return {
-            "weights": weights,
-            "gradients": 4 * self.trainable_parameters,
-            "optimizer": 8 * self.trainable_parameters,
+            "weights": weights // self.shards,
+            "gradients": 4 * self.trainable_parameters // self.shards,
+            "optimizer": 8 * self.trainable_parameters // self.shards,
+            "copies": self.gathered_bytes(),
             "activations": self.activation_bytes(),
             "logits": 2 * min(logits, LOGITS_CHUNK_BYTES[self.device]),
+            "process": PROCESS_BYTES[self.device],
         }
 
     def checkpoint_bytes(self) -> int:
@@ -309,12 +350,13 @@ class TrainingPlan:
         counts, memory = self.config.parameter_counts(), self.memory()
         config = self.config
         parts = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
-        needs = ", ".join(f"{name} {human_size(size)}" for name, size in memory.items())
+        needs = ", ".join(f"{name} {human_size(size)}" for name, size in memory.items() if size)
         have = f"; {human_size(available)} available" if available else ""
         processes = f" x {self.world_size} processes" if self.world_size > 1 else ""
         ends = ""
         if self.last_step < self.schedule_steps:
             ends = f", ended after {self.last_step:,} by --max_steps"
+        per_process = f" per process ({self.parallel})" if self.world_size > 1 else ""
         return [
             f"model        {sum(counts.values()):,} parameters: {parts}",
             f"             dim {config.dim}, {config.n_layers} layers, {config.n_heads} heads "
@@ -326,10 +368,87 @@ class TrainingPlan:
             f"{self.schedule_steps:,}, of {self.sequences_per_step:,} {noun} "
             f"({self.micro_batch_size} x {self.accumulation_steps} accumulated{processes}); "
             f"warmup {self.warmup_steps:,}{ends}",
-            f"memory       {human_size(sum(memory.values()))} in {self.dtype}: {needs}{have}",
+            f"memory       {human_size(sum(memory.values()))} in {self.dtype}{per_process}: "
+            f"{needs}{have}",
             f"files        weights {human_size(self.weights_file_bytes(save_dtype))} "
             f"({save_dtype}), resumable checkpoint {human_size(self.checkpoint_bytes())} "
             "(float32 weights and the optimizer's two moments of each)",
+        ]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs of one kind in nodes of one size, and what training on them takes, by arithmetic alone.
+
+    Exchanges go round a ring of all GPUs at the pace of its slowest link: `intra_node` bytes/s each
+    way between two GPUs of a node, `inter_node` each way between two nodes, all adapters together.
+    """
+
+    gpus_per_node: int
+    flops: float  # a GPU's peak, per second
+    mfu: float  # share of it that the computing alone reaches, recomputing counted too
+    intra_node: float
+    inter_node: float
+
+    def compute_seconds(self, plan: TrainingPlan) -> float:
+        """An optimizer step's computing on one GPU."""
+        tokens = plan.sequences_per_step // plan.world_size * plan.sequence_length
+        again = 4 / 3 if plan.activation_checkpointing else 1  # the forward pass, a third, twice
+        return tokens * plan.flops_per_token() * again / (self.flops * self.mfu)
+
+    def exchanged_bytes(self, plan: TrainingPlan) -> float:
+        """What each GPU sends, and receives, per optimizer step.
+
+        DDP: a ring's all-reduce of the float32 gradients sends 2 (N-1)/N of them. FSDP: of each
+        micro-batch a block's weights in `dtype` for the forward and for the backward pass, and its
+        gradients in float32, (N-1)/N of each; embedding and head once each way, in float32.
+        """
+        share = (plan.world_size - 1) / plan.world_size
+        blocks, around = plan.config.block_parameters()
+        if plan.parallel == "ddp":
+            return 2 * share * 4 * (blocks + around)
+        per_block = 2 * DTYPE_BYTES[plan.dtype] + 4
+        return plan.accumulation_steps * share * (per_block * blocks + 8 * around)
+
+    def exchange_seconds(self, plan: TrainingPlan) -> float:
+        """That traffic's time, were nothing computed meanwhile."""
+        one_node = plan.world_size <= self.gpus_per_node
+        slowest = self.intra_node if one_node else min(self.intra_node, self.inter_node)
+        return self.exchanged_bytes(plan) / slowest
+
+    def step_seconds(self, plan: TrainingPlan) -> float:
+        """An optimizer step with the exchange behind the computing, as far as it fits there.
+
+        DDP's fits behind the backward pass of the last micro-batch, FSDP's behind everything.
+        """
+        compute, exchange = self.compute_seconds(plan), self.exchange_seconds(plan)
+        behind = compute
+        if plan.parallel == "ddp":
+            backward = 3 / 4 if plan.activation_checkpointing else 2 / 3
+            behind = backward * compute / plan.accumulation_steps
+        return compute + max(0.0, exchange - behind)
+
+    def lines(self, plan: TrainingPlan) -> list[str]:
+        """Traffic, speed and time as a person reads them."""
+        step, compute = self.step_seconds(plan), self.compute_seconds(plan)
+        exchange = self.exchange_seconds(plan)
+        tokens = plan.sequences_per_step * plan.sequence_length
+        rate = tokens / step
+        reached = rate * plan.flops_per_token() / (plan.world_size * self.flops)
+        nodes = -(-plan.world_size // self.gpus_per_node)
+        return [
+            f"cluster      {plan.world_size:,} GPUs in {nodes:,} node{'s' * (nodes > 1)}, "
+            f"{self.flops / 1e12:,.0f} TFLOP/s each, of which computing reaches {self.mfu:.0%}; "
+            f"links {self.intra_node / 1e9:,.0f} GB/s within a node, "
+            f"{self.inter_node / 1e9:,.0f} GB/s between nodes",
+            f"exchange     {human_size(self.exchanged_bytes(plan))} per GPU and step "
+            f"({plan.parallel}): {exchange:.3g} s",
+            f"step         {tokens:,} tokens: computing {compute:.3g} s; {step:.3g} s with the "
+            f"exchange behind it as far as it fits, {compute + exchange:.3g} s one after the other",
+            f"speed        {rate:,.0f} tokens/s, {rate / plan.world_size:,.0f} per GPU, "
+            f"MFU {reached:.1%}",
+            f"time         {human_time(1e9 / rate)} per billion tokens, "
+            f"{human_time(plan.last_step * step)} for the run",
         ]
 
 
@@ -387,7 +506,7 @@ class RunOptions:
 class ModelOptions:
     """the model"""
 
-    model_size: Literal["tiny", "stories15M", "stories42M", "stories110M", "1.1B"] = flag(
+    model_size: Literal["tiny", "stories15M", "stories42M", "stories110M", "1.1B", "7B"] = flag(
         "tiny", "preset of the shape to pretrain; the flags below change it"
     )
     dim: int | None = flag(None, "width of the model", at_least=1)
@@ -462,6 +581,36 @@ class TrainOptions:
         "rollback",
         "after 10 steps in a row whose loss or gradients are not finite: go back to the last good "
         "checkpoint with half the learning rate, or stop",
+    )
+
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    """several processes (torchrun)"""
+
+    parallel: Literal["ddp", "fsdp"] = flag(
+        "ddp", "each process holds the whole model, or its share of every block (FSDP2)"
+    )
+
+
+@dataclass(frozen=True)
+class OtherMachineOptions:
+    """--plan for other machines: the defaults are NVIDIA's H100, its links by the data sheet"""
+
+    world_size: int | None = flag(None, "plan for this many GPUs", at_least=1)
+    plan_tokens: float | None = flag(
+        None, "tokens of text, e.g. 3e12; unset: those of --pretrain_data", at_least=2
+    )
+    vocab_size: int | None = flag(
+        None, "tokens of the vocabulary; unset: those of --tokenizer_model", at_least=1
+    )
+    gpus_per_node: int = flag(8, "GPUs that share a machine", at_least=1)
+    gpu_memory_gb: float = flag(80, "memory of a GPU", above=0)
+    gpu_tflops: float = flag(989, "peak of a GPU in --dtype, dense", above=0)
+    mfu: float = flag(0.4, "share of that peak that the computing alone reaches", above=0)
+    intra_node_gb_s: float = flag(450, "GB/s each way between two GPUs of a node", above=0)
+    inter_node_gb_s: float = flag(
+        400, "GB/s each way between two nodes, all network adapters together", above=0
     )
 
 
@@ -577,6 +726,8 @@ OPTION_GROUPS = (
     ModelOptions,
     PretrainDataOptions,
     TrainOptions,
+    ClusterOptions,
+    OtherMachineOptions,
     PretrainOptions,
     LabelledDataOptions,
     FinetuneOptions,
@@ -592,6 +743,8 @@ class Options(
     FinetuneOptions,
     LabelledDataOptions,
     PretrainOptions,
+    OtherMachineOptions,
+    ClusterOptions,
     TrainOptions,
     PretrainDataOptions,
     ModelOptions,
@@ -643,6 +796,16 @@ class Options(
             shape.pop("n_kv_heads", None)
         return LlamaConfig(
             vocab_size=vocab_size, max_seq_len=self.max_seq_len, dropout=self.dropout, **shape
+        )
+
+    def cluster(self) -> Cluster:
+        """The machines to plan for."""
+        return Cluster(
+            gpus_per_node=self.gpus_per_node,
+            flops=self.gpu_tflops * 1e12,
+            mfu=self.mfu,
+            intra_node=self.intra_node_gb_s * 1e9,
+            inter_node=self.inter_node_gb_s * 1e9,
         )
 
     def peak_lr(self) -> float:
@@ -749,7 +912,8 @@ def parse_options(arguments: Sequence[str]) -> Options:
         raise UsageError("\n".join(unknown_argument(parser, word) for word in unknown))
     values = vars(namespace)
     if values["max_seq_len"] is None:
-        embedded = values["option"] == "pretrain" and not values["pretrain_data"]
+        own_text = values["pretrain_data"] or values["plan_tokens"]
+        embedded = values["option"] == "pretrain" and not own_text
         values["max_seq_len"] = EMBEDDED_SEQ_LEN if embedded else Options.max_seq_len
     for field in dataclasses.fields(Options):
         if isinstance(field.default, tuple):
@@ -795,6 +959,8 @@ GROUP_IS_FOR: dict[type, tuple[str, ...]] = {
     PretrainDataOptions: ("pretrain",),
     PretrainOptions: ("pretrain",),
     TrainOptions: ("pretrain", "finetune"),
+    ClusterOptions: ("pretrain", "finetune"),
+    OtherMachineOptions: ("pretrain",),
     LabelledDataOptions: ("finetune", "prompt"),
     FinetuneOptions: ("finetune",),
     PromptOptions: ("prompt",),
@@ -843,6 +1009,15 @@ def find_problems(options: Options) -> list[str]:
             for name in ("plan", "resume")
             if name in options.given
         ]
+    elsewhere = [field.name for field in dataclasses.fields(OtherMachineOptions)]
+    if not (options.plan and options.world_size):
+        problems += [
+            f"--{name} is for --plan with --world_size N, the plan for other machines; leave it out"
+            for name in elsewhere
+            if name in options.given
+        ]
+    if options.mfu > 1:
+        problems.append(f"--mfu {options.mfu:g} must be at most 1: it is a share of the peak")
     if options.top_p is not None and options.top_p > 1:
         problems.append(f"--top_p {options.top_p:g} must be at most 1: it is a probability")
     if options.freeze_backbone and options.lora_rank:

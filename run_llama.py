@@ -678,20 +678,19 @@ def make_plan(
         activation_checkpointing=options.activation_checkpointing,
         keep_last=options.keep_last,
         checkpoints_kept=1 + options.epochs // options.save_interval,
+        parallel=options.parallel,
         **sizes,
     )
 
 
-def print_plan(options: Options, plan: TrainingPlan, device: torch.device, noun: str) -> None:
-    """Print the plan and warn of what will not fit; raises UsageError if the disk is too small."""
-    available = available_memory(device)
-    for line in plan.lines(noun=noun, save_dtype=options.save_dtype, available=available):
-        print(line)
+def warn_of_plan(plan: TrainingPlan, available: int | None) -> None:
+    """Say what of a plan will not fit or not do what it is there for."""
     needed = sum(plan.memory().values())
     if available is not None and needed > available:
+        sharded = ", --parallel fsdp" if plan.world_size > 1 and plan.parallel == "ddp" else ""
         print(
             f"warning: about {human_size(needed)} of memory are needed and {human_size(available)} "
-            "are free: try --activation_checkpointing, a smaller batch with more "
+            f"are free: try --activation_checkpointing{sharded}, a smaller batch with more "
             "--gradient_accumulation_steps, or a smaller model"
         )
     if plan.warmup_steps >= plan.last_step > 1:
@@ -699,6 +698,19 @@ def print_plan(options: Options, plan: TrainingPlan, device: torch.device, noun:
             f"warning: --warmup_steps {plan.warmup_steps:,} in a run of {plan.last_step:,} steps: "
             "the full learning rate is never reached"
         )
+    if plan.sequences < plan.sequences_per_step:
+        print(
+            f"note: a step takes up to {plan.sequences_per_step:,} sequences and there are "
+            f"{plan.sequences:,}: each epoch is one step on all of them"
+        )
+
+
+def print_plan(options: Options, plan: TrainingPlan, device: torch.device, noun: str) -> None:
+    """Print the plan and warn of what will not fit; raises UsageError if the disk is too small."""
+    available = available_memory(device)
+    for line in plan.lines(noun=noun, save_dtype=options.save_dtype, available=available):
+        print(line)
+    warn_of_plan(plan, available)
     files = plan.disk_bytes(options.save_dtype)
     free = free_disk(options.save_dir)
     if not options.plan and files > free:
@@ -862,6 +874,8 @@ def load_texts(options: Options, tokenizer: Tokenizer, stop: StopRequest) -> Tex
 
 def pretrain(options: Options, stop: StopRequest) -> int:
     """Train a Llama from scratch on text files; returns the exit status."""
+    if options.plan and options.world_size:
+        return plan_elsewhere(options, stop)
     options = where_it_was(options)
     with own_folder(options, "pretrain") as folder:
         return pretrain_in(folder, options, stop)
@@ -958,6 +972,36 @@ def pretrain_in(folder: RunFolder, options: Options, stop: StopRequest) -> int:
     if stop.requested:
         return interrupted(run)
     return finish_pretraining(run, tokenizer)
+
+
+def plan_elsewhere(options: Options, stop: StopRequest) -> int:
+    """Print what a run would need and take on `--world_size` GPUs of machines like those described.
+
+    The vocabulary and the text are read only where their sizes are not given.
+    """
+    tokenizer = None
+    if not (options.vocab_size and options.plan_tokens):
+        tokenizer = Tokenizer(tokenizer_model=options.tokenizer_model)
+    config = options.llama_config(options.vocab_size or tokenizer.n_words)
+    tokens = int(options.plan_tokens or len(load_texts(options, tokenizer, stop).train.stream))
+    plan = make_plan(
+        options,
+        Ranks(world_size=options.world_size),
+        torch.device("cuda"),
+        torch.bfloat16 if options.dtype == "auto" else getattr(torch, options.dtype),
+        config=config,
+        trainable_parameters=sum(config.parameter_counts().values()),
+        sequences=count_chunks(tokens, options.max_seq_len),
+        tokens=tokens,
+        sequence_length=options.max_seq_len,
+        logits_width=config.vocab_size,
+        micro_batch_size=options.pretrain_batch_size,
+    )
+    memory = int(options.gpu_memory_gb * 1e9)
+    lines = plan.lines(noun="chunks", save_dtype=options.save_dtype, available=memory)
+    print("\n".join([*lines, *options.cluster().lines(plan)]))
+    warn_of_plan(plan, memory)
+    return 0
 
 
 def text_batch(dataset: PretrainDataset, indices: Sequence[int], device: torch.device) -> Batch:

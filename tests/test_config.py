@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from config import (
     PRESETS,
+    Cluster,
     LlamaConfig,
     Options,
     TrainingPlan,
@@ -142,8 +144,9 @@ def test_options_become_plain_values():
 
 
 def test_presets_have_their_known_sizes():
-    """stories42M and its siblings are llama2.c's shapes, 1.1B is TinyLlama's."""
+    """stories42M and its siblings are llama2.c's shapes, 1.1B is TinyLlama's, 7B Llama-2's."""
     expected = {"stories15M": 15.2e6, "stories42M": 41.7e6, "stories110M": 109.5e6, "1.1B": 1.1e9}
+    expected["7B"] = 6_738_415_616  # exactly Llama-2's
     for name, size in expected.items():
         options = parse_options(["--model_size", name])
         counts = options.llama_config(vocab_size=32000).parameter_counts()
@@ -260,6 +263,73 @@ def test_compiling_is_for_long_runs():
     assert not plan_of().compiling_pays(1000)[0]
 
 
+def plan_of_preset(name: str, **changes) -> TrainingPlan:
+    config = parse_options(["--model_size", name, "--max_seq_len", "2048"]).llama_config(32000)
+    whole = sum(config.parameter_counts().values())
+    settings = {"config": config, "trainable_parameters": whole, "sequence_length": 2048}
+    return plan_of(**settings | {"dtype": "bfloat16", "device": "cuda"} | changes)
+
+
+H100 = Cluster(gpus_per_node=8, flops=1e15, mfu=0.5, intra_node=400e9, inter_node=100e9)
+
+
+def test_ddp_on_one_node_by_hand():
+    """1.1B on 8 GPUs: a ring's all-reduce of float32 gradients, hidden behind the backward pass."""
+    plan = plan_of_preset("1.1B", world_size=8, micro_batch_size=8, accumulation_steps=2)
+    assert H100.exchanged_bytes(plan) == pytest.approx(2 * 7 / 8 * 4 * 1_100_048_384)
+    assert H100.exchange_seconds(plan) == pytest.approx(7.700e9 / 400e9, rel=1e-3)
+    per_token = 6 * (1_100_048_384 - 65_536_000 - 45 * 2048) + 6 * 22 * 2048 * 2048
+    compute = 8 * 2 * 2048 * per_token / 0.5e15
+    assert H100.compute_seconds(plan) == pytest.approx(compute)
+    assert H100.step_seconds(plan) == pytest.approx(compute)  # 0.44 s, against 0.02 s of traffic
+    again = dataclasses.replace(plan, activation_checkpointing=True)
+    assert H100.compute_seconds(again) == pytest.approx(compute * 4 / 3)
+    text = "\n".join(H100.lines(plan))
+    assert f"{8 * 8 * 2 * 2048 / compute:,.0f} tokens/s" in text and "MFU 50.0%" in text
+
+
+def test_ddp_waits_for_what_the_last_backward_pass_does_not_hide():
+    """Slow links: two thirds of the last micro-batch's time hide the exchange, no more."""
+    slow = dataclasses.replace(H100, intra_node=10e9)
+    plan = plan_of_preset("1.1B", world_size=2, micro_batch_size=1, accumulation_steps=4)
+    compute, exchange = slow.compute_seconds(plan), 4 * 1_100_048_384 / 10e9
+    assert slow.step_seconds(plan) == pytest.approx(compute + exchange - compute / 4 * 2 / 3)
+
+
+def test_fsdp_on_eight_nodes_by_hand():
+    """7B on 64: bfloat16 weights twice and float32 gradients once, for every micro-batch."""
+    plan = plan_of_preset("7B", parallel="fsdp", world_size=64, accumulation_steps=2)
+    around = 2 * 32000 * 4096 + 4096  # embedding, head and last norm: float32, once each way
+    blocks = 6_738_415_616 - around
+    each = 63 / 64 * ((2 + 2 + 4) * blocks + (4 + 4) * around)
+    assert H100.exchanged_bytes(plan) == pytest.approx(2 * each)
+    assert H100.exchange_seconds(plan) == pytest.approx(2 * each / 100e9)  # between the nodes
+    assert H100.step_seconds(plan) == max(H100.compute_seconds(plan), H100.exchange_seconds(plan))
+    memory = plan.memory()
+    shared_out = memory["weights"] + memory["gradients"] + memory["optimizer"]
+    assert shared_out == pytest.approx(16 * 6_738_415_616 / 64, abs=8)
+    assert memory["copies"] == blocks // 32 * (2 + 2 + 2 + 4) + around * (4 + 4)
+    whole = dataclasses.replace(plan, parallel="ddp").memory()
+    assert whole["weights"] + whole["optimizer"] == 12 * 6_738_415_616
+
+
+def test_one_gpu_exchanges_nothing():
+    """Neither way of sharing out has anything to send to itself."""
+    for parallel in ("ddp", "fsdp"):
+        plan = plan_of_preset("1.1B", parallel=parallel, world_size=1)
+        assert H100.exchanged_bytes(plan) == 0
+        assert H100.step_seconds(plan) == H100.compute_seconds(plan)
+
+
+def test_flags_for_other_machines_need_the_plan():
+    """`--world_size 8` in a real run would promise what torchrun does."""
+    for words in ("--world_size 8", "--plan --mfu 0.3"):
+        with pytest.raises(UsageError, match="is for --plan with --world_size N"):
+            parse_options(f"--option pretrain {words}".split())
+    options = parse_options("--option pretrain --plan --world_size 8 --plan_tokens 3e12".split())
+    assert options.max_seq_len == 1024 and options.cluster().flops == 989e12
+
+
 def test_plan_says_why_a_checkpoint_is_larger_than_a_model():
     """stories42M: weights once, tied, 167 MB; with AdamW's two moments 500 MB."""
     plan = plan_of()
@@ -277,3 +347,4 @@ def test_sizes_and_times_as_people_read_them():
         "0 B", "999 B", "1 kB", "226 MB", "1.17 GB",
     ]  # fmt: skip
     assert [human_time(s) for s in (45, 200, 7500)] == ["45 s", "3 min 20 s", "2 h 5 min"]
+    assert human_time(98 * 86400 + 21 * 3600) == "98 days 21 h"

@@ -78,6 +78,18 @@ def test_every_command_runs(folder, monkeypatch):
         assert start(line) == 0, line
 
 
+def test_the_cluster_figures_are_those_that_the_commands_print(capsys):
+    """Arithmetic on paper stays behind when the program's changes."""
+    section = (
+        (ROOT / "README.md").read_text(encoding="utf-8").partition("arithmetic of a cluster")[2]
+    )
+    for line in [line for line in commands() if "--world_size" in line]:
+        assert run_llama.main(parse_options(shlex.split(line)[2:])) == 0
+    printed = capsys.readouterr().out.splitlines()
+    figures = section.partition("```text\n")[2].partition("```")[0].splitlines()
+    assert len(figures) == 13 and set(filter(None, figures)) <= set(printed)
+
+
 def test_set_up_lines_are_those_that_ci_runs():
     """The two commands install what they run: CI makes the environment from the same files."""
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")

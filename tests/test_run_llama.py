@@ -38,7 +38,7 @@ def own_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def text_file(tmp_path) -> Path:
-    """About 60 chunks of 32 tokens, in documents of different lengths."""
+    """About 70 chunks of 32 tokens, in documents of different lengths."""
     stories = (ROOT / "data" / "stories-train.jsonl").read_text(encoding="utf-8").splitlines()
     path = tmp_path / "text.jsonl"
     path.write_text("\n".join(stories[:10]) + "\n", encoding="utf-8")
@@ -318,6 +318,28 @@ def test_plan_alone_leaves_nothing(text_file, capsys):
     for word in ("parameters", "chunks", "steps", "memory", "resumable checkpoint"):
         assert word in out
     assert not Path("run").exists()
+
+
+def test_plan_for_other_machines(text_file, capsys):
+    """--world_size plans for GPUs that are not here; nor need text and vocabulary be."""
+    words = "--option pretrain --plan --world_size 64 --model_size 7B --parallel fsdp"
+    sizes = " --vocab_size 32000 --plan_tokens 2e12 --tokenizer_model none --pretrain_data none"
+    assert run(words + sizes, small=False) == 0
+    out = capsys.readouterr().out
+    for line in ("6,738,415,616 parameters", "64 GPUs in 8 nodes", "per process (fsdp)", "MFU"):
+        assert line in out
+    assert "warning" not in out
+    assert run(words.replace("fsdp", "ddp") + sizes, small=False) == 0
+    assert "80 GB are free: try" in capsys.readouterr().out
+    assert run(f"--option pretrain --plan --world_size 8 --pretrain_data {text_file}") == 0
+    out = capsys.readouterr().out
+    assert f"Loaded 74 chunks from {text_file}" in out and "1 node," in out
+
+
+def test_a_batch_larger_than_the_data_is_told(text_file, capsys):
+    """--pretrain_batch_size 500 of 60 chunks once went by without a word."""
+    run(f"--option pretrain --plan --pretrain_data {text_file} --gradient_accumulation_steps 50")
+    assert "up to 200 sequences and there are" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
