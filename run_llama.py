@@ -36,7 +36,7 @@ import statistics
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,7 @@ EVALUATED = ("val_loss", "val_perplexity", "bits_per_byte", "dev_accuracy", "dev
 MEASURED_STEPS = 10  # after which the time left is told
 MAX_SKIPPED = 10  # updates in a row that may be left out for numbers that are not finite
 MAX_ROLLBACKS = 4  # each halves the learning rate
+CURVE_POINTS = 2000  # of the training loss in its picture
 SPIKE_WINDOW, SPIKE_LEAST, SPIKE_STDS = 100, 20, 6.0  # losses looked back on; fewer tell nothing
 
 
@@ -293,7 +294,7 @@ def train(run: Run) -> None:
     peak = peak_flops(run.device, run.dtype)
     flops = plan.flops_per_token()
     done = progress.step - bool(progress.pending)  # steps whose record is complete
-    log = MetricsLog(run.folder.file("metrics.jsonl"), last_step=done)
+    log = MetricsLog(run.folder.file("metrics.jsonl"), last_step=done, window=SPIKE_WINDOW)
     bar = tqdm(
         total=plan.last_step,
         initial=progress.step,
@@ -499,9 +500,9 @@ def roll_back(run: Run) -> None:
     tqdm.write(f"{bad}: back to step {progress.step:,}, with {lr_scale:g} of the learning rate")
 
 
-def note_spike(record: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
+def note_spike(record: dict[str, Any], earlier: Iterable[dict[str, Any]]) -> None:
     """Report and record a loss far above those before it, in their standard deviations."""
-    losses = [r["loss"] for r in earlier[-SPIKE_WINDOW:] if r.get("loss") is not None]
+    losses = [r["loss"] for r in earlier if r.get("loss") is not None]
     if record["loss"] is None or len(losses) < SPIKE_LEAST:
         return
     mean, std = statistics.fmean(losses), statistics.stdev(losses)
@@ -1050,7 +1051,12 @@ def finish_pretraining(run: Run, tokenizer: Tokenizer) -> int:
     folder, progress = run.folder, run.progress
     final, curve = folder.file("final-model.pt"), folder.file("loss-curve.svg")
     write_weights(run, "final-model.pt")
-    records = read_records(folder.file("metrics.jsonl"))
+    every_nth = max(1, progress.step // CURVE_POINTS)
+    records = [
+        record
+        for record in read_records(folder.file("metrics.jsonl"))
+        if record["step"] % every_nth == 0 or record.get("val_loss") is not None
+    ]
     picture = loss_curve_svg(records, f"{folder.path}")
     run.files.write(curve.name, lambda: write_text(curve, picture), step=progress.step)
     run.files.finish()

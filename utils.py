@@ -28,10 +28,11 @@ import sys
 import tempfile
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -1516,14 +1517,17 @@ def environment() -> dict[str, Any]:
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one JSON line per optimizer step, each step once, also over resumes."""
+    """`metrics.jsonl`: one JSON line per optimizer step, each step once, also over resumes.
 
-    def __init__(self, path: Path, last_step: int) -> None:
+    `records` are the last `window` of them; the others are in the file alone, however long the run.
+    """
+
+    def __init__(self, path: Path, last_step: int, *, window: int = 1) -> None:
         """Open the log to go on after `last_step`; later lines belong to steps to be made again."""
-        self.path = path
-        self.records = [record for record in read_records(path) if record["step"] <= last_step]
-        self.file: TextIO | None = None
-        self._write(self._rewrite)
+        self.path, self.window = path, window
+        self.unwritten: list[dict[str, Any]] = []  # what the disk did not take
+        self.file: BinaryIO | None = None
+        self.rewind(last_step)
 
     def append(self, record: dict[str, Any]) -> None:
         """Add one step's record and hand it to the system, so that it outlives the process.
@@ -1531,13 +1535,22 @@ class MetricsLog:
         Where the disk takes nothing it is kept in memory, and the next record brings it along.
         """
         self.records.append(record)
-        self._write(self._rewrite if self.file is None else self._append_last)
+        self.unwritten.append(record)
+        self._write()
 
     def rewind(self, last_step: int) -> None:
         """Take back what came after `last_step`: those steps are made again."""
         self.close()
-        self.records = [record for record in self.records if record["step"] <= last_step]
-        self._write(self._rewrite)
+        self.records: deque[dict[str, Any]] = deque(maxlen=self.window)
+        self.end = 0  # of the file's lines that stay
+        for record, end in _whole_records(self.path):
+            if record["step"] <= last_step:
+                self.records.append(record)
+                self.end = end
+        written = self.records[-1]["step"] if self.records else 0
+        self.unwritten = [r for r in self.unwritten if written < r["step"] <= last_step]
+        self.records.extend(self.unwritten)
+        self._write()
 
     def close(self) -> None:
         """Close the file."""
@@ -1546,30 +1559,36 @@ class MetricsLog:
                 self.file.close()
         self.file = None
 
-    def _append_last(self) -> None:
-        self.file.write(json.dumps(self.records[-1]) + "\n")
-        self.file.flush()
-
-    def _rewrite(self) -> None:
-        write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
-        self.file = self.path.open("a", encoding="utf-8", newline="\n")
-
-    def _write(self, write: Callable[[], None]) -> None:
+    def _write(self) -> None:
+        data = "".join(json.dumps(record) + "\n" for record in self.unwritten).encode()
         try:
-            write()
+            if self.file is None:
+                self.file = self.path.open("ab")
+                self.file.truncate(self.end)  # cuts off what a failed write or a crash left
+            self.file.write(data)
+            self.file.flush()
         except OSError as error:
             self.close()
             tqdm.write(f"warning: {self.path} was not written ({error}); the run goes on")
+        else:
+            self.end += len(data)
+            self.unwritten.clear()
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; a last line cut short by a crash is left out."""
-    records = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
-    return records
+def _whole_records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """The records of a metrics file, and where in it each ends; lines that a crash cut are none."""
+    end = 0
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        for line in file:
+            end += len(line)
+            with contextlib.suppress(ValueError):
+                if line.endswith(b"\n"):
+                    yield json.loads(line), end
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a metrics file, one by one; a last line cut short by a crash is left out."""
+    return (record for record, _ in _whole_records(path))
 
 
 def loss_curve_svg(records: list[dict[str, Any]], title: str) -> str:
@@ -1608,7 +1627,7 @@ def loss_curve_svg(records: list[dict[str, Any]], title: str) -> str:
             f'<text x="{x}" y="{height - 38}" text-anchor="middle">{step:,.0f}</text>',
         ]
     parts += [
-        line(train[:: max(1, len(train) // 2000)], "#4477aa"),
+        line(train, "#4477aa"),
         line(val, "#cc3311"),
         *(
             f'<circle cx="{place(*p).split(",")[0]}" cy="{place(*p).split(",")[1]}" r="3" '

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -150,7 +151,7 @@ def test_records_that_the_disk_does_not_take_come_later(tmp_path, capsys):
     log = utils.MetricsLog(tmp_path / "metrics.jsonl", last_step=0)
     log.append({"step": 1})
     log.file.close()
-    log.file = open("/dev/full", "w") if Path("/dev/full").exists() else None
+    log.file = open("/dev/full", "wb") if Path("/dev/full").exists() else None
     log.append({"step": 2})
     log.append({"step": 3})
     log.rewind(2)
@@ -158,6 +159,51 @@ def test_records_that_the_disk_does_not_take_come_later(tmp_path, capsys):
     log.close()
     assert [record["step"] for record in utils.read_records(log.path)] == [1, 2, 3]
     assert "No space left" in capsys.readouterr().out or not Path("/dev/full").exists()
+
+
+class TornFile(io.BytesIO):
+    """A disk that fills up in the middle of a line."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def write(self, data):
+        with self.path.open("ab") as file:
+            file.write(data[:5])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_line_that_was_cut_is_written_again(tmp_path, capsys):
+    """By a failing disk in the run, and by a crash before it: each step stands there once."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st', encoding="utf-8")
+    log = utils.MetricsLog(path, last_step=2, window=2)
+    assert path.read_text(encoding="utf-8") == '{"step": 1}\n{"step": 2}\n'
+    log.close()
+    log.file = TornFile(path)
+    log.append({"step": 3})
+    assert path.read_text(encoding="utf-8").endswith('{"step": 2}\n{"ste')
+    log.append({"step": 4})
+    log.close()
+    assert [record["step"] for record in utils.read_records(path)] == [1, 2, 3, 4]
+    assert "No space left" in capsys.readouterr().out
+
+
+def test_a_long_run_does_not_grow_by_its_records(tmp_path):
+    """All records once stayed in memory: a gigabyte in a run of a million steps."""
+    log = utils.MetricsLog(tmp_path / "metrics.jsonl", last_step=0, window=3)
+    for step in range(1, 11):
+        log.append({"step": step})
+    assert [record["step"] for record in log.records] == [8, 9, 10] and not log.unwritten
+    log.rewind(5)
+    assert [record["step"] for record in log.records] == [3, 4, 5]
+    log.append({"step": 6})
+    log.close()
+    again = utils.MetricsLog(log.path, last_step=6, window=3)
+    again.close()
+    assert [record["step"] for record in again.records] == [4, 5, 6]
+    assert [record["step"] for record in utils.read_records(log.path)] == [1, 2, 3, 4, 5, 6]
 
 
 # ---------------------------------------------------------------------------- files
