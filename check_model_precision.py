@@ -67,6 +67,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise UsageError("--convert FORMAT and --output PATH need each other: give both")
     if args.convert and args.compare:
         raise UsageError("--convert and --compare exclude each other: give one")
+    if args.convert and args.convert.startswith("bin") and args.output.name == "tokenizer.bin":
+        raise UsageError(f"--output {args.output}: is the vocabulary's name; give another")
     if args.convert and args.convert.startswith("pt-"):
         args.convert, named = args.convert.split("-")
         if args.save_dtype not in (None, named):
@@ -106,8 +108,8 @@ from llama import (
     read_safetensors,
     to_half_split,
 )
-from tokenizer import Tokenizer, export_tokenizer_bin
-from utils import atomic_write, write_sealed
+from tokenizer import Tokenizer, atomic_write, export_tokenizer_bin, vocabulary_remedy
+from utils import write_sealed
 
 DTYPES = {name: getattr(torch, name) for name in DTYPE_BYTES}
 
@@ -597,20 +599,16 @@ def convert(path: Path, target: str, output: Path, args: argparse.Namespace) -> 
     """
     model = load_pretrained(path)
     tokenizer = find_tokenizer(model, args.tokenizer_model)
-    if output.resolve() == path.resolve():
-        raise UsageError(f"--output {output}: is the file to convert; give another name")
+    if tokenizer is None:
+        print(
+            f"{PROGRAM}: warning: {path} has no vocabulary, so {output} will have none: "
+            f"{vocabulary_remedy(model.config.vocab_size)}",
+            file=sys.stderr,
+        )
     outputs = [output]
     if target.startswith("bin") and tokenizer is not None:
-        if output.name == "tokenizer.bin":
-            raise UsageError(f"--output {output}: is the vocabulary's name; give another")
         outputs.append(output.with_name("tokenizer.bin"))
-    for each in outputs:
-        if each.exists() and not args.overwrite:
-            raise UsageError(f"--output {each}: is there already; --overwrite replaces it")
-        if each.exists() and each.is_dir() != (target == "hf"):
-            raise UsageError(f"--output {each}: a folder and a file cannot replace each other")
-        if each.is_dir() and not (each / "config.json").is_file() and any(each.iterdir()):
-            raise UsageError(f"--output {each}: holds other things than a model; name another")
+        check_output(path, target, outputs[1], args.overwrite)
     output.parent.mkdir(parents=True, exist_ok=True)
     if target == "hf":
         publish_folder(
@@ -629,6 +627,18 @@ def convert(path: Path, target: str, output: Path, args: argparse.Namespace) -> 
         if tokenizer is not None:
             export_tokenizer_bin(tokenizer, outputs[1])
     return outputs
+
+
+def check_output(path: Path, target: str, output: Path, overwrite: bool) -> None:
+    """Raise UsageError where `output` is not to be written; needs no look into any model."""
+    if output.resolve() == path.resolve():
+        raise UsageError(f"--output {output}: is the file to convert; give another name")
+    if output.exists() and not overwrite:
+        raise UsageError(f"--output {output}: is there already; --overwrite replaces it")
+    if output.exists() and output.is_dir() != (target == "hf"):
+        raise UsageError(f"--output {output}: a folder and a file cannot replace each other")
+    if output.is_dir() and not (output / "config.json").is_file() and any(output.iterdir()):
+        raise UsageError(f"--output {output}: holds other things than a model; name another")
 
 
 def classifier_parts(path: Path) -> dict[str, Any]:
@@ -711,6 +721,10 @@ def run(args: argparse.Namespace) -> int:
     files = args.files or [default_file()]
     if not args.files and not args.json:
         print(f"no file named: looking at {files[0]}")
+    if args.compare and not args.compare.exists():
+        raise UsageError(f"--compare {args.compare}: no such file")
+    if args.convert:
+        check_output(files[0], args.convert, args.output, args.overwrite)
     reports = [inspect(path, verify=args.verify) for path in files]
     results: list[dict[str, Any]] = [asdict(report) for report in reports]
     for report in reports if not args.json else ():

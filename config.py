@@ -671,7 +671,7 @@ class PromptOptions:
 
     prompt_template: str = flag(
         "{sentence} Is this movie {labels}? This movie is",
-        "text before the label; {sentence} and {labels} are filled in",
+        "text before the label; {sentence} and {labels} are filled in, \\n is a newline",
     )
     label_norm: Literal["sum", "token", "byte", "pmi"] = flag(
         "sum",
@@ -1024,6 +1024,12 @@ def find_problems(options: Options) -> list[str]:
         problems.append("--freeze_backbone and --lora_rank exclude each other: give one")
     if options.resume and options.overwrite:
         problems.append("--resume goes on with a run, --overwrite removes it: give one")
+    unknown = {*re.findall(r"\{\w*\}", options.prompt_template)} - {"{sentence}", "{labels}"}
+    if unknown:
+        problems.append(
+            f"--prompt_template {options.prompt_template!r}: {', '.join(sorted(unknown))} is not "
+            "filled in; {sentence} and {labels} are"
+        )
     if "{sentence}" not in options.prompt_template:
         problems.append(
             f"--prompt_template {options.prompt_template!r} lacks {{sentence}}: "

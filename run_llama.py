@@ -36,6 +36,7 @@ import statistics
 import subprocess
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,16 @@ from llama import (
     model_payload,
 )
 from optimizer import AdamW, learning_rate, parameter_groups
-from tokenizer import Reading, TextSource, Tokenizer, find_text_files, is_labelled
+from tokenizer import (
+    JSON_SUFFIXES,
+    TEXT_SUFFIXES,
+    Reading,
+    TextSource,
+    Tokenizer,
+    find_text_files,
+    is_labelled,
+    vocabulary_remedy,
+)
 from utils import (
     GpuTelemetry,
     Interrupted,
@@ -609,6 +619,11 @@ def where_it_was(options: Options) -> Options:
     """A run resumed from a file goes on in that file's folder. Raises UsageError for another."""
     if options.resume in (None, "auto"):
         return options
+    if Path(options.resume).is_dir():
+        raise UsageError(
+            f"--resume {options.resume}: is a folder; --save_dir {options.resume} --resume auto "
+            "goes on with the run in it"
+        )
     if not Path(options.resume).is_file():
         raise UsageError(f"--resume {options.resume}: no such file; auto takes the newest")
     folder = Path(options.resume).parent
@@ -741,6 +756,8 @@ def start(run: Run, checkpoint: dict[str, Any] | None) -> None:
     """Take over the checkpoint or clear the folder, and put on record what is about to run."""
     if checkpoint is not None:
         run.restore(checkpoint)
+        if not goes_on(run.task, run.plan, run.progress):
+            say_nothing_is_left(run)
     elif run.options.overwrite:
         run.folder.clear()
     run.folder.remove_abandoned()
@@ -754,6 +771,19 @@ def start(run: Run, checkpoint: dict[str, Any] | None) -> None:
     run.folder.add_start(record)
     if run.progress.first is None:
         run.progress.first = run.task.evaluate().get(run.task.goal)
+
+
+def say_nothing_is_left(run: Run) -> None:
+    """Of a resumed run that had ended: what would let it go on."""
+    plan, flag = run.plan, "--epochs"
+    if out_of_patience(run.task, plan, run.progress):
+        flag = "--early_stopping"
+    elif plan.last_step < plan.schedule_steps:
+        flag = "--max_steps"
+    print(
+        f"nothing is left to train: the run ended after step {run.progress.step:,}; a larger "
+        f"{flag} lets it go on. Its last files are made once more"
+    )
 
 
 # Flags that a resumed run looks at before it has read its checkpoint, or takes from it never.
@@ -814,6 +844,23 @@ class Texts:
 SHOWN_FILES = 10  # of many, named one by one
 
 
+TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+SAMPLED_TOKENS = 1 << 20  # looked at to see whether the vocabulary is one for the text
+MOSTLY = 0.5  # of a text's bytes; English under an English vocabulary has next to none
+
+
+def warn_of_vocabulary(share: float, files: list[Path]) -> None:
+    """Say so where `share` of the text is spelt byte by byte, and how to train a vocabulary."""
+    if share > MOSTLY:
+        train = ["tokenizer.py", "train", "--input", *files[:SHOWN_FILES], "--vocab_size", "8000"]
+        print(
+            f"warning: {share:.0%} of the text is spelt byte by byte, for the vocabulary has no "
+            "pieces for its characters: the model would learn slowly and see little at a time. "
+            "Train a vocabulary on the text, then name it with --tokenizer_model my.model:\n"
+            f"  {quoted('python', *train, '--output', 'my.model')}"
+        )
+
+
 def load_texts(options: Options, tokenizer: Tokenizer, stop: StopRequest) -> Texts:
     """Tokenize the text, or find it tokenized, and hold some of it out. Raises UsageError."""
     reading = Reading(
@@ -834,6 +881,13 @@ def load_texts(options: Options, tokenizer: Tokenizer, stop: StopRequest) -> Tex
             counted.append(f"Loaded {chunks} chunks from {path}")
             if is_labelled(path) and not options.sentences_only:
                 counted.append("  labelled lines in it: --sentences_only reads the sentences alone")
+            elif path.name.lower().endswith(TABLE_SUFFIXES):
+                counted.append(
+                    "  a table, read as plain text with all its separators: to train on one of its "
+                    'columns make a .jsonl of it, a line {"text": ...} for each row'
+                )
+            elif not path.name.lower().endswith((*TEXT_SUFFIXES, *JSON_SUFFIXES)):
+                counted.append("  read as plain text, marks and all")
         print("\n".join(counted[:SHOWN_FILES]))
         if len(counted) > SHOWN_FILES:
             print(f"... {len(files):,} files in all, {count_chunks(len(cache), length):,} chunks")
@@ -844,6 +898,7 @@ def load_texts(options: Options, tokenizer: Tokenizer, stop: StopRequest) -> Tex
     patterns = options.pretrain_data or (str(DATA_DIR / "stories-train.jsonl"),)
     files = find_text_files(patterns, flag="--pretrain_data")
     cache = load(files)
+    warn_of_vocabulary(tokenizer.spelt_in_bytes(cache.tokens[:SAMPLED_TOKENS]), files)
     val_data = options.val_data
     if embedded and not val_data and options.val_fraction:
         val_data = (str(DATA_DIR / "stories-val.jsonl"),)
@@ -1111,13 +1166,31 @@ def sample_text(model: Llama, tokenizer: Tokenizer, max_new_tokens: int = 120) -
 
 
 def find_model(options: Options) -> Path:
-    """The model file or folder to use, as named or the first default that is there; says which."""
-    if options.pretrained_model_path is not None:
-        return options.pretrained_model_path
+    """The model file or folder to use, as named or the first default that is there; says which.
+
+    Of a run's folder that is its model. Raises UsageError where it has several, or none.
+    """
+    path = options.pretrained_model_path
+    if path is not None:
+        of_a_run = path.is_dir() and not (path / "config.json").is_file()  # not Hugging Face's
+        files = sorted(path.glob("*.pt")) if of_a_run else []
+        return model_of_run(path, files) if files else path
     defaults = (Path("checkpoints/final-model.pt"), Path("stories42M.pt"), SHIPPED_MODEL)
     path = next((path for path in defaults if path.exists()), SHIPPED_MODEL)
     print(f"--pretrained_model_path is not given: using {path}")
     return path
+
+
+def model_of_run(folder: Path, files: list[Path]) -> Path:
+    """The final model among a run folder's .pt files, else the only best one; says which."""
+    final = [path for path in files if path.name == "final-model.pt"]
+    best = [path for path in files if path.name.endswith("best-model.pt")]
+    found = final or best
+    if len(found) != 1:
+        named = ", ".join(str(path) for path in (best or files)[:SHOWN_FILES])
+        raise UsageError(f"--pretrained_model_path {folder}: is a folder; name one of {named}")
+    print(f"--pretrained_model_path {folder} is a folder: using {found[0]}")
+    return found[0]
 
 
 def find_vocabulary(llama: Llama, path: Path, options: Options) -> Tokenizer:
@@ -1144,9 +1217,7 @@ def find_vocabulary(llama: Llama, path: Path, options: Options) -> Tokenizer:
     beside = Path("tokenizer.model")
     if given is None and not beside.exists():
         raise UsageError(
-            f"{path} carries no vocabulary (of {llama.config.vocab_size:,} pieces): name its "
-            "SentencePiece file with --tokenizer_model, or for Llama-2's run: "
-            "python data/download.py tokenizer"
+            f"{path} carries no vocabulary: {vocabulary_remedy(llama.config.vocab_size)}"
         )
     tokenizer = Tokenizer(tokenizer_model=given or beside)
     if tokenizer.n_words != llama.config.vocab_size:
@@ -1227,6 +1298,8 @@ def read_label_names(given: Path | None, beside: Path) -> list[str]:
     """The JSON list of label names, as given or beside the training file; else an empty list."""
     if given is None and not beside.is_file():
         return []
+    if given is not None and given.is_dir():
+        raise UsageError(f"--label_names {given}: is a folder; name the JSON file")
     path = find_text_files([given or beside], flag="--label_names")[0]
     try:
         names = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -1234,6 +1307,9 @@ def read_label_names(given: Path | None, beside: Path) -> list[str]:
         raise UsageError(f"--label_names {path}: is not JSON ({error})") from None
     if not isinstance(names, list) or len(names) < 2 or not all(isinstance(n, str) for n in names):
         raise UsageError(f'--label_names {path}: must be a JSON list of names, ["bad", "good"]')
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    if twice:
+        raise UsageError(f"--label_names {path}: {twice[0]!r} stands there more than once")
     return names
 
 
@@ -1336,7 +1412,8 @@ def finetune_in(
         if path is not None
     }
     for split, dataset in splits.items():
-        print(f"Loaded {len(dataset)} sentences from {dataset.path} ({split})")
+        cut = f", {dataset.cut} of them cut to {int(room)} tokens" if dataset.cut else ""
+        print(f"Loaded {len(dataset)} sentences from {dataset.path} ({split}){cut}")
     train_set, dev_set = splits["train"], splits["dev"]
 
     if options.lora_rank:
@@ -1513,6 +1590,7 @@ class Prompts:
     context: int  # tokens that prompt and label may have together
     max_sentence_len: int | None = None
     shots: str = ""  # solved examples that stand before the prompt
+    cut: set[str] = dataclasses.field(default_factory=set)  # sentences that did not fit
 
     def text(self, sentence: str) -> str:
         """The prompt without shots: the template filled in."""
@@ -1538,6 +1616,8 @@ class Prompts:
             encoded = [self.tokenizer.encode(text, bos=True, eos=False) for text in texts]
             over = max(map(len, encoded)) - self.context
             if over <= 0:
+                if kept < len(ids):
+                    self.cut.add(sentence)
                 return encoded[1:], common_prefix(encoded)
             kept -= over
             if kept < min(1, len(ids)):
@@ -1550,6 +1630,11 @@ class Prompts:
 def prompt(options: Options, stop: StopRequest) -> int:
     """Classify sentences by the label that the model finds likeliest after a question."""
     files = find_labelled_files(options, "prompting")
+    examples = read_labelled(files.train)
+    if options.shots > len(examples):
+        raise UsageError(
+            f"--shots {options.shots}: --train {files.train} has {len(examples)} examples to show"
+        )
     llama, tokenizer, device = load_model(options)
     model = LlamaZeroShotClassifier(llama)
     datasets = {
@@ -1559,14 +1644,13 @@ def prompt(options: Options, stop: StopRequest) -> int:
     }
     prompts = Prompts(
         tokenizer,
-        options.prompt_template,
+        options.prompt_template.replace("\\n", "\n"),
         files.label_names,
         llama.config.max_seq_len,
         options.max_sentence_len,
     )
     if options.shots:
-        examples = read_labelled(files.train)
-        chosen = random.Random(options.seed).sample(examples, min(options.shots, len(examples)))
+        chosen = random.Random(options.seed).sample(examples, options.shots)
         solved = [
             f"{prompts.text(example.sentence)} {files.label_names[example.label]}\n"
             for example in chosen
@@ -1587,6 +1671,9 @@ def prompt(options: Options, stop: StopRequest) -> int:
             if options.label_norm == "pmi":
                 scores = scores - base
             predictions[indices] = scores.argmax(dim=-1).cpu().numpy()
+        cut = sum(example.sentence in prompts.cut for example in dataset.examples)
+        if cut:
+            print(f"{split}: {cut} of {len(dataset)} sentences were cut to fit with the question")
         report_predictions(split, dataset, predictions.tolist(), files.label_names, out)
     return 0
 
@@ -1714,6 +1801,13 @@ class Writer:
             for text in prompts
             for _ in range(samples)
         ]
+        context = self.llama.config.max_seq_len
+        longest = max(len(row.prompt_ids) for row in rows)
+        if longest > context:
+            print(
+                f"note: a prompt has {longest:,} tokens and the model's context is {context:,}: it "
+                "goes on from the last ones that fit"
+            )
         streamed = len(rows) == 1
         if streamed:
             print(prompts[0], end="", flush=True)

@@ -1,8 +1,9 @@
 """Text to token ids and back: reading corpora, the SentencePiece wrapper, training a vocabulary.
 
 Text files are streamed, so a corpus may be far larger than memory, and a document may be cut into
-pieces wherever that provably leaves its ids what encoding it whole gives. Knows nothing of tensors,
-models, chunks or caches.
+pieces wherever that provably leaves its ids what encoding it whole gives. Of the modules that write
+files it is the lowest, so how one is written whole stands here. Knows nothing of tensors, models,
+chunks or caches.
 
     python tokenizer.py train --input story.txt more/ --vocab_size 4096 --output my.model
     python tokenizer.py export --tokenizer_model my.model --output tokenizer.bin
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import contextlib
 import glob
 import gzip
 import importlib.util
@@ -22,7 +24,7 @@ import random
 import re
 import struct
 import sys
-import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,7 +44,79 @@ from config import (
 )
 
 EMBEDDED_VOCABULARY = Path(__file__).resolve().parent / "data" / "stories-vocabulary.model"
+LLAMA2_PIECES = 32000
 SPACE = "\u2581"  # SentencePiece's visible stand-in for a space
+
+# ------------------------------------------------------------------------------- whole files
+
+
+def atomic_write(
+    path: Path,
+    write: Callable[[BinaryIO], None],
+    *,
+    verify: Callable[[Path], object] | None = None,
+) -> None:
+    """Write a file so that its name only ever holds a whole one.
+
+    `write` fills a temporary file in the same folder, which is flushed to the disk, read back by
+    `verify`, and renamed over `path`. On any failure the temporary file is removed and `path` is as
+    it was. Raises OSError, and what `verify` raises.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+            if verify is not None:
+                forget_cached(file)
+        if verify is not None:
+            verify(temporary)
+        replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):  # a failing disk must not hide what failed first
+            temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def forget_cached(file: BinaryIO) -> None:
+    """Drop a flushed file from the memory of the system, so that the disk itself is read next."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def replace(source: Path, target: Path) -> None:
+    """os.replace, tried again where Windows reports that a scanner or indexer holds the target."""
+    for pause in (0.05, 0.2, 0.5, 1.0):
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            if os.name != "nt":
+                raise
+            time.sleep(pause)
+    os.replace(source, target)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a rename to the disk, where the system can open folders (Windows cannot)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all; raises UsageError where it cannot."""
+    try:
+        atomic_write(path, lambda file: file.write(data))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror or error})") from None
+
 
 # ------------------------------------------------------------------------------- finding files
 
@@ -358,6 +432,24 @@ class Tokenizer:
             dtype=np.int64,
         )
 
+    def spelt_in_bytes(self, tokens: np.ndarray) -> float:
+        """The share of the bytes of some tokens' text that have a byte token each, from 0 to 1.
+
+        Such tokens stand for characters that the vocabulary has no piece for.
+        """
+        counts = np.bincount(tokens, minlength=self.n_words)
+        bytes_of = counts * self.token_byte_lengths()
+        alone = [i for i in range(self.n_words) if self.sp_model.is_byte(i)]
+        return float(bytes_of[alone].sum() / max(1, bytes_of.sum()))
+
+
+def vocabulary_remedy(size: int) -> str:
+    """What to do about a model file without its vocabulary of `size` pieces."""
+    remedy = f"name its SentencePiece file of {size:,} pieces with --tokenizer_model"
+    if size == LLAMA2_PIECES:
+        remedy += "; Llama-2's is fetched by: python data/download.py tokenizer"
+    return remedy
+
 
 def _piece_bytes(piece: str) -> int:
     return len(piece.replace(SPACE, " ").encode())
@@ -494,26 +586,6 @@ def _sentences(blocks: Iterable[Block]) -> Iterator[str]:
                 line = line[cut:].removeprefix(" ")
             if line and not line.isspace():
                 yield line
-
-
-def publish(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all; raises UsageError where it cannot."""
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
-        with open(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's own mode would hide the file from other users
-        os.replace(temporary, path)
-        temporary = None
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------- encoding in pieces

@@ -48,72 +48,15 @@ from tokenizer import (
     Reading,
     TextSource,
     Tokenizer,
+    atomic_write,
     find_text_files,
     read_documents,
+    replace,
     split_labelled,
+    sync_folder,
 )
 
 # ---------------------------------------------------------------------------- whole files
-
-
-def atomic_write(
-    path: Path,
-    write: Callable[[BinaryIO], None],
-    *,
-    verify: Callable[[Path], object] | None = None,
-) -> None:
-    """Write a file so that its name only ever holds a whole one.
-
-    `write` fills a temporary file in the same folder, which is flushed to the disk, read back by
-    `verify`, and renamed over `path`. On any failure the temporary file is removed and `path` is as
-    it was. Raises OSError, and what `verify` raises.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-            if verify is not None:
-                forget_cached(file)
-        if verify is not None:
-            verify(temporary)
-        replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):  # a failing disk must not hide what failed first
-            temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def forget_cached(file: BinaryIO) -> None:
-    """Drop a flushed file from the memory of the system, so that the disk itself is read next."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def replace(source: Path, target: Path) -> None:
-    """os.replace, tried again where Windows reports that a scanner or indexer holds the target."""
-    for pause in (0.05, 0.2, 0.5, 1.0):
-        try:
-            os.replace(source, target)
-            return
-        except PermissionError:
-            if os.name != "nt":
-                raise
-            time.sleep(pause)
-    os.replace(source, target)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a rename to the disk, where the system can open folders (Windows cannot)."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -763,7 +706,7 @@ def _parse_label(text: str, where: str, n_labels: int | None) -> int | None:
 
 class LlamaDataset:
     """A labelled file, encoded: `ids[i]` are BOS and the tokens of `examples[i]`'s sentence, of
-    which at most `max_sentence_len` are kept."""
+    which at most `max_sentence_len` are kept; `cut` is how many sentences had more."""
 
     def __init__(
         self,
@@ -777,6 +720,7 @@ class LlamaDataset:
         self.examples = read_labelled(path, n_labels=n_labels)
         sentences = tokenizer.sp_model.encode([example.sentence for example in self.examples])
         self.ids = [[tokenizer.bos_id, *ids[:max_sentence_len]] for ids in sentences]
+        self.cut = sum(len(ids) > (max_sentence_len or len(ids)) for ids in sentences)
         self.lengths = np.array([len(ids) for ids in self.ids], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -874,6 +818,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UsageError(f"--resume {path}: no such file")
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":  # torch writes zip archives
+            raise UsageError(f"{path} is no checkpoint: name a -epoch-N.pt or -step-N.pt file")
     payload = copy.deepcopy(load_payload(path))  # mapped: its claims of size are checked by then
     payload.pop("digest", None)
     return payload

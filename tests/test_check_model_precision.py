@@ -382,3 +382,28 @@ def test_it_runs_as_a_script(saved: Path):
         [sys.executable, str(script), str(saved), "--json"], capture_output=True, check=True
     )
     assert json.loads(done.stdout)[0]["path"] == str(saved)
+
+
+@pytest.mark.parametrize(("words", "says"), [(300, "of 300 pieces"), (32000, "download.py")])
+def test_a_lost_vocabulary_is_told(tmp_path: Path, capsys, words: int, says: str):
+    """A .bin names none that is its own; a .pt was once made of it without a word."""
+    torch.save(model_payload(make_model(None, vocab_size=words)), tmp_path / "a.pt")
+    for source, target in (("a.pt", "bin"), ("a.bin", "pt")):
+        assert convert(tmp_path / source, target, tmp_path / f"a2.{target}") == 0
+        error = capsys.readouterr().err
+        assert "has no vocabulary" in error and "--tokenizer_model" in error and says in error
+        (tmp_path / f"a2.{target}").rename(tmp_path / f"a.{target}")
+    assert error.count("\n") == 1 and ("download.py" in error) == (words == 32000)
+
+
+def test_paths_are_checked_before_the_report(saved: Path, tmp_path: Path, capsys):
+    """A folder in the way, or no file to compare with, was once found after reading everything."""
+    (tmp_path / "there.pt").write_text("a", encoding="utf-8")
+    for words in (
+        ["--compare", tmp_path / "none.pt"],
+        ["--convert", "pt", "--output", tmp_path / "there.pt"],
+        ["--convert", "pt", "--output", saved],
+    ):
+        assert C.main([str(saved), *map(str, words)]) == 2
+        captured = capsys.readouterr()
+        assert not captured.out and captured.err.count("\n") == 1

@@ -76,6 +76,7 @@ def test_underscores_and_hyphens_are_one(spelling, joint):
         ("--freeze_backbone --lora_rank 4", ["--freeze_backbone", "--lora_rank"]),
         ("--option finetune --resume auto --overwrite", ["--resume", "--overwrite"]),
         ("--prompt_template hello", ["--prompt_template", "{sentence}"]),
+        ("--prompt_template {sentence}{label}", ["{label} is not filled in", "{labels}"]),
         ("--top_p 1.5", ["--top_p", "1.5"]),
         ("--option generate --plan", ["--plan", "pretrain"]),
     ],

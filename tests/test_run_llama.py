@@ -354,7 +354,8 @@ def test_a_batch_larger_than_the_data_is_told(text_file, capsys):
         ("--save_dir file.txt", ["--save_dir", "file.txt"]),
         ("--resume nothing.pt", ["nothing.pt"]),
         ("--resume auto", ["--resume auto"]),
-        ("--resume text.pt", ["text.pt"]),
+        ("--resume text.pt --save_dir .", ["text.pt", "is no checkpoint", "-epoch-N.pt"]),
+        ("--resume .", ["--resume .", "is a folder", "--resume auto"]),
     ],
 )
 def test_bad_input_is_one_clear_line(tmp_path, capsys, line, words):
@@ -679,3 +680,113 @@ def test_outputs_that_cannot_be_written_are_found_first(small_model, labelled, c
     assert run_llama.main(parse_options(line.split())) == 2
     assert "--dev_out folder" in capsys.readouterr().err
     assert not Path("checkpoints").exists()
+
+
+# ---------------------------------------------------------------------------- what is told
+
+
+def test_a_finished_run_says_that_nothing_is_left(text_file, capsys):
+    """--resume auto of a run that had ended once went straight to its sample, without a word."""
+    words = f"--option pretrain --pretrain_data {text_file} --epochs 1"
+    assert run(f"{words} --max_steps 2") == 0
+    capsys.readouterr()
+    assert run(f"{words} --max_steps 2 --resume auto") == 0
+    out = capsys.readouterr().out
+    assert "nothing is left to train: the run ended after step 2; a larger --max_steps" in out
+    assert run(f"{words} --max_steps 3 --resume auto") == 0
+    assert "nothing is left" not in capsys.readouterr().out
+
+
+def test_what_is_read_as_plain_text_is_told(tmp_path, capsys):
+    """A .csv was once read with all its commas, and a .md with its marks, without a word."""
+    for name in ("a.csv", "b.md", "c.txt"):
+        (tmp_path / name).write_text("one, two\n" * 50, encoding="utf-8")
+    assert run("--option pretrain --plan --pretrain_data a.csv b.md c.txt") == 0
+    out = capsys.readouterr().out
+    assert "from a.csv\n  a table, read as plain text" in out and "make a .jsonl" in out
+    assert "from b.md\n  read as plain text" in out
+    assert "from c.txt\n  " not in out
+
+
+def test_a_vocabulary_for_another_language_is_told(tmp_path, text_file, capsys):
+    """Chinese under the embedded English vocabulary is three byte tokens a character."""
+    (tmp_path / "zh.txt").write_text("从前有一个小女孩，她住在森林里。" * 40, encoding="utf-8")
+    assert run("--option pretrain --plan --pretrain_data zh.txt") == 0
+    out = capsys.readouterr().out
+    assert "100% of the text is spelt byte by byte" in out
+    assert "python tokenizer.py train --input zh.txt --vocab_size" in out
+    assert run(f"--option pretrain --plan --pretrain_data {text_file}") == 0
+    assert "byte by byte" not in capsys.readouterr().out
+
+
+def test_a_run_folder_stands_for_its_model(text_file, tmp_path, capsys):
+    """`--pretrained_model_path checkpoints` once asked for a config.json of Hugging Face."""
+    assert run(f"--option pretrain --pretrain_data {text_file} --max_steps 1") == 0
+    generate = "--option generate --prompt a --max_new_tokens 1 --pretrained_model_path run"
+    assert run(generate) == 0
+    assert f"is a folder: using {Path('run/final-model.pt')}" in capsys.readouterr().out
+    Path("run/final-model.pt").rename("run/finetune-a-best-model.pt")
+    assert run(generate) == 2
+    error = capsys.readouterr().err
+    assert "name one of" in error and str(Path("run/finetune-a-best-model.pt")) in error
+    Path("run/best-model.pt").unlink()
+    assert run(generate) == 0
+    assert "using" in capsys.readouterr().out
+
+
+def test_a_prompt_beyond_the_context_is_told(capsys):
+    """The beginning of a long prompt was once left unread without a word."""
+    words = ["--option", "generate", "--max_new_tokens", "1", "--prompt"]
+    assert run([*words, "word " * 600], small=False) == 0
+    assert "goes on from the last ones that fit" in capsys.readouterr().out
+    assert run([*words, "word"], small=False) == 0
+    assert "that fit" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def few_reviews(tmp_path) -> str:
+    """Flags that name labelled files of a few lines."""
+    for split in ("train", "dev"):
+        lines = "0 ||| bad " + "very " * 40 + "bad\n1 ||| good\n1 ||| fine\n"
+        (tmp_path / f"few-{split}.txt").write_text(lines, encoding="utf-8")
+    return "--train few-train.txt --dev few-dev.txt"
+
+
+def test_sentences_that_were_cut_are_counted(few_reviews, capsys):
+    """CFIMDB's reviews, cut to a small model's context, once looked as if they had been read."""
+    words = f"{few_reviews} --max_sentence_len 20"
+    assert run(f"--option prompt {words}", small=False) == 0
+    assert "dev: 1 of 3 sentences were cut" in capsys.readouterr().out
+    assert run(f"--option finetune --plan {words}", small=False) == 0
+    out = capsys.readouterr().out
+    assert "Loaded 3 sentences from few-train.txt (train), 1 of them cut to 20 tokens" in out
+    assert run(f"--option finetune --plan {few_reviews}", small=False) == 0
+    assert "cut" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--shots 4", "--shots 4: --train few-train.txt has 3 examples"),
+        ("--label_names twice.json", "'good' stands there more than once"),
+        ("--label_names folder", "--label_names folder: is a folder"),
+    ],
+)
+def test_labels_and_examples_that_cannot_be(few_reviews, tmp_path, capsys, words, message):
+    """More shots than lines were once as many as there are; a name given twice was scored twice."""
+    (tmp_path / "twice.json").write_text('["good", "good"]', encoding="utf-8")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.txt").write_text('["a", "b"]', encoding="utf-8")
+    assert run(f"--option prompt {few_reviews} {words}", small=False) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_newline_can_be_typed_in_a_template(few_reviews, monkeypatch):
+    """A shell hands over the two characters; the prompt once had a backslash in it."""
+    seen, real = [], run_llama.Prompts.text
+    monkeypatch.setattr(
+        run_llama.Prompts, "text", lambda self, s: seen.append(real(self, s)) or seen[-1]
+    )
+    words = ["--option", "prompt", *few_reviews.split(), "--prompt_template", "{sentence}\\nIt is"]
+    assert run(words, small=False) == 0
+    assert "good\nIt is" in seen
