@@ -594,6 +594,24 @@ class ClusterOptions:
 
 
 @dataclass(frozen=True)
+class PretrainOptions:
+    """--option pretrain"""
+
+    pretrain_batch_size: int = flag(8, "chunks per micro-batch", at_least=1)
+    pretrain_lr: float | None = flag(
+        None, "peak learning rate; unset: what suits --model_size", above=0
+    )
+    eval_interval: int = flag(
+        0, "optimizer steps between validations; 0: at the end of each epoch", at_least=0
+    )
+    save_interval: int = flag(50, "epochs between pretrain-epoch-N.pt", at_least=1)
+    best_model_interval: int = flag(1, "epochs between looks for a new best-model.pt", at_least=1)
+    save_dtype: Literal["float32", "bfloat16", "float16"] = flag(
+        "float32", "of the weights in final-model.pt and best-model.pt"
+    )
+
+
+@dataclass(frozen=True)
 class OtherMachineOptions:
     """--plan for other machines: the defaults are NVIDIA's H100, its links by the data sheet"""
 
@@ -611,24 +629,6 @@ class OtherMachineOptions:
     intra_node_gb_s: float = flag(450, "GB/s each way between two GPUs of a node", above=0)
     inter_node_gb_s: float = flag(
         400, "GB/s each way between two nodes, all network adapters together", above=0
-    )
-
-
-@dataclass(frozen=True)
-class PretrainOptions:
-    """--option pretrain"""
-
-    pretrain_batch_size: int = flag(8, "chunks per micro-batch", at_least=1)
-    pretrain_lr: float | None = flag(
-        None, "peak learning rate; unset: what suits --model_size", above=0
-    )
-    eval_interval: int = flag(
-        0, "optimizer steps between validations; 0: at the end of each epoch", at_least=0
-    )
-    save_interval: int = flag(50, "epochs between pretrain-epoch-N.pt", at_least=1)
-    best_model_interval: int = flag(1, "epochs between looks for a new best-model.pt", at_least=1)
-    save_dtype: Literal["float32", "bfloat16", "float16"] = flag(
-        "float32", "of the weights in final-model.pt and best-model.pt"
     )
 
 
@@ -727,8 +727,8 @@ OPTION_GROUPS = (
     PretrainDataOptions,
     TrainOptions,
     ClusterOptions,
-    OtherMachineOptions,
     PretrainOptions,
+    OtherMachineOptions,
     LabelledDataOptions,
     FinetuneOptions,
     PromptOptions,
@@ -742,8 +742,8 @@ class Options(
     PromptOptions,
     FinetuneOptions,
     LabelledDataOptions,
-    PretrainOptions,
     OtherMachineOptions,
+    PretrainOptions,
     ClusterOptions,
     TrainOptions,
     PretrainDataOptions,
@@ -798,6 +798,12 @@ class Options(
             vocab_size=vocab_size, max_seq_len=self.max_seq_len, dropout=self.dropout, **shape
         )
 
+    def peak_lr(self) -> float:
+        """The learning rate after warmup of the option at hand."""
+        if self.option != "pretrain":
+            return self.lr
+        return self.pretrain_lr or PRESETS[self.model_size].pretrain_lr
+
     def cluster(self) -> Cluster:
         """The machines to plan for."""
         return Cluster(
@@ -807,12 +813,6 @@ class Options(
             intra_node=self.intra_node_gb_s * 1e9,
             inter_node=self.inter_node_gb_s * 1e9,
         )
-
-    def peak_lr(self) -> float:
-        """The learning rate after warmup of the option at hand."""
-        if self.option != "pretrain":
-            return self.lr
-        return self.pretrain_lr or PRESETS[self.model_size].pretrain_lr
 
 
 # ---------------------------------------------------------------------------- reading them
@@ -958,9 +958,9 @@ def unknown_argument(parser: argparse.ArgumentParser, word: str) -> str:
 GROUP_IS_FOR: dict[type, tuple[str, ...]] = {
     PretrainDataOptions: ("pretrain",),
     PretrainOptions: ("pretrain",),
+    OtherMachineOptions: ("pretrain",),
     TrainOptions: ("pretrain", "finetune"),
     ClusterOptions: ("pretrain", "finetune"),
-    OtherMachineOptions: ("pretrain",),
     LabelledDataOptions: ("finetune", "prompt"),
     FinetuneOptions: ("finetune",),
     PromptOptions: ("prompt",),
