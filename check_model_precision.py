@@ -599,12 +599,6 @@ def convert(path: Path, target: str, output: Path, args: argparse.Namespace) -> 
     """
     model = load_pretrained(path)
     tokenizer = find_tokenizer(model, args.tokenizer_model)
-    if tokenizer is None:
-        print(
-            f"{PROGRAM}: warning: {path} has no vocabulary, so {output} will have none: "
-            f"{vocabulary_remedy(model.config.vocab_size)}",
-            file=sys.stderr,
-        )
     outputs = [output]
     if target.startswith("bin") and tokenizer is not None:
         outputs.append(output.with_name("tokenizer.bin"))
@@ -626,6 +620,12 @@ def convert(path: Path, target: str, output: Path, args: argparse.Namespace) -> 
         publish(output, lambda file: write(model, file), want)
         if tokenizer is not None:
             export_tokenizer_bin(tokenizer, outputs[1])
+    if tokenizer is None:
+        print(
+            f"{PROGRAM}: warning: {path} has no vocabulary, so {output} has none either: "
+            f"{vocabulary_remedy(model.config.vocab_size)}",
+            file=sys.stderr,
+        )
     return outputs
 
 

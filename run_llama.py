@@ -1630,7 +1630,7 @@ class Prompts:
 def prompt(options: Options, stop: StopRequest) -> int:
     """Classify sentences by the label that the model finds likeliest after a question."""
     files = find_labelled_files(options, "prompting")
-    examples = read_labelled(files.train)
+    examples = read_labelled(files.train) if options.shots else []
     if options.shots > len(examples):
         raise UsageError(
             f"--shots {options.shots}: --train {files.train} has {len(examples)} examples to show"
