@@ -27,6 +27,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -595,7 +596,7 @@ def _sentences(blocks: Iterable[Block]) -> Iterator[str]:
 KNOWN_NORMALIZERS = ("identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf")
 PART_CHARS = 1 << 16  # cut longer documents into parts of about this many characters
 BATCH_CHARS = 1 << 21  # encode this many at a time: enough work for the threads, little memory
-WORD_CACHE_THREADS = 4  # SentencePiece on more threads than this beats one Python thread's cache
+LOOK_UP_SPEED = 2.5  # of one thread looking words up, in threads of SentencePiece, to begin with
 WORD_CACHE_ENTRIES = 1 << 19
 WORD_CACHE_CHARS = 64  # a longer word hardly comes twice
 BPE = 2  # ModelType in SentencePiece's protocol
@@ -670,8 +671,10 @@ class _Part(NamedTuple):
 class DocumentEncoder:
     """Streams documents into ids, exactly those of encoding each document whole.
 
-    Up to WORD_CACHE_THREADS threads, words are looked up in a cache of what they encode to; with
-    more, parts go to SentencePiece's own threads. Where no cut is safe a document is encoded whole.
+    One thread looks words up in a cache of what they encode to. Others run SentencePiece, which
+    needs no Python meanwhile, on the rest of each batch; which parts they get, by how fast both
+    were before, decides the speed and nothing else. Where no cut is safe a document is encoded
+    whole.
     """
 
     def __init__(
@@ -681,7 +684,7 @@ class DocumentEncoder:
         threads: int | None = None,
         part_chars: int = PART_CHARS,
         batch_chars: int = BATCH_CHARS,
-        word_cache: bool | None = None,
+        word_cache: bool = True,
     ) -> None:
         self.sp_model = tokenizer.sp_model
         self.threads = threads or os.cpu_count() or 1
@@ -693,21 +696,22 @@ class DocumentEncoder:
         can_cache = (
             cuts.anywhere and cuts.byte_fallback and cuts.spaces_start_words and cuts.newline_alone
         )
-        wanted = self.threads <= WORD_CACHE_THREADS if word_cache is None else word_cache
-        self.word_cache = can_cache and wanted
+        self.word_cache = can_cache and word_cache
+        self.look_up_share = LOOK_UP_SPEED / (LOOK_UP_SPEED + self.threads - 1)  # of a batch
         self._anchor_lengths = {"": 0}
 
     def encode(self, blocks: Iterable[Block]) -> Iterator[list[EncodedPart]]:
         """Batches of encoded parts, in order."""
         batch, size = [], 0
-        for part in self._parts(blocks):
-            batch.append(part)
-            size += len(part.text) + 16  # an empty part costs something too
-            if size >= self.batch_chars:
-                yield self._encode_batch(batch)
-                batch, size = [], 0
-        if batch:
-            yield self._encode_batch(batch)
+        with ThreadPoolExecutor(max_workers=1) as helper:
+            for part in self._parts(blocks):
+                batch.append(part)
+                size += len(part.text) + 16  # an empty part costs something too
+                if size >= self.batch_chars:
+                    yield self._encode_batch(batch, helper)
+                    batch, size = [], 0
+            if batch:
+                yield self._encode_batch(batch, helper)
 
     def _parts(self, blocks: Iterable[Block]) -> Iterator[_Part]:
         pending, size, enough, left = [], 0, self.part_chars, ""
@@ -731,17 +735,42 @@ class DocumentEncoder:
             pending, size = [rest], len(rest)
             enough = 2 * max(self.part_chars, size)  # doubling: a text without cuts costs no square
 
-    def _encode_batch(self, parts: list[_Part]) -> list[EncodedPart]:
-        arrays = self._look_up(parts) if self.word_cache else self._encode_parts(parts)
+    def _encode_batch(self, parts: list[_Part], helper: ThreadPoolExecutor) -> list[EncodedPart]:
+        if not self.word_cache:
+            arrays = self._encode_parts(parts, self.threads)
+        elif self.threads == 1:
+            arrays = self._look_up(parts)
+        else:
+            arrays = self._share_out(parts, helper)
         return [
             EncodedPart(ids, _utf8_bytes(part.text), part.starts, part.ends)
             for part, ids in zip(parts, arrays, strict=True)
         ]
 
-    def _encode_parts(self, parts: list[_Part]) -> list[np.ndarray]:
+    def _share_out(self, parts: list[_Part], helper: ThreadPoolExecutor) -> list[np.ndarray]:
+        ends = np.cumsum([len(part.text) + 1 for part in parts])
+        cut = int(np.searchsorted(ends, self.look_up_share * ends[-1], side="right"))
+        start = time.perf_counter()
+
+        def encode_rest() -> tuple[list[np.ndarray], float]:
+            rest = self._encode_parts(parts[cut:], self.threads - 1)
+            return rest, time.perf_counter() - start
+
+        future = helper.submit(encode_rest)
+        found = self._look_up(parts[:cut])
+        seconds = time.perf_counter() - start
+        rest, rest_seconds = future.result()
+        if 0 < cut < len(parts):
+            size = ends[cut - 1]
+            speed, rest_speed = size / seconds, (ends[-1] - size) / rest_seconds
+            share = speed / (speed + rest_speed)
+            self.look_up_share = min(0.95, max(0.05, (self.look_up_share + share) / 2))
+        return found + rest
+
+    def _encode_parts(self, parts: list[_Part], threads: int) -> list[np.ndarray]:
         # The character before a part goes in front of it, so that a normaliser does with the part
         # what it does inside the document (no space put before it); its ids come off again.
-        encoded = _encode_many(self.sp_model, [p.left + p.text for p in parts], self.threads)
+        encoded = _encode_many(self.sp_model, [p.left + p.text for p in parts], threads)
         return [
             ids[self._anchor_length(part.left) :].astype(self.dtype)
             for part, ids in zip(parts, encoded, strict=True)
@@ -753,6 +782,8 @@ class DocumentEncoder:
         return self._anchor_lengths[left]
 
     def _look_up(self, parts: list[_Part]) -> list[np.ndarray]:
+        if not parts:
+            return []
         first = " " if self.cuts.adds_space else ""  # what the vocabulary itself puts in front
         texts = [first + part.text if part.starts else part.text for part in parts]
         # Many short documents without newlines become one text: a call a document costs more.

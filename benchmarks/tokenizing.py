@@ -110,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--text", type=Path, help="measure on this file instead of a made one")
     parser.add_argument("--words", type=Path, nargs="*", default=[], help="files to take words of")
-    parser.add_argument("--megabytes", type=int, default=32, help="size of the made text")
+    parser.add_argument("--megabytes", type=int, default=24, help="size of the made text")
     parser.add_argument("--tokenizer_model", type=Path, help="default: the embedded vocabulary")
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
     parser.add_argument("--rounds", type=int, default=5)

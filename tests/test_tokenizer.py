@@ -149,6 +149,7 @@ def _encode(encoder: DocumentEncoder, documents: list[str], sizes: list[int]) ->
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     part_chars=st.integers(1, 6),
     batch_chars=st.sampled_from([20, 300]),
+    threads=st.sampled_from([1, 2]),
     word_cache=st.booleans(),
 )
 def test_pieces_give_the_ids_of_the_whole(
@@ -157,12 +158,17 @@ def test_pieces_give_the_ids_of_the_whole(
     sizes: list[int],
     part_chars: int,
     batch_chars: int,
+    threads: int,
     word_cache: bool,
 ) -> None:
     """Exactness is the property that lets a document be larger than memory and words be cached."""
     tokenizer = vocabulary(name)
     encoder = DocumentEncoder(
-        tokenizer, threads=1, part_chars=part_chars, batch_chars=batch_chars, word_cache=word_cache
+        tokenizer,
+        threads=threads,
+        part_chars=part_chars,
+        batch_chars=batch_chars,
+        word_cache=word_cache,
     )
     found = _encode(encoder, documents, sizes)
     assert found == [tokenizer.sp_model.encode(text) for text in documents]
@@ -204,6 +210,24 @@ def test_unigram_sums_depend_on_all_the_text_before(real_data: Path) -> None:
     text = (real_data / "cfimdb-train.txt").read_text(encoding="utf-8")[:300_000]
     encoder = DocumentEncoder(tokenizer, part_chars=1000)
     assert _encode(encoder, [text], [4096]) == [tokenizer.sp_model.encode(text)]
+
+
+def test_threads_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With three threads or more SentencePiece once got all, the cache nothing."""
+    tokenizer, shares = vocabulary("ours"), {"_look_up": 0, "_encode_parts": 0}
+    for name in shares:
+        real = getattr(DocumentEncoder, name)
+
+        def counted(self, parts, *rest, name=name, real=real):
+            shares[name] += len(parts)
+            return real(self, parts, *rest)
+
+        monkeypatch.setattr(DocumentEncoder, name, counted)
+    encoder = DocumentEncoder(tokenizer, threads=8, part_chars=50, batch_chars=2000)
+    documents = ["".join(_corpus()) * 2]
+    found = _encode(encoder, documents, [4096])
+    assert found == [tokenizer.sp_model.encode(text) for text in documents]
+    assert min(shares.values()) > 0 and 0.05 <= encoder.look_up_share <= 0.95
 
 
 def test_the_word_cache_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
