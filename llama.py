@@ -144,6 +144,29 @@ class KVCache:
         return chosen
 
 
+class StepCache:
+    """What a KVCache is to one compiled step: each row's next token, at positions (B,).
+
+    All shapes are fixed and no Python number changes, so one compiled program serves every step.
+    """
+
+    def __init__(self, layers: list[tuple[Tensor, Tensor]], positions: Tensor) -> None:
+        self.layers, self.positions = layers, positions
+
+    def place(self, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The tokens' positions (B, 1) and the mask of what they may see (B, 1, 1, S)."""
+        self.index = (torch.arange(len(self.positions), device=device), self.positions)
+        places = torch.arange(self.layers[0][0].shape[1], device=device)
+        seen = places <= self.positions[:, None]
+        return self.positions[:, None], seen[:, None, None]
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new (B, 1, H_kv, D) at their positions; return all places of the layer."""
+        keys, values = self.layers[layer]
+        keys[self.index], values[self.index] = key[:, 0], value[:, 0]
+        return keys, values
+
+
 QUERY_BLOCK = 256  # rows of scores at once: measured best of 64 to 1,024
 
 
@@ -163,6 +186,17 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.cat(out, dim=2)
 
 
+def single_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Attention of one token's query (B, H, 1, D) to the places (B, H_kv, S, D) that mask shows.
+
+    For compiled steps: it melts into the loops around it, and so outruns torch's fused kernel.
+    """
+    grouped = query.unflatten(1, (key.shape[1], -1))  # (B, H_kv, H / H_kv, 1, D)
+    scores = (grouped * key[:, :, None]).sum(-1) * query.shape[-1] ** -0.5  # (B, H_kv, ..., S)
+    weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
+    return (weights[..., None] * value[:, :, None]).sum(-2).flatten(1, 2)[:, :, None]
+
+
 class Attention(nn.Module):
     """Causal self-attention with rotary positions; each key/value head serves H / H_kv heads."""
 
@@ -179,7 +213,11 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, table: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        table: Tensor,
+        cache: KVCache | StepCache | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         heads = (-1, self.head_dim)
         query = rotate(self.compute_query(x).unflatten(-1, heads), table)  # (B, T, H, D)
@@ -190,6 +228,8 @@ class Attention(nn.Module):
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         if query.is_cpu and query.requires_grad and not self.grouped and x.shape[1] <= SCORES_KEPT:
             attended = causal_attention(query, key, value)
+        elif isinstance(cache, StepCache):
+            attended = single_token_attention(query, key, value, mask)
         else:
             attended = F.scaled_dot_product_attention(
                 query,
@@ -227,7 +267,11 @@ class LlamaLayer(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.layer_norm_eps)
 
     def forward(
-        self, x: Tensor, table: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        table: Tensor,
+        cache: KVCache | StepCache | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), table, cache, mask)
         return x + self.feed_forward(self.ffn_norm(x))
@@ -357,7 +401,7 @@ class Llama(nn.Module):
         self._settle()  # the table stays float32 in a bfloat16 model, and nothing stays on meta
         return self
 
-    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden_states(self, tokens: Tensor, cache: KVCache | StepCache | None = None) -> Tensor:
         """The normalised states (B, T, dim) after each of tokens (B, T).
 
         Raises UsageError for more tokens than max_seq_len.
@@ -407,15 +451,20 @@ class Llama(nn.Module):
         cache.lengths = [held + len(row) for held, row in zip(cache.lengths, rows, strict=True)]
         return hidden
 
-    def lay_out_for_decoding(self) -> None:
-        """Store every matrix by columns, for generation on a CPU; shapes and values stay.
+    def lay_out_for_decoding(self, dtype: torch.dtype = torch.float32) -> None:
+        """Store every matrix for generation, as float32, bfloat16 or int8; there is no way back.
 
-        The product with a single row, of which decoding consists, then reads memory at full
-        speed: 28 GB/s on one core where the 32,000 x 512 head gets 11 as it lies.
+        The product with a single row, of which decoding consists, waits for memory: fewer bytes
+        are the faster ones, and PackedLinear reads them at more of its speed than nn.Linear.
         """
-        for parameter in self.parameters():
-            if parameter.dim() == 2:
-                parameter.data = parameter.data.t().contiguous().t()
+        for module in list(self.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.Linear):
+                    setattr(module, name, PackedLinear(child.weight, dtype))
+        if self.config.tie_word_embeddings:
+            self.tok_embeddings = PackedEmbedding(self.output)
+        else:
+            self.tok_embeddings = PackedEmbedding(PackedLinear(self.tok_embeddings.weight, dtype))
 
     @torch.inference_mode()
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0) -> Tensor:
@@ -429,6 +478,68 @@ class Llama(nn.Module):
             for row, token in zip(rows, step, strict=True):
                 row.append(token)
         return torch.tensor(rows, device=idx.device)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer for generation, its weight (out, in) stored as float32, bfloat16 or int8.
+
+    int8 has a scale for each output, its largest weight / 127. Results are float32.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        weight, scale = weight.detach(), None
+        if dtype == torch.int8:
+            scale = weight.abs().amax(1).clamp(min=1e-12) / 127
+            weight = (weight / scale[:, None]).round()
+        self.register_buffer("weight", weight.to(dtype).contiguous())
+        self.register_buffer("scale", scale)
+        self.register_buffer("ones", weight.new_ones(len(weight), dtype=torch.bfloat16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and x.numel() == x.shape[-1]:
+            # A single row: one loop, which reads the weight as it is stored at memory's full speed.
+            product = (self.weight.float() * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
+        elif self.scale is not None:
+            product = _int8_product(x, self.weight, self.ones).float()
+        else:
+            product = _product(x.to(self.weight.dtype), self.weight).float()
+        return product if self.scale is None else product * self.scale
+
+
+# Private operators of torch, which read a CPU's memory faster than the public ones.
+_MKLDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_INT8_LINEAR = getattr(torch, "_weight_int8pack_mm", None)
+FEW_ROWS = 32  # up to which weight @ x.T is faster than x @ weight.T on a CPU: twice at 16
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., in) @ weight (out, in).T, of one dtype."""
+    rows = x.numel() // x.shape[-1]
+    if x.device.type != "cpu" or rows > FEW_ROWS:
+        return F.linear(x, weight)
+    if rows == 1 and _MKLDNN_LINEAR is not None:
+        return _MKLDNN_LINEAR(x, weight, None, "none", [], "")
+    return (weight @ x.flatten(0, -2).t()).t().contiguous().view(*x.shape[:-1], -1)
+
+
+def _int8_product(x: Tensor, weight: Tensor, ones: Tensor) -> Tensor:
+    """x (..., in) @ weight (out, in).T without the weight's scales."""
+    if x.device.type == "cpu" and _INT8_LINEAR is not None:  # fast with bfloat16 alone
+        return _INT8_LINEAR(x.flatten(0, -2).bfloat16(), weight, ones).view(*x.shape[:-1], -1)
+    return F.linear(x, weight.to(x.dtype))
+
+
+class PackedEmbedding(nn.Module):
+    """The rows of a packed matrix, which the output head may share."""
+
+    def __init__(self, table: PackedLinear) -> None:
+        super().__init__()
+        self.weight, self.scale = table.weight, table.scale
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows = self.weight[tokens].float()
+        return rows if self.scale is None else rows * self.scale[tokens, None]
 
 
 class NextTokenLoss(nn.Module):
@@ -458,35 +569,39 @@ class Sampling:
 
 def penalize(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor:
     """Logits (V,) with those of the tokens in history made smaller (arXiv:1909.05858)."""
-    seen = torch.tensor(sorted(set(history)), device=logits.device)
+    seen = torch.tensor(sorted(set(history)), dtype=torch.long, device=logits.device)
     scores = logits[seen]
     return logits.index_copy(0, seen, torch.where(scores > 0, scores / penalty, scores * penalty))
 
 
 def logits_to_probs(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities (V,) of the next token from its logits (V,), filters applied in field order."""
+    """Probabilities (B, V) of the next token from its logits, filters applied in field order."""
     logits = logits.float()
-    probs = torch.softmax((logits - logits.max()) / sampling.temperature, dim=-1)
-    floor = torch.zeros((), device=probs.device)  # tokens less likely than this are out
-    if sampling.top_k is not None and sampling.top_k < len(probs):
-        floor = probs.topk(sampling.top_k).values[-1]
+    probs = torch.softmax((logits - logits.amax(-1, True)) / sampling.temperature, dim=-1)
+    floor = probs.new_zeros(len(probs), 1)  # tokens less likely than this are out
+    if sampling.top_k is not None and sampling.top_k < probs.shape[-1]:
+        floor = probs.topk(sampling.top_k).values[:, -1:]
     if sampling.top_p is not None and sampling.top_p < 1:
         left = torch.where(probs >= floor, probs, 0)
-        floor = torch.maximum(floor, _nucleus_floor(left, sampling.top_p * left.sum()))
+        floor = torch.maximum(floor, _nucleus_floor(left, sampling.top_p * left.sum(-1, True)))
     if sampling.min_p is not None:
-        floor = torch.maximum(floor, sampling.min_p * probs.max())
+        floor = torch.maximum(floor, sampling.min_p * probs.amax(-1, True))
     probs = torch.where(probs >= floor, probs, 0)
-    return probs / probs.sum()
+    return probs / probs.sum(-1, True)
 
 
 def _nucleus_floor(probs: Tensor, mass: Tensor) -> Tensor:
-    """The smallest probability in the smallest set of likeliest tokens that reach `mass`."""
-    for count in (min(256, len(probs)), len(probs)):  # sorting them all is rarely needed, and slow
-        likeliest = probs.topk(count).values
-        short = int((likeliest.cumsum(0) < mass).sum())  # of the prefixes, those that fall short
-        if short < count:
+    """Of each row (B, V), the smallest probability in the smallest set that reaches its mass."""
+    width = probs.shape[-1]
+    for count in (min(256, width), width):  # sorting them all is rarely needed, and slow
+        if count < width or probs.device.type != "cpu":
+            likeliest = probs.topk(count).values
+        else:  # numpy's is four times as fast: it carries no indices along
+            likeliest = torch.from_numpy(np.sort(probs.numpy())).flip(-1)
+        short = (likeliest.cumsum(-1) < mass).sum(-1, True)  # prefixes that fall short of it
+        if (short < count).all():
             break
-    return likeliest[min(short, count - 1)]
+    return likeliest.gather(-1, short.clamp(max=count - 1))
 
 
 def sample_next(
@@ -496,21 +611,8 @@ def sample_next(
     generator: torch.Generator | None = None,
     history: Sequence[int] = (),
 ) -> int:
-    """Draw the next token from its logits (V,); `history` is the text so far.
-
-    Uses one random number of a CPU generator (None: torch's global one) on every device. Raises
-    UsageError where the logits are NaN.
-    """
-    if sampling.repetition_penalty != 1 and history:
-        logits = penalize(logits, history, sampling.repetition_penalty)
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    # On the CPU: Apple's GPU has no float64, which keeps the sum of many small numbers true.
-    cumulated = logits_to_probs(logits, sampling).cpu().cumsum(0, dtype=torch.float64)
-    if not cumulated[-1] > 0:
-        raise UsageError("the model's logits are not numbers: its training diverged")
-    draw = torch.rand((), generator=generator, dtype=torch.float64)
-    return int(torch.searchsorted(cumulated, draw * cumulated[-1], right=True))
+    """Draw the next token from its logits (V,); `history` is the text so far."""
+    return sample_rows(logits[None], sampling, generators=[generator], histories=[history])[0]
 
 
 def sample_rows(
@@ -520,13 +622,43 @@ def sample_rows(
     generators: Sequence[torch.Generator | None],
     histories: Sequence[Sequence[int]],
 ) -> list[int]:
-    """sample_next for each row of logits (B, V)."""
-    if sampling.temperature == 0 and sampling.repetition_penalty == 1:
+    """Draw the next token of each row from its logits (B, V); `histories` are the texts so far.
+
+    Uses one random number of a row's CPU generator (None: torch's global one) on every device.
+    Raises UsageError where the logits are NaN.
+    """
+    penalty = sampling.repetition_penalty
+    if penalty != 1:
+        pairs = zip(logits, histories, strict=True)
+        logits = torch.stack([penalize(row, history, penalty) for row, history in pairs])
+    if sampling.temperature == 0:
         return logits.argmax(-1).tolist()
-    return [
-        sample_next(row, sampling, generator=generator, history=history)
-        for row, generator, history in zip(logits, generators, histories, strict=True)
-    ]
+    # On the CPU: Apple's GPU has no float64, which keeps the sum of many small numbers true.
+    cumulated = logits_to_probs(logits, sampling).cpu().cumsum(-1, dtype=torch.float64)
+    total = cumulated[:, -1:]
+    if not (total > 0).all():
+        raise UsageError("the model's logits are not numbers: its training diverged")
+    draws = [torch.rand(1, generator=row, dtype=torch.float64) for row in generators]
+    return torch.searchsorted(cumulated, torch.stack(draws) * total, right=True)[:, 0].tolist()
+
+
+def decode_step(
+    model: Llama, tokens: Tensor, positions: Tensor, layers: list[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """Logits (B, V) after one more token of each row, tokens (B,) at positions (B,).
+
+    `layers` are a KVCache's tensors, which take it in. Everything has a fixed shape: this is what
+    compile_step compiles.
+    """
+    return model.output(model.hidden_states(tokens[:, None], StepCache(layers, positions))[:, 0])
+
+
+def compile_step() -> Callable[..., Tensor]:
+    """decode_step under torch.compile, once for each number of rows and capacity of the cache."""
+    unguarded = torch.compiler.skip_guard_on_all_nn_modules_unsafe  # generation changes no module
+    return torch.compile(
+        decode_step, fullgraph=True, dynamic=False, options={"guard_filter_fn": unguarded}
+    )
 
 
 @torch.inference_mode()
@@ -539,6 +671,7 @@ def generate_tokens(
     seeds: Sequence[int] | None = None,
     stop_ids: Collection[int] = (),
     should_stop: Callable[[], bool] | None = None,
+    step: Callable[..., Tensor] | None = None,
 ) -> Iterator[list[int | None]]:
     """Continue prompts of any lengths; yields the next token of each row as it comes.
 
@@ -546,44 +679,60 @@ def generate_tokens(
     each row, its own random numbers (None: torch's global ones). A row ends before a token of
     stop_ids and is None from then on; all ends when no row is left, after max_new_tokens, or when
     should_stop() is true. Past max_seq_len a row sees its last max_seq_len tokens, read anew for
-    every token, since all their states depend on where the window begins. Raises UsageError for
-    an empty prompt.
+    every token, since all their states depend on where the window begins. `step` is what
+    compile_step returned, to read single tokens with while all rows fit the window. Raises
+    UsageError for an empty prompt.
     """
     if not all(prompts):
         raise UsageError("an empty prompt: generation needs at least one token to go on from")
     texts, window = [list(prompt) for prompt in prompts], model.config.max_seq_len
     generators = [seeds and torch.Generator().manual_seed(seeds[row]) for row in range(len(texts))]
-    capacity = min(window, max(map(len, texts), default=0) + max_new_tokens)
-    cache = KVCache(model.config.n_layers, len(texts), capacity)
+    needed = max(map(len, texts), default=0) + max_new_tokens
+    if step is not None:  # powers of two, since each capacity is compiled for
+        needed = 1 << max(64, needed - 1).bit_length()
+    cache = KVCache(model.config.n_layers, len(texts), min(window, needed))
     alive = cached = list(range(len(texts)))
     for _ in range(max_new_tokens):
         if should_stop is not None and should_stop():
             return
-        fit = [i for i, row in enumerate(cached) if row in alive and len(texts[row]) <= window]
-        if len(fit) < len(cached):
-            cache, cached = cache.select(fit), [cached[i] for i in fit]
-        alive = cached + [row for row in alive if row not in cached]  # the order of the logits
-        histories = [texts[row] for row in alive]
+        if step is not None and any(len(texts[row]) > window for row in alive):
+            step = None
+        if step is None:  # a compiled step keeps its rows: those that have ended go on idly
+            fit = [i for i, r in enumerate(cached) if r in alive and len(texts[r]) <= window]
+            if len(fit) < len(cached):
+                cache, cached = cache.select(fit), [cached[i] for i in fit]
+        rows = cached + [row for row in alive if row not in cached]  # the order of the logits
+        logits = _next_logits(model, cache, [texts[row] for row in rows], step)
+        if len(alive) < len(rows):
+            logits = logits[[i for i, row in enumerate(rows) if row in alive]]
+            rows = [row for row in rows if row in alive]
         tokens = sample_rows(
-            _next_logits(model, cache, histories),
+            logits,
             sampling,
-            generators=[generators[row] for row in alive],
-            histories=histories,
+            generators=[generators[row] for row in rows],
+            histories=[texts[row] for row in rows],
         )
-        step: list[int | None] = [None] * len(texts)
-        for row, token in zip(alive, tokens, strict=True):
+        new: list[int | None] = [None] * len(texts)
+        for row, token in zip(rows, tokens, strict=True):
             if token not in stop_ids:
-                step[row] = token
+                new[row] = token
                 texts[row].append(token)
-        alive = [row for row in alive if step[row] is not None]
+        alive = [row for row in rows if new[row] is not None]
         if not alive:
             return
-        yield step
+        yield new
 
 
-def _next_logits(model: Llama, cache: KVCache, texts: list[list[int]]) -> Tensor:
+def _next_logits(
+    model: Llama, cache: KVCache, texts: list[list[int]], step: Callable[..., Tensor] | None
+) -> Tensor:
     """Logits (B, V) after each text; the first of them have their beginnings in the cache."""
     in_cache, states = len(cache.lengths), []
+    if step is not None and all(cache.lengths):  # all are read but for the last token of each
+        cache.lengths = [len(text) for text in texts]
+        device = model.rotary.device
+        tokens = torch.tensor([text[-1] for text in texts], device=device)
+        return step(model, tokens, torch.tensor(cache.lengths, device=device) - 1, cache.layers)
     if in_cache:
         new = [text[held:] for text, held in zip(texts, cache.lengths, strict=False)]
         hidden = model.extend(cache, new)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import math
 import pickle
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -15,7 +18,8 @@ import torch
 import torch.nn.functional as F
 
 import llama as L
-from config import LlamaConfig, UsageError
+from config import DATA_DIR, SHIPPED_MODEL, LlamaConfig, UsageError
+from tokenizer import Tokenizer
 
 # Greedy from BOS, printed by llama2.c on stories260K.bin: run.c's forward() unchanged, called in
 # a loop that takes the first largest logit, compiled with gcc -O2.
@@ -422,14 +426,77 @@ def test_cached_generation_equals_the_naive_loop_past_the_window(model: L.Llama)
     assert got.tolist() == [naive_generate(model, row, 40) for row in prompt.tolist()]
 
 
-def test_layout_for_decoding_changes_no_value(model: L.Llama):
-    tokens = torch.randint(64, (1, 9))
-    plain, state = model(tokens)[0], {k: v.clone() for k, v in model.state_dict().items()}
-    model.lay_out_for_decoding()
-    assert model.output.weight.stride() == (1, 64)
-    assert model.output.weight is model.tok_embeddings.weight
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    torch.testing.assert_close(model(tokens)[0], plain, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("private", [True, False], ids=["torch's own operators", "plain"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_packed_weights_compute_what_their_values_say(
+    tiny_config: LlamaConfig, dtype: torch.dtype, tied: bool, private: bool, monkeypatch
+):
+    """The oracle is a plain model whose weights were rounded by the definition and put back.
+
+    One row, a few, and many take ways of their own; bfloat16 also rounds what is multiplied.
+    """
+    if not private:
+        monkeypatch.setattr(L, "_MKLDNN_LINEAR", None)
+        monkeypatch.setattr(L, "_INT8_LINEAR", None)
+    model = make_llama(dataclasses.replace(tiny_config, tie_word_embeddings=tied))
+    packed = copy.deepcopy(model)
+    packed.lay_out_for_decoding(dtype)
+    with torch.inference_mode():
+        for weight in model.parameters():
+            if weight.dim() == 2 and dtype == torch.int8:
+                scale = weight.abs().max(dim=1, keepdim=True).values / 127
+                weight.copy_((weight / scale).round().clamp(-127, 127) * scale)
+            elif weight.dim() == 2:
+                weight.copy_(weight.to(dtype))
+        assert torch.equal(packed.tok_embeddings(torch.arange(64)), model.tok_embeddings.weight)
+        bound = 1e-4 if dtype == torch.float32 else 0.05
+        for shape in ((1, 1), (2, 7), (5, 9)):
+            tokens = torch.randint(64, shape)
+            want = model.output(model.hidden_states(tokens))
+            got = packed.output(packed.hidden_states(tokens))
+            assert (got - want).norm() <= bound * want.norm()
+
+
+@pytest.mark.parametrize("dtype, percent", [(torch.bfloat16, 0.1), (torch.int8, 0.5)])
+def test_packed_weights_cost_little_perplexity(dtype: torch.dtype, percent: float):
+    """A trained model on stories it has not seen: what they cost is told, and stays small."""
+    stories = (DATA_DIR / "stories-val.jsonl").read_text(encoding="utf-8").splitlines()
+    model = L.load_pretrained(SHIPPED_MODEL)
+    tokenizer = Tokenizer(tokenizer_model=None)
+    rows = [tokenizer.encode(json.loads(line)["text"], True, False)[:257] for line in stories[:24]]
+    losses = []
+    for packed in (False, True):
+        if packed:
+            model.lay_out_for_decoding(dtype)
+        with torch.inference_mode():
+            hidden = [model.hidden_states(torch.tensor([row[:-1]]))[0] for row in rows]
+            targets = torch.tensor([token for row in rows for token in row[1:]])
+            losses.append(F.cross_entropy(model.output(torch.cat(hidden)), targets).item())
+    assert abs(math.expm1(losses[1] - losses[0])) <= percent / 100
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # torch about torch's own doing
+def test_compiled_generation_equals_eager(tiny_config: LlamaConfig):
+    """Ragged prompts, rows that end early, and past the window, where the plain way goes on."""
+    model = make_llama(dataclasses.replace(tiny_config, n_layers=1))
+    prompts = [[5], [7, 8, 9, 10], [11] * 9]
+    options = {"max_new_tokens": 34, "sampling": GREEDY, "stop_ids": {3, 4}}
+    want = collect(prompts, L.generate_tokens(model, prompts, **options))
+    compiled, calls = L.compile_step(), []
+
+    def step(*args):
+        calls.append(len(args[1]))
+        return compiled(*args)
+
+    assert collect(prompts, L.generate_tokens(model, prompts, step=step, **options)) == want
+    assert set(calls) == {3} and len(calls) > 15  # till the longest row leaves the window
+    packed = copy.deepcopy(model)
+    packed.lay_out_for_decoding()
+    for prompt, text in zip(prompts[:1], want, strict=False):
+        steps = L.generate_tokens(packed, [prompt], step=step, **options)
+        assert collect([prompt], steps) == [text]
 
 
 def test_generate_draws_from_the_global_generator(model: L.Llama):
@@ -506,7 +573,7 @@ def filtered(logits, sampling):
 def test_filters_keep_what_they_are_defined_to_keep(sampling: L.Sampling):
     torch.manual_seed(3)
     logits = 2 * torch.randn(2000)
-    probs = L.logits_to_probs(logits, sampling)
+    probs = L.logits_to_probs(logits[None], sampling)[0]
     kept = filtered(logits, sampling)
     assert set(probs.nonzero()[:, 0].tolist()) == kept
     want = torch.softmax(logits / sampling.temperature, -1)[sorted(kept)]
@@ -529,7 +596,7 @@ def test_repetition_penalty_lowers_what_was_said_whatever_its_sign():
 
 def test_tiny_temperature_is_greedy_and_not_a_number_never():
     logits = torch.tensor([100.0, 101.0, -1e30])
-    assert L.logits_to_probs(logits, L.Sampling(1e-30)).tolist() == [0, 1, 0]
+    assert L.logits_to_probs(logits[None], L.Sampling(1e-30)).tolist() == [[0, 1, 0]]
 
 
 def test_a_diverged_model_says_so():
