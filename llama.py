@@ -655,10 +655,11 @@ def decode_step(
 
 def compile_step() -> Callable[..., Tensor]:
     """decode_step under torch.compile, once for each number of rows and capacity of the cache."""
-    unguarded = torch.compiler.skip_guard_on_all_nn_modules_unsafe  # generation changes no module
-    return torch.compile(
-        decode_step, fullgraph=True, dynamic=False, options={"guard_filter_fn": unguarded}
-    )
+    options = {
+        "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,  # none changes
+        "cpp.enable_floating_point_contract_flag": "fast",  # x * y + z in one: a tenth faster
+    }
+    return torch.compile(decode_step, fullgraph=True, dynamic=False, options=options)
 
 
 @torch.inference_mode()

@@ -26,6 +26,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -69,6 +70,7 @@ from llama import (
     Sampling,
     add_lora,
     common_prefix,
+    compile_step,
     generate_tokens,
     load_pretrained,
     merge_lora,
@@ -1719,10 +1721,13 @@ def generate(options: Options, stop: StopRequest) -> int:
         flags = ("--generated_sentence_low_temp_out", "--generated_sentence_high_temp_out")
         for flag, (_, path) in zip(flags, outputs, strict=True):
             check_writable_file(path, flag)
+    if options.compile == "on":
+        check_compiler(choose_device(options.use_gpu)[0])
     llama, tokenizer, device = load_model(options)
-    if device.type == "cpu":
-        llama.lay_out_for_decoding()
-    writer = Writer(llama, tokenizer, options, stop)
+    if device.type == "cpu" or options.weights != "float32":
+        llama.lay_out_for_decoding(getattr(torch, options.weights))
+    step = compile_step() if options.compile == "on" else None
+    writer = Writer(llama, tokenizer, options, stop, step)
     for temperature, path in outputs:
         print(f"Temperature is {temperature:g}")
         (text,) = writer.continue_texts([PREFIX], temperature)
@@ -1792,6 +1797,7 @@ class Writer:
     tokenizer: Tokenizer
     options: Options
     stop: StopRequest
+    step: Callable[..., torch.Tensor] | None = None  # compiled, to read single tokens with
 
     def continue_texts(self, prompts: Sequence[str], temperature: float) -> list[str]:
         """Prompt and continuation of each prompt, `--num_samples` times."""
@@ -1808,13 +1814,24 @@ class Writer:
                 f"note: a prompt has {longest:,} tokens and the model's context is {context:,}: it "
                 "goes on from the last ones that fit"
             )
-        streamed = len(rows) == 1
-        if streamed:
-            print(prompts[0], end="", flush=True)
-        steps = generate_tokens(
+        generate_steps = functools.partial(
+            generate_tokens,
             self.llama,
             [row.prompt_ids for row in rows],
             max_new_tokens=options.max_new_tokens,
+            step=self.step,
+        )
+        if self.step is not None:  # compile now, rather than while the text is being shown
+            started = time.perf_counter()
+            for _ in itertools.islice(generate_steps(sampling=Sampling(temperature=0)), 2):
+                self.stop.check()
+            seconds = time.perf_counter() - started
+            if seconds >= 1:  # else these shapes were compiled before
+                print(f"compile      took {human_time(seconds)}")
+        streamed = len(rows) == 1
+        if streamed:
+            print(prompts[0], end="", flush=True)
+        steps = generate_steps(
             sampling=Sampling(
                 temperature,
                 options.top_k,

@@ -16,12 +16,20 @@ import argparse
 import importlib.util
 import json
 import os
-import statistics
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
-from decoding import decoded_tokens_per_second
+from decoding import (
+    C_PROGRAMS,
+    decoding_groups,
+    decoding_rows,
+    measure_decoding,
+    perplexity_cost,
+    prepare_c_programs,
+)
 from programs import SHAPES
 from training import train, training_jobs, training_rows
 
@@ -38,9 +46,14 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
 
     if job["task"] == "train":
         figures = train(job)
+    elif job["task"] == "decode":
+        figures = measure_decoding(job)
     else:
-        figures = {"rate": decoded_tokens_per_second(job["who"], job["shape"])}
-    return figures | {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000}
+        prepare_c_programs(Path(job["llama2c"]), Path(job["folder"]), job["shapes"])
+        return {}
+    in_child = job["who"] in C_PROGRAMS
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN if in_child else resource.RUSAGE_SELF)
+    return figures | {"memory": usage.ru_maxrss / 1000}
 
 
 # ---------------------------------------------------------------------------- taking turns
@@ -70,24 +83,6 @@ def take_turns(jobs: dict[str, dict[str, Any]], rounds: int) -> dict[str, list[d
     return figures
 
 
-def compare(ours: dict[str, Any], peers: dict[str, dict[str, Any]], rounds: int) -> None:
-    """Print a row per peer: median speeds, the median ratio, and the peak memories."""
-    figures = take_turns({"ours": ours, **peers}, rounds)
-
-    def median(name: str, key: str) -> float:
-        return statistics.median(figure[key] for figure in figures[name])
-
-    for name in peers:
-        pairs = zip(figures["ours"], figures[name], strict=True)
-        ratio = statistics.median(a["rate"] / b["rate"] for a, b in pairs)
-        print(
-            f"| {ours['task']} {ours['shape']} | {name} | {median('ours', 'rate'):,.0f} "
-            f"| {median(name, 'rate'):,.0f} | {ratio:.2f} "
-            f"| {median('ours', 'memory'):,.0f} / {median(name, 'memory'):,.0f} |",
-            flush=True,
-        )
-
-
 def compare_training(arguments: argparse.Namespace) -> None:
     """A table of training steps: every program as it comes, tuned and compiled."""
     print("| shape | program | tokens/s | of bf16 products | peak MB | ours, compiled ours / it |")
@@ -100,16 +95,20 @@ def compare_training(arguments: argparse.Namespace) -> None:
 
 
 def compare_decoding(arguments: argparse.Namespace) -> None:
-    """A table of decoding, each shape beside transformers."""
-    print("| task, shape | peer | ours, tokens/s | peer, tokens/s | ratio | peak MB, ours / peer |")
+    """A table of decoding, and what weights of fewer bytes cost."""
+    print("| task | program | tokens/s | ratios | compiling, s | peak MB |")
     print("|---|---|---|---|---|---|")
-    for shape in arguments.shapes:
-        job = {"task": "decode", "shape": shape}
-        compare(
-            job | {"who": "ours"},
-            {"transformers, with its cache": job | {"who": "transformers"}},
-            arguments.rounds,
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # what is compiled is kept for the rounds
+        if arguments.llama2c:  # not in here: a child's peak memory begins at its parent's
+            in_a_process({"task": "prepare", "folder": folder, **vars(arguments)})
+        for shape in arguments.shapes:
+            groups = decoding_groups(shape, llama2c=arguments.llama2c, folder=folder)
+            for group, jobs in groups.items():
+                for row in decoding_rows(f"{group}, {shape}", take_turns(jobs, arguments.rounds)):
+                    print(row, flush=True)
+    costs = ", ".join(f"{name} {cost:+.4f} %" for name, cost in perplexity_cost().items())
+    print(f"perplexity of the shipped model on the held-out stories: {costs}\n")
 
 
 COMPARISONS = {"training": compare_training, "decoding": compare_decoding}

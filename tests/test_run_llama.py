@@ -18,7 +18,7 @@ import torch
 import check_model_precision
 import run_llama
 from config import TrainingPlan, parse_options
-from llama import load_pretrained
+from llama import decode_step, load_pretrained
 from tokenizer import Tokenizer
 from utils import StopRequest, load_checkpoint
 
@@ -629,6 +629,34 @@ def test_batched_prompts_give_what_each_gives_alone(small_model, capsys):
         alone = capsys.readouterr().out
         for part in alone.split("--- ")[1:]:
             assert part.split("\n", 1)[1].strip() in texts
+
+
+def test_packed_weights_and_a_compiled_step_are_what_is_generated_with(
+    small_model, capsys, monkeypatch
+):
+    """Each changes what computes, and greedily, on a small model, not what is written."""
+    packed, calls = [], []
+    lay_out = run_llama.Llama.lay_out_for_decoding
+
+    def compile_step():
+        return lambda *args: calls.append(len(args[1])) or decode_step(*args)
+
+    monkeypatch.setattr(run_llama, "compile_step", compile_step)
+    monkeypatch.setattr(run_llama, "check_compiler", lambda device: None)
+    monkeypatch.setattr(
+        run_llama.Llama,
+        "lay_out_for_decoding",
+        lambda self, dtype: packed.append(dtype) or lay_out(self, dtype),
+    )
+    base = f"--option generate --pretrained_model_path {small_model} --temperature 0".split()
+    base += ["--prompt", "One day", "--max_new_tokens", "9"]
+    texts = []
+    for words in ([], ["--compile", "on"], ["--weights", "bfloat16"], ["--weights", "int8"]):
+        assert run_llama.main(parse_options([*base, *words])) == 0
+        texts.append(capsys.readouterr().out.splitlines()[-1])
+    assert packed == [torch.float32, torch.float32, torch.bfloat16, torch.int8]
+    assert calls == [1] * 9  # one to compile with, then 8: the first token came with the prompt
+    assert texts[1] == texts[0] and texts[0].startswith("One day")
 
 
 def test_stop_text_is_cut_off_and_never_shown(small_model):
