@@ -518,7 +518,7 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     rows = x.numel() // x.shape[-1]
     if x.device.type != "cpu" or rows > FEW_ROWS:
         return F.linear(x, weight)
-    if rows == 1 and _MKLDNN_LINEAR is not None:
+    if rows == 1 and weight.dtype == torch.float32 and _MKLDNN_LINEAR is not None:
         return _MKLDNN_LINEAR(x, weight, None, "none", [], "")
     return (weight @ x.flatten(0, -2).t()).t().contiguous().view(*x.shape[:-1], -1)
 
