@@ -227,6 +227,7 @@ class TrainingPlan:
 
     config: LlamaConfig
     trainable_parameters: int
+    muon_parameters: int  # of those: Muon keeps one number for each, AdamW two
     sequences: int  # to train on: chunks of text, or labelled sentences
     tokens: int  # in those sequences
     sequence_length: int
@@ -325,16 +326,20 @@ class TrainingPlan:
         return {
             "weights": weights // self.shards,
             "gradients": 4 * self.trainable_parameters // self.shards,
-            "optimizer": 8 * self.trainable_parameters // self.shards,
+            "optimizer": self.optimizer_bytes() // self.shards,
             "copies": self.gathered_bytes(),
             "activations": self.activation_bytes(),
             "logits": 2 * min(logits, LOGITS_CHUNK_BYTES[self.device]),
             "process": PROCESS_BYTES[self.device],
         }
 
+    def optimizer_bytes(self) -> int:
+        """The optimizer's moments: two float32 numbers for each parameter, one where it is Muon."""
+        return 8 * self.trainable_parameters - 4 * self.muon_parameters
+
     def checkpoint_bytes(self) -> int:
-        """A resumable checkpoint: float32 weights and AdamW's two moments of each trained one."""
-        return 4 * sum(self.config.parameter_counts().values()) + 8 * self.trainable_parameters
+        """A resumable checkpoint: float32 weights and the optimizer's moments."""
+        return 4 * sum(self.config.parameter_counts().values()) + self.optimizer_bytes()
 
     def weights_file_bytes(self, save_dtype: str) -> int:
         """A weights file: the weights alone, a tied embedding once."""
@@ -353,6 +358,7 @@ class TrainingPlan:
         needs = ", ".join(f"{name} {human_size(size)}" for name, size in memory.items() if size)
         have = f"; {human_size(available)} available" if available else ""
         processes = f" x {self.world_size} processes" if self.world_size > 1 else ""
+        moments = "moments" if self.muon_parameters else "two moments of each"
         ends = ""
         if self.last_step < self.schedule_steps:
             ends = f", ended after {self.last_step:,} by --max_steps"
@@ -372,7 +378,7 @@ class TrainingPlan:
             f"{needs}{have}",
             f"files        weights {human_size(self.weights_file_bytes(save_dtype))} "
             f"({save_dtype}), resumable checkpoint {human_size(self.checkpoint_bytes())} "
-            "(float32 weights and the optimizer's two moments of each)",
+            f"(float32 weights and the optimizer's {moments})",
         ]
 
 
@@ -559,6 +565,11 @@ class TrainOptions:
     gradient_accumulation_steps: int = flag(
         1, "micro-batches per optimizer step; equals one big batch", at_least=1
     )
+    optimizer: Literal["adamw", "muon"] = flag(
+        "adamw",
+        "muon: Muon on the matrices inside the layers, AdamW on the rest, with the same learning "
+        "rate, schedule and decay",
+    )
     lr_scheduler: Literal["cosine", "linear", "constant", "wsd"] = flag(
         "cosine", "what follows the warmup; wsd: constant, then linear over the last fifth"
     )
@@ -567,11 +578,16 @@ class TrainOptions:
     )
     min_lr: float = flag(0.0, "learning rate at the end of the schedule", at_least=0)
     weight_decay: float | None = flag(
-        None, "AdamW's decay, on matrices only; unset: 0.1 to pretrain, 0 to finetune", at_least=0
+        None,
+        "decay of the weights, on matrices only; unset: 0.1 to pretrain, 0 to finetune",
+        at_least=0,
     )
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0: never clipped", at_least=0)
     activation_checkpointing: bool = flag(
         False, "recompute each layer in the backward pass: less memory, a third slower"
+    )
+    profile: bool = flag(
+        False, "profile a few steps: a table of where they go, and profile.json.gz for a viewer"
     )
     checkpoint_interval: int = flag(
         1000, "optimizer steps between resumable checkpoints; 0: none", at_least=0
@@ -720,7 +736,7 @@ class GenerateOptions:
 
 # A resumed run asks these of the command line, and everything else of its checkpoint.
 ANEW_ON_RESUME = frozenset(
-    "option use_gpu plan save_dir resume overwrite max_steps cache_dir".split()
+    "option use_gpu plan profile save_dir resume overwrite max_steps cache_dir".split()
 )
 
 # The groups in the order `--help` shows them; later bases come first in a dataclass's fields.
@@ -1009,7 +1025,7 @@ def find_problems(options: Options) -> list[str]:
     if options.option in ("prompt", "generate"):
         problems += [
             f"--{name} is for --option pretrain and finetune, which train; leave it out"
-            for name in ("plan", "resume")
+            for name in ("plan", "resume", "profile")
             if name in options.given
         ]
     elsewhere = [field.name for field in dataclasses.fields(OtherMachineOptions)]
@@ -1025,6 +1041,11 @@ def find_problems(options: Options) -> list[str]:
         problems.append(f"--top_p {options.top_p:g} must be at most 1: it is a probability")
     if options.freeze_backbone and options.lora_rank:
         problems.append("--freeze_backbone and --lora_rank exclude each other: give one")
+    if options.freeze_backbone and options.optimizer == "muon":
+        problems.append(
+            "--optimizer muon is for the matrices inside the layers, which --freeze_backbone does "
+            "not train: leave one of the two out"
+        )
     if options.resume and options.overwrite:
         problems.append("--resume goes on with a run, --overwrite removes it: give one")
     unknown = {*re.findall(r"\{\w*\}", options.prompt_template)} - {"{sentence}", "{labels}"}

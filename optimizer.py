@@ -1,4 +1,4 @@
-"""AdamW, the groups of parameters it decays, and the learning rate of each step.
+"""AdamW, alone or beside Muon, the groups they decay, and the learning rate of each step.
 
 The update is the assignment's: "efficient" bias correction, and decoupled weight decay times the
 learning rate after the update. Knows nothing of models beyond their parameters' names and shapes.
@@ -120,14 +120,83 @@ class AdamW(torch.optim.Optimizer):
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups of the trainable parameters: matrices decay, gains and biases do not."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def parameter_groups(model: nn.Module, weight_decay: float, *, without: str = "") -> list[dict]:
+    """Two groups of the trainable parameters: matrices decay, gains and biases do not.
+
+    `without` leaves out the matrices whose names contain it.
+    """
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in trainable if p.ndim >= 2 and not (without and without in name)]
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": [p for _, p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+# ---------------------------------------------------------------------------- Muon
+
+IN_LAYERS = "layers."  # in the names of the parameters that Muon is for
+
+
+def layer_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The trainable matrices inside the layers: not the embedding, nor any head."""
+    return [
+        p
+        for name, p in model.named_parameters()
+        if p.requires_grad and p.ndim == 2 and IN_LAYERS in name
+    ]
+
+
+class MuonAndAdamW:
+    """Muon on the matrices inside the layers, AdamW on everything else.
+
+    Muon makes each matrix's update orthogonal (Jordan 2024); scaled to the root mean square of
+    AdamW's updates (arXiv:2502.16982), both share one learning rate, schedule and weight decay. It
+    has what a train loop uses of torch.optim.Optimizer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        eps: float,
+    ) -> None:
+        muon = torch.optim.Muon(
+            layer_matrices(model),
+            lr=lr,
+            weight_decay=weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        groups = parameter_groups(model, weight_decay, without=IN_LAYERS)
+        self.parts = {"muon": muon, "adamw": AdamW(groups, lr=lr, betas=betas, eps=eps)}
+
+    @property
+    def param_groups(self) -> list[dict]:
+        """The groups of both."""
+        return [group for part in self.parts.values() for group in part.param_groups]
+
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
+        for part in self.parts.values():
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, or set them to zero."""
+        for part in self.parts.values():
+            part.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict:
+        """The states of both, by name."""
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over what state_dict gave; raises KeyError for another optimizer's."""
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
 
 
 # ---------------------------------------------------------------------------- learning rate

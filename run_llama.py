@@ -46,6 +46,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.profiler import record_function
 from tqdm import tqdm
 
 from config import (
@@ -76,7 +77,7 @@ from llama import (
     merge_lora,
     model_payload,
 )
-from optimizer import AdamW, learning_rate, parameter_groups
+from optimizer import AdamW, MuonAndAdamW, layer_matrices, learning_rate, parameter_groups
 from tokenizer import (
     JSON_SUFFIXES,
     TEXT_SUFFIXES,
@@ -126,6 +127,7 @@ from utils import (
     used_memory,
     whole_stream,
     write_text,
+    write_trace,
 )
 
 BETAS, EPS = (0.9, 0.95), 1e-8  # AdamW's, as Llama was pretrained
@@ -244,7 +246,7 @@ class Run:
     plan: TrainingPlan
     task: Task
     model: nn.Module
-    optimizer: AdamW
+    optimizer: AdamW | MuonAndAdamW
     scaler: torch.amp.GradScaler
     device: torch.device
     dtype: torch.dtype
@@ -316,9 +318,10 @@ def train(run: Run) -> None:
     )
     first_step, started = progress.step, time.perf_counter()
     run.model.train()
-    with contextlib.closing(log), bar:
+    with contextlib.closing(log), bar, profiled(run) as step_made:
         while goes_on(task, plan, progress) and not run.stop.requested:
             record = progress.pending or optimizer_step(run)
+            step_made()
             if progress.skipped >= MAX_SKIPPED:
                 roll_back(run)
                 log.rewind(progress.step - bool(progress.pending))
@@ -376,13 +379,16 @@ def optimizer_step(run: Run) -> dict[str, Any]:
     )
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    batches = run.task.batches(progress.step)
+    with record_function("data"):
+        batches = run.task.batches(progress.step)
     targets = max(1, sum(batch.targets for batch in batches))  # none at all: a loss of 0, not NaN
-    loss = backward_in_parts(run, batches, targets) / targets
-    run.scaler.unscale_(run.optimizer)
-    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-    grad_norm = nn.utils.clip_grad_norm_(parameters, run.options.grad_clip or math.inf).item()
-    update(run, batches, loss, grad_norm)
+    with record_function("forward and backward"):
+        loss = backward_in_parts(run, batches, targets) / targets
+    with record_function("optimizer"):
+        run.scaler.unscale_(run.optimizer)
+        parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+        grad_norm = nn.utils.clip_grad_norm_(parameters, run.options.grad_clip or math.inf).item()
+        update(run, batches, loss, grad_norm)
     progress.step += 1
     tokens = sum(batch.tokens for batch in batches)
     progress.tokens += tokens
@@ -531,6 +537,48 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
+PHASES = ("data", "forward and backward", "optimizer")  # of optimizer_step, as profiles name them
+PROFILED_STEPS = 5  # after two that warm up
+PROFILE_ROWS = 12
+
+
+@contextlib.contextmanager
+def profiled(run: Run) -> Iterator[Callable[[], None]]:
+    """Profile a few steps where --profile asks for it; yields what to call after every step."""
+    if not run.options.profile or not run.ranks.is_main:
+        yield lambda: None
+        return
+    steps = torch.profiler.schedule(wait=1, warmup=1, active=PROFILED_STEPS, repeat=1)
+    report = functools.partial(report_profile, run)
+    with torch.profiler.profile(schedule=steps, on_trace_ready=report) as profiler:
+        yield profiler.step
+
+
+def report_profile(run: Run, profiler: torch.profiler.profile) -> None:
+    """Print where the profiled steps went, and write their trace into the run's folder."""
+    events = {event.key: event for event in profiler.key_averages()}
+    phases = {name: events.pop(name) for name in PHASES}
+    steps = phases["data"].count
+    total = sum(event.cpu_time_total for event in phases.values())  # in microseconds
+    shares = ", ".join(
+        f"{'waiting for data' if name == 'data' else name} {event.cpu_time_total / total:.2%}"
+        for name, event in phases.items()
+    )
+    lines = [f"profile of {steps} steps of {total / steps / 1000:,.1f} ms: {shares}"]
+    on = "device" if run.device.type == "cuda" else "cpu"
+    times = {name: getattr(event, f"self_{on}_time_total") for name, event in events.items()}
+    slowest = sorted(times, key=times.get, reverse=True)[:PROFILE_ROWS]
+    lines.append(f"  {'operation':<48} calls/step   ms/step   share")
+    lines += [
+        f"  {name[:48]:<48} {events[name].count / steps:>10,.0f} "
+        f"{times[name] / steps / 1000:>9,.2f} {times[name] / total:>7.1%}"
+        for name in slowest
+    ]
+    path = run.folder.file("profile.json.gz")
+    run.files.write(path.name, lambda: write_trace(path, profiler), step=run.progress.step)
+    tqdm.write("\n".join([*lines, f"  {path}: the same for chrome://tracing or ui.perfetto.dev"]))
+
+
 def every(interval: int, step: int) -> bool:
     """Whether something done every `interval` steps (0: never) is due after `step` of them."""
     return bool(interval) and step % interval == 0
@@ -663,7 +711,7 @@ def open_run(options: Options, folder: RunFolder) -> tuple[Options, dict[str, An
 
 def check_identity(checkpoint: dict[str, Any], identity: dict[str, Any]) -> None:
     """Raise UsageError, a line each, for what a checkpoint was made with and this run is not."""
-    made_with = checkpoint["identity"]
+    made_with = {"--optimizer": "adamw"} | checkpoint["identity"]  # before there was a choice
     problems = []
     for name, value in identity.items():
         before = made_with.get(name)
@@ -820,13 +868,16 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def ready_to_train(
     model: nn.Module, options: Options, device: torch.device, dtype: torch.dtype
-) -> tuple[AdamW, torch.amp.GradScaler]:
+) -> tuple[AdamW | MuonAndAdamW, torch.amp.GradScaler]:
     """The optimizer of the trainable parameters, and the gradient scaler that float16 needs."""
     weight_decay = options.weight_decay
     if weight_decay is None:
         weight_decay = 0.1 if options.option == "pretrain" else 0.0
-    groups = parameter_groups(model, weight_decay)
-    optimizer = AdamW(groups, lr=options.peak_lr(), betas=BETAS, eps=EPS)
+    settings = {"lr": options.peak_lr(), "betas": BETAS, "eps": EPS}
+    if options.optimizer == "muon":
+        optimizer = MuonAndAdamW(model, weight_decay=weight_decay, **settings)
+    else:
+        optimizer = AdamW(parameter_groups(model, weight_decay), **settings)
     return optimizer, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
@@ -960,16 +1011,19 @@ def pretrain_in(folder: RunFolder, options: Options, stop: StopRequest) -> int:
         "--pretrain_batch_size": options.pretrain_batch_size,
         "--gradient_accumulation_steps": options.gradient_accumulation_steps,
         "--seed": options.seed,
+        "--optimizer": options.optimizer,
     }
     if checkpoint is not None:
         check_identity(checkpoint, identity)
+    counts, muon = config.parameter_counts(), options.optimizer == "muon"
     plan = make_plan(
         options,
         ranks,
         device,
         dtype,
         config=config,
-        trainable_parameters=sum(config.parameter_counts().values()),
+        trainable_parameters=sum(counts.values()),
+        muon_parameters=muon * (counts["attention"] + counts["feed_forward"]),
         sequences=len(texts.train),
         tokens=len(texts.train.stream),
         sequence_length=options.max_seq_len,
@@ -1437,9 +1491,11 @@ def finetune_in(
         "--freeze_backbone": options.freeze_backbone,
         "--lora_rank": options.lora_rank,
         "--seed": options.seed,
+        "--optimizer": options.optimizer,
     }
     if checkpoint is not None:
         check_identity(checkpoint, identity)
+    muon = options.optimizer == "muon"
     plan = make_plan(
         options,
         ranks,
@@ -1447,6 +1503,7 @@ def finetune_in(
         dtype,
         config=llama.config,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        muon_parameters=muon * sum(p.numel() for p in layer_matrices(model)),
         sequences=len(train_set),
         tokens=int(train_set.lengths.sum()),
         sequence_length=int(train_set.lengths.max()),

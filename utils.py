@@ -13,6 +13,7 @@ import contextlib
 import copy
 import errno
 import functools
+import gzip
 import hashlib
 import html
 import json
@@ -62,6 +63,14 @@ from tokenizer import (
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text with Unix line ends, whole or not at all."""
     atomic_write(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def write_trace(path: Path, profiler: torch.profiler.profile) -> None:
+    """Write a profile as compressed Chrome JSON, whole or not at all."""
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(plain))
+        atomic_write(path, lambda file: file.write(gzip.compress(plain.read_bytes())))
 
 
 # ---------------------------------------------------------------------------- the token cache
@@ -865,7 +874,14 @@ def restore_random_state(state: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------------- the run's folder
 
 
-RUN_FILES = ("final-model.pt", "best-model.pt", "metrics.jsonl", "run.json", "loss-curve.svg")
+RUN_FILES = (
+    "final-model.pt",
+    "best-model.pt",
+    "metrics.jsonl",
+    "run.json",
+    "loss-curve.svg",
+    "profile.json.gz",
+)
 
 
 @dataclass

@@ -74,6 +74,8 @@ def test_underscores_and_hyphens_are_one(spelling, joint):
         ("--option pretrain --dim 12 --n_heads 4", ["--dim 12", "--n_heads 4", "even"]),
         ("--option pretrain --pretrain_lr 1e-5 --min_lr 1e-4", ["--min_lr", "--pretrain_lr"]),
         ("--freeze_backbone --lora_rank 4", ["--freeze_backbone", "--lora_rank"]),
+        ("--freeze_backbone --optimizer muon", ["--freeze_backbone", "--optimizer muon"]),
+        ("--option generate --profile", ["--profile", "pretrain"]),
         ("--option finetune --resume auto --overwrite", ["--resume", "--overwrite"]),
         ("--prompt_template hello", ["--prompt_template", "{sentence}"]),
         ("--prompt_template {sentence}{label}", ["{label} is not filled in", "{labels}"]),
@@ -177,6 +179,7 @@ def plan_of(**changes) -> TrainingPlan:
     settings = {
         "config": LlamaConfig(),
         "trainable_parameters": 41_689_600,
+        "muon_parameters": 0,
         "sequences": 249,
         "tokens": 254_455,
         "sequence_length": 1024,
@@ -208,6 +211,14 @@ def test_plan_arithmetic():
     assert (plan.schedule_steps, plan.last_step, plan.warmup_steps) == (3200, 50, 160)
     assert plan_of(accumulation_steps=4, world_size=2).sequences_per_step == 64
     assert plan_of(warmup_steps_given=10).warmup_steps == 10
+
+
+def test_muon_keeps_one_number_where_adamw_keeps_two():
+    """Memory and checkpoint shrink by one float32 number for each of Muon's parameters."""
+    plan, muon = plan_of(), plan_of(muon_parameters=25_000_000)
+    saved = 4 * 25_000_000
+    assert plan.memory()["optimizer"] - muon.memory()["optimizer"] == saved
+    assert plan.checkpoint_bytes() - muon.checkpoint_bytes() == saved
 
 
 def test_plan_counts_every_file_that_will_stand():

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from optimizer import AdamW, learning_rate, parameter_groups
+from config import LlamaConfig
+from llama import Llama
+from optimizer import AdamW, MuonAndAdamW, learning_rate, parameter_groups
 
 
 def adamw_by_hand(weight, gradients, *, lr, betas, eps, weight_decay, correct_bias):
@@ -132,6 +134,64 @@ def test_only_matrices_decay():
     decayed, plain = parameter_groups(model, 0.1)
     assert [p.ndim for p in decayed["params"]] == [2] and decayed["weight_decay"] == 0.1
     assert {p.ndim for p in plain["params"]} == {1} and plain["weight_decay"] == 0.0
+
+
+def muon_of(model: nn.Module) -> MuonAndAdamW:
+    return MuonAndAdamW(model, lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+
+
+def muon_steps(model: Llama, optimizer: MuonAndAdamW, seeds: range) -> None:
+    for seed in seeds:
+        tokens = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(seed))
+        model.loss(tokens, tokens)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_muon_takes_the_matrices_of_layers_and_adamw_the_rest(tiny_config: LlamaConfig):
+    """Every parameter once; a tied table, which is embedding and head, is AdamW's."""
+    model = Llama(tiny_config)
+    optimizer = muon_of(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    got = {
+        part: {
+            names[id(p)] for group in optimizer.parts[part].param_groups for p in group["params"]
+        }
+        for part in optimizer.parts
+    }
+    assert got["muon"] | got["adamw"] == set(names.values())
+    assert got["muon"].isdisjoint(got["adamw"]) and len(got["muon"]) == 7 * tiny_config.n_layers
+    assert all("layers." in name and "norm" not in name for name in got["muon"])
+    decays = {group["weight_decay"] for group in optimizer.parts["adamw"].param_groups}
+    assert decays == {0.1, 0.0}
+
+
+def test_muon_updates_have_the_size_of_adamws(tiny_config: LlamaConfig):
+    """One learning rate fits both: an update's root mean square is about 0.2 of it."""
+    model = Llama(tiny_config)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = MuonAndAdamW(model, lr=0.01, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8)
+    muon_steps(model, optimizer, range(1))
+    for name, parameter in model.named_parameters():
+        if "layers." in name and parameter.ndim == 2:
+            size = (parameter - before[name]).detach().square().mean().sqrt().item()
+            assert 0.5 < size / (0.2 * 0.01) < 1.5, name
+
+
+def test_muon_goes_on_bit_for_bit_from_its_state(tiny_config: LlamaConfig, tmp_path):
+    torch.manual_seed(0)
+    whole = Llama(tiny_config)
+    halves = Llama(tiny_config)
+    halves.load_state_dict(whole.state_dict())
+    muon_steps(whole, muon_of(whole), range(6))
+    optimizer = muon_of(halves)
+    muon_steps(halves, optimizer, range(3))
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    resumed = muon_of(halves)
+    resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    muon_steps(halves, resumed, range(3, 6))
+    for a, b in zip(whole.parameters(), halves.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(("warmup", "total"), [(10, 100), (1, 7), (50, 60)])

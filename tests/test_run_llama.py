@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import math
 import os
@@ -126,19 +127,23 @@ def test_learning_rate_follows_the_contract(text_file):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "stops"),
+    ("dtype", "stops", "optimizer"),
     [
-        ("float32", [3]),
-        ("float32", [1, 14, 20]),
-        ("float32", [14]),
-        ("bfloat16", [14, 20]),
-        ("float16", [3]),
+        ("float32", [3], "adamw"),
+        ("float32", [1, 14, 20], "adamw"),
+        ("float32", [14], "adamw"),
+        ("bfloat16", [14, 20], "adamw"),
+        ("float16", [3], "adamw"),
+        ("float32", [3], "muon"),
     ],
 )
-def test_interrupted_and_resumed_equals_uninterrupted(text_file, monkeypatch, dtype, stops):
+def test_interrupted_and_resumed_equals_uninterrupted(
+    text_file, monkeypatch, dtype, stops, optimizer
+):
     """Bit for bit, with dropout, from the middle of an epoch, at its end, three times in a row."""
     command = f"--option pretrain --pretrain_data {text_file} --epochs 2 --dropout 0.1"
     command += " --max_steps 5" if dtype == "float16" else ""  # slow on a CPU
+    command += f" --optimizer {optimizer}"
     command += f" --dtype {dtype}"  # float16 brings the gradient scaler's state along
     options = [*command.split(), *[w for w in SMALL if w not in ("--dtype", "float32")]]
     assert run_llama.main(parse_options([*options, "--save_dir", "whole"])) == 0
@@ -159,6 +164,20 @@ def test_interrupted_and_resumed_equals_uninterrupted(text_file, monkeypatch, dt
     strip = [[{k: v for k, v in r.items() if k not in timed} for r in records(f)]
              for f in ("whole", "run")]  # fmt: skip
     assert strip[0] == strip[1]
+
+
+def test_a_run_keeps_its_optimizer(text_file, capsys):
+    """The states of the two do not fit each other: refused in one line, whichever came first."""
+    for first, other in (("muon", "adamw"), ("adamw", "muon")):
+        line = f"--option pretrain --pretrain_data {text_file} --max_steps 1 --overwrite"
+        assert run(f"{line} --optimizer {first}") == 0
+        resume = f"--option pretrain --pretrain_data {text_file} --resume auto --max_steps 2"
+        capsys.readouterr()
+        assert run(f"{resume} --optimizer {other}") == 2
+        assert f"--optimizer {other} differs from the checkpoint's {first}" in (
+            capsys.readouterr().err
+        )
+        assert run(resume) == 0
 
 
 def test_accumulation_equals_one_big_batch(text_file):
@@ -456,6 +475,21 @@ def test_what_compile_auto_chose_is_said_and_kept(text_file, monkeypatch, capsys
     monkeypatch.setattr(run_llama, "has_compiler", lambda device: False)
     assert run(f"{line} --max_steps 1 --overwrite") == 0
     assert "compile      off: short" in capsys.readouterr().out and len(compiled) == 2
+
+
+def test_profile_shows_where_a_step_goes(text_file, capsys):
+    """A trace for a viewer, a table, the share that waits for data; the run itself is unchanged."""
+    line = f"--option pretrain --pretrain_data {text_file} --epochs 2"
+    assert run(f"{line} --profile") == 0
+    out = capsys.readouterr().out
+    assert "aten::mm" in out and "waiting for data" in out
+    with gzip.open("run/profile.json.gz", "rt", encoding="utf-8") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"data", "forward and backward", "optimizer"} <= names
+    profiled = load_pretrained(Path("run/final-model.pt")).state_dict()
+    assert run(f"{line} --overwrite") == 0
+    assert not Path("run/profile.json.gz").exists()
+    assert_same(profiled, load_pretrained(Path("run/final-model.pt")).state_dict())
 
 
 # ---------------------------------------------------------------------------- the other options
