@@ -182,7 +182,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         end = start + block.shape[2]
         scores = block @ key[:, :, :end].transpose(2, 3)
         unseen = scores.new_full(scores.shape[2:], -math.inf).triu(start + 1)
-        out.append(torch.softmax(scores + unseen, dim=-1) @ value[:, :, :end])
+        scores += unseen
+        out.append(torch.softmax(scores, dim=-1) @ value[:, :, :end])
     return torch.cat(out, dim=2)
 
 
