@@ -538,7 +538,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 PHASES = ("data", "forward and backward", "optimizer")  # of optimizer_step, as profiles name them
-PROFILED_STEPS = 5  # after two that warm up
+UNPROFILED_STEPS, PROFILED_STEPS = 2, 5  # the first compile and warm up
 PROFILE_ROWS = 12
 
 
@@ -548,15 +548,21 @@ def profiled(run: Run) -> Iterator[Callable[[], None]]:
     if not run.options.profile or not run.ranks.is_main:
         yield lambda: None
         return
-    steps = torch.profiler.schedule(wait=1, warmup=1, active=PROFILED_STEPS, repeat=1)
+    steps = torch.profiler.schedule(
+        wait=UNPROFILED_STEPS - 1, warmup=1, active=PROFILED_STEPS, repeat=1
+    )
     report = functools.partial(report_profile, run)
     with torch.profiler.profile(schedule=steps, on_trace_ready=report) as profiler:
         yield profiler.step
+    if profiler.step_num <= UNPROFILED_STEPS:
+        tqdm.write(f"--profile: nothing to show of a run of {UNPROFILED_STEPS} steps or fewer")
 
 
 def report_profile(run: Run, profiler: torch.profiler.profile) -> None:
     """Print where the profiled steps went, and write their trace into the run's folder."""
     events = {event.key: event for event in profiler.key_averages()}
+    if PHASES[0] not in events:  # torch reports a run that ended while it warmed up, too
+        return
     phases = {name: events.pop(name) for name in PHASES}
     steps = phases["data"].count
     total = sum(event.cpu_time_total for event in phases.values())  # in microseconds

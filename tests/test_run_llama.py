@@ -490,6 +490,8 @@ def test_profile_shows_where_a_step_goes(text_file, capsys):
     assert run(f"{line} --overwrite") == 0
     assert not Path("run/profile.json.gz").exists()
     assert_same(profiled, load_pretrained(Path("run/final-model.pt")).state_dict())
+    assert run(f"{line} --overwrite --profile --max_steps 2") == 0
+    assert "--profile: nothing to show" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------- the other options
