@@ -817,6 +817,11 @@ class Options(
             vocab_size=vocab_size, max_seq_len=self.max_seq_len, dropout=self.dropout, **shape
         )
 
+    def muon_parameters(self, config: LlamaConfig) -> int:
+        """How many parameters of a pretraining Muon updates: those of the layers' matrices."""
+        counts = config.parameter_counts()
+        return counts["attention"] + counts["feed_forward"] if self.optimizer == "muon" else 0
+
     def peak_lr(self) -> float:
         """The learning rate after warmup of the option at hand."""
         if self.option != "pretrain":

@@ -1021,15 +1021,14 @@ def pretrain_in(folder: RunFolder, options: Options, stop: StopRequest) -> int:
     }
     if checkpoint is not None:
         check_identity(checkpoint, identity)
-    counts, muon = config.parameter_counts(), options.optimizer == "muon"
     plan = make_plan(
         options,
         ranks,
         device,
         dtype,
         config=config,
-        trainable_parameters=sum(counts.values()),
-        muon_parameters=muon * (counts["attention"] + counts["feed_forward"]),
+        trainable_parameters=sum(config.parameter_counts().values()),
+        muon_parameters=options.muon_parameters(config),
         sequences=len(texts.train),
         tokens=len(texts.train.stream),
         sequence_length=options.max_seq_len,
@@ -1109,6 +1108,7 @@ def plan_elsewhere(options: Options, stop: StopRequest) -> int:
         torch.bfloat16 if options.dtype == "auto" else getattr(torch, options.dtype),
         config=config,
         trainable_parameters=sum(config.parameter_counts().values()),
+        muon_parameters=options.muon_parameters(config),
         sequences=count_chunks(tokens, options.max_seq_len),
         tokens=tokens,
         sequence_length=options.max_seq_len,
