@@ -109,7 +109,7 @@ from llama import (
     to_half_split,
 )
 from tokenizer import Tokenizer, atomic_write, export_tokenizer_bin, vocabulary_remedy
-from utils import write_sealed
+from utils import check_runs_alone, write_sealed
 
 DTYPES = {name: getattr(torch, name) for name in DTYPE_BYTES}
 
@@ -749,6 +749,7 @@ def run(args: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 0, 1 when damage was found, 2 after one line about bad input."""
     try:
+        check_runs_alone(PROGRAM)
         return run(parse(sys.argv[1:] if arguments is None else arguments))
     except UsageError as error:
         report_usage_error(PROGRAM, error)

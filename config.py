@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import hashlib
 import math
+import os
 import re
 import sys
 import typing
@@ -604,8 +605,17 @@ class TrainOptions:
 class ClusterOptions:
     """several processes (torchrun)"""
 
+    global_batch_size: int | None = flag(
+        None,
+        "sequences per optimizer step over all processes; unset: micro-batch x accumulation x "
+        "processes; given: the accumulation follows from it",
+        at_least=1,
+    )
     parallel: Literal["ddp", "fsdp"] = flag(
         "ddp", "each process holds the whole model, or its share of every block (FSDP2)"
+    )
+    dist_timeout: int = flag(
+        600, "seconds that the processes wait for one that lags before all of them end", at_least=1
     )
 
 
@@ -736,7 +746,7 @@ class GenerateOptions:
 
 # A resumed run asks these of the command line, and everything else of its checkpoint.
 ANEW_ON_RESUME = frozenset(
-    "option use_gpu plan profile save_dir resume overwrite max_steps cache_dir".split()
+    "option use_gpu plan profile save_dir resume overwrite max_steps cache_dir dist_timeout".split()
 )
 
 # The groups in the order `--help` shows them; later bases come first in a dataclass's fields.
@@ -788,8 +798,12 @@ class Options(
         """These options with those of a checkpoint for every flag that was not typed.
 
         Where the run writes, what it computes on and when it ends early are not the checkpoint's.
+        Its global batch is, for whatever number of processes, unless the flags that made it change.
         """
         kept = self.given | ANEW_ON_RESUME
+        for name in ("pretrain_batch_size", "batch_size", "gradient_accumulation_steps"):
+            if name in self.given and getattr(self, name) != stored.get(name):
+                kept |= {"global_batch_size"}
         changes = {}
         for field in dataclasses.fields(self):
             if field.name in stored and field.name not in kept and "help" in field.metadata:
@@ -821,6 +835,33 @@ class Options(
         """How many parameters of a pretraining Muon updates: those of the layers' matrices."""
         counts = config.parameter_counts()
         return counts["attention"] + counts["feed_forward"] if self.optimizer == "muon" else 0
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences that a process trains on at once, of the option at hand."""
+        return self.pretrain_batch_size if self.option == "pretrain" else self.batch_size
+
+    def with_global_batch(self, world_size: int) -> Options:
+        """These options with the global batch settled, as given or as so many processes make it.
+
+        Raises UsageError for one that they cannot make of whole micro-batches.
+        """
+        at_once = self.micro_batch_size * world_size
+        if self.global_batch_size is None:
+            whole = at_once * self.gradient_accumulation_steps
+            return dataclasses.replace(self, global_batch_size=whole)
+        if self.global_batch_size % at_once:
+            name = "--pretrain_batch_size" if self.option == "pretrain" else "--batch_size"
+            remedy = f"give a multiple of {at_once}"
+            share, rest = divmod(self.global_batch_size, world_size)
+            if not rest:
+                remedy += f", or {name} {math.gcd(share, self.micro_batch_size)}"
+            processes = f" x {world_size} processes = {at_once}" if world_size > 1 else ""
+            raise UsageError(
+                f"--global_batch_size {self.global_batch_size} is not divisible by "
+                f"{name} {self.micro_batch_size}{processes}: {remedy}"
+            )
+        return self
 
     def peak_lr(self) -> float:
         """The learning rate after warmup of the option at hand."""
@@ -955,12 +996,14 @@ def parse_or_exit(
 ) -> Parsed:
     """What `parse` makes of a command line; on a bad one a line per problem and exit status 2.
 
-    For scripts to call before they import torch, which takes seconds.
+    For scripts to call before they import torch, which takes seconds. Of several processes, which
+    all have the same command line, the first one prints.
     """
     try:
         return parse(arguments)
     except UsageError as error:
-        report_usage_error(program, error)
+        if os.environ.get("RANK", "0") == "0":
+            report_usage_error(program, error)
         sys.exit(2)
 
 
@@ -1013,6 +1056,11 @@ def find_idle_flags(options: Options) -> list[str]:
     return notes
 
 
+MUON_NEEDS_WHOLE = (
+    "--optimizer muon needs whole matrices, and --parallel fsdp shares them out: leave one out"
+)
+
+
 def find_problems(options: Options) -> list[str]:
     """What the options contradict among themselves; one line each, naming flag, value, remedy."""
     problems = []
@@ -1050,6 +1098,18 @@ def find_problems(options: Options) -> list[str]:
         problems.append(
             "--optimizer muon is for the matrices inside the layers, which --freeze_backbone does "
             "not train: leave one of the two out"
+        )
+    if {"global_batch_size", "gradient_accumulation_steps"} <= options.given:
+        problems.append(
+            "--gradient_accumulation_steps follows from --global_batch_size, the micro-batch and "
+            "the number of processes: give one of the two"
+        )
+    if options.parallel == "fsdp" and options.optimizer == "muon":
+        problems.append(MUON_NEEDS_WHOLE)
+    if options.parallel == "fsdp" and options.lora_rank:
+        problems.append(
+            "--parallel fsdp and --lora_rank exclude each other: adapters have few gradients and "
+            "little optimizer state to shard, so leave --parallel out"
         )
     if options.resume and options.overwrite:
         problems.append("--resume goes on with a run, --overwrite removes it: give one")

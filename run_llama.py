@@ -53,6 +53,7 @@ from config import (
     ANEW_ON_RESUME,
     DATA_DIR,
     IGNORE_INDEX,
+    MUON_NEEDS_WHOLE,
     SHIPPED_MODEL,
     Options,
     RunFailed,
@@ -89,13 +90,16 @@ from tokenizer import (
     vocabulary_remedy,
 )
 from utils import (
+    REPEATS,
     GpuTelemetry,
     Interrupted,
     LlamaDataset,
     MetricsLog,
+    NoLog,
     PretrainDataset,
     Ranks,
     RunFolder,
+    ShardedSave,
     StopRequest,
     TokenCache,
     available_memory,
@@ -103,29 +107,46 @@ from utils import (
     bucketed_batches,
     build_or_load,
     check_compiler,
+    check_runs_alone,
     check_writable,
     check_writable_file,
     choose_device,
     choose_dtype,
     count_chunks,
     describe_device,
+    distribute,
     dtype_name,
     environment,
+    exit_at_once,
     free_disk,
     has_compiler,
+    is_lost_peer,
+    is_sharded,
+    is_share,
     keep_freed_memory,
     load_checkpoint,
+    load_sharded,
+    load_whole_optimizer,
+    load_whole_state,
     loss_curve_svg,
+    no_gradients,
+    own_tensors,
     peak_flops,
+    plain_optimizer_state,
     random_state,
+    rank_seed,
     read_labelled,
     read_records,
     restore_random_state,
     save_checkpoint,
     seed_everything,
+    size_on_disk,
     split_documents,
+    state_file,
     used_memory,
+    whole_state,
     whole_stream,
+    without_exchange,
     write_text,
     write_trace,
 )
@@ -156,18 +177,26 @@ class Batch:
         rows = -(-len(self.inputs[0]) // count)
         return list(zip(*(tensor.split(rows) for tensor in self.inputs), strict=True))
 
+    def without_targets(self) -> Batch:
+        """Its first row with nothing to predict: for a rank to take part in a pass of the others.
+
+        The last of the inputs are the targets or labels.
+        """
+        *inputs, targets = (tensor[:1] for tensor in self.inputs)
+        return Batch((*inputs, torch.full_like(targets, IGNORE_INDEX)), targets=0, tokens=0)
+
 
 @dataclass(frozen=True)
 class Task:
     """What pretraining and finetuning do not share: batches, loss, evaluation, best model."""
 
-    batches: Callable[[int], list[Batch]]  # this rank's micro-batches of optimizer step N
+    batches: Callable[[int], list[Batch]]  # this rank's micro-batches of step N, on all as many
     loss: Callable[..., torch.Tensor]  # sum of the losses of a micro-batch's targets
     evaluate: Callable[[], dict[str, float]]  # empty where there is nothing to evaluate on
     goal: str  # the metric that chooses the best model
     higher_is_better: bool
-    weights: Callable[[], dict[str, Any]]  # the content of a weights file
-    state: Callable[[], dict[str, Any]]  # the model's part of a resumable checkpoint
+    weights: Callable[[], dict[str, Any]]  # the content of a weights file; on rank 0, made by all
+    state: Callable[[dict], dict[str, Any]]  # a state dict, as a resumable checkpoint has it
     locate: Callable[[int], str]  # where a sequence of the data set stands, for messages
     best_interval: int = 1  # epochs between looks for a new best
     eval_interval: int = 0  # optimizer steps between evaluations; 0: at epochs' ends only
@@ -246,6 +275,7 @@ class Run:
     plan: TrainingPlan
     task: Task
     model: nn.Module
+    parallel: nn.Module  # what the task's loss calls: around or of the model, for all ranks
     optimizer: AdamW | MuonAndAdamW
     scaler: torch.amp.GradScaler
     device: torch.device
@@ -257,21 +287,34 @@ class Run:
     progress: Progress = dataclasses.field(default_factory=Progress)
     run_id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
     files: Files = dataclasses.field(default_factory=lambda: Files())
+    sharded: ShardedSave | None = None  # writes the checkpoints of a sharded model
 
     def save(self, path: Path) -> None:
-        """Write a resumable checkpoint: everything that is not a flag or a file. Raises OSError."""
+        """Write a resumable checkpoint: everything that is not a flag or a file.
+
+        Of a sharded model it is only begun, under a name that says so. Raises OSError.
+        """
+        random_states = self.ranks.gather(random_state())
+        whole = self.sharded is None
         payload = {
-            **self.task.state(),
-            "optimizer": self.optimizer.state_dict(),
+            **self.task.state(whole_state(self.model, self.ranks) if whole else {}),
+            "optimizer": (
+                self.optimizer.state_dict() if whole else plain_optimizer_state(self.optimizer)
+            ),
             "scaler": self.scaler.state_dict(),
-            "rng": random_state(),
+            "rng": random_states[0],
             "progress": dataclasses.asdict(self.progress),
             "identity": self.identity,
             "run_id": self.run_id,
             "options": self.options.to_plain(),
         }
-        if self.ranks.is_main:
-            save_checkpoint(path, payload)
+        if self.ranks.world_size > 1:
+            payload["rng_of_ranks"] = random_states
+        if whole:
+            self.ranks.on_main(lambda: save_checkpoint(path, payload))
+        else:
+            tensors = own_tensors(self.model, self.optimizer)
+            self.sharded.begin(path.with_name(f"{path.stem}-sharded"), tensors, payload)
 
     def restore(self, payload: dict[str, Any]) -> None:
         """Take over a checkpoint's state; its identity has been checked.
@@ -279,36 +322,67 @@ class Run:
         Raises UsageError where it holds other things than this program writes.
         """
         try:
-            self.model.load_state_dict(payload["model"])
-            self.optimizer.load_state_dict(payload["optimizer"])
+            if "restore_from" in payload:
+                folder = payload["restore_from"]
+                load_sharded(folder, self.model, self.optimizer, payload["optimizer"])
+            else:
+                load_whole_state(self.model, payload["model"])
+                load_whole_optimizer(self.optimizer, payload["optimizer"])
             self.scaler.load_state_dict(payload["scaler"])
             vars(self.progress).update(vars(Progress(**payload["progress"])))
-            restore_random_state(payload["rng"])
+            random_states = payload.get("rng_of_ranks", [payload["rng"]])
+            if len(random_states) == self.ranks.world_size:
+                restore_random_state(random_states[self.ranks.rank])
+            else:
+                seed_rank(self)
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
             raise UsageError(f"the checkpoint is not one of this program ({reason})") from None
         self.run_id = payload.get("run_id", self.run_id)
+        if self.ranks.world_size > 1:
+            self.progress.split = 1  # several processes train on micro-batches as given
 
-    def checkpoint(self, path: Path | None = None) -> None:
-        """Save, by default named after the step, and delete what is old by now. Raises OSError."""
-        step = self.progress.step
+    def checkpoint(self, path: Path | None = None, *, wait: bool = True) -> None:
+        """Save, by default named after the step, and delete what is old by now. Raises OSError.
+
+        A sharded checkpoint is published only if `wait`, and any that was begun before it.
+        """
+        step, skipped = self.progress.step, self.progress.skipped
+        self.publish()
         self.save(path or self.folder.step_checkpoint(step))
-        if not self.progress.skipped:  # else the last good one, to go back to, may be among them
+        if self.sharded is None:
+            self.prune(step, skipped)
+        elif wait:
+            self.publish()
+
+    def publish(self) -> None:
+        """Finish the sharded checkpoint that was begun, if any. Raises OSError."""
+        payload = self.sharded and self.sharded.publish()
+        if payload:
+            self.prune(payload["progress"]["step"], payload["progress"]["skipped"])
+
+    def prune(self, step: int, skipped: int) -> None:
+        """Delete what is old by now, after the checkpoint of `step`."""
+        if self.ranks.is_main and not skipped:  # else the last good one may be among them
             self.folder.prune(self.options.keep_last, run_id=self.run_id, step=step)
 
 
-def train(run: Run) -> None:
+def train(run: Run) -> bool:
     """Train from where `run.progress` stands to the plan's last step, or until asked to stop.
 
-    Each step makes one record. What follows a step (evaluation, best model, checkpoint) is decided
-    by its number alone, so a run stopped anywhere and resumed ends as if it had never stopped.
+    Returns whether it was asked to stop. Each step makes one record. What follows a step
+    (evaluation, best model, checkpoint) is decided by its number alone, so a run stopped anywhere
+    and resumed ends as if it had never stopped. Several ranks go through this side by side: what is
+    decided here is the same on each, and `ranks` is where they meet and where rank 0 is alone.
     """
     plan, task, options, progress = run.plan, run.task, run.options, run.progress
+    ranks, stop = run.ranks, run.stop
     telemetry = GpuTelemetry(run.device)
-    peak = peak_flops(run.device, run.dtype)
+    peak = ranks.world_size * peak_flops(run.device, run.dtype)
     flops = plan.flops_per_token()
     done = progress.step - bool(progress.pending)  # steps whose record is complete
-    log = MetricsLog(run.folder.file("metrics.jsonl"), last_step=done, window=SPIKE_WINDOW)
+    path = run.folder.file("metrics.jsonl")
+    log = MetricsLog(path, done, window=SPIKE_WINDOW) if ranks.is_main else NoLog()
     bar = tqdm(
         total=plan.last_step,
         initial=progress.step,
@@ -318,8 +392,9 @@ def train(run: Run) -> None:
     )
     first_step, started = progress.step, time.perf_counter()
     run.model.train()
+    settle_exchange(run)
     with contextlib.closing(log), bar, profiled(run) as step_made:
-        while goes_on(task, plan, progress) and not run.stop.requested:
+        while goes_on(task, plan, progress) and not ranks.agree_to_stop(stop):
             record = progress.pending or optimizer_step(run)
             step_made()
             if progress.skipped >= MAX_SKIPPED:
@@ -347,6 +422,7 @@ def train(run: Run) -> None:
                 left = human_time((plan.last_step - progress.step) * a_step)
                 bar.write(f"about {left} left, evaluations apart")
             run.files.retry(progress.step)
+            publish_checkpoint(run, wait=False)
             if choose_best and is_new_best(task, progress, record):
                 write_weights(run, "best-model.pt")
             ends_run |= out_of_patience(task, plan, progress)
@@ -354,21 +430,25 @@ def train(run: Run) -> None:
                 write_checkpoint(run, run.folder.epoch_checkpoint(epoch))
             elif ends_run or every(options.checkpoint_interval, progress.step):
                 write_checkpoint(run, run.folder.step_checkpoint(progress.step))
-    if run.stop.requested:
+    stopped = ranks.agree_to_stop(stop)
+    if stopped:
         write_checkpoint(run, run.folder.step_checkpoint(progress.step))
+    publish_checkpoint(run)
+    if stopped:
         run.files.finish()
     elif out_of_patience(task, plan, progress):
         print(f"stopped: no better {task.goal} for {task.patience} epochs")
+    return stopped
 
 
 def optimizer_step(run: Run) -> dict[str, Any]:
     """Train on one accumulation window; returns the step's record.
 
-    The gradient is that of the mean loss over all targets of the window, so accumulation and
-    ragged batches equal one big batch.
+    The gradient is that of the mean loss over all targets of the window, on all ranks, so
+    accumulation, ragged batches and any number of ranks equal one big batch.
     """
     started = time.perf_counter()
-    plan, progress = run.plan, run.progress
+    plan, progress, ranks = run.plan, run.progress, run.ranks
     lr = progress.lr_scale * learning_rate(
         progress.step,
         peak_lr=run.options.peak_lr(),
@@ -381,17 +461,20 @@ def optimizer_step(run: Run) -> dict[str, Any]:
         group["lr"] = lr
     with record_function("data"):
         batches = run.task.batches(progress.step)
-    targets = max(1, sum(batch.targets for batch in batches))  # none at all: a loss of 0, not NaN
+    targets, tokens = ranks.sum(sum(b.targets for b in batches), sum(b.tokens for b in batches))
+    targets = max(1, targets)  # none at all: a loss of 0, not NaN
     with record_function("forward and backward"):
-        loss = backward_in_parts(run, batches, targets) / targets
+        loss_sum = backward_in_parts(run, batches, targets)
     with record_function("optimizer"):
         run.scaler.unscale_(run.optimizer)
         parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-        grad_norm = nn.utils.clip_grad_norm_(parameters, run.options.grad_clip or math.inf).item()
+        grad_norm = nn.utils.clip_grad_norm_(parameters, run.options.grad_clip or math.inf)
+        grad_norm = (grad_norm.full_tensor() if is_share(grad_norm) else grad_norm).item()
+        loss_sum, memory = ranks.sum(loss_sum, used_memory(run.device) or 0)
+        loss = loss_sum / targets
         update(run, batches, loss, grad_norm)
     progress.step += 1
-    tokens = sum(batch.tokens for batch in batches)
-    progress.tokens += tokens
+    progress.tokens += int(tokens)
     return {
         "step": progress.step,
         "epoch": (progress.step - 1) // plan.steps_per_epoch + 1,
@@ -401,28 +484,50 @@ def optimizer_step(run: Run) -> dict[str, Any]:
         "lr": lr,
         "grad_norm": finite_or_none(grad_norm),
         "tokens_per_second": tokens / (time.perf_counter() - started),
-        "memory": used_memory(run.device),
+        "memory": int(memory) or None,
     }
 
 
-def backward(run: Run, batches: list[Batch], targets: int) -> float:
-    """Sum up the gradients of the window's mean loss; returns the sum of its losses."""
+def backward(run: Run, batches: list[Batch], targets: float) -> float:
+    """Sum up the gradients of the window's mean loss; returns the sum of this rank's losses."""
     loss_sum = torch.zeros((), device=run.device)
-    for batch in batches:
-        for inputs in batch.parts(run.progress.split):
+    share = targets / run.ranks.world_size  # for the exchange takes the ranks' mean, not their sum
+    parts = [inputs for batch in batches for inputs in batch.parts(run.progress.split)]
+    for number, inputs in enumerate(parts, start=1):
+        last = number == len(parts)  # then the ranks exchange what has added up
+        with contextlib.nullcontext() if last else without_exchange(run.parallel):
             with autocast(run.device, run.dtype):
                 batch_loss = run.task.loss(*inputs)
-            run.scaler.scale(batch_loss / targets).backward()
-            loss_sum += batch_loss.detach()
+            run.scaler.scale(batch_loss / share).backward()
+        loss_sum += batch_loss.detach()
     return loss_sum.item()
 
 
-def backward_in_parts(run: Run, batches: list[Batch], targets: int) -> float:
+def settle_exchange(run: Run) -> None:
+    """Pass once through several ranks' exchange of gradients, training nothing.
+
+    After its first pass DDP lays out anew what it adds up, and what three numbers add up to
+    depends on where in it they stand. Done before the first step, also of a resumed run, every
+    step of both adds up alike, and their weights are the same bit for bit.
+    """
+    if run.ranks.world_size == 1:
+        return
+    random_before = random_state()
+    batch = run.task.batches(run.progress.step)[0].without_targets()
+    with autocast(run.device, run.dtype):
+        loss = run.task.loss(*batch.inputs)
+    loss.backward()
+    run.optimizer.zero_grad(set_to_none=True)
+    restore_random_state(random_before)
+
+
+def backward_in_parts(run: Run, batches: list[Batch], targets: float) -> float:
     """`backward`, with micro-batches halved as often as it takes to fit the memory.
 
     The window's sequences, their order and the update stay the same: what was one micro-batch is
     accumulated from its parts, in this and all later steps. Raises RunFailed where one sequence
-    alone does not fit.
+    alone does not fit, and of several ranks at once: one cannot repeat a step that others go
+    through.
     """
     random_before = random_state()  # a step tried again draws the dropout of the first attempt
     while True:
@@ -431,6 +536,12 @@ def backward_in_parts(run: Run, batches: list[Batch], targets: int) -> float:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
+        if run.ranks.world_size > 1:
+            raise RunFailed(
+                f"rank {run.ranks.rank} ran out of memory: give a smaller --pretrain_batch_size or "
+                "--batch_size (with --global_batch_size the training stays the same), "
+                "--activation_checkpointing or --parallel fsdp"
+            )
         # Outside of the handler, whose traceback holds on to the activations.
         run.optimizer.zero_grad(set_to_none=True)
         if run.device.type == "cuda":
@@ -482,16 +593,24 @@ def update(run: Run, batches: list[Batch], loss: float, grad_norm: float) -> Non
 
 def culprits(run: Run, batches: list[Batch]) -> str:
     """Which of the step's sequences have, one by one and without dropout, no finite loss."""
-    found = []
+    ranks, found = run.ranks, []
+    singles = [
+        single
+        for batch in batches
+        if len(batch.numbers)
+        for single in zip(batch.numbers, batch.parts(len(batch.numbers)), strict=True)
+    ]
+    stand_in = (None, batches[0].without_targets().inputs)  # for all ranks go through as many
+    missing = max(ranks.gather(len(singles))) - len(singles)
     run.model.eval()
-    with torch.no_grad(), autocast(run.device, run.dtype):
-        for batch in batches:
-            for number, inputs in zip(batch.numbers, batch.parts(len(batch.numbers)), strict=True):
-                if not math.isfinite(run.task.loss(*inputs).item()):
-                    found.append(number)
+    with no_gradients(run.parallel), autocast(run.device, run.dtype):
+        for number, inputs in [*singles, *[stand_in] * missing]:
+            if not math.isfinite(run.task.loss(*inputs).item()) and number is not None:
+                found.append(number)
     run.model.train()
+    found = [number for of_rank in ranks.gather(found) for number in of_rank]
+    numbers = [n for of_rank in ranks.gather([n for n, _ in singles]) for n in of_rank]
     if not found:
-        numbers = [number for batch in batches for number in batch.numbers]
         return f"each loss alone is finite, the first being of {run.task.locate(numbers[0])}"
     places = "; ".join(run.task.locate(number) for number in found[:2])
     return f"from {places}" + (f" and {len(found) - 2} more" if len(found) > 2 else "")
@@ -507,13 +626,14 @@ def roll_back(run: Run) -> None:
     remedy = "try a lower --pretrain_lr or --lr, or --dtype float32"
     if options.on_nonfinite == "stop":
         raise RunFailed(f"{bad}: {remedy}; the last checkpoint is as it was")
+    publish_checkpoint(run)  # it may be the last good one
     lr_scale = progress.lr_scale / 2
     if lr_scale < 2.0**-MAX_ROLLBACKS:
         raise RunFailed(f"{bad}, also with 1/{2**MAX_ROLLBACKS} of the learning rate: {remedy}")
-    payload = run.folder.last_good(run.run_id, progress.step)
-    if payload is None:
+    found = read_on_ranks(run.ranks, lambda: run.folder.last_good(run.run_id, progress.step))
+    if found is None:
         raise RunFailed(f"{bad}, and there is no earlier checkpoint to go back to: {remedy}")
-    run.restore(payload)
+    run.restore(found[1])
     progress.lr_scale = lr_scale
     tqdm.write(f"{bad}: back to step {progress.step:,}, with {lr_scale:g} of the learning rate")
 
@@ -643,17 +763,27 @@ def write_weights(run: Run, name: str) -> None:
     """Write one of the run's weights files, now or, these same weights, later."""
     path, payload = run.folder.file(name), run.task.weights()
 
-    def keep() -> Callable[[], None]:  # the payload may be the model's own memory
-        return functools.partial(save_checkpoint, path, copy.deepcopy(payload))
+    def save(payload: dict[str, Any]) -> None:
+        run.ranks.on_main(lambda: save_checkpoint(path, payload))
 
-    save = functools.partial(save_checkpoint, path, payload)
-    run.files.write(path.name, save, step=run.progress.step, keep=keep)
+    def keep() -> Callable[[], None]:  # the payload may be the model's own memory
+        return functools.partial(save, copy.deepcopy(payload))
+
+    save_now = functools.partial(save, payload)
+    run.files.write(path.name, save_now, step=run.progress.step, keep=keep)
 
 
 def write_checkpoint(run: Run, path: Path) -> None:
     """Write a resumable checkpoint, now or, of the step the run stands at then, later."""
-    save = functools.partial(run.checkpoint, path)
+    save = functools.partial(run.checkpoint, path, wait=False)
     run.files.write("checkpoint", save, step=run.progress.step, keep=lambda: run.checkpoint)
+
+
+def publish_checkpoint(run: Run, *, wait: bool = True) -> None:
+    """Finish a sharded checkpoint that was begun; without `wait` only if it is written by now."""
+    if run.sharded is not None and (wait or run.sharded.is_written()):
+        step = run.progress.step
+        run.files.write("checkpoint", run.publish, step=step, keep=lambda: run.checkpoint)
 
 
 # ---------------------------------------------------------------------------- before and after
@@ -662,12 +792,12 @@ def write_checkpoint(run: Run, path: Path) -> None:
 @contextlib.contextmanager
 def own_folder(options: Options, prefix: str) -> Iterator[RunFolder]:
     """The run's folder, writable and with no other run of this kind in it; raises UsageError."""
-    folder = RunFolder(options.save_dir, prefix)
-    if options.plan or not Ranks.from_environment().is_main:
+    folder, ranks = RunFolder(options.save_dir, prefix), Ranks.from_environment()
+    if options.plan:
         yield folder
         return
-    check_writable(folder.path, "--save_dir")
-    with folder.locked():
+    ranks.on_main(lambda: check_writable(folder.path, "--save_dir"))
+    with folder.locked(ranks):
         yield folder
 
 
@@ -675,12 +805,12 @@ def where_it_was(options: Options) -> Options:
     """A run resumed from a file goes on in that file's folder. Raises UsageError for another."""
     if options.resume in (None, "auto"):
         return options
-    if Path(options.resume).is_dir():
+    if Path(options.resume).is_dir() and not state_file(Path(options.resume)).is_file():
         raise UsageError(
             f"--resume {options.resume}: is a folder; --save_dir {options.resume} --resume auto "
             "goes on with the run in it"
         )
-    if not Path(options.resume).is_file():
+    if not state_file(Path(options.resume)).is_file():
         raise UsageError(f"--resume {options.resume}: no such file; auto takes the newest")
     folder = Path(options.resume).parent
     if "save_dir" in options.given and options.save_dir.resolve() != folder.resolve():
@@ -691,23 +821,31 @@ def where_it_was(options: Options) -> Options:
     return dataclasses.replace(options, save_dir=folder)
 
 
-def open_run(options: Options, folder: RunFolder) -> tuple[Options, dict[str, Any] | None]:
+def open_run(
+    options: Options, folder: RunFolder, ranks: Ranks
+) -> tuple[Options, dict[str, Any] | None]:
     """Check that the run may write its folder, and find the checkpoint to go on from, if any.
 
-    Returns it with the options: what was not typed is as the checkpoint has it.
+    Returns it with the options: what was not typed is as the checkpoint has it, and the global
+    batch is settled. A run that its launcher restarts goes on, whatever the command says.
     """
+    if ranks.on_main(lambda: any(map(ranks.is_launch_of, folder.starts()[-1:]))):
+        print("started again: the run goes on")
+        options = dataclasses.replace(options, resume="auto", overwrite=False)
+    resume, overwrite = options.resume, options.overwrite
     if not options.plan:
-        folder.check_free(resume=options.resume is not None, overwrite=options.overwrite)
-    if options.resume is None:
-        return options, None
-    found = folder.find_checkpoint(options.resume)
+        ranks.on_main(lambda: folder.check_free(resume=resume is not None, overwrite=overwrite))
+    if resume is None:
+        return options.with_global_batch(ranks.world_size), None
+    found = read_on_ranks(ranks, lambda: folder.find_checkpoint(resume))
     if found is None:
         print("--resume auto: the run ended before its first checkpoint, so it begins anew")
-        return options, None
+        return options.with_global_batch(ranks.world_size), None
     path, checkpoint = found
     print(f"resuming     {path}, made after step {checkpoint['progress']['step']:,}")
     before = checkpoint.get("options", {})
-    options = options.resumed(before)
+    options = options.resumed(before | global_batch(checkpoint["identity"]))
+    options = options.with_global_batch(ranks.world_size)
     now = options.to_plain()
     for name in sorted(options.given - ANEW_ON_RESUME):
         if name in before and before[name] != now[name]:
@@ -715,9 +853,40 @@ def open_run(options: Options, folder: RunFolder) -> tuple[Options, dict[str, An
     return options, checkpoint
 
 
+def read_on_ranks(
+    ranks: Ranks, find: Callable[[], tuple[Path, dict[str, Any]] | None]
+) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that rank 0 finds and verifies, read by every rank."""
+    found = None
+
+    def find_path() -> Path | None:
+        nonlocal found
+        found = find()
+        return found and found[0]
+
+    path = ranks.on_main(find_path)
+    if path is None:
+        return None
+    return ranks.on_all(lambda: found or (path, load_checkpoint(path, verify=False)))
+
+
+GLOBAL_BATCH = (
+    "--global_batch_size (--pretrain_batch_size or --batch_size x --gradient_accumulation_steps x "
+    "processes)"
+)
+
+
+def global_batch(identity: dict[str, Any]) -> dict[str, int]:
+    """The global batch of a checkpoint, as an option; of older ones, made by one process, too."""
+    steps = identity.get("--gradient_accumulation_steps", 1)
+    micro = identity.get("--pretrain_batch_size", identity.get("--batch_size", 1))
+    return {"global_batch_size": identity.get(GLOBAL_BATCH, micro * steps)}
+
+
 def check_identity(checkpoint: dict[str, Any], identity: dict[str, Any]) -> None:
     """Raise UsageError, a line each, for what a checkpoint was made with and this run is not."""
     made_with = {"--optimizer": "adamw"} | checkpoint["identity"]  # before there was a choice
+    made_with |= {GLOBAL_BATCH: global_batch(made_with)["global_batch_size"]}
     problems = []
     for name, value in identity.items():
         before = made_with.get(name)
@@ -740,7 +909,9 @@ def make_plan(
 ) -> TrainingPlan:
     """The plan of a run: what the flags say, and the sizes of the task's model and data."""
     return TrainingPlan(
-        accumulation_steps=options.gradient_accumulation_steps,
+        micro_batch_size=options.micro_batch_size,
+        accumulation_steps=options.global_batch_size
+        // (options.micro_batch_size * ranks.world_size),
         world_size=ranks.world_size,
         epochs=options.epochs,
         max_steps=options.max_steps,
@@ -810,21 +981,32 @@ def settle_compile(options: Options, plan: TrainingPlan) -> Options:
 
 def start(run: Run, checkpoint: dict[str, Any] | None) -> None:
     """Take over the checkpoint or clear the folder, and put on record what is about to run."""
+    ranks = run.ranks
+    if is_sharded(run.model):
+        run.sharded = ShardedSave(ranks, run.options.dist_timeout)
     if checkpoint is not None:
-        run.restore(checkpoint)
+        ranks.on_all(lambda: run.restore(checkpoint))
         if not goes_on(run.task, run.plan, run.progress):
             say_nothing_is_left(run)
-    elif run.options.overwrite:
-        run.folder.clear()
-    run.folder.remove_abandoned()
-    record = {
-        "options": run.options.to_plain(),
-        "environment": environment(),
-        "device": describe_device(run.device),
-        "dtype": dtype_name(run.dtype),
-        "resumed_at_step": run.progress.step,
-    }
-    run.folder.add_start(record)
+    elif not ranks.is_main:
+        seed_rank(run)
+
+    def begin() -> None:
+        if checkpoint is None and run.options.overwrite:
+            run.folder.clear()
+        run.folder.remove_abandoned()
+        record = {
+            "options": run.options.to_plain(),
+            "environment": environment(),
+            "device": describe_device(run.device),
+            "dtype": dtype_name(run.dtype),
+            "processes": ranks.world_size,
+            "launch": ranks.launch,
+            "resumed_at_step": run.progress.step,
+        }
+        run.folder.add_start(record)
+
+    ranks.on_main(begin)
     if run.progress.first is None:
         run.progress.first = run.task.evaluate().get(run.task.goal)
 
@@ -842,20 +1024,44 @@ def say_nothing_is_left(run: Run) -> None:
     )
 
 
+def seed_rank(run: Run) -> None:
+    """Give this rank dropout of its own: one of a number of ranks that no checkpoint tells of."""
+    seed_everything(rank_seed(run.options.seed, run.progress.step, run.ranks.rank))
+
+
+def share_batches(
+    parts: Sequence[Sequence[int]], ranks: Ranks, make: Callable[[Sequence[int]], Batch]
+) -> list[Batch]:
+    """This rank's micro-batches of a window's, as many on every rank.
+
+    A rank with one fewer than others gets one without targets: all take part in every pass.
+    """
+    return [
+        make(parts[number]) if counts else make(parts[number][:1]).without_targets()
+        for number, counts in ranks.rounds(len(parts))
+    ]
+
+
 # Flags that a resumed run looks at before it has read its checkpoint, or takes from it never.
 ASKED_BEFORE_RESUMING = frozenset(
-    "train dev test label_names dev_out test_out use_gpu max_steps cache_dir".split()
+    "train dev test label_names dev_out test_out use_gpu max_steps cache_dir dist_timeout".split()
 )
 
 
 def interrupted(run: Run) -> int:
     """Say what was saved and how to go on; returns the exit status."""
+    ranks = run.ranks
     words = ["python", sys.argv[0], "--option", run.options.option]
+    if ranks.world_size > 1:
+        words[:1] = ["torchrun", "--standalone", f"--nproc_per_node={ranks.world_size}"]
     words += ["--save_dir", str(run.folder.path), "--resume", "auto"]
     for name in sorted(run.options.given & ASKED_BEFORE_RESUMING):
         value = getattr(run.options, name)
         words += [f"--{name}", *([] if value is True else [str(value)])]
-    print(f"stopped after step {run.progress.step:,}, and saved; go on with:\n  {quoted(*words)}")
+    command = f"go on with:\n  {quoted(*words)}"
+    if ranks.nodes > 1:
+        command = "started as before, with --resume auto, it goes on"
+    print(f"stopped after step {run.progress.step:,}, and saved; {command}")
     return run.stop.exit_status
 
 
@@ -880,6 +1086,8 @@ def ready_to_train(
     if weight_decay is None:
         weight_decay = 0.1 if options.option == "pretrain" else 0.0
     settings = {"lr": options.peak_lr(), "betas": BETAS, "eps": EPS}
+    if options.optimizer == "muon" and is_sharded(model):  # by a flag that a checkpoint brought
+        raise UsageError(MUON_NEEDS_WHOLE)
     if options.optimizer == "muon":
         optimizer = MuonAndAdamW(model, weight_decay=weight_decay, **settings)
     else:
@@ -920,7 +1128,7 @@ def warn_of_vocabulary(share: float, files: list[Path]) -> None:
         )
 
 
-def load_texts(options: Options, tokenizer: Tokenizer, stop: StopRequest) -> Texts:
+def load_texts(options: Options, tokenizer: Tokenizer, stop: StopRequest, ranks: Ranks) -> Texts:
     """Tokenize the text, or find it tokenized, and hold some of it out. Raises UsageError."""
     reading = Reading(
         document_per_line=options.document_per_line,
@@ -930,9 +1138,13 @@ def load_texts(options: Options, tokenizer: Tokenizer, stop: StopRequest) -> Tex
     )
 
     def load(files: list[Path]) -> TokenCache:
-        cache = build_or_load(
-            files, tokenizer, reading, options.cache_dir, should_stop=lambda: stop.requested
-        )
+        def build(should_stop: Callable[[], bool]) -> TokenCache:
+            return build_or_load(
+                files, tokenizer, reading, options.cache_dir, should_stop=should_stop
+            )
+
+        name = f"tokenizing {files[0]}"
+        cache = ranks.first_on_node(name, build, stop, options.dist_timeout)
         if cache.rebuilt_because not in (None, "there was none"):
             print(f"tokenized anew: of the cache in {options.cache_dir}, {cache.rebuilt_because}")
         counted = []
@@ -999,23 +1211,22 @@ def pretrain(options: Options, stop: StopRequest) -> int:
 def pretrain_in(folder: RunFolder, options: Options, stop: StopRequest) -> int:
     """`pretrain` in a folder that no other run writes to."""
     ranks = Ranks.from_environment()
-    options, checkpoint = open_run(options, folder)
+    options, checkpoint = open_run(options, folder, ranks)
     tokenizer = Tokenizer(tokenizer_model=options.tokenizer_model)
     config = options.llama_config(tokenizer.n_words)
     seed_everything(options.seed)
-    device, device_note = choose_device(options.use_gpu)
+    device, device_note = choose_device(options.use_gpu, ranks)
     dtype = choose_dtype(options.dtype, device)
     if options.compile == "on":
         check_compiler(device)
-    print(f"device       {device_note}")
-    texts = load_texts(options, tokenizer, stop)
+    print(f"device       {device_note}{ranks.note(options.parallel)}")
+    texts = load_texts(options, tokenizer, stop, ranks)
     identity = {
         "--pretrain_data, --tokenizer_model or how the text is read: key": texts.key,
         "training tokens (--val_fraction, --val_data)": len(texts.train.stream),
         "model shape": config.to_model_args() | {"dropout": 0.0},
         "--max_seq_len": options.max_seq_len,
-        "--pretrain_batch_size": options.pretrain_batch_size,
-        "--gradient_accumulation_steps": options.gradient_accumulation_steps,
+        GLOBAL_BATCH: options.global_batch_size,
         "--seed": options.seed,
         "--optimizer": options.optimizer,
     }
@@ -1033,19 +1244,26 @@ def pretrain_in(folder: RunFolder, options: Options, stop: StopRequest) -> int:
         tokens=len(texts.train.stream),
         sequence_length=options.max_seq_len,
         logits_width=config.vocab_size,
-        micro_batch_size=options.pretrain_batch_size,
     )
-    print_plan(options, plan, device, "chunks")
+    ranks.on_main(lambda: print_plan(options, plan, device, "chunks"))
     options = settle_compile(options, plan)
     if options.plan:
         return 0
 
     keep_freed_memory()
-    model = Llama(config).to(device)
+    model = Llama(config)
     model.vocabulary = tokenizer.model_bytes
     model.activation_checkpointing = options.activation_checkpointing
+    next_token_loss = NextTokenLoss(model)
+    eager = distribute(
+        next_token_loss,
+        model.layers,
+        ranks=ranks,
+        parallel=options.parallel,
+        device=device,
+        dtype=dtype,
+    )
     optimizer, scaler = ready_to_train(model, options, device, dtype)
-    eager = NextTokenLoss(model)
     compiled = torch.compile(eager, dynamic=False) if options.compile == "on" else eager
 
     def loss(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -1060,14 +1278,12 @@ def pretrain_in(folder: RunFolder, options: Options, stop: StopRequest) -> int:
         )
         size = options.pretrain_batch_size
         parts = [chosen[i : i + size] for i in range(0, len(chosen), size)]
-        return [
-            text_batch(texts.train, part, device) for part in parts[ranks.rank :: ranks.world_size]
-        ]
+        return share_batches(parts, ranks, lambda part: text_batch(texts.train, part, device))
 
     def evaluate() -> dict[str, float]:
         if texts.val is None:
             return {}
-        return evaluate_text(model, texts.val, options, device, dtype, stop)
+        return evaluate_text(next_token_loss, texts.val, options, device, dtype, stop, ranks)
 
     task = Task(
         batches=batches,
@@ -1075,18 +1291,20 @@ def pretrain_in(folder: RunFolder, options: Options, stop: StopRequest) -> int:
         evaluate=evaluate,
         goal="loss" if texts.val is None else "val_loss",
         higher_is_better=False,
-        weights=lambda: model_payload(model, getattr(torch, options.save_dtype)),
-        state=lambda: model_payload(model, torch.float32),
+        weights=lambda: model_payload(
+            model, getattr(torch, options.save_dtype), state=whole_state(model, ranks)
+        ),
+        state=lambda state: model_payload(model, state=state),
         locate=texts.locate,
         best_interval=options.best_model_interval,
         eval_interval=options.eval_interval,
     )
     run = Run(
-        options, plan, task, model, optimizer, scaler, device, dtype, folder, ranks, stop, identity
-    )
+        options, plan, task, model, eager, optimizer, scaler, device, dtype, folder, ranks, stop,
+        identity,
+    )  # fmt: skip
     start(run, checkpoint)
-    train(run)
-    if stop.requested:
+    if train(run):
         return interrupted(run)
     return finish_pretraining(run, tokenizer)
 
@@ -1097,13 +1315,17 @@ def plan_elsewhere(options: Options, stop: StopRequest) -> int:
     The vocabulary and the text are read only where their sizes are not given.
     """
     tokenizer = None
+    ranks = Ranks(world_size=options.world_size)
+    options = options.with_global_batch(ranks.world_size)
     if not (options.vocab_size and options.plan_tokens):
         tokenizer = Tokenizer(tokenizer_model=options.tokenizer_model)
     config = options.llama_config(options.vocab_size or tokenizer.n_words)
-    tokens = int(options.plan_tokens or len(load_texts(options, tokenizer, stop).train.stream))
+    tokens = int(
+        options.plan_tokens or len(load_texts(options, tokenizer, stop, Ranks()).train.stream)
+    )
     plan = make_plan(
         options,
-        Ranks(world_size=options.world_size),
+        ranks,
         torch.device("cuda"),
         torch.bfloat16 if options.dtype == "auto" else getattr(torch, options.dtype),
         config=config,
@@ -1113,7 +1335,6 @@ def plan_elsewhere(options: Options, stop: StopRequest) -> int:
         tokens=tokens,
         sequence_length=options.max_seq_len,
         logits_width=config.vocab_size,
-        micro_batch_size=options.pretrain_batch_size,
     )
     memory = int(options.gpu_memory_gb * 1e9)
     lines = plan.lines(noun="chunks", save_dtype=options.save_dtype, available=memory)
@@ -1131,31 +1352,33 @@ def text_batch(dataset: PretrainDataset, indices: Sequence[int], device: torch.d
 
 
 def evaluate_text(
-    model: Llama,
+    next_token_loss: NextTokenLoss,
     dataset: PretrainDataset,
     options: Options,
     device: torch.device,
     dtype: torch.dtype,
     stop: StopRequest,
+    ranks: Ranks,
 ) -> dict[str, float]:
     """Loss in nats per token, perplexity and bits per byte over all of `dataset`.
 
-    Raises Interrupted when asked to stop.
+    The ranks share the batches and add up their losses in the batches' order, so the sum does not
+    depend on how many they are. Raises Interrupted when asked to stop.
     """
-    loss_sum = 0.0
     size = options.pretrain_batch_size
-    model.eval()
+    losses = np.zeros(-(-len(dataset) // size))
+    next_token_loss.eval()
     try:
-        with torch.inference_mode(), autocast(device, dtype):
-            for first in tqdm(
-                range(0, len(dataset), size), desc="validating", leave=False, disable=None
-            ):
-                stop.check()
-                indices = range(first, min(first + size, len(dataset)))
+        with no_gradients(next_token_loss), autocast(device, dtype):
+            rounds = list(ranks.rounds(len(losses)))
+            for number, counts in tqdm(rounds, desc="validating", leave=False, disable=None):
+                ranks.check_stop(stop)
+                indices = range(number * size, min((number + 1) * size, len(dataset)))
                 batch = text_batch(dataset, indices, device)
-                loss_sum += model.loss(*batch.inputs)[0].item()
+                losses[number] = counts * next_token_loss(*batch.inputs)[0].item()
     finally:
-        model.train()
+        next_token_loss.train()
+    loss_sum = sum(ranks.sum_array(losses).tolist())
     metrics = {"val_loss": loss_sum / dataset.n_targets}
     metrics["val_perplexity"] = math.exp(min(metrics["val_loss"], 700.0))
     if dataset.stream.utf8_bytes:
@@ -1175,11 +1398,17 @@ def finish_pretraining(run: Run, tokenizer: Tokenizer) -> int:
         if record["step"] % every_nth == 0 or record.get("val_loss") is not None
     ]
     picture = loss_curve_svg(records, f"{folder.path}")
-    run.files.write(curve.name, lambda: write_text(curve, picture), step=progress.step)
+
+    def draw() -> None:
+        run.ranks.on_main(lambda: write_text(curve, picture))
+
+    run.files.write(curve.name, draw, step=progress.step)
     run.files.finish()
-    run.model.eval()
+    if not run.ranks.is_main:
+        return 0
+    model = load_pretrained(final) if is_sharded(run.model) else run.model.eval()
     print("\na sample of what it writes:")
-    print(sample_text(run.model, tokenizer))
+    print(sample_text(model, tokenizer))
     print()
     last = records[-1] if records else {}
     if last.get("val_perplexity") is not None and progress.first is not None:
@@ -1205,7 +1434,7 @@ def list_files(folder: RunFolder) -> None:
     """Print the run's files and their sizes."""
     print("files:")
     for path in folder.own_files():
-        print(f"  {human_size(path.stat().st_size):>8}  {path}")
+        print(f"  {human_size(size_on_disk(path)):>8}  {path}")
 
 
 def sample_text(model: Llama, tokenizer: Tokenizer, max_new_tokens: int = 120) -> str:
@@ -1291,14 +1520,17 @@ def find_vocabulary(llama: Llama, path: Path, options: Options) -> Tokenizer:
     return tokenizer
 
 
-def load_model(options: Options) -> tuple[Llama, Tokenizer, torch.device]:
+def load_model(
+    options: Options, ranks: Ranks | None = None
+) -> tuple[Llama, Tokenizer, torch.device]:
     """The model on its device, in float32 and eval mode, and its vocabulary."""
     path = find_model(options)
     llama = load_pretrained(path)
     tokenizer = find_vocabulary(llama, path, options)
     llama.vocabulary = tokenizer.model_bytes
-    device, note = choose_device(options.use_gpu)
-    print(f"device       {note}")
+    ranks = ranks or Ranks()
+    device, note = choose_device(options.use_gpu, ranks)
+    print(f"device       {note}{ranks.note(options.parallel)}")
     return llama.to(device), tokenizer, device
 
 
@@ -1458,10 +1690,10 @@ def finetune_in(
 ) -> int:
     """`finetune` in a folder that no other run writes to."""
     ranks = Ranks.from_environment()
-    options, checkpoint = open_run(options, folder)
+    options, checkpoint = open_run(options, folder, ranks)
     seed_everything(options.seed)
     keep_freed_memory()
-    llama, tokenizer, device = load_model(options)
+    llama, tokenizer, device = load_model(options, ranks)
     dtype = choose_dtype(options.dtype, device)
     if options.compile == "on":
         check_compiler(device)
@@ -1492,7 +1724,7 @@ def finetune_in(
         "model shape": llama.config.to_model_args(),
         "--tokenizer_model": tokenizer.fingerprint,
         "--batch_size": options.batch_size,
-        "--gradient_accumulation_steps": options.gradient_accumulation_steps,
+        GLOBAL_BATCH: options.global_batch_size,
         "--max_sentence_len": options.max_sentence_len,
         "--freeze_backbone": options.freeze_backbone,
         "--lora_rank": options.lora_rank,
@@ -1514,14 +1746,16 @@ def finetune_in(
         tokens=int(train_set.lengths.sum()),
         sequence_length=int(train_set.lengths.max()),
         logits_width=len(files.label_names),
-        micro_batch_size=options.batch_size,
     )
-    print_plan(options, plan, device, "sentences")
+    ranks.on_main(lambda: print_plan(options, plan, device, "sentences"))
     if options.plan:
         return 0
 
+    parallel = distribute(
+        model, llama.layers, ranks=ranks, parallel=options.parallel, device=device, dtype=dtype
+    )
     optimizer, scaler = ready_to_train(model, options, device, dtype)
-    classify = torch.compile(model, dynamic=True) if options.compile == "on" else model
+    classify = torch.compile(parallel, dynamic=True) if options.compile == "on" else parallel
 
     @functools.lru_cache(maxsize=1)
     def epoch_batches(epoch: int) -> list[np.ndarray]:
@@ -1529,10 +1763,9 @@ def finetune_in(
 
     def batches(step: int) -> list[Batch]:
         epoch, index = divmod(step, plan.steps_per_epoch)
-        chosen = epoch_batches(epoch)
-        first = index * options.gradient_accumulation_steps
-        parts = chosen[first : first + options.gradient_accumulation_steps]
-        return [labelled_batch(train_set, part, device) for part in parts]
+        count = plan.accumulation_steps * ranks.world_size
+        parts = epoch_batches(epoch)[index * count : (index + 1) * count]
+        return share_batches(parts, ranks, lambda part: labelled_batch(train_set, part, device))
 
     def loss(tokens: torch.Tensor, lengths: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return nn.functional.nll_loss(classify(tokens, lengths), labels, reduction="sum")
@@ -1540,7 +1773,7 @@ def finetune_in(
     def evaluate() -> dict[str, float]:
         if dev_set.is_unlabelled():
             return {}
-        predictions = predict(model, dev_set, options.batch_size, device, stop)
+        predictions = predict(model, dev_set, options.batch_size, device, stop, ranks)
         scores = Scores.of(dev_set.labels, predictions, len(files.label_names))
         return {"dev_accuracy": scores.accuracy, "dev_f1": scores.macro_f1}
 
@@ -1550,17 +1783,17 @@ def finetune_in(
         evaluate=evaluate,
         goal="loss" if dev_set.is_unlabelled() else "dev_accuracy",
         higher_is_better=not dev_set.is_unlabelled(),
-        weights=lambda: classifier_payload(model, files.label_names, options),
-        state=lambda: model_payload(llama, state=model.state_dict()),
+        weights=lambda: classifier_payload(model, files.label_names, options, ranks),
+        state=lambda state: model_payload(llama, state=state),
         locate=lambda number: f"{files.train}, sentence {number + 1:,}",
         patience=options.early_stopping,
     )
     run = Run(
-        options, plan, task, model, optimizer, scaler, device, dtype, folder, ranks, stop, identity
-    )
+        options, plan, task, model, parallel, optimizer, scaler, device, dtype, folder, ranks, stop,
+        identity,
+    )  # fmt: skip
     start(run, checkpoint)
-    train(run)
-    if stop.requested:
+    if train(run):
         return interrupted(run)
     run.files.finish()
     best = folder.file("best-model.pt")
@@ -1570,8 +1803,11 @@ def finetune_in(
     try:
         for split, out in (("dev", files.dev_out), ("test", files.test_out)):
             if split in splits:
-                predictions = predict(model, splits[split], options.batch_size, device, stop)
-                report_predictions(split, splits[split], predictions, files.label_names, out)
+                predictions = predict(model, splits[split], options.batch_size, device, stop, ranks)
+                report = functools.partial(
+                    report_predictions, split, splits[split], predictions, files.label_names, out
+                )
+                ranks.on_main(report)
     except Interrupted:
         return interrupted(run)
     list_files(folder)
@@ -1597,6 +1833,7 @@ def predict(
     batch_size: int,
     device: torch.device,
     stop: StopRequest,
+    ranks: Ranks,
 ) -> list[int]:
     """The likeliest label of each sentence, in the file's order.
 
@@ -1606,18 +1843,20 @@ def predict(
     predictions = np.zeros(len(dataset), np.int64)
     was_training = model.training
     model.eval()
-    with torch.inference_mode():
+    with no_gradients(model):
         batches = dataset.length_sorted_batches(batch_size)
-        for indices in tqdm(batches, desc="predicting", leave=False, disable=None):
-            stop.check()
-            batch = labelled_batch(dataset, indices, device)
-            predictions[indices] = model(*batch.inputs[:2]).argmax(dim=-1).cpu().numpy()
+        rounds = list(ranks.rounds(len(batches)))
+        for number, counts in tqdm(rounds, desc="predicting", leave=False, disable=None):
+            ranks.check_stop(stop)
+            batch = labelled_batch(dataset, batches[number], device)
+            found = model(*batch.inputs[:2]).argmax(dim=-1).cpu().numpy()
+            predictions[batches[number]] = counts * found
     model.train(was_training)
-    return predictions.tolist()
+    return ranks.sum_array(predictions).tolist()
 
 
 def classifier_payload(
-    model: LlamaEmbeddingClassifier, label_names: list[str], options: Options
+    model: LlamaEmbeddingClassifier, label_names: list[str], options: Options, ranks: Ranks
 ) -> dict[str, Any]:
     """An ordinary weights file, adapters folded in, with the classifier's head beside the model."""
     llama = model.llama
@@ -1625,10 +1864,9 @@ def classifier_payload(
         llama = copy.deepcopy(llama)
         merge_lora(llama)
     dtype = getattr(torch, options.save_dtype)
-    return model_payload(llama, dtype) | {
-        "classifier_head": {
-            name: tensor.cpu() for name, tensor in model.classifier_head.state_dict().items()
-        },
+    head = whole_state(model.classifier_head, ranks)
+    return model_payload(llama, dtype, state=whole_state(llama, ranks)) | {
+        "classifier_head": {name: tensor.cpu() for name, tensor in head.items()},
         "label_names": label_names,
     }
 
@@ -1638,8 +1876,8 @@ def load_classifier(model: LlamaEmbeddingClassifier, path: Path, options: Option
     payload = load_checkpoint(path)
     if options.lora_rank:
         merge_lora(model.llama)
-    model.llama.load_state_dict(payload["model"])
-    model.classifier_head.load_state_dict(payload["classifier_head"])
+    load_whole_state(model.llama, payload["model"])
+    load_whole_state(model.classifier_head, payload["classifier_head"])
 
 
 # ---------------------------------------------------------------------------- prompt
@@ -1939,25 +2177,41 @@ def main(options: Options, stop: StopRequest | None = None) -> int:
 
     2 for bad input, 130 or 143 when interrupted, 1 where the run failed or a file was not written.
     """
-    stop = stop or StopRequest()
-    for note in find_idle_flags(options):
-        print(note)
+    stop, ranks = stop or StopRequest(), Ranks()
+
+    def fail(error: Exception | str, status: int) -> int:
+        if ranks.is_to_say(str(error)):
+            report_usage_error("run_llama.py", error)
+        return status
+
     with stop.listening():
         try:
-            return RUN_OPTION[options.option](options, stop)
+            ranks = Ranks.from_environment()
+            if ranks.world_size > 1:
+                stop.repeats, stop.silent = REPEATS, not ranks.is_main
+            if options.option not in ("pretrain", "finetune"):
+                check_runs_alone(f"--option {options.option}")
+            timeout = options.dist_timeout
+            with ranks.connected(use_gpu=options.use_gpu, timeout=timeout), ranks.quiet():
+                for note in find_idle_flags(options):
+                    print(note)
+                return RUN_OPTION[options.option](options, stop)
         except UsageError as error:
-            report_usage_error("run_llama.py", error)
-            return 2
+            return fail(error, 2)
         except RunFailed as error:
-            report_usage_error("run_llama.py", error)
-            return 1
+            return fail(error, 1)
         except OSError as error:  # a disk that is full or fails, beside what is tried again
             where = f"{error.filename}: " if error.filename else ""
-            report_usage_error("run_llama.py", RunFailed(f"{where}{error.strerror or error}"))
-            return 1
+            return fail(f"{where}{error.strerror or error}", 1)
         except Interrupted:
-            print("stopped; there was nothing to save yet")
+            if ranks.is_main:
+                print("stopped; there was nothing to save yet")
             return stop.exit_status
+        except RuntimeError as error:
+            if ranks.world_size == 1 or not is_lost_peer(error):
+                raise
+            said = ranks.lost_peer(options.dist_timeout)
+            return fail(said, 1) if said else 1
         except KeyboardInterrupt:
             return 130
 
@@ -1966,4 +2220,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows `?`
-    sys.exit(main(OPTIONS_GIVEN))
+    status = main(OPTIONS_GIVEN)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        exit_at_once(status)
+    sys.exit(status)

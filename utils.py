@@ -1,10 +1,10 @@
 """What every option needs beside the model: data sets, checkpoint files, the process, its record.
 
 Sections: whole files; from text files to chunks (token cache, holding out, PretrainDataset);
-labelled sentences; checkpoints, the run's folder and its lock; seeds, ranks, device and signals;
-telemetry and metrics. What decides an order is a pure function of (seed, epoch, index), so the
-state of a run's data is integers. Knows the model only as a state dict in llama's file format, and
-nothing of options.
+labelled sentences; checkpoints, the run's folder and its lock; seeds, device and signals; several
+processes, and the checkpoints they share; telemetry and metrics. What decides an order is a pure
+function of (seed, epoch, index), so the state of a run's data is integers. Knows the model only as
+a state dict in llama's file format, and nothing of options.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import functools
 import gzip
 import hashlib
 import html
+import io
 import json
 import os
+import pickle
 import platform
 import random
 import re
@@ -28,18 +30,27 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+import uuid
+import warnings
+import zipfile
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from config import IGNORE_INDEX, UsageError
+from config import IGNORE_INDEX, RunFailed, UsageError
 from llama import FORMAT_VERSION, SealingFile, load_payload, verify_seal
 from tokenizer import (
     JSON_SUFFIXES,
@@ -51,6 +62,7 @@ from tokenizer import (
     Tokenizer,
     atomic_write,
     find_text_files,
+    forget_cached,
     read_documents,
     replace,
     split_labelled,
@@ -820,22 +832,54 @@ def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
         raise
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, *, verify: bool = True) -> dict[str, Any]:
     """Read a file of `save_checkpoint` into memory and verify it; runs no code from it.
 
-    Raises UsageError naming the file when it is not whole, not ours, or not what was written.
+    Of a sharded checkpoint it reads the plain values, verifies the tensors' files, and tells
+    `load_sharded` by 'restore_from' where they are. Raises UsageError naming the file when it is
+    not whole, not ours, or not what was written.
     """
+    if path.is_dir():
+        payload = load_checkpoint(path / STATE_FILE, verify=verify)
+        if verify:
+            verify_shards(path, payload)
+            check_metadata(path / ".metadata")
+        return payload | {"restore_from": path}
     if not path.is_file():
         raise UsageError(f"--resume {path}: no such file")
     with path.open("rb") as file:
         if file.read(2) != b"PK":  # torch writes zip archives
             raise UsageError(f"{path} is no checkpoint: name a -epoch-N.pt or -step-N.pt file")
-    payload = copy.deepcopy(load_payload(path))  # mapped: its claims of size are checked by then
+    # Mapped: its claims of size are checked by then.
+    payload = copy.deepcopy(load_payload(path, verify=verify))
     payload.pop("digest", None)
     return payload
 
 
 RESUMABLE = {"model", "optimizer", "scaler", "rng", "progress", "identity"}
+
+
+STATE_FILE = "state.pt"  # of a sharded checkpoint: its plain values, in a folder with its tensors
+
+
+def state_file(path: Path) -> Path:
+    """The file of a checkpoint that holds its plain values: itself, or one in its folder."""
+    return path / STATE_FILE if path.is_dir() else path
+
+
+def size_on_disk(path: Path) -> int:
+    """Bytes of a file, or of the files in a folder."""
+    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder such that no half of it is left under its name."""
+    if path.is_dir():
+        aside = path.with_name(f".{path.name}.removed.tmp")
+        os.replace(path, aside)
+        shutil.rmtree(aside)
+    else:
+        path.unlink()
 
 
 def check_resumable(path: Path, payload: dict[str, Any]) -> None:
@@ -874,6 +918,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------------- the run's folder
 
 
+CHECKPOINT_NAME = r"-(epoch|step)-\d+(\.pt|-sharded)"  # after the run's prefix
 RUN_FILES = (
     "final-model.pt",
     "best-model.pt",
@@ -911,8 +956,8 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """What bears the name of a resumable checkpoint, whoever wrote it."""
-        pattern = re.compile(re.escape(self.prefix) + r"-(epoch|step)-\d+\.pt")
-        return sorted(path for path in self.path.glob("*.pt") if pattern.fullmatch(path.name))
+        pattern = re.compile(re.escape(self.prefix) + CHECKPOINT_NAME)
+        return sorted(path for path in self.path.glob("*-*-*") if pattern.fullmatch(path.name))
 
     def epoch_checkpoint(self, epoch: int) -> Path:
         """The resumable checkpoint after `epoch` passes over the data."""
@@ -936,31 +981,47 @@ class RunFolder:
                     own.append((found.step, path))
         for _, path in sorted(own, reverse=True)[keep_last:]:
             with contextlib.suppress(OSError):
-                path.unlink()
+                remove(path)
 
     def remove_abandoned(self) -> None:
         """Delete the temporary files of runs of this prefix that were killed while they wrote."""
         names = [re.escape(self.file(name).name) for name in RUN_FILES]
-        names.append(re.escape(self.prefix) + r"-(epoch|step)-\d+\.pt")
-        pattern = re.compile(rf"\.({'|'.join(names)})\.\d+\.tmp")
+        names.append(re.escape(self.prefix) + CHECKPOINT_NAME)
+        pattern = re.compile(rf"\.({'|'.join(names)})\.(\d+|removed|written)\.tmp")
         for path in self.path.glob(".*.tmp"):
             if pattern.fullmatch(path.name):
                 with contextlib.suppress(OSError):
-                    path.unlink()
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, ranks: Ranks | None = None) -> Iterator[None]:
         """Keep other runs of this prefix out of the folder within the block.
 
-        Raises UsageError that names the run that is in it.
+        Rank 0 holds the lock. Raises UsageError that names the run that is in the folder, and
+        where the other ranks do not see it: they are on machines that do not share it.
         """
-        path = self.file("run.lock")
-        take_lock(path)
+        path, ranks = self.file("run.lock"), ranks or Ranks()
+        ranks.on_main(lambda: take_lock(path, ranks))
         try:
+            ranks.on_all(lambda: self._check_shared(path, ranks))
             yield
         finally:
             with contextlib.suppress(OSError):
-                path.unlink()
+                if ranks.is_main:
+                    path.unlink()
+
+    def _check_shared(self, path: Path, ranks: Ranks) -> None:
+        if ranks.nodes == 1:
+            return
+        wanted = ranks.on_main(lambda: path.read_text(encoding="utf-8"))
+        for _ in range(100):  # a network file system shows a new file late
+            if _read_lock(path) == wanted:
+                return
+            time.sleep(0.1)
+        raise UsageError(
+            f"--save_dir {self.path}: machine {ranks.node} ({platform.node()}) does not see what "
+            "rank 0 wrote there: name a folder that all machines share"
+        )
 
     def check_free(self, *, resume: bool, overwrite: bool) -> None:
         """Raise UsageError if a run stands here that is neither to be resumed nor removed."""
@@ -974,15 +1035,18 @@ class RunFolder:
     def clear(self) -> None:
         """Remove the files of an earlier run, and no others."""
         for path in self.own_files():
-            path.unlink()
+            remove(path)
 
     def add_start(self, record: dict[str, Any]) -> None:
         """Put one start of the run, the first or a resume, into run.json."""
-        path = self.file("run.json")
-        starts = []
-        with contextlib.suppress(OSError, ValueError, KeyError):  # none yet, or cut by a crash
-            starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
-        write_text(path, json.dumps({"starts": [*starts, record]}, indent=2) + "\n")
+        starts = [*self.starts(), record]
+        write_text(self.file("run.json"), json.dumps({"starts": starts}, indent=2) + "\n")
+
+    def starts(self) -> list[dict[str, Any]]:
+        """The starts in run.json; none where it is not there or was cut by a crash."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return json.loads(self.file("run.json").read_text(encoding="utf-8"))["starts"]
+        return []
 
     def find_checkpoint(self, resume: str) -> tuple[Path, dict[str, Any]] | None:
         """The checkpoint that `--resume` names, read and verified.
@@ -1009,13 +1073,13 @@ class RunFolder:
             + (", with --overwrite" if paths else "")
         )
 
-    def last_good(self, run_id: str, step: int) -> dict[str, Any] | None:
+    def last_good(self, run_id: str, step: int) -> tuple[Path, dict[str, Any]] | None:
         """The newest whole checkpoint of a run before `step` that followed no skipped update."""
         for path in self.newest_first(self.checkpoints(), quiet=True):
             with contextlib.suppress(UsageError):
                 found = peek(path)
                 if found.run_id == run_id and found.step < step and not found.skipped:
-                    return load_checkpoint(path)
+                    return path, load_checkpoint(path)
         return None
 
     def newest_first(self, paths: Sequence[Path], *, quiet: bool = False) -> list[Path]:
@@ -1040,7 +1104,7 @@ class Peek(NamedTuple):
 
 def peek(path: Path) -> Peek:
     """Read a checkpoint's plain values and none of its tensors. Raises UsageError."""
-    payload = load_payload(path, verify=False)
+    payload = load_payload(state_file(path), verify=False)
     check_resumable(path, payload)
     progress = payload["progress"]
     step, skipped = progress.get("step"), progress.get("skipped", 0)
@@ -1052,12 +1116,13 @@ def peek(path: Path) -> Peek:
 # ---------------------------------------------------------------------------- the folder's lock
 
 
-def take_lock(path: Path) -> None:
+def take_lock(path: Path, ranks: Ranks) -> None:
     """Make a lock file of this process; one that a dead process left is taken over.
 
+    So is one of the same launch on another machine: a launcher restarts when all have ended.
     Raises UsageError that names the process that holds it.
     """
-    mine = json.dumps(process_name(os.getpid()))
+    mine = json.dumps(process_name(os.getpid()) | {"launch": ranks.launch})
     for _ in range(2):
         try:
             with path.open("x", encoding="utf-8") as file:
@@ -1067,7 +1132,7 @@ def take_lock(path: Path) -> None:
             found = _read_lock(path)
         except OSError as error:
             raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
-        if found is not None and _is_held(path, found):
+        if found is not None and _is_held(path, found, ranks):
             _raise_held(path, found)
         _remove_stale(path, found)
     raise UsageError(f"{path}: another run has just begun in this folder; name another one")
@@ -1123,14 +1188,14 @@ def _holder(content: str) -> dict[str, Any]:
     return {}
 
 
-def _is_held(path: Path, content: str) -> bool:
+def _is_held(path: Path, content: str, ranks: Ranks) -> bool:
     holder = _holder(content)
     if not holder:  # made this moment and not yet written, or cut off by a crash
         with contextlib.suppress(OSError):
             return time.time() - path.stat().st_mtime < 10
         return False
-    if holder.get("host") != platform.node():
-        return True  # nothing can be known of it from here
+    if holder.get("host") != platform.node():  # nothing can be known of it from here
+        return not ranks.is_launch_of(holder)
     began = process_began(holder["pid"])
     if holder.get("began") is not None and began is not None and began != holder["began"]:
         return False  # its number was given to another process
@@ -1191,39 +1256,23 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those of the run, as torchrun tells it in the environment."""
+def choose_device(use_gpu: bool, ranks: Ranks | None = None) -> tuple[torch.device, str]:
+    """The device to compute on, and a line that says so; a missing GPU is no error.
 
-    rank: int = 0
-    world_size: int = 1
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process prints and writes the files that are written once."""
-        return self.rank == 0
-
-    @classmethod
-    def from_environment(cls) -> Ranks:
-        """Read RANK and WORLD_SIZE; a process started alone is rank 0 of 1.
-
-        Raises UsageError for more than one: they would train apart, on parts of the data.
-        """
-        world_size = int(os.environ.get("WORLD_SIZE", 1))
-        if world_size > 1:
-            raise UsageError(
-                f"WORLD_SIZE={world_size}: this version trains in one process; start it without "
-                "torchrun or srun, or unset WORLD_SIZE"
-            )
-        return cls(int(os.environ.get("RANK", 0)), world_size)
-
-
-def choose_device(use_gpu: bool) -> tuple[torch.device, str]:
-    """The device to compute on, and a line that says so; a missing GPU is no error."""
-    gpu = None
+    Of several processes each takes a GPU of its own; raises UsageError where there are too few.
+    """
+    gpu, several = None, ranks is not None and ranks.world_size > 1
     if torch.cuda.is_available():
         gpu = torch.device("cuda")
-    elif torch.backends.mps.is_available():
+        if several and use_gpu:
+            if ranks.local_rank >= torch.cuda.device_count():
+                raise UsageError(
+                    f"--use_gpu: process {ranks.local_rank + 1} of this machine has no GPU of its "
+                    f"own: start at most --nproc_per_node {torch.cuda.device_count()}"
+                )
+            gpu = torch.device("cuda", ranks.local_rank)
+            torch.cuda.set_device(gpu)
+    elif torch.backends.mps.is_available() and not several:  # it cannot talk to other processes
         gpu = torch.device("mps")
     if gpu is not None and use_gpu:
         name = torch.cuda.get_device_name() if gpu.type == "cuda" else "Apple GPU (MPS)"
@@ -1339,11 +1388,14 @@ class Interrupted(Exception):
 class StopRequest:
     """Whether the user asked to stop (Ctrl-C, SIGTERM). The handler only sets it; loops read it.
 
-    A second signal finds Python's own handler restored and ends the process at once.
+    A second signal finds Python's own handler restored and ends the process at once. Under a
+    launcher the same one may come twice, so there `repeats` seconds pass first.
     """
 
     signal_number: int | None = None
     previous: dict[int, Any] = field(default_factory=dict)
+    repeats: float = 0.0
+    silent: bool = False
 
     @property
     def requested(self) -> bool:
@@ -1364,11 +1416,20 @@ class StopRequest:
     def listening(self) -> Iterator[StopRequest]:
         """Handle SIGINT and SIGTERM within the block."""
 
+        since = 0.0
+
         def handle(signal_number: int, frame: Any) -> None:
-            self.signal_number = signal_number
-            self.restore()
-            # os.write, since print may be interrupted in the middle of its own lock
-            os.write(2, b"\nstopping after this step; once more to quit at once\n")
+            nonlocal since
+            if since and time.monotonic() - since < self.repeats:
+                return
+            if since or not self.repeats:
+                self.restore()
+            if since:
+                signal.raise_signal(signal_number)
+            self.signal_number, since = signal_number, time.monotonic()
+            if not self.silent:
+                # os.write, since print may be interrupted in the middle of its own lock
+                os.write(2, b"\nstopping after this step; once more to quit at once\n")
 
         for number in (signal.SIGINT, signal.SIGTERM):
             self.previous[number] = signal.signal(number, handle)
@@ -1382,6 +1443,665 @@ class StopRequest:
         while self.previous:
             number, handler = self.previous.popitem()
             signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------- several processes
+
+T = TypeVar("T")
+REPEATS = 5.0  # seconds in which a launcher and the system may both deliver one and the same signal
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run, as torchrun tells it in the environment.
+
+    The methods are what the ranks do together, so all of them have to call them, in one order.
+    Alone (world_size 1) each does its work and asks nobody. One that waits in vain raises torch's
+    RuntimeError, which `is_lost_peer` knows.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    node: int = 0
+    nodes: int = 1
+    launch: str | None = None  # names the launcher, the same for all its restarts; None: none
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints and writes the files that are written once."""
+        return self.rank == 0
+
+    def is_launch_of(self, record: dict[str, Any]) -> bool:
+        """Whether what left a record was started by this same launch, so that this goes on."""
+        return self.launch is not None and record.get("launch") == self.launch
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        """What torchrun set; a process started alone is rank 0 of 1. Raises UsageError."""
+
+        def number(name: str, default: int) -> int:
+            text = os.environ.get(name, str(default))
+            if not text.isdecimal():
+                raise UsageError(
+                    f"{name}={text} in the environment is not a whole number: unset it"
+                )
+            return int(text)
+
+        world_size = number("WORLD_SIZE", 1)
+        if world_size > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            raise UsageError(
+                f"WORLD_SIZE={world_size} is set without RANK, MASTER_ADDR and MASTER_PORT: start "
+                "several processes with torchrun, or unset it"
+            )
+        return cls(
+            number("RANK", 0),
+            world_size,
+            number("LOCAL_RANK", 0),
+            number("GROUP_RANK", 0),
+            number("GROUP_WORLD_SIZE", 1),
+            launch_name(),
+        )
+
+    @contextlib.contextmanager
+    def connected(self, *, use_gpu: bool, timeout: int) -> Iterator[None]:
+        """Talk to the other processes within the block; one silent for `timeout` s is lost."""
+        if self.world_size == 1:
+            yield
+            return
+        backend = "cpu:gloo,cuda:nccl" if use_gpu and torch.cuda.is_available() else "gloo"
+        limit = timedelta(seconds=timeout)
+        store = next(dist.rendezvous("env://", self.rank, self.world_size, timeout=limit))[0]
+        store = dist.PrefixStore(name_start(store, self.rank, self.world_size, timeout), store)
+        dist.init_process_group(
+            backend, store=store, rank=self.rank, world_size=self.world_size, timeout=limit
+        )
+        yield
+        dist.destroy_process_group()  # not after an error: it would wait for those who are gone
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Let rank 0 alone print within the block; an exception that leaves it may be printed."""
+        with contextlib.ExitStack() as stack:
+            if not self.is_main:
+                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            yield
+
+    def note(self, parallel: str) -> str:
+        """How many processes there are and how they share the work, to stand behind the device."""
+        if self.world_size == 1:
+            return (
+                "" if parallel == "ddp" else f"; one process: --parallel {parallel} has no effect"
+            )
+        machines = f" on {self.nodes} machines" if self.nodes > 1 else ""
+        return f"; {self.world_size} processes{machines}, {parallel}"
+
+    def sum(self, *values: float) -> list[float]:
+        """The sum of each number over all ranks."""
+        if self.world_size == 1:
+            return list(values)
+        return self.sum_array(np.array(values, np.float64)).tolist()
+
+    def sum_array(self, values: np.ndarray) -> np.ndarray:
+        """The sum of an array over all ranks, element by element."""
+        if self.world_size == 1:
+            return values
+        total = torch.from_numpy(values.copy())
+        dist.all_reduce(total)
+        return total.numpy()
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, plain or tensors on the CPU, by rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Do something on rank 0 alone; what it returns, plain, or raises, all ranks do."""
+        if self.world_size == 1:
+            return work()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            outcome = attempt(work)
+        dist.broadcast_object_list(outcome, src=0)
+        value, error = outcome
+        if error is not None:
+            raise error
+        return value
+
+    def on_all(self, work: Callable[[], T]) -> T:
+        """Do something on every rank; what one of them raises, all do."""
+        if self.world_size == 1:
+            return work()
+        value, error = attempt(work)
+        for failed in self.gather(error):
+            if failed is not None:
+                raise failed
+        return value
+
+    def rounds(self, count: int) -> Iterator[tuple[int, bool]]:
+        """This rank's numbers of those below `count`, as many on every rank, and whether it counts.
+
+        A rank with one fewer than others does the last one once more, and that does not count.
+        """
+        for first in range(0, count, self.world_size):
+            number = first + self.rank
+            yield min(number, count - 1), number < count
+
+    def agree_to_stop(self, stop: StopRequest) -> bool:
+        """Whether any rank was asked to stop; then every rank's `stop` says so."""
+        if self.world_size == 1:
+            return stop.requested
+        number = torch.tensor(stop.signal_number or 0)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        if number and not stop.requested:
+            stop.signal_number = int(number)
+        return bool(number)
+
+    def check_stop(self, stop: StopRequest) -> None:
+        """Raise Interrupted on all ranks if one was asked to stop: where nothing is to be saved."""
+        if self.agree_to_stop(stop):
+            raise Interrupted
+
+    def first_on_node(
+        self, name: str, work: Callable[[Callable[[], bool]], T], stop: StopRequest, timeout: int
+    ) -> T:
+        """Do something long on one process of each machine, and then, quickly, on the others.
+
+        `work` polls what it is given: whether to stop. The polling also tells those who wait that
+        it gets on, so that hours do not look like a hang. Raises what `work` does, RunFailed where
+        nothing moves for `timeout` seconds, Interrupted.
+        """
+        if self.world_size == 1:
+            return work(lambda: stop.requested)
+        store = run_store()
+        told = 0.0
+
+        def poll() -> bool:
+            nonlocal told
+            if time.monotonic() - told > 1:
+                store.add(f"{name} beats {self.node}", 1)
+                told = time.monotonic()
+            return stop.requested
+
+        result = None
+        if self.local_rank == 0:
+            result, error = attempt(lambda: work(poll))
+            store.set(f"{name} ends {self.node}", pickle.dumps(error))
+        for node in range(self.nodes):
+            self._await_node(store, name, node, stop, timeout)
+        return result if self.local_rank == 0 else work(lambda: stop.requested)
+
+    def _await_node(
+        self, store: dist.Store, name: str, node: int, stop: StopRequest, timeout: int
+    ) -> None:
+        beats, since = -1, time.monotonic()
+        while not store.check([f"{name} ends {node}"]):
+            stop.check()
+            now = store.add(f"{name} beats {node}", 0)
+            if now != beats:
+                beats, since = now, time.monotonic()
+            if time.monotonic() - since > timeout:
+                raise RunFailed(
+                    f"the first process of machine {node} has not got on with {name} for "
+                    f"--dist_timeout {timeout} seconds"
+                )
+            time.sleep(0.1)
+        error = pickle.loads(store.get(f"{name} ends {node}"))
+        if error is not None:
+            raise error
+
+    def is_to_say(self, message: str) -> bool:
+        """Whether this process prints an error: of those that have the same one, the first."""
+        if self.world_size == 1 or not dist.is_initialized():
+            return self.is_main
+        try:
+            store = run_store()
+            store.add("errors", 1)
+            return store.add(f"error {hashlib.sha256(message.encode()).hexdigest()}", 1) == 1
+        except RuntimeError:  # the launcher is gone
+            return True
+
+    def lost_peer(self, timeout: int) -> str | None:
+        """What to say of processes that ended or hang; None where one of them said why."""
+        missing = "another process"
+        with contextlib.suppress(RuntimeError, ValueError):  # no launcher, or not any more
+            store = run_store()
+            store.add(f"misses others {self.rank}", 1)
+            time.sleep(2)  # till those whose fault it is not have told the same
+            if store.add("errors", 0):
+                return None
+            names = range(self.world_size)
+            lost = [str(rank) for rank in names if not store.add(f"misses others {rank}", 0)]
+            missing = f"rank {' and '.join(lost)}" if lost else missing
+        return (
+            f"{missing} of {self.world_size} ended, or did not answer for --dist_timeout {timeout} "
+            "seconds, so all end; --resume auto goes on from the last checkpoint"
+        )
+
+
+def name_start(store: dist.Store, rank: int, world_size: int, timeout: int) -> str:
+    """A name that the processes of this start share, and those of no other.
+
+    A launcher that restarts a run keeps its store, where the dead have left how to reach them. So
+    each rank shows a mark of its own, and rank 0 the marks it sees; when every rank has found its
+    own among these and said so, they are the living's. Raises RunFailed after `timeout` seconds.
+    """
+    mark, deadline = uuid.uuid4().hex, time.monotonic() + timeout
+    store.set(f"mark {rank}", mark)
+    while time.monotonic() < deadline:
+        if rank == 0:
+            if store.check([f"mark {other}" for other in range(world_size)]):
+                marks = [store.get(f"mark {other}").decode() for other in range(world_size)]
+                name = " ".join(marks)
+                store.set("marks", name)
+                if store.check([f"{mark} sees {other}" for other in marks[1:]]):
+                    store.set("start", name)
+                    return mark
+        elif store.check(["marks"]):
+            marks = store.get("marks").decode().split()
+            if marks[rank] == mark:
+                store.set(f"{marks[0]} sees {mark}", "")
+                if store.check(["start"]) and mark in store.get("start").decode():
+                    return marks[0]
+        time.sleep(0.02)
+    raise RunFailed(
+        f"not all of {world_size} processes came within --dist_timeout {timeout} seconds"
+    )
+
+
+def run_store() -> dist.Store:
+    """Where the processes of a run leave notes that others need not wait for."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def check_runs_alone(what: str) -> None:
+    """Raise UsageError where a launcher started several processes of what one is enough for."""
+    if Ranks.from_environment().world_size > 1:
+        raise UsageError(f"{what} runs in one process: start it without torchrun")
+
+
+def attempt(work: Callable[[], T]) -> list[Any]:
+    """[result, None] or [None, error], the error such as can be sent to another process."""
+    try:
+        return [work(), None]
+    except (UsageError, RunFailed, Interrupted) as error:
+        return [None, error]
+    except OSError as error:
+        return [None, OSError(error.errno, error.strerror or str(error), error.filename)]
+    except Exception as error:
+        traceback.print_exc()
+        return [None, RunFailed(f"{type(error).__name__}: {error}")]
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether torch means that another process is gone or silent; gloo has no exception for it."""
+    words = ("gloo", "Connection closed by peer", "NCCL", "Timed out waiting")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
+def exit_at_once(status: int) -> NoReturn:
+    """End a process among others without the interpreter's clean-up, in which threads of
+    torch.distributed at times crash, or wait for processes that are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def launch_name() -> str | None:
+    """What a launcher's starts and restarts share: torchrun's run id, else its process.
+
+    Its count of restarts is of no use: each machine's launcher counts its own.
+    """
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    if run_id != "none":  # torchrun's word for: none was given
+        return run_id
+    return json.dumps(process_name(os.getppid()))
+
+
+def rank_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of a rank's own random numbers, from `step` on."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+
+
+def is_share(tensor: torch.Tensor) -> bool:
+    """Whether this rank holds only its share: a DTensor, whose import would take a second."""
+    return hasattr(tensor, "full_tensor")
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether each rank holds only its share of the module."""
+    return any(is_share(parameter) for parameter in module.parameters())
+
+
+def distribute(
+    module: nn.Module,
+    blocks: Iterable[nn.Module],
+    *,
+    ranks: Ranks,
+    parallel: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> nn.Module:
+    """The module to call in training, whose gradients are means over the ranks.
+
+    ddp: a wrapper around it. fsdp: itself, changed so that each rank keeps its share of weights,
+    gradients and optimizer state; `blocks` are put together one at a time, in `dtype`, the rest
+    (embedding, head, last norm) in float32, as autocast has it.
+    """
+    if ranks.world_size == 1:
+        return module.to(device)
+    if parallel == "ddp":
+        module = module.to(device)
+        devices = [device] if device.type == "cuda" else None
+        with warnings.catch_warnings():
+            # What 2.13 says is to replace it is not there before. The one buffer is a constant.
+            warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
+            return DistributedDataParallel(
+                module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device.type, (ranks.world_size,))
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(module, mesh=mesh)
+
+
+def without_exchange(module: nn.Module) -> contextlib.AbstractContextManager:
+    """Let gradients add up on each rank within the block; sharded ones are exchanged each time,
+    since only so they need no more memory than their share."""
+    if isinstance(module, DistributedDataParallel):
+        return module.no_sync()
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def no_gradients(module: nn.Module) -> Iterator[None]:
+    """Evaluate within the block, and leave of a sharded module the shares alone."""
+    if not is_sharded(module):
+        with torch.inference_mode():
+            yield
+        return
+    with torch.no_grad():  # FSDP keeps what it puts together, and training needs ordinary tensors
+        yield
+    for part in module.modules():
+        if hasattr(part, "reshard"):
+            part.reshard()
+
+
+def whole_state(module: nn.Module, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """The state dict with shares put together, on rank 0; elsewhere it is empty."""
+    if not is_sharded(module):
+        return module.state_dict() if ranks.is_main else {}
+    whole: dict[int, torch.Tensor] = {}  # by parameter: what is tied is put together once
+    state = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in whole:
+            found = tensor.detach().full_tensor() if is_share(tensor) else tensor
+            whole[id(tensor)] = found.cpu() if ranks.is_main else found.new_empty(0)
+        state[name] = whole[id(tensor)]
+    return state if ranks.is_main else {}
+
+
+def load_whole_state(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """`load_state_dict` of whole tensors, of which each rank takes its share."""
+    if is_sharded(module):
+        own = module.state_dict()
+        state = {name: share_of(t, own[name]) if name in own else t for name, t in state.items()}
+    module.load_state_dict(state)
+
+
+def share_of(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This rank's share of a tensor that all ranks have, laid out as `like`."""
+    if not is_share(like) or whole.shape != like.shape:
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements
+    return distribute_tensor(whole.to(like.device), mesh, placements, src_data_rank=None)
+
+
+def load_whole_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """`load_state_dict` of whole tensors, of which each rank takes its share."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(map(is_share, parameters)):
+        shares = {
+            index: {
+                key: share_of(value, parameters[index]) if torch.is_tensor(value) else value
+                for key, value in of_one.items()
+            }
+            for index, of_one in state["state"].items()
+        }
+        state = state | {"state": shares}
+    optimizer.load_state_dict(state)
+
+
+# ---------------------------------------------------------------------------- sharded checkpoints
+
+# A folder of the files of torch.distributed.checkpoint, to which every rank adds its shares, and
+# state.pt, written last: the plain values and the SHA-256 of every other file. The folder is filled
+# under a temporary name. Any number of ranks reads it, also one, into whole or sharded tensors.
+
+
+def own_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The tensors of model and optimizer that this rank holds, by names of one level."""
+    tensors = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
+    for index, of_one in optimizer.state_dict()["state"].items():
+        for key, value in of_one.items():
+            if torch.is_tensor(value):
+                tensors[f"optimizer/{index}/{key}"] = value
+    return tensors
+
+
+def plain_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state dict without its tensors."""
+    state = optimizer.state_dict()
+    plain = {
+        index: {key: value for key, value in of_one.items() if not torch.is_tensor(value)}
+        for index, of_one in state["state"].items()
+    }
+    return state | {"state": plain}
+
+
+def load_sharded(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, plain: dict[str, Any]
+) -> None:
+    """Read a sharded checkpoint into model and optimizer, each rank what it holds of them.
+
+    `plain` is the optimizer's state without tensors. Raises RuntimeError for other names or shapes.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    parameters = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+    tensors = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
+    state = {index: dict(of_one) for index, of_one in plain["state"].items()}
+    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    for name, found in stored.items():
+        if name.startswith("optimizer/"):
+            _, index, key = name.split("/", 2)
+            like, dtype = parameters[int(index)], found.properties.dtype
+            shaped = found.size == like.shape
+            place = torch.zeros_like(like, dtype=dtype) if shaped else torch.zeros(found.size)
+            tensors[name] = state[int(index)][key] = place
+    try:
+        with warnings.catch_warnings():
+            # Of one process torch warns that it is one, also where it was told.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            dcp.load(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    except dcp.api.CheckpointException as error:
+        raise RuntimeError(first_failure(error)) from None
+    optimizer.load_state_dict(plain | {"state": state})
+
+
+def first_failure(error: BaseException) -> str:
+    """What torch's exception of a failed checkpoint says of the first rank that failed."""
+    rank, (failure, _) = next(iter(error.failures.items()))
+    return f"rank {rank}: {failure}"
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file as the disk has it, in hex."""
+    with path.open("rb") as file:
+        forget_cached(file)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify_shards(folder: Path, payload: dict[str, Any]) -> None:
+    """Raise UsageError where a file of a sharded checkpoint is not the one that was written."""
+    for name, digest in payload.get("files", {}).items():
+        path = folder / name
+        try:
+            same = hash_file(path) == digest
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read ({error.strerror})") from None
+        if not same:
+            raise UsageError(f"{path} is damaged: its bytes do not match its SHA-256")
+
+
+METADATA_CLASSES = {
+    "torch.distributed.checkpoint.metadata": None,  # all of its plain classes
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "pathlib": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
+    "torch": {"Size", "float32", "float64", "bfloat16", "float16", "int64", "uint8", "bool"},
+}
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Reads the index of a sharded checkpoint, which torch pickles, and no code in its place."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """One of the classes that such an index consists of."""
+        if module in METADATA_CLASSES and name in (METADATA_CLASSES[module] or {name}):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+def check_metadata(path: Path) -> Any:
+    """The index of a sharded checkpoint, unpickled as torch must not be let do it unseen.
+
+    Raises UsageError for one that holds code or other things than an index of tensors.
+    """
+    try:
+        with path.open("rb") as file:
+            index = MetadataUnpickler(file).load()
+        tensors = all(hasattr(entry, "properties") for entry in index.state_dict_metadata.values())
+    except Exception as error:  # whatever the damage happens to hit
+        raise UsageError(
+            f"{path}: is damaged, or carries code that was not run ({error})"
+        ) from None
+    if not tensors:
+        raise UsageError(f"{path}: lists other things than tensors, as no file of ours does")
+    return index
+
+
+def read_back(folder: Path, rank: int) -> None:
+    """Compare what a rank wrote with the checksums that torch made of it in memory.
+
+    Each tensor is a zip archive of its own. Raises OSError where the disk has something else.
+    """
+    for item in check_metadata(folder / ".metadata").storage_data.values():
+        if not item.relative_path.startswith(f"__{rank}_"):
+            continue
+        path = folder / item.relative_path
+        with path.open("rb") as file:
+            forget_cached(file)
+            file.seek(item.offset)
+            data = file.read(item.length)
+        try:
+            broken = zipfile.ZipFile(io.BytesIO(data)).testzip()
+        except zipfile.BadZipFile:
+            broken = path.name
+        if broken:
+            raise OSError(errno.EIO, "what was read back is not what was written", str(path))
+
+
+class ShardedSave:
+    """The writing of sharded checkpoints, one at a time, while the training goes on."""
+
+    def __init__(self, ranks: Ranks, timeout: int) -> None:
+        self.ranks = ranks
+        # Its own, for what it exchanges must not meet what the training does.
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        self.threads = ThreadPoolExecutor(1)
+        self.pending: tuple[Path, Path, dict[str, Any], Future[dict[str, str]]] | None = None
+
+    def begin(self, path: Path, tensors: dict[str, torch.Tensor], payload: dict[str, Any]) -> None:
+        """Copy this rank's tensors and begin to write them; `payload` is of plain values.
+
+        Raises OSError on all ranks.
+        """
+        import torch.distributed.checkpoint as dcp
+
+        assert self.pending is None, "one at a time"
+        temporary = path.with_name(f".{path.name}.written.tmp")
+
+        def make() -> None:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+
+        self.ranks.on_main(make)
+        # What is on the CPU torch would write as it changes.
+        copies = {n: t.clone() if t.device.type == "cpu" else t for n, t in tensors.items()}
+        written = dcp.async_save(copies, checkpoint_id=temporary, process_group=self.group)
+        digests = self.threads.submit(self._digest, written, temporary)
+        self.pending = (path, temporary, payload, digests)
+
+    def _digest(self, written: Future, temporary: Path) -> dict[str, str]:
+        """Wait until all is written, and read it back; the SHA-256 of this rank's files."""
+        import torch.distributed.checkpoint as dcp
+
+        try:
+            written.result()
+        except dcp.api.CheckpointException as error:
+            reason = f"{first_failure(error)}; is a disk full?"
+            raise OSError(errno.EIO, reason, str(temporary)) from None
+        read_back(temporary, self.ranks.rank)
+        names = [path.name for path in temporary.glob(f"__{self.ranks.rank}_*")]
+        names += [".metadata"] if self.ranks.is_main else []
+        return {name: hash_file(temporary / name) for name in names}
+
+    def is_written(self) -> bool:
+        """Whether there is something to publish: every rank has written its share."""
+        if self.pending is None:
+            return False
+        return self.ranks.sum(self.pending[3].done())[0] == self.ranks.world_size
+
+    def publish(self) -> dict[str, Any] | None:
+        """Wait for what is being written and give it its name; returns its plain values, if any.
+
+        Raises OSError on all ranks, and then nothing of it is left.
+        """
+        if self.pending is None:
+            return None
+        path, temporary, payload, digests = self.pending
+        self.pending = None
+        try:
+            found = self.ranks.gather(self.ranks.on_all(digests.result))
+            files = {name: digest for of_rank in found for name, digest in of_rank.items()}
+            self.ranks.on_main(lambda: self._rename(path, temporary, payload | {"files": files}))
+        finally:
+            if self.ranks.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+        return payload
+
+    def _rename(self, path: Path, temporary: Path, payload: dict[str, Any]) -> None:
+        save_checkpoint(temporary / STATE_FILE, payload)
+        aside = path.with_name(f".{path.name}.removed.tmp")
+        if path.exists():  # of this same step, from before the run was resumed or rolled back
+            replace(path, aside)
+        replace(temporary, path)
+        sync_folder(path.parent)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------- telemetry
@@ -1536,6 +2256,21 @@ class MetricsLog:
         else:
             self.end += len(data)
             self.unwritten.clear()
+
+
+class NoLog:
+    """The log of ranks that write none."""
+
+    records: Sequence[dict[str, Any]] = ()
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Rank 0 writes it."""
+
+    def rewind(self, last_step: int) -> None:
+        """Rank 0 does it."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def _whole_records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:

@@ -360,3 +360,47 @@ def test_sizes_and_times_as_people_read_them():
     ]  # fmt: skip
     assert [human_time(s) for s in (45, 200, 7500)] == ["45 s", "3 min 20 s", "2 h 5 min"]
     assert human_time(98 * 86400 + 21 * 3600) == "98 days 21 h"
+
+
+@pytest.mark.parametrize(
+    ("words", "processes", "whole"),
+    [
+        ("--pretrain_batch_size 4 --gradient_accumulation_steps 3", 2, 24),
+        ("--pretrain_batch_size 4 --global_batch_size 24", 2, 24),
+        ("--pretrain_batch_size 4 --global_batch_size 24", 1, 24),
+    ],
+)
+def test_the_global_batch_is_settled(words, processes, whole):
+    """As given, or as the micro-batch, the accumulation and the processes make it."""
+    options = parse_options(f"--option pretrain {words}".split())
+    assert options.with_global_batch(processes).global_batch_size == whole
+
+
+@pytest.mark.parametrize(
+    ("words", "processes", "remedy"),
+    [
+        ("--option pretrain --pretrain_batch_size 4 --global_batch_size 8", 4, "_batch_size 2"),
+        ("--option pretrain --pretrain_batch_size 4 --global_batch_size 9", 2, "multiple of 8"),
+        ("--option finetune --batch_size 4 --global_batch_size 6", 1, "--batch_size 2"),
+    ],
+)
+def test_a_global_batch_that_does_not_divide(words, processes, remedy):
+    """The message has the arithmetic and what would do."""
+    with pytest.raises(UsageError, match="not divisible") as raised:
+        parse_options(words.split()).with_global_batch(processes)
+    assert remedy in str(raised.value)
+
+
+def test_one_of_batch_and_accumulation():
+    """Each follows from the other."""
+    words = "--option pretrain --global_batch_size 8 --gradient_accumulation_steps 2"
+    with pytest.raises(UsageError, match="give one of the two"):
+        parse_options(words.split())
+
+
+def test_a_resumed_run_keeps_its_global_batch():
+    """Another number of processes makes it of other pieces; flags that made it may change it."""
+    stored = {"global_batch_size": 32, "pretrain_batch_size": 4, "gradient_accumulation_steps": 2}
+    for words, whole in (("", 32), ("--pretrain_batch_size 4", 32), ("--pretrain_batch_size 2", 8)):
+        options = parse_options(f"--option pretrain --resume auto {words}".split()).resumed(stored)
+        assert options.with_global_batch(2).global_batch_size == whole

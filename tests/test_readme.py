@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import tokenizer
 from config import parse_options
 
 ROOT = Path(__file__).resolve().parents[1]
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # more would only get in each other's way here
 SHORTER = {
     "pretrain": ["--max_steps", "2"],
     "finetune": ["--max_steps", "2", "--batch_size", "80"],
@@ -30,7 +33,8 @@ def commands() -> list[str]:
     """The lines of the README's code blocks that start a program."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.S)
-    return [line for block in blocks for line in block.splitlines() if line.startswith("python ")]
+    lines = [line for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith(("python ", "torchrun "))]
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +58,14 @@ def folder(tmp_path_factory) -> Path:
 
 
 def start(line: str) -> int:
-    """Run one line in this process; returns its exit status."""
-    _, script, *words = shlex.split(line)
+    """Run one line, in this process unless it starts several; returns its exit status."""
+    program, script, *words = shlex.split(line)
+    if program == "torchrun":
+        before, after = line.removeprefix("torchrun ").split("run_llama.py")
+        words = [*before.split(), str(ROOT / "run_llama.py"), *after.split()]
+        words += SHORTER[words[words.index("--option") + 1]]
+        launcher = [sys.executable, "-m", "torch.distributed.run"]
+        return subprocess.run([*launcher, *words], env=os.environ | ONE_THREAD).returncode
     if script == "run_llama.py":
         option = words[words.index("--option") + 1]
         words = [word for word in words if word != "--compile"]  # half a minute; tested elsewhere

@@ -323,11 +323,12 @@ def test_a_value_that_is_no_number_is_never_the_best():
     assert progress.best == 2.0
 
 
-def test_several_processes_are_refused(text_file, monkeypatch, capsys):
-    """Under torchrun each process once trained apart, on its own part of the data."""
+def test_several_processes_without_a_launcher_are_refused(text_file, monkeypatch, capsys):
+    """Each process once trained apart, on its own part of the data."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run(f"--option pretrain --pretrain_data {text_file}") == 2
-    assert "WORLD_SIZE" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "WORLD_SIZE=2" in error and "torchrun" in error and error.count("\n") == 1
 
 
 def test_plan_alone_leaves_nothing(text_file, capsys):
