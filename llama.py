@@ -509,7 +509,9 @@ class PackedLinear(nn.Module):
 
 
 # Private operators of torch, which read a CPU's memory faster than the public ones.
-_MKLDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_MKLDNN_LINEAR = None  # torch without oneDNN, as on Apple's computers, may have just its name
+if torch.backends.mkldnn.is_available():
+    _MKLDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _INT8_LINEAR = getattr(torch, "_weight_int8pack_mm", None)
 FEW_ROWS = 32  # up to which weight @ x.T is faster than x @ weight.T on a CPU: twice at 16
 
