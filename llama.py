@@ -17,7 +17,7 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -579,32 +579,22 @@ def penalize(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor:
 
 def logits_to_probs(logits: Tensor, sampling: Sampling) -> Tensor:
     """Probabilities (B, V) of the next token from its logits, filters applied in field order."""
+
+    def keep(floor: Tensor) -> Tensor:
+        return torch.where(probs >= floor, probs, 0)
+
     logits = logits.float()
     probs = torch.softmax((logits - logits.amax(-1, True)) / sampling.temperature, dim=-1)
-    floor = probs.new_zeros(len(probs), 1)  # tokens less likely than this are out
     if sampling.top_k is not None and sampling.top_k < probs.shape[-1]:
-        floor = probs.topk(sampling.top_k).values[:, -1:]
+        probs = keep(probs.topk(sampling.top_k).values[:, -1:])
     if sampling.top_p is not None and sampling.top_p < 1:
-        left = torch.where(probs >= floor, probs, 0)
-        floor = torch.maximum(floor, _nucleus_floor(left, sampling.top_p * left.sum(-1, True)))
-    if sampling.min_p is not None:
-        floor = torch.maximum(floor, sampling.min_p * probs.amax(-1, True))
-    probs = torch.where(probs >= floor, probs, 0)
-    return probs / probs.sum(-1, True)
-
-
-def _nucleus_floor(probs: Tensor, mass: Tensor) -> Tensor:
-    """Of each row (B, V), the smallest probability in the smallest set that reaches its mass."""
-    width = probs.shape[-1]
-    for count in (min(256, width), width):  # sorting them all is rarely needed, and slow
-        if count < width or probs.device.type != "cpu":
-            likeliest = probs.topk(count).values
-        else:  # numpy's is four times as fast: it carries no indices along
-            likeliest = torch.from_numpy(np.sort(probs.numpy())).flip(-1)
+        likeliest = probs.sort(-1, descending=True).values
+        mass = sampling.top_p * probs.sum(-1, True)
         short = (likeliest.cumsum(-1) < mass).sum(-1, True)  # prefixes that fall short of it
-        if (short < count).all():
-            break
-    return likeliest.gather(-1, short.clamp(max=count - 1))
+        probs = keep(likeliest.gather(-1, short.clamp(max=probs.shape[-1] - 1)))
+    if sampling.min_p is not None:
+        probs = keep(sampling.min_p * probs.amax(-1, True))
+    return probs / probs.sum(-1, True)
 
 
 def sample_next(
@@ -627,8 +617,13 @@ def sample_rows(
 ) -> list[int]:
     """Draw the next token of each row from its logits (B, V); `histories` are the texts so far.
 
-    Uses one random number of a row's CPU generator (None: torch's global one) on every device.
-    Raises UsageError where the logits are NaN.
+    The tokens have the probabilities of logits_to_probs, which sorts them for top_p; this does
+    not. It draws before top_p and min_p, which keep a token by what is likelier than it, and where
+    they do not keep it, draws anew from what is. That leaves each kept token its share: whatever
+    was thrown away, the next draw is in proportion, and all that they keep is still in it.
+
+    Uses a row's CPU generator (None: torch's global one) on every device. Raises UsageError where
+    the logits are NaN.
     """
     penalty = sampling.repetition_penalty
     if penalty != 1:
@@ -637,12 +632,27 @@ def sample_rows(
     if sampling.temperature == 0:
         return logits.argmax(-1).tolist()
     # On the CPU: Apple's GPU has no float64, which keeps the sum of many small numbers true.
-    cumulated = logits_to_probs(logits, sampling).cpu().cumsum(-1, dtype=torch.float64)
-    total = cumulated[:, -1:]
-    if not (total > 0).all():
-        raise UsageError("the model's logits are not numbers: its training diverged")
-    draws = [torch.rand(1, generator=row, dtype=torch.float64) for row in generators]
-    return torch.searchsorted(cumulated, torch.stack(draws) * total, right=True)[:, 0].tolist()
+    probs = logits_to_probs(logits, replace(sampling, top_p=None, min_p=None)).cpu()
+    mass = 1.0 if sampling.top_p is None else sampling.top_p
+    least = (sampling.min_p or 0) * probs.amax(-1, True)
+    tokens, rows = [0] * len(probs), list(range(len(probs)))  # rows: those still to be drawn
+    while rows:
+        cumulated = probs.cumsum(-1, dtype=torch.float64)
+        total = cumulated[:, -1:]
+        if not (total > 0).all():
+            raise UsageError("the model's logits are not numbers: its training diverged")
+        draws = [torch.rand(1, generator=generators[row], dtype=torch.float64) for row in rows]
+        drawn = torch.searchsorted(cumulated, torch.stack(draws) * total, right=True)
+        for row, token in zip(rows, drawn[:, 0].tolist(), strict=True):
+            tokens[row] = token
+        chosen = probs.gather(-1, drawn)
+        likelier = torch.gt(probs, chosen, out=torch.empty_like(probs)).mul_(probs)
+        again = chosen < least
+        if mass < 1:
+            again |= likelier.sum(-1, True, dtype=torch.float64) >= mass
+        left = again[:, 0].nonzero()[:, 0]
+        probs, least, rows = likelier[left], least[left], [rows[i] for i in left.tolist()]
+    return tokens
 
 
 def decode_step(

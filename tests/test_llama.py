@@ -509,7 +509,14 @@ def test_generate_draws_from_the_global_generator(model: L.Llama):
     assert torch.equal(model.generate(prompt, 0), prompt)
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, L.Sampling(0.8, top_k=20, repetition_penalty=1.3)])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        GREEDY,
+        L.Sampling(0.8, top_k=20, repetition_penalty=1.3),
+        L.Sampling(2.0, top_p=0.5, min_p=0.01),  # rows that draw anew do it from their own numbers
+    ],
+)
 def test_batched_prompts_give_what_each_gives_alone(model: L.Llama, sampling: L.Sampling):
     """Ragged lengths, one beyond the window, rows that end early, each row its own numbers."""
     lengths = [1, 30, 7, 45, 7]
@@ -563,7 +570,7 @@ def filtered(logits, sampling):
         L.Sampling(),
         L.Sampling(0.7, top_k=5),
         L.Sampling(1.5, top_p=0.9),
-        L.Sampling(4.0, top_p=0.99),  # more than the 256 likeliest: the slow way
+        L.Sampling(4.0, top_p=0.99),
         L.Sampling(1.0, min_p=0.05),
         L.Sampling(1.2, top_k=40, top_p=0.8, min_p=0.02),
         L.Sampling(1.0, top_k=1),
@@ -580,12 +587,31 @@ def test_filters_keep_what_they_are_defined_to_keep(sampling: L.Sampling):
     torch.testing.assert_close(probs[sorted(kept)], want / want.sum())
 
 
-def test_sampling_follows_the_probabilities():
-    """20,000 draws: each frequency within five standard errors."""
-    logits, generator = torch.tensor([0.0, 1.0, -1.0, 2.0, -50.0]), torch.Generator().manual_seed(5)
-    draws = [L.sample_next(logits, L.Sampling(), generator=generator) for _ in range(20000)]
-    for token, p in enumerate(torch.softmax(logits, -1).tolist()):
-        assert abs(draws.count(token) / 20000 - p) <= 5 * math.sqrt(p * (1 - p) / 20000) + 1e-9
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        L.Sampling(),
+        L.Sampling(0.7, top_k=5),
+        L.Sampling(1.5, top_p=0.9),
+        L.Sampling(2.0, top_p=0.1),  # most rows are drawn several times
+        L.Sampling(1.0, top_p=1e-9),
+        L.Sampling(1.0, min_p=0.2),
+        L.Sampling(2.0, top_k=20, top_p=0.7, min_p=0.3),
+    ],
+)
+def test_sampling_follows_the_probabilities(sampling: L.Sampling):
+    """A chi-square of 20,000 draws lies within five standard deviations; ties are among them."""
+    torch.manual_seed(6)
+    logits, generator = torch.randn(40).mul(4).round().div(2), torch.Generator().manual_seed(5)
+    probs = L.logits_to_probs(logits[None], sampling)[0].double()
+    count = 20000
+    rows = {"generators": [generator] * count, "histories": [()] * count}
+    draws = torch.tensor(L.sample_rows(logits.expand(count, -1), sampling, **rows))
+    seen, kept = draws.bincount(minlength=40), probs > 0
+    assert not seen[~kept].any()
+    want = count * probs[kept]
+    distance, freedom = ((seen[kept] - want) ** 2 / want).sum().item(), len(want) - 1
+    assert distance <= freedom + 5 * math.sqrt(2 * freedom) + 1e-9
 
 
 def test_repetition_penalty_lowers_what_was_said_whatever_its_sign():
