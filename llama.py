@@ -205,13 +205,26 @@ class Attention(nn.Module):
         super().__init__()
         self.layer_id = layer_id
         self.head_dim = config.head_dim
+        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
         kv_dim = config.n_kv_heads * config.head_dim
         self.grouped = config.n_kv_heads != config.n_heads
         self.compute_query = nn.Linear(config.dim, config.dim, bias=False)
         self.compute_key = nn.Linear(config.dim, kv_dim, bias=False)
         self.compute_value = nn.Linear(config.dim, kv_dim, bias=False)
         self.compute_output = nn.Linear(config.dim, config.dim, bias=False)
+        self.compute_heads: PackedLinear | None = None  # the first three, for generation
         self.dropout = nn.Dropout(config.dropout)
+
+    def heads(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query (B, T, H, D) and key, both turned, and value (B, T, H_kv, D) of x (B, T, dim)."""
+        split = (-1, self.head_dim)
+        if self.compute_heads is not None:
+            counts = (self.n_heads + self.n_kv_heads, self.n_kv_heads)
+            turned, value = self.compute_heads(x).unflatten(-1, split).split(counts, 2)
+            return *rotate(turned, table).split((self.n_heads, self.n_kv_heads), 2), value
+        query = rotate(self.compute_query(x).unflatten(-1, split), table)
+        key = rotate(self.compute_key(x).unflatten(-1, split), table)
+        return query, key, self.compute_value(x).unflatten(-1, split)
 
     def forward(
         self,
@@ -220,10 +233,7 @@ class Attention(nn.Module):
         cache: KVCache | StepCache | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        heads = (-1, self.head_dim)
-        query = rotate(self.compute_query(x).unflatten(-1, heads), table)  # (B, T, H, D)
-        key = rotate(self.compute_key(x).unflatten(-1, heads), table)  # (B, T, H_kv, D)
-        value = self.compute_value(x).unflatten(-1, heads)
+        query, key, value = self.heads(x, table)
         if cache is not None:
             key, value = cache.update(self.layer_id, key, value)  # (B, S, H_kv, D)
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
@@ -251,10 +261,15 @@ class FeedForward(nn.Module):
         self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)  # gate
         self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)  # down
         self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)  # up
+        self.w1_w3: PackedLinear | None = None  # the two, for generation
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+        if self.w1_w3 is not None:
+            gate, up = self.w1_w3(x).chunk(2, -1)
+        else:
+            gate, up = self.w1(x), self.w3(x)
+        return self.dropout(self.w2(F.silu(gate) * up))
 
 
 class LlamaLayer(nn.Module):
@@ -457,11 +472,22 @@ class Llama(nn.Module):
 
         The product with a single row, of which decoding consists, waits for memory: fewer bytes
         are the faster ones, and PackedLinear reads them at more of its speed than nn.Linear.
+        Matrices that are multiplied by the same become one, for fewer and longer products.
         """
-        for module in list(self.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, nn.Linear):
-                    setattr(module, name, PackedLinear(child.weight, dtype))
+
+        def pack(*linears: nn.Linear) -> PackedLinear:
+            weights = [linear.weight for linear in linears]
+            return PackedLinear(torch.cat(weights) if len(weights) > 1 else weights[0], dtype)
+
+        for layer in self.layers:
+            part = layer.attention
+            part.compute_heads = pack(part.compute_query, part.compute_key, part.compute_value)
+            part.compute_output = pack(part.compute_output)
+            del part.compute_query, part.compute_key, part.compute_value
+            part = layer.feed_forward
+            part.w1_w3, part.w2 = pack(part.w1, part.w3), pack(part.w2)
+            del part.w1, part.w3
+        self.output = pack(self.output)
         if self.config.tie_word_embeddings:
             self.tok_embeddings = PackedEmbedding(self.output)
         else:
