@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import pickle
+import runpy
 import shutil
 import struct
 import sys
@@ -456,6 +457,12 @@ def test_packed_weights_compute_what_their_values_say(
             want = model.output(model.hidden_states(tokens))
             got = packed.output(packed.hidden_states(tokens))
             assert (got - want).norm() <= bound * want.norm()
+
+
+def test_onednns_product_is_left_alone_where_torch_has_no_onednn(monkeypatch):
+    """Such a torch may have the operator's name, and raises when it is called."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert runpy.run_path(L.__file__)["_MKLDNN_LINEAR"] is None
 
 
 @pytest.mark.parametrize("dtype, percent", [(torch.bfloat16, 0.1), (torch.int8, 0.5)])
