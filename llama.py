@@ -643,13 +643,12 @@ def sample_rows(
 ) -> list[int]:
     """Draw the next token of each row from its logits (B, V); `histories` are the texts so far.
 
-    The tokens have the probabilities of logits_to_probs, which sorts them for top_p; this does
-    not. It draws before top_p and min_p, which keep a token by what is likelier than it, and where
-    they do not keep it, draws anew from what is. That leaves each kept token its share: whatever
-    was thrown away, the next draw is in proportion, and all that they keep is still in it.
+    They come with the probabilities of logits_to_probs, but without its sorting for top_p: a token
+    is drawn before top_p and min_p apply, and where they would not keep it, anew from those
+    likelier than it. All that they keep are among these, so each of them has its share still.
 
-    Uses a row's CPU generator (None: torch's global one) on every device. Raises UsageError where
-    the logits are NaN.
+    Uses a row's CPU generator (None: torch's global one) on every device: mostly one number, and
+    one more for each time that it draws anew. Raises UsageError where the logits are NaN.
     """
     penalty = sampling.repetition_penalty
     if penalty != 1:
@@ -672,6 +671,7 @@ def sample_rows(
         for row, token in zip(rows, drawn[:, 0].tolist(), strict=True):
             tokens[row] = token
         chosen = probs.gather(-1, drawn)
+        # probs where they are above chosen, else 0; torch.where takes four times as long
         likelier = torch.gt(probs, chosen, out=torch.empty_like(probs)).mul_(probs)
         again = chosen < least
         if mass < 1:
