@@ -713,7 +713,7 @@ class GenerateOptions:
 
     prompt: tuple[str, ...] = flag((), "text to continue; repeatable", metavar="TEXT")
     prompt_file: Path | None = flag(None, "continue every line of this file")
-    interactive: bool = flag(False, "type prompts, read continuations")
+    interactive: bool = flag(False, "type prompts, read continuations; Ctrl-D ends")
     weights: Literal["float32", "bfloat16", "int8"] = flag(
         "float32", "what the weights are rounded to: fewer bytes are read, and text comes, faster"
     )
@@ -798,11 +798,13 @@ class Options(
         """These options with those of a checkpoint for every flag that was not typed.
 
         Where the run writes, what it computes on and when it ends early are not the checkpoint's.
-        Its global batch is, for whatever number of processes, unless the flags that made it change.
+        Its global batch is, for whatever micro-batch and number of processes; only an accumulation
+        that was typed makes another one, which is then refused.
         """
         kept = self.given | ANEW_ON_RESUME
-        for name in ("pretrain_batch_size", "batch_size", "gradient_accumulation_steps"):
-            if name in self.given and getattr(self, name) != stored.get(name):
+        accumulation = self.gradient_accumulation_steps
+        if "gradient_accumulation_steps" in self.given:
+            if accumulation != stored.get("gradient_accumulation_steps"):
                 kept |= {"global_batch_size"}
         changes = {}
         for field in dataclasses.fields(self):
@@ -1002,7 +1004,7 @@ def parse_or_exit(
     try:
         return parse(arguments)
     except UsageError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0":
             report_usage_error(program, error)
         sys.exit(2)
 
@@ -1016,6 +1018,8 @@ def report_usage_error(program: str, error: Exception) -> None:
 def unknown_argument(parser: argparse.ArgumentParser, word: str) -> str:
     """What to say of a word the parser does not know: the nearest flag, if any is near."""
     flags = [text for action in parser._actions for text in action.option_strings]
+    if word in typing.get_args(typing.get_type_hints(Options)["option"]):
+        return f"{word}: did you mean --option {word}?"
     near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
     remedy = f"did you mean {near[0]}?" if near else "--help lists the options"
     return f"{word}: no such option; {remedy}"
@@ -1056,11 +1060,6 @@ def find_idle_flags(options: Options) -> list[str]:
     return notes
 
 
-MUON_NEEDS_WHOLE = (
-    "--optimizer muon needs whole matrices, and --parallel fsdp shares them out: leave one out"
-)
-
-
 def find_problems(options: Options) -> list[str]:
     """What the options contradict among themselves; one line each, naming flag, value, remedy."""
     problems = []
@@ -1092,9 +1091,10 @@ def find_problems(options: Options) -> list[str]:
         problems.append(f"--mfu {options.mfu:g} must be at most 1: it is a share of the peak")
     if options.top_p is not None and options.top_p > 1:
         problems.append(f"--top_p {options.top_p:g} must be at most 1: it is a probability")
-    if options.freeze_backbone and options.lora_rank:
+    finetune = options.option == "finetune"
+    if finetune and options.freeze_backbone and options.lora_rank:
         problems.append("--freeze_backbone and --lora_rank exclude each other: give one")
-    if options.freeze_backbone and options.optimizer == "muon":
+    if finetune and options.freeze_backbone and options.optimizer == "muon":
         problems.append(
             "--optimizer muon is for the matrices inside the layers, which --freeze_backbone does "
             "not train: leave one of the two out"
@@ -1105,8 +1105,11 @@ def find_problems(options: Options) -> list[str]:
             "the number of processes: give one of the two"
         )
     if options.parallel == "fsdp" and options.optimizer == "muon":
-        problems.append(MUON_NEEDS_WHOLE)
-    if options.parallel == "fsdp" and options.lora_rank:
+        problems.append(
+            "--optimizer muon needs whole matrices, and --parallel fsdp shares them out: leave one "
+            "of the two out"
+        )
+    if finetune and options.parallel == "fsdp" and options.lora_rank:
         problems.append(
             "--parallel fsdp and --lora_rank exclude each other: adapters have few gradients and "
             "little optimizer state to shard, so leave --parallel out"

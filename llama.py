@@ -237,7 +237,8 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.update(self.layer_id, key, value)  # (B, S, H_kv, D)
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        if query.is_cpu and query.requires_grad and not self.grouped and x.shape[1] <= SCORES_KEPT:
+        trains = cache is None and query.requires_grad
+        if trains and query.is_cpu and not self.grouped and x.shape[1] <= SCORES_KEPT:
             attended = causal_attention(query, key, value)
         elif isinstance(cache, StepCache):
             attended = single_token_attention(query, key, value, mask)
@@ -521,14 +522,13 @@ class PackedLinear(nn.Module):
             weight = (weight / scale[:, None]).round()
         self.register_buffer("weight", weight.to(dtype).contiguous())
         self.register_buffer("scale", scale)
-        self.register_buffer("ones", weight.new_ones(len(weight), dtype=torch.bfloat16))
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and x.numel() == x.shape[-1]:
             # A single row: one loop, which reads the weight as it is stored at memory's full speed.
             product = (self.weight.float() * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
         elif self.scale is not None:
-            product = _int8_product(x, self.weight, self.ones).float()
+            product = _int8_product(x, self.weight).float()
         else:
             product = _product(x.to(self.weight.dtype), self.weight).float()
         return product if self.scale is None else product * self.scale
@@ -539,6 +539,7 @@ _MKLDNN_LINEAR = None  # torch without oneDNN, as on Apple's computers, may have
 if torch.backends.mkldnn.is_available():
     _MKLDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _INT8_LINEAR = getattr(torch, "_weight_int8pack_mm", None)
+INT8_WIDTH = 16  # of whose multiples a row must be: else that reads what lies behind, or crashes
 FEW_ROWS = 32  # up to which weight @ x.T is faster than x @ weight.T on a CPU: twice at 16
 
 
@@ -552,11 +553,12 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     return (weight @ x.flatten(0, -2).t()).t().contiguous().view(*x.shape[:-1], -1)
 
 
-def _int8_product(x: Tensor, weight: Tensor, ones: Tensor) -> Tensor:
+def _int8_product(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., in) @ weight (out, in).T without the weight's scales."""
-    if x.device.type == "cpu" and _INT8_LINEAR is not None:  # fast with bfloat16 alone
-        return _INT8_LINEAR(x.flatten(0, -2).bfloat16(), weight, ones).view(*x.shape[:-1], -1)
-    return F.linear(x, weight.to(x.dtype))
+    if x.device.type != "cpu" or _INT8_LINEAR is None or weight.shape[1] % INT8_WIDTH:
+        return F.linear(x, weight.to(x.dtype))
+    rows = x.flatten(0, -2).bfloat16()  # fast with bfloat16 alone
+    return _INT8_LINEAR(rows, weight, rows.new_ones(len(weight))).view(*x.shape[:-1], -1)
 
 
 class PackedEmbedding(nn.Module):
@@ -1379,6 +1381,11 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
 
     Raises UsageError for a missing or damaged file, and where `safetensors` is not installed.
     """
+    if (folder / "state.pt").is_file():
+        raise UsageError(
+            f"{folder}: is a sharded checkpoint, which a resumed run reads, of one process too: "
+            f"--resume {folder} goes on to an ordinary final-model.pt"
+        )
     try:
         from safetensors.torch import load_file
     except ImportError:

@@ -90,7 +90,8 @@ class AdamW(torch.optim.Optimizer):
         step_size = group["lr"]
         if group["correct_bias"]:
             step_size *= correction2 / correction1
-        if all(type(p) is nn.Parameter and p.is_cpu for p in parameters):
+        one_layout = all(p.stride() == p.grad.stride() for p in parameters)
+        if one_layout and all(type(p) is nn.Parameter and p.is_cpu for p in parameters):
             # One pass over memory instead of seven. torch divides sqrt(v) by its correction before
             # it adds eps, so it is given the lr and eps that make of this the update below.
             adamw(

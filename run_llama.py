@@ -53,13 +53,13 @@ from config import (
     ANEW_ON_RESUME,
     DATA_DIR,
     IGNORE_INDEX,
-    MUON_NEEDS_WHOLE,
     SHIPPED_MODEL,
     Options,
     RunFailed,
     TrainingPlan,
     UsageError,
     find_idle_flags,
+    find_problems,
     human_size,
     human_time,
     report_usage_error,
@@ -112,6 +112,7 @@ from utils import (
     check_writable_file,
     choose_device,
     choose_dtype,
+    compiler_problem,
     count_chunks,
     describe_device,
     distribute,
@@ -119,7 +120,6 @@ from utils import (
     environment,
     exit_at_once,
     free_disk,
-    has_compiler,
     is_lost_peer,
     is_sharded,
     is_share,
@@ -336,6 +336,8 @@ class Run:
             else:
                 seed_rank(self)
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if is_lost_peer(error):
+                raise
             reason = str(error).strip().split("\n")[0]
             raise UsageError(f"the checkpoint is not one of this program ({reason})") from None
         self.run_id = payload.get("run_id", self.run_id)
@@ -417,7 +419,9 @@ def train(run: Run) -> bool:
             note_spike(record, log.records)
             log.append(record | telemetry.sample())
             show(bar, record)
-            if progress.step == first_step + MEASURED_STEPS < plan.last_step:
+            if progress.step == first_step + 1:  # the first one compiles, or warms up
+                started = time.perf_counter()
+            if progress.step == first_step + 1 + MEASURED_STEPS < plan.last_step:
                 a_step = (time.perf_counter() - started) / MEASURED_STEPS
                 left = human_time((plan.last_step - progress.step) * a_step)
                 bar.write(f"about {left} left, evaluations apart")
@@ -680,7 +684,11 @@ def profiled(run: Run) -> Iterator[Callable[[], None]]:
 
 def report_profile(run: Run, profiler: torch.profiler.profile) -> None:
     """Print where the profiled steps went, and write their trace into the run's folder."""
-    events = {event.key: event for event in profiler.key_averages()}
+    events = {
+        event.key: event
+        for event in profiler.key_averages()
+        if not event.key.startswith(("ProfilerStep*", "Optimizer.step#"))  # brackets around others
+    }
     if PHASES[0] not in events:  # torch reports a run that ended while it warmed up, too
         return
     phases = {name: events.pop(name) for name in PHASES}
@@ -830,7 +838,10 @@ def open_run(
     batch is settled. A run that its launcher restarts goes on, whatever the command says.
     """
     if ranks.on_main(lambda: any(map(ranks.is_launch_of, folder.starts()[-1:]))):
-        print("started again: the run goes on")
+        print(
+            "started again: the run of this --rdzv-id goes on"
+            + (", and --overwrite is left out; a new id begins anew" if options.overwrite else "")
+        )
         options = dataclasses.replace(options, resume="auto", overwrite=False)
     resume, overwrite = options.resume, options.overwrite
     if not options.plan:
@@ -845,6 +856,9 @@ def open_run(
     print(f"resuming     {path}, made after step {checkpoint['progress']['step']:,}")
     before = checkpoint.get("options", {})
     options = options.resumed(before | global_batch(checkpoint["identity"]))
+    problems = find_problems(options)  # among flags typed now and those the checkpoint brings
+    if problems:
+        raise UsageError("\n".join(problems))
     options = options.with_global_batch(ranks.world_size)
     now = options.to_plain()
     for name in sorted(options.given - ANEW_ON_RESUME):
@@ -938,8 +952,8 @@ def warn_of_plan(plan: TrainingPlan, available: int | None) -> None:
         )
     if plan.warmup_steps >= plan.last_step > 1:
         print(
-            f"warning: --warmup_steps {plan.warmup_steps:,} in a run of {plan.last_step:,} steps: "
-            "the full learning rate is never reached"
+            f"warning: warmup takes {plan.warmup_steps:,} steps (--warmup_steps) and the run ends "
+            f"after {plan.last_step:,}: the full learning rate is never reached"
         )
     if plan.sequences < plan.sequences_per_step:
         print(
@@ -969,11 +983,14 @@ def settle_compile(options: Options, plan: TrainingPlan) -> Options:
     Checkpoints keep the decision: compiled arithmetic rounds differently, and a resumed run has to
     go on bit for bit.
     """
+    if options.compile == "on":
+        print("compile      on: before the first step, which takes half a minute or more")
     if options.compile != "auto" or plan.device != "cpu":
         return options
     pays, reason = plan.compiling_pays(torch.get_num_threads())
-    if pays and not has_compiler(torch.device("cpu")):
-        pays, reason = False, f"{reason}, but no C++ compiler was found"
+    problem = compiler_problem(torch.device("cpu")) if pays else None
+    if problem is not None:
+        pays, reason = False, f"{reason}, but torch cannot compile here ({problem})"
     settled = "on" if pays else "off"
     print(f"compile      {settled}: {reason}")
     return dataclasses.replace(options, compile=settled)
@@ -1086,8 +1103,6 @@ def ready_to_train(
     if weight_decay is None:
         weight_decay = 0.1 if options.option == "pretrain" else 0.0
     settings = {"lr": options.peak_lr(), "betas": BETAS, "eps": EPS}
-    if options.optimizer == "muon" and is_sharded(model):  # by a flag that a checkpoint brought
-        raise UsageError(MUON_NEEDS_WHOLE)
     if options.optimizer == "muon":
         optimizer = MuonAndAdamW(model, weight_decay=weight_decay, **settings)
     else:
@@ -1137,13 +1152,13 @@ def load_texts(options: Options, tokenizer: Tokenizer, stop: StopRequest, ranks:
         sentences_only=options.sentences_only,
     )
 
-    def load(files: list[Path]) -> TokenCache:
+    def load(files: list[Path], flag: str) -> TokenCache:
         def build(should_stop: Callable[[], bool]) -> TokenCache:
             return build_or_load(
                 files, tokenizer, reading, options.cache_dir, should_stop=should_stop
             )
 
-        name = f"tokenizing {files[0]}"
+        name = f"tokenizing {flag} {files[0]}"
         cache = ranks.first_on_node(name, build, stop, options.dist_timeout)
         if cache.rebuilt_because not in (None, "there was none"):
             print(f"tokenized anew: of the cache in {options.cache_dir}, {cache.rebuilt_because}")
@@ -1168,14 +1183,14 @@ def load_texts(options: Options, tokenizer: Tokenizer, stop: StopRequest, ranks:
     embedded = not options.pretrain_data
     patterns = options.pretrain_data or (str(DATA_DIR / "stories-train.jsonl"),)
     files = find_text_files(patterns, flag="--pretrain_data")
-    cache = load(files)
+    cache = load(files, "--pretrain_data")
     warn_of_vocabulary(tokenizer.spelt_in_bytes(cache.tokens[:SAMPLED_TOKENS]), files)
     val_data = options.val_data
     if embedded and not val_data and options.val_fraction:
         val_data = (str(DATA_DIR / "stories-val.jsonl"),)
     if val_data:
         train = whole_stream(cache)
-        val = whole_stream(load(find_text_files(val_data, flag="--val_data")))
+        val = whole_stream(load(find_text_files(val_data, flag="--val_data"), "--val_data"))
     else:
         train, val = split_documents(cache, options.val_fraction, chunk_length=length)
         if val is None and options.val_fraction:
@@ -1723,7 +1738,6 @@ def finetune_in(
         "--train": hashlib.sha256(files.train.read_bytes()).hexdigest()[:16],
         "model shape": llama.config.to_model_args(),
         "--tokenizer_model": tokenizer.fingerprint,
-        "--batch_size": options.batch_size,
         GLOBAL_BATCH: options.global_batch_size,
         "--max_sentence_len": options.max_sentence_len,
         "--freeze_backbone": options.freeze_backbone,
@@ -1751,20 +1765,27 @@ def finetune_in(
     if options.plan:
         return 0
 
+    # Sharded in float32, which predictions are made in; training's dtype is autocast's.
     parallel = distribute(
-        model, llama.layers, ranks=ranks, parallel=options.parallel, device=device, dtype=dtype
+        model,
+        llama.layers,
+        ranks=ranks,
+        parallel=options.parallel,
+        device=device,
+        dtype=torch.float32,
     )
     optimizer, scaler = ready_to_train(model, options, device, dtype)
     classify = torch.compile(parallel, dynamic=True) if options.compile == "on" else parallel
 
     @functools.lru_cache(maxsize=1)
     def epoch_batches(epoch: int) -> list[np.ndarray]:
-        return bucketed_batches(train_set.lengths, options.batch_size, options.seed, epoch)
+        size = options.global_batch_size
+        return bucketed_batches(train_set.lengths, size, options.seed, epoch)
 
     def batches(step: int) -> list[Batch]:
         epoch, index = divmod(step, plan.steps_per_epoch)
-        count = plan.accumulation_steps * ranks.world_size
-        parts = epoch_batches(epoch)[index * count : (index + 1) * count]
+        batch = epoch_batches(epoch)[index]
+        parts = np.split(batch, range(options.batch_size, len(batch), options.batch_size))
         return share_batches(parts, ranks, lambda part: labelled_batch(train_set, part, device))
 
     def loss(tokens: torch.Tensor, lengths: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -2031,10 +2052,10 @@ def generate(options: Options, stop: StopRequest) -> int:
     writer = Writer(llama, tokenizer, options, stop, step)
     for temperature, path in outputs:
         print(f"Temperature is {temperature:g}")
-        (text,) = writer.continue_texts([PREFIX], temperature)
+        texts = writer.continue_texts([PREFIX], temperature)
         print("---------------")
         stop.check()
-        write_text(path, text)
+        write_text(path, "\n\n".join(texts))
         print(f"Wrote generated sentence to {path}.")
     if options.interactive:
         return converse(writer, options)

@@ -1310,17 +1310,22 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def has_compiler(device: torch.device) -> bool:
-    """Whether torch.compile would find what it compiles with."""
-    return device.type != "cpu" or any(map(shutil.which, ("c++", "g++", "clang++", "cl")))
+def compiler_problem(device: torch.device) -> str | None:
+    """Why torch.compile does not work here, found by compiling next to nothing; None: it does."""
+    try:
+        torch.compile(lambda x: 2 * x + 1, dynamic=False)(torch.ones(8, device=device))
+    except Exception as error:  # no compiler, one that fails, no Python headers, no Triton, ...
+        return str(error).strip().split("\n")[0]
+    return None
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise UsageError where torch.compile would look in vain for what it compiles with."""
-    if not has_compiler(device):
+    """Raise UsageError where torch.compile does not work."""
+    problem = compiler_problem(device)
+    if problem is not None:
         raise UsageError(
-            "--compile: no C++ compiler was found (g++, clang++ or Windows' cl): install one, or "
-            "give --compile off"
+            f"--compile: torch cannot compile here ({problem}): install a C++ compiler (g++, "
+            "clang++ or Windows' cl) with Python's headers, or give --compile off"
         )
 
 
@@ -1489,7 +1494,9 @@ class Ranks:
             return int(text)
 
         world_size = number("WORLD_SIZE", 1)
-        if world_size > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        if world_size == 1:  # then a RANK that something else has set means nothing
+            return cls(launch=launch_name())
+        if not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             raise UsageError(
                 f"WORLD_SIZE={world_size} is set without RANK, MASTER_ADDR and MASTER_PORT: start "
                 "several processes with torchrun, or unset it"
@@ -1734,11 +1741,12 @@ def attempt(work: Callable[[], T]) -> list[Any]:
     except OSError as error:
         return [None, OSError(error.errno, error.strerror or str(error), error.filename)]
     except Exception as error:
-        traceback.print_exc()
-        return [None, RunFailed(f"{type(error).__name__}: {error}")]
+        if is_lost_peer(error):
+            raise
+        return [None, RunFailed(traceback.format_exc().strip())]
 
 
-def is_lost_peer(error: RuntimeError) -> bool:
+def is_lost_peer(error: Exception) -> bool:
     """Whether torch means that another process is gone or silent; gloo has no exception for it."""
     words = ("gloo", "Connection closed by peer", "NCCL", "Timed out waiting")
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
@@ -1831,11 +1839,13 @@ def no_gradients(module: nn.Module) -> Iterator[None]:
         with torch.inference_mode():
             yield
         return
-    with torch.no_grad():  # FSDP keeps what it puts together, and training needs ordinary tensors
-        yield
-    for part in module.modules():
-        if hasattr(part, "reshard"):
-            part.reshard()
+    try:
+        with torch.no_grad():  # FSDP keeps what it puts together, and trains on ordinary tensors
+            yield
+    finally:
+        for part in module.modules():
+            if hasattr(part, "reshard"):
+                part.reshard()
 
 
 def whole_state(module: nn.Module, ranks: Ranks) -> dict[str, torch.Tensor]:

@@ -69,12 +69,16 @@ def test_underscores_and_hyphens_are_one(spelling, joint):
         ("--epochs 1.5", ["--epochs", "1.5", "whole number"]),
         ("--option train", ["--option", "train", "pretrain"]),
         ("--sav_dir x", ["--sav_dir", "did you mean --save_dir?"]),
+        ("pretrain", ["did you mean --option pretrain?"]),
         ("--option pretrain --dim 100 --n_heads 7", ["--dim 100", "--n_heads 7", "98"]),
         ("--option pretrain --n_heads 4 --n_kv_heads 3", ["--n_heads 4", "--n_kv_heads 3"]),
         ("--option pretrain --dim 12 --n_heads 4", ["--dim 12", "--n_heads 4", "even"]),
         ("--option pretrain --pretrain_lr 1e-5 --min_lr 1e-4", ["--min_lr", "--pretrain_lr"]),
-        ("--freeze_backbone --lora_rank 4", ["--freeze_backbone", "--lora_rank"]),
-        ("--freeze_backbone --optimizer muon", ["--freeze_backbone", "--optimizer muon"]),
+        ("--option finetune --freeze_backbone --lora_rank 4", ["--freeze_backbone", "--lora_rank"]),
+        (
+            "--option finetune --freeze_backbone --optimizer muon",
+            ["--freeze_backbone", "muon"],
+        ),
         ("--option generate --profile", ["--profile", "pretrain"]),
         ("--option finetune --resume auto --overwrite", ["--resume", "--overwrite"]),
         ("--prompt_template hello", ["--prompt_template", "{sentence}"]),
@@ -399,8 +403,9 @@ def test_one_of_batch_and_accumulation():
 
 
 def test_a_resumed_run_keeps_its_global_batch():
-    """Another number of processes makes it of other pieces; flags that made it may change it."""
+    """Another micro-batch or number of processes makes it of other pieces; it once was dropped."""
     stored = {"global_batch_size": 32, "pretrain_batch_size": 4, "gradient_accumulation_steps": 2}
-    for words, whole in (("", 32), ("--pretrain_batch_size 4", 32), ("--pretrain_batch_size 2", 8)):
+    cases = {"": 32, "--pretrain_batch_size 2": 32, "--gradient_accumulation_steps 1": 8}
+    for words, whole in cases.items():
         options = parse_options(f"--option pretrain --resume auto {words}".split()).resumed(stored)
         assert options.with_global_batch(2).global_batch_size == whole

@@ -185,6 +185,38 @@ def test_any_number_of_ranks_goes_on_with_what_others_saved(capsys):
     assert load_checkpoint(newest)["restore_from"] == newest
 
 
+def test_finetuning_goes_on_sharded_on_more_ranks(capsys):
+    """Its batches depended on the micro-batch, and in bfloat16 a sharded model could not predict.
+
+    Adapters, which a checkpoint may bring, are refused with shards in a line.
+    """
+    reviews = (ROOT / "data" / "reviews-train.txt").read_text(encoding="utf-8").splitlines()
+    for split, lines in {"train": reviews[:48], "dev": reviews[48:60]}.items():
+        Path(f"few-{split}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    names = ROOT / "data" / "reviews-label-mapping.json"
+    words = ["--option", "finetune", "--train", "few-train.txt", "--dev", "few-dev.txt"]
+    words += ["--label_names", str(names), "--save_dir", "tuned", "--lr", "1e-3"]
+    words += ["--pretrained_model_path", str(ROOT / "data" / "stories-tiny.pt")]
+    assert run_alone([*words, "--epochs", "2", "--dtype", "bfloat16", "--max_steps", "3"]) == 0
+    more = ["--resume", "auto", "--batch_size", "4", "--parallel", "fsdp"]
+    status, output = launch(2, *words, *more)
+    assert status == 0 and "best model" in output, output
+    log = Path("tuned", "finetune-few-metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in log] == list(range(1, 13))
+    assert run_alone([*words, "--overwrite", "--lora_rank", "2", "--max_steps", "1"]) == 0
+    capsys.readouterr()
+    assert run_alone([*words, "--resume", "auto", "--parallel", "fsdp"]) == 2
+    assert "--lora_rank exclude each other" in capsys.readouterr().err
+
+
+def test_a_rank_alone_is_not_several(monkeypatch, capsys):
+    """RANK=1 without WORLD_SIZE, as some shells inherit it, once trained in silence."""
+    monkeypatch.setenv("RANK", "1")
+    assert run_alone(pretraining("alone", "--max_steps", "1")) == 0
+    assert "alone/final-model.pt" in capsys.readouterr().out
+    assert load_checkpoint(Path("alone/final-model.pt"))["model"]
+
+
 @pytest.fixture
 def sharded_save(tmp_path) -> Iterator[Callable[[], None]]:
     """What writes a sharded checkpoint of one process: run/pretrain-step-1-sharded."""

@@ -427,6 +427,26 @@ def test_cached_generation_equals_the_naive_loop_past_the_window(model: L.Llama)
     assert got.tolist() == [naive_generate(model, row, 40) for row in prompt.tolist()]
 
 
+@pytest.mark.parametrize("width", [6, 40, 50, 64])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_int8_products_of_any_width(width: int, rows: int):
+    """torch's kernel is wrong for, or crashes on, rows that are no multiple of 16 wide."""
+    x, weight = torch.randn(rows, width), torch.randn(11, width)
+    packed = L.PackedLinear(weight, torch.int8)
+    want = x @ (packed.weight * packed.scale[:, None]).t()
+    assert (packed(x) - want).norm() < 0.01 * want.norm()
+
+
+def test_a_cache_is_read_also_where_gradients_are_on(tiny_config: LlamaConfig):
+    """Attention for training knows no cache: extending one outside of inference mode took it."""
+    model = make_llama(dataclasses.replace(tiny_config, n_kv_heads=tiny_config.n_heads))
+    tokens = torch.randint(64, (1, 8)).tolist()
+    cache = L.KVCache(tiny_config.n_layers, 1, 32)
+    model.extend(cache, [tokens[0][:5]])
+    last = model.extend(cache, [tokens[0][5:]])
+    torch.testing.assert_close(last, model.hidden_states(torch.tensor(tokens))[:, 5:])
+
+
 @pytest.mark.parametrize("private", [True, False], ids=["torch's own operators", "plain"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])

@@ -77,6 +77,18 @@ def test_without_decay_and_eps_it_is_torch_adamw():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_a_gradient_laid_out_otherwise_meets_its_own_weights():
+    """torch's fused update reads memory in order: it once met a transposed gradient's elements."""
+    values, gradient = torch.randn(3, 3), torch.randn(3, 3)
+    updated = []
+    for layout in (gradient, gradient.t().contiguous().t()):
+        weight = nn.Parameter(values.clone())
+        weight.grad = layout
+        AdamW([weight], lr=0.1).step()
+        updated.append(weight.detach())
+    torch.testing.assert_close(*updated)
+
+
 def test_parameters_without_gradient_keep_their_own_count():
     """A parameter that joins late gets the bias correction of its own first step."""
     early, late = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))

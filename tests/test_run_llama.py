@@ -464,7 +464,7 @@ def test_what_compile_auto_chose_is_said_and_kept(text_file, monkeypatch, capsys
     """Compiled arithmetic rounds differently: a resumed run must not choose anew."""
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda module, **_: compiled.append(module) or module)
-    monkeypatch.setattr(run_llama, "has_compiler", lambda device: True)
+    monkeypatch.setattr(run_llama, "compiler_problem", lambda device: None)
     monkeypatch.setattr(TrainingPlan, "compiling_pays", lambda plan, threads: (True, "why"))
     line = f"--option pretrain --pretrain_data {text_file} --epochs 2"
     assert run(f"{line} --max_steps 3") == 0
@@ -473,7 +473,7 @@ def test_what_compile_auto_chose_is_said_and_kept(text_file, monkeypatch, capsys
     assert run("--option pretrain --resume auto --max_steps 5".split()
                + ["--pretrain_data", str(text_file)]) == 0  # fmt: skip
     assert len(compiled) == 2
-    monkeypatch.setattr(run_llama, "has_compiler", lambda device: False)
+    monkeypatch.setattr(run_llama, "compiler_problem", lambda device: "no compiler")
     assert run(f"{line} --max_steps 1 --overwrite") == 0
     assert "compile      off: short" in capsys.readouterr().out and len(compiled) == 2
 
