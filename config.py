@@ -802,10 +802,9 @@ class Options(
         that was typed makes another one, which is then refused.
         """
         kept = self.given | ANEW_ON_RESUME
-        accumulation = self.gradient_accumulation_steps
-        if "gradient_accumulation_steps" in self.given:
-            if accumulation != stored.get("gradient_accumulation_steps"):
-                kept |= {"global_batch_size"}
+        name = "gradient_accumulation_steps"
+        if name in self.given and getattr(self, name) != stored.get(name):
+            kept |= {"global_batch_size"}
         changes = {}
         for field in dataclasses.fields(self):
             if field.name in stored and field.name not in kept and "help" in field.metadata:

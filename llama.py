@@ -516,19 +516,21 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        weight, scale = weight.detach(), None
+        weight, scale, ones = weight.detach(), None, None
         if dtype == torch.int8:
             scale = weight.abs().amax(1).clamp(min=1e-12) / 127
+            ones = scale.new_ones(len(scale), dtype=torch.bfloat16)  # what the kernel scales by
             weight = (weight / scale[:, None]).round()
         self.register_buffer("weight", weight.to(dtype).contiguous())
         self.register_buffer("scale", scale)
+        self.register_buffer("ones", ones)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and x.numel() == x.shape[-1]:
             # A single row: one loop, which reads the weight as it is stored at memory's full speed.
             product = (self.weight.float() * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
         elif self.scale is not None:
-            product = _int8_product(x, self.weight).float()
+            product = _int8_product(x, self.weight, self.ones).float()
         else:
             product = _product(x.to(self.weight.dtype), self.weight).float()
         return product if self.scale is None else product * self.scale
@@ -553,12 +555,12 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     return (weight @ x.flatten(0, -2).t()).t().contiguous().view(*x.shape[:-1], -1)
 
 
-def _int8_product(x: Tensor, weight: Tensor) -> Tensor:
+def _int8_product(x: Tensor, weight: Tensor, ones: Tensor) -> Tensor:
     """x (..., in) @ weight (out, in).T without the weight's scales."""
     if x.device.type != "cpu" or _INT8_LINEAR is None or weight.shape[1] % INT8_WIDTH:
         return F.linear(x, weight.to(x.dtype))
     rows = x.flatten(0, -2).bfloat16()  # fast with bfloat16 alone
-    return _INT8_LINEAR(rows, weight, rows.new_ones(len(weight))).view(*x.shape[:-1], -1)
+    return _INT8_LINEAR(rows, weight, ones).view(*x.shape[:-1], -1)
 
 
 class PackedEmbedding(nn.Module):
