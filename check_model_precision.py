@@ -15,17 +15,12 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from config import (
-    DTYPE_BYTES,
-    OneLineParser,
-    UsageError,
-    parse_or_exit,
-    report_usage_error,
-    with_underscores,
-)
+from config import DTYPE_BYTES
+from minllama.command_line import OneLineParser, parse_or_exit, print_error, with_underscores
+from minllama.errors import UsageError
 
 PROGRAM = "check_model_precision.py"
 FORMATS = ("pt", *(f"pt-{name}" for name in DTYPE_BYTES), "bin", "bin-int8", "hf")
@@ -85,33 +80,25 @@ if __name__ == "__main__":  # --help and bad flags are answered before torch, wh
     parse_or_exit(parse, PROGRAM, sys.argv[1:])
 
 import json
-import os
-import shutil
 import struct
 import zipfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from config import SHIPPED_MODEL, LlamaConfig, human_size
-from llama import (
-    LLAMA2C_MAGIC,
-    Llama,
-    hugging_face_name,
-    llama2c_order,
-    load_payload,
-    load_pretrained,
-    model_payload,
-    read_safetensors,
-    to_half_split,
-)
-from tokenizer import Tokenizer, atomic_write, export_tokenizer_bin, vocabulary_remedy
-from utils import check_runs_alone, write_sealed
-
-DTYPES = {name: getattr(torch, name) for name in DTYPE_BYTES}
+from config import SHIPPED_MODEL
+from llama import Llama, load_pretrained
+from minllama.export import HUGGING_FACE_FILES, TOKENIZER_BIN, export
+from minllama.files import check_regular, restore_folder, size_on_disk
+from minllama.formats import LLAMA2C_MAGIC, is_pt, read_safetensors
+from minllama.pt_file import load_pt, tensors_in
+from minllama.ranks import check_runs_alone
+from minllama.units import human_size
+from tokenizer import Tokenizer, vocabulary_remedy
 
 # ---------------------------------------------------------------------------- what is in a file
 
@@ -147,39 +134,21 @@ def default_file() -> Path:
     return max(saved, key=lambda path: path.stat().st_mtime) if saved else SHIPPED_MODEL
 
 
-def tensors_in(node: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in nested dicts and lists, by its dotted name."""
-    if isinstance(node, Tensor):
-        yield name, node
-    children = node.items() if isinstance(node, dict) else ()
-    if isinstance(node, list | tuple):
-        children = enumerate(node)
-    for key, child in children:
-        yield from tensors_in(child, f"{name}.{key}" if name else str(key))
-
-
-def stored_bytes(tensors: Iterator[tuple[str, Tensor]]) -> int:
+def stored_bytes(tensors: Iterable[tuple[str, Tensor]]) -> int:
     """Bytes of the storages under tensors, each counted once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for _, t in tensors}
     return sum(storages.values())
-
-
-def size_on_disk(path: Path) -> int:
-    """Bytes of a file, or of all files of a folder."""
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return sum(file.stat().st_size for file in files)
 
 
 def read_stored(path: Path) -> tuple[str, dict[str, Tensor], dict[str, Any], str | None]:
     """Format, the model's tensors as stored, all that a .pt file holds, a dtype torch has not."""
     if path.is_dir():
         return "Hugging Face folder", read_safetensors(path), {}, None
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file")
+    check_regular(path)
     with path.open("rb") as file:
         head = file.read(8).ljust(8, b"\0")
-    if head[:2] == b"PK" or head[:2] == b"\x80\x02":
-        payload = load_payload(path, verify=False)
+    if is_pt(head):
+        payload = load_pt(path, verify=False)
         kind = "resumable checkpoint" if "optimizer" in payload else "weights file"
         return kind, payload["model"], payload, None
     state = load_pretrained(path).state_dict()
@@ -193,7 +162,7 @@ def inspect(path: Path, *, verify: bool = False) -> Report:
     kind, weights, payload, packed = read_stored(path)
     size = size_on_disk(path)
     optimizer = stored_bytes(tensors_in({k: payload.get(k) for k in ("optimizer", "scaler")}))
-    held = stored_bytes(iter(weights.items()))
+    held = stored_bytes(weights.items())
     if packed:  # int8 in groups: read as float32, so what it takes is not in the tensors
         held = size - 256
     tensors = [
@@ -320,313 +289,30 @@ def print_comparison(path: Path, result: dict[str, Any]) -> None:
         print(f"  {name:<44} {text}")
 
 
-# ---------------------------------------------------------------------------- llama2.c's files
-
-
-def header(config: LlamaConfig, *, signed: bool) -> bytes:
-    """The seven int32 of a .bin file; version 0 signs an untied head in the vocabulary size."""
-    sign = -1 if signed and not config.tie_word_embeddings else 1
-    return struct.pack(
-        "<7i",
-        *(config.dim, config.hidden_dim, config.n_layers, config.n_heads, config.n_kv_heads),
-        *(sign * config.vocab_size, config.max_seq_len),
-    )
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().contiguous().numpy()).cast("B")
-
-
-def write_bin(model: Llama, file: BinaryIO) -> None:
-    """llama2.c's version 0, for run.c: float32, rotary tables included."""
-    file.write(header(model.config, signed=True))
-    cos, sin = model.rotary[:, 0].unbind(-1)
-    state = {**model.state_dict(), "freqs_cos": cos, "freqs_sin": sin}
-    tied = model.config.tie_word_embeddings
-    for name in llama2c_order(model.config.n_layers, version=0, tied=tied):
-        file.write(tensor_bytes(state[name]))
-
-
-def group_size(config: LlamaConfig) -> int:
-    """Numbers that share a scale: 64, halved until rows of dim and hidden_dim divide into groups.
-
-    llama2.c's exporter looks at dim alone, but runq reads w2 by rows of hidden_dim.
-    """
-    group = 64
-    while config.dim % group or config.hidden_dim % group:
-        group //= 2
-    return group
-
-
-def quantize(tensor: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """int8 numbers and a float32 scale for each group of them, symmetric about zero."""
-    grouped = tensor.detach().float().reshape(-1, group)
-    scales = grouped.abs().amax(dim=1) / 127
-    divisors = torch.where(scales > 0, scales, 1.0)  # a group of zeros stays one
-    return torch.round(grouped / divisors[:, None]).to(torch.int8), scales
-
-
-def write_bin_int8(model: Llama, file: BinaryIO) -> None:
-    """llama2.c's version 2, for runq: matrices in int8 groups, norms in float32."""
-    config, group = model.config, group_size(model.config)
-    head = struct.pack("<Ii", LLAMA2C_MAGIC, 2) + header(config, signed=False)
-    head += struct.pack("<Bi", config.tie_word_embeddings, group)
-    file.write(head.ljust(256, b"\0"))
-    state = model.state_dict()
-    for name in llama2c_order(config.n_layers, version=2, tied=config.tie_word_embeddings):
-        parts = (state[name],) if state[name].dim() == 1 else quantize(state[name], group)
-        for part in parts:
-            file.write(tensor_bytes(part))
-
-
-def dequantized(model: Llama) -> dict[str, Tensor]:
-    """What a reader of the int8 file must find."""
-    group = group_size(model.config)
-    found = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.dim() == 2:
-            numbers, scales = quantize(tensor, group)
-            tensor = (numbers * scales[:, None]).view(tensor.shape)
-        found[name] = tensor
-    return found
-
-
-def require_llama2c(config: LlamaConfig) -> None:
-    """run.c has its epsilon and theta built in: other ones would compute something else."""
-    for name, only in (("layer_norm_eps", 1e-5), ("rope_theta", 10000.0)):
-        if getattr(config, name) != only:
-            raise UsageError(f"llama2.c knows only {name} {only:g}, not {getattr(config, name):g}")
-
-
-# ---------------------------------------------------------------------------- Hugging Face folders
-
-
-def hugging_face_config(config: LlamaConfig, dtype: str, tokenizer: Tokenizer | None) -> dict:
-    bos, eos = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (1, 2)
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "intermediate_size": config.hidden_dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": config.layer_norm_eps,
-        "rope_theta": config.rope_theta,  # where transformers 4 looks; 5 looks one line below
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "bos_token_id": bos,
-        "eos_token_id": eos,
-        "torch_dtype": dtype,
-    }
-
-
-def merges(pieces: dict[str, float]) -> list[list[str]]:
-    """The pairs that make each piece, best pieces first: what `tokenizers` calls BPE merges."""
-    ranked = sorted(pieces, key=lambda piece: -pieces[piece])
-    return [
-        [piece[:cut], piece[cut:]]
-        for piece in ranked
-        for cut in range(1, len(piece))
-        if piece[:cut] in pieces and piece[cut:] in pieces
-    ]
-
-
-def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The vocabulary in the `tokenizers` library's own format.
-
-    Not left to transformers' reading of tokenizer.model, which drops a leading space.
-    """
-    sp = tokenizer.sp_model
-    names = [sp.id_to_piece(i) for i in range(tokenizer.n_words)]
-    normal = {
-        names[i]: sp.get_score(i)
-        for i in range(tokenizer.n_words)
-        if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i) or sp.is_unused(i))
-    }
-    bos = names[tokenizer.bos_id]
-    special = sorted({tokenizer.bos_id, tokenizer.eos_id, sp.unk_id()})
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    piece = {"SpecialToken": {"id": bos, "type_id": 0}}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, "content": names[i], **flags, "special": True} for i in special],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": "▁"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-            ],
-        },
-        "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [piece, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [piece, *({"Sequence": {"id": which, "type_id": 0}} for which in "AB")],
-            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
-        },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": names[sp.unk_id()],
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": {name: i for i, name in enumerate(names)},
-            "merges": merges(normal),
-        },
-    }
-
-
-def require_plain_bpe(tokenizer: Tokenizer) -> None:
-    """The exported rules are those of Llama vocabularies: BPE over text as it stands."""
-    sp = tokenizer.sp_model
-    as_it_stands = sp.normalize(" a  ﬁ ") == "▁▁a▁▁ﬁ▁"
-    ranks = all(sp.get_score(i).is_integer() for i in range(tokenizer.n_words))
-    if not (as_it_stands and ranks):
-        raise UsageError(
-            f"vocabulary {tokenizer.fingerprint}: only BPE vocabularies that leave the text as it "
-            "is, as tokenizer.py trains them, can be exported for transformers"
-        )
-
-
-SAMPLES = (
-    *(
-        "Once upon a time, there was a girl.",
-        "",
-        " ",
-        "  two leading",
-        "trailing  ",
-        "a\nb\n\n c\t",
-    ),
-    *(
-        "naïve café",
-        "你好，世界",
-        "👩‍👩‍👧 🙂",
-        "<s> </s> <unk>",
-        "▁",
-        "aaaaaaaaaaa",
-        "x" + " " * 9 + "y",
-        "<0x0A>",
-    ),
-)
-
-
-def check_token_ids(tokenizer: Tokenizer, folder: Path) -> None:
-    """Where `tokenizers` is installed, its ids of difficult texts must be ours."""
-    try:
-        from tokenizers import Tokenizer as TheirTokenizer
-    except ImportError:
-        return
-    theirs = TheirTokenizer.from_file(str(folder / "tokenizer.json"))
-    theirs.encode_special_tokens = True
-    for text in SAMPLES:
-        ours = tokenizer.encode(text, bos=True, eos=False)
-        if theirs.encode(text).ids != ours:
-            raise UsageError(f"self-check: tokenizer.json gives other ids for {text!r}")
-
-
-def write_hugging_face(model: Llama, folder: Path, dtype: str, tokenizer: Tokenizer | None) -> None:
-    """A folder that `transformers` loads, in an existing empty folder."""
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        raise UsageError("--convert hf needs `pip install safetensors`") from None
-    config, state = model.config, {}
-    heads = {"query": config.n_heads, "key": config.n_kv_heads}
-    for name, tensor in model.state_dict().items():
-        kind = name.split(".")[-2].removeprefix("compute_")
-        tensor = to_half_split(tensor, heads[kind]) if kind in heads else tensor
-        if name != "output.weight" or not config.tie_word_embeddings:
-            state[hugging_face_name(name)] = tensor.to(DTYPES[dtype]).contiguous()
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    described = hugging_face_config(config, dtype, tokenizer)
-    write_json(folder / "config.json", described)
-    ids = {key: described[key] for key in ("bos_token_id", "eos_token_id")}
-    write_json(folder / "generation_config.json", ids)
-    if tokenizer is not None:
-        require_plain_bpe(tokenizer)
-        (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
-        write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
-        write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, config))
-
-
-def tokenizer_config(tokenizer: Tokenizer, config: LlamaConfig) -> dict[str, Any]:
-    piece = tokenizer.sp_model.id_to_piece
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
-        "bos_token": piece(tokenizer.bos_id),
-        "eos_token": piece(tokenizer.eos_id),
-        "unk_token": piece(tokenizer.sp_model.unk_id()),
-        "model_max_length": config.max_seq_len,
-        "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # "<s>" in a text is text, as SentencePiece reads it
-    }
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8", newline="\n")
-
-
 # ---------------------------------------------------------------------------- converting
 
 
-def convert(path: Path, target: str, output: Path, args: argparse.Namespace) -> list[Path]:
-    """Write the model in another format, read that back, and only then publish it.
-
-    Returns what was written. Raises UsageError for what the format cannot hold, for an output
-    that is there already, and if what was read back is not what was written.
-    """
+def convert(path: Path, args: argparse.Namespace) -> list[Path]:
+    """Write the model in another format; returns what was written. Raises UsageError."""
     model = load_pretrained(path)
     tokenizer = find_tokenizer(model, args.tokenizer_model)
-    outputs = [output]
-    if target.startswith("bin") and tokenizer is not None:
-        outputs.append(output.with_name("tokenizer.bin"))
-        check_output(path, target, outputs[1], args.overwrite)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if target == "hf":
-        publish_folder(
-            output, lambda folder: fill_folder(model, folder, args.save_dtype, tokenizer)
-        )
-    elif target == "pt":
-        payload = model_payload(model, DTYPES[args.save_dtype]) | classifier_parts(path)
-        want = expected(model, args.save_dtype)
-        publish(output, lambda file: write_sealed(file, payload), want)
-    else:
-        require_llama2c(model.config)
-        write, want = (write_bin, model.state_dict())
-        if target == "bin-int8":
-            write, want = write_bin_int8, dequantized(model)
-        publish(output, lambda file: write(model, file), want)
-        if tokenizer is not None:
-            export_tokenizer_bin(tokenizer, outputs[1])
+    if args.convert.startswith("bin") and tokenizer is not None:
+        check_output(path, args.convert, args.output.with_name(TOKENIZER_BIN), args.overwrite)
+    written = export(
+        model,
+        args.convert,
+        args.output,
+        dtype=args.save_dtype,
+        tokenizer=tokenizer,
+        extra=classifier_parts(path),
+    )
     if tokenizer is None:
         print(
-            f"{PROGRAM}: warning: {path} has no vocabulary, so {output} has none either: "
+            f"{PROGRAM}: warning: {path} has no vocabulary, so {args.output} has none either: "
             f"{vocabulary_remedy(model.config.vocab_size)}",
             file=sys.stderr,
         )
-    return outputs
+    return written
 
 
 def check_output(path: Path, target: str, output: Path, overwrite: bool) -> None:
@@ -637,8 +323,13 @@ def check_output(path: Path, target: str, output: Path, overwrite: bool) -> None
         raise UsageError(f"--output {output}: is there already; --overwrite replaces it")
     if output.exists() and output.is_dir() != (target == "hf"):
         raise UsageError(f"--output {output}: a folder and a file cannot replace each other")
-    if output.is_dir() and not (output / "config.json").is_file() and any(output.iterdir()):
-        raise UsageError(f"--output {output}: holds other things than a model; name another")
+    others = (
+        {path.name for path in output.iterdir()} - HUGGING_FACE_FILES if output.is_dir() else ()
+    )
+    if others:
+        raise UsageError(
+            f"--output {output}: holds {min(others)}, which is no part of a model; name another"
+        )
 
 
 def classifier_parts(path: Path) -> dict[str, Any]:
@@ -667,52 +358,6 @@ def find_tokenizer(model: Llama, given: Path | None) -> Tokenizer | None:
     return tokenizer
 
 
-def expected(model: Llama, dtype: str) -> dict[str, Tensor]:
-    """The model's tensors after a passage through dtype."""
-    return {name: t.to(DTYPES[dtype]).float() for name, t in model.state_dict().items()}
-
-
-def check_read_back(path: Path, want: dict[str, Tensor]) -> None:
-    """UsageError unless load_pretrained finds exactly these tensors."""
-    found = load_pretrained(path).state_dict()
-    for name, tensor in want.items():
-        if not torch.equal(found[name].view(torch.int32), tensor.view(torch.int32)):  # NaN too
-            raise UsageError(f"self-check: {name} read back from {path} differs; nothing written")
-
-
-def publish(output: Path, write: Callable[[BinaryIO], object], want: dict[str, Tensor]) -> None:
-    def write_and_check(file: BinaryIO) -> None:
-        write(file)
-        file.flush()
-        check_read_back(Path(file.name), want)
-
-    atomic_write(output, write_and_check)
-
-
-def fill_folder(model: Llama, folder: Path, dtype: str, tokenizer: Tokenizer | None) -> None:
-    write_hugging_face(model, folder, dtype, tokenizer)
-    check_read_back(folder, expected(model, dtype))
-    if tokenizer is not None:
-        check_token_ids(tokenizer, folder)
-
-
-def publish_folder(output: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a folder beside output and give it the name once it is whole."""
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    old = output.with_name(f".{output.name}.{os.getpid()}.old")
-    try:
-        temporary.mkdir()
-        fill(temporary)
-        if output.exists():
-            os.replace(output, old)
-        os.replace(temporary, output)
-    finally:
-        if old.exists() and not output.exists():  # the second rename failed
-            os.replace(old, output)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
 # ---------------------------------------------------------------------------- entry
 
 
@@ -724,6 +369,7 @@ def run(args: argparse.Namespace) -> int:
     if args.compare and not args.compare.exists():
         raise UsageError(f"--compare {args.compare}: no such file")
     if args.convert:
+        restore_folder(args.output)
         check_output(files[0], args.convert, args.output, args.overwrite)
     reports = [inspect(path, verify=args.verify) for path in files]
     results: list[dict[str, Any]] = [asdict(report) for report in reports]
@@ -737,7 +383,7 @@ def run(args: argparse.Namespace) -> int:
     if args.convert and not sound:
         print(f"{PROGRAM}: damaged, so nothing was converted", file=sys.stderr)
     if args.convert and sound:
-        written = convert(files[0], args.convert, args.output, args)
+        written = convert(files[0], args)
         results[0]["written"] = [{"path": str(p), "size": size_on_disk(p)} for p in written]
         for path in written if not args.json else ():
             print(f"wrote {path}: {human_size(size_on_disk(path))}, read back and equal")
@@ -752,10 +398,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_runs_alone(PROGRAM)
         return run(parse(sys.argv[1:] if arguments is None else arguments))
     except UsageError as error:
-        report_usage_error(PROGRAM, error)
+        print_error(PROGRAM, error)
     except OSError as error:
         message = f"{error.filename or 'a file'}: {error.strerror or error}"
-        report_usage_error(PROGRAM, UsageError(message))
+        print_error(PROGRAM, message)
     return 2
 
 

@@ -1,8 +1,8 @@
-"""What a run is: the model's shape, its presets, and every option of the command line.
+"""What a run is: the model's shape, its presets, and every flag of `run_llama.py`, in one table.
 
-Pure Python: importing this module loads neither torch nor numpy, so `--help` answers at once and
-bad input is found before any work. It knows nothing of tensors, of files' contents or of devices;
-what only the data or the machine can tell is checked where it is first known.
+Pure Python: importing this module loads neither torch nor numpy, so `--help` and bad flags are
+answered at once. It knows nothing of tensors, of files' contents or of devices; what only the data
+or the machine can tell is checked where it is first known.
 """
 
 from __future__ import annotations
@@ -12,44 +12,58 @@ import dataclasses
 import difflib
 import hashlib
 import math
-import os
 import re
-import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
+
+from minllama.command_line import (
+    OneLineParser,
+    add_flag,
+    read_stored,
+    section,
+    with_underscores,
+)
+from minllama.errors import UsageError
 
 DATA_DIR = Path(__file__).resolve().parent / "data"
 SHIPPED_MODEL = DATA_DIR / "stories-tiny.pt"
-IGNORE_INDEX = -100  # a target that is no target: padding
-
-
-Parsed = typing.TypeVar("Parsed")
-
-
-class UsageError(ValueError):
-    """Bad input. The message is for the user: what was given, where, and the remedy."""
-
-
-class RunFailed(Exception):
-    """A run that cannot go on or end as it should, through no bad input; a line for the user."""
+IGNORE_INDEX = -100  # in targets: padding, which no loss counts
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def fingerprint(model_bytes: bytes) -> str:
-    """What a vocabulary is called in messages: the first 16 hex digits of its file's SHA-256."""
+    """Names a vocabulary in messages: the first 16 hex digits of its file's SHA-256."""
     return hashlib.sha256(model_bytes).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------- the model's shape
+
+# Least and largest value of each number. Files claim shapes, too: nothing is made of a claim that
+# no model of today's has.
+SHAPE_BOUNDS: dict[str, tuple[float, float]] = {
+    "vocab_size": (1, 2**24),
+    "dim": (1, 2**17),
+    "n_layers": (1, 1000),
+    "n_heads": (1, 2**12),
+    "n_kv_heads": (1, 2**12),
+    "hidden_dim": (1, 2**19),
+    "multiple_of": (1, 2**17),
+    "max_seq_len": (1, 2**24),
+    "dropout": (0, 0.99),
+    "layer_norm_eps": (0, 1),
+    "rope_theta": (1, 1e12),
+}
+MAX_ROTARY = 2**26  # entries of the rotary table, 4 bytes each
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
     """The shape of a Llama. Field names are the `model_args` keys of weights files.
 
-    Raises UsageError for a shape that no Llama can have.
+    Raises UsageError for an invalid shape.
     """
 
     vocab_size: int = 32000
@@ -66,16 +80,21 @@ class LlamaConfig:
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        set_field = object.__setattr__  # frozen, but still being made
+        set_field = object.__setattr__  # the dataclass is frozen
         if self.n_kv_heads is None:
             set_field(self, "n_kv_heads", self.n_heads)
-        for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise UsageError(f"--{name} {value}: must be a whole number of at least 1")
+        for name in ("dim", "multiple_of"):  # the next line computes with them
+            self._check_number(name, int)
         if self.hidden_dim is None:
             rounded_up = -(-int(8 * self.dim / 3) // self.multiple_of) * self.multiple_of
             set_field(self, "hidden_dim", rounded_up)
+        for name in ("vocab_size", "n_layers", "n_heads", "n_kv_heads", "hidden_dim"):
+            self._check_number(name, int)
+        self._check_number("max_seq_len", int)
+        for name in ("dropout", "layer_norm_eps", "rope_theta"):
+            self._check_number(name, float)
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise UsageError(f"tie_word_embeddings {self.tie_word_embeddings!r}: true or false")
         if self.dim % self.n_heads:
             near = self.n_heads * max(1, round(self.dim / self.n_heads))
             raise UsageError(
@@ -92,6 +111,19 @@ class LlamaConfig:
                 f"--n_heads {self.n_heads} is not divisible by --n_kv_heads {self.n_kv_heads}: "
                 "each key/value head serves the same number of query heads"
             )
+
+        if self.max_seq_len * self.head_dim > MAX_ROTARY:
+            raise UsageError(
+                f"--max_seq_len {self.max_seq_len} x {self.head_dim} numbers per head: the rotary "
+                f"table may have {MAX_ROTARY:,} entries"
+            )
+
+    def _check_number(self, name: str, kind: type) -> None:
+        value, (least, most) = getattr(self, name), SHAPE_BOUNDS[name]
+        right = isinstance(value, int) if kind is int else isinstance(value, int | float)
+        if not right or isinstance(value, bool) or not least <= value <= most:
+            noun = "a whole number" if kind is int else "a number"
+            raise UsageError(f"--{name} {value!r}: must be {noun} from {least:g} to {most:g}")
 
     @property
     def head_dim(self) -> int:
@@ -179,340 +211,65 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-# ---------------------------------------------------------------------------- the plan of a run
-
-# Logits that stand at once, by device: the loss is computed in chunks of them. On a CPU chunks near
-# the size of its cache are fastest; a GPU wants larger products.
-LOGITS_CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**28, "mps": 2**28}
-# Tokens up to which training on a CPU keeps attention's scores for the backward pass: that is
-# faster, and with longer rows the scores' memory is worth more than the time.
-SCORES_KEPT = 1024
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# What a process takes before it has a model: Python and torch with their kernels, CUDA's context.
-PROCESS_BYTES = {"cpu": 400 * 10**6, "cuda": 500 * 10**6, "mps": 400 * 10**6}
-
-
-def human_size(size: float) -> str:
-    """Bytes as people read them: 226 MB, 1.17 GB (powers of 1,000)."""
-    units = ["B", "kB", "MB", "GB", "TB"]
-    while size >= 999.5 and len(units) > 1:
-        size /= 1000
-        units.pop(0)
-    return f"{size:.3g} {units[0]}"
-
-
-def human_time(seconds: float) -> str:
-    """A duration as people read it: 45 s, 3 min 20 s, 2 h 5 min, 98 days 21 h."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 48:
-        return f"{hours // 24} days {hours % 24} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
-
-
-# What --compile auto reckons with on a CPU: operations per second and thread of an eager step, the
-# share of its time that a compiled one saves (4 to 15 %), and seconds that compiling takes.
-EAGER_FLOPS = {"float32": 60e9, "bfloat16": 120e9, "float16": 60e9}
-COMPILED_SAVES, COMPILING_TAKES = 0.08, 35
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """What a training run will do and need, by arithmetic alone.
-
-    A step trains on `micro_batch_size * accumulation_steps * world_size` sequences of at most
-    `sequence_length` tokens. Memory is that of one process, in bytes.
-    """
-
-    config: LlamaConfig
-    trainable_parameters: int
-    muon_parameters: int  # of those: Muon keeps one number for each, AdamW two
-    sequences: int  # to train on: chunks of text, or labelled sentences
-    tokens: int  # in those sequences
-    sequence_length: int
-    logits_width: int  # logits per target: the vocabulary's size, or the number of labels
-    micro_batch_size: int
-    accumulation_steps: int
-    world_size: int
-    epochs: int
-    max_steps: int | None
-    warmup_steps_given: int | None
-    dtype: str
-    device: str  # cpu, cuda or mps
-    activation_checkpointing: bool
-    keep_last: int
-    checkpoints_kept: int  # those of epochs, which are not deleted
-    parallel: str = "ddp"  # ddp: a whole model per process; fsdp: a share of every block
-
-    @property
-    def sequences_per_step(self) -> int:
-        """Sequences of one optimizer step, over all ranks."""
-        return self.micro_batch_size * self.accumulation_steps * self.world_size
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps per pass over the data, a last short one included: at least 1."""
-        return max(1, -(-self.sequences // self.sequences_per_step))
-
-    @property
-    def schedule_steps(self) -> int:
-        """Steps that the learning rate's schedule spans: all epochs."""
-        return self.epochs * self.steps_per_epoch
-
-    @property
-    def last_step(self) -> int:
-        """Steps after which the run ends: `max_steps` may come before the schedule's end."""
-        return min(self.max_steps or self.schedule_steps, self.schedule_steps)
-
-    @property
-    def warmup_steps(self) -> int:
-        """Steps of linear warmup: as given, else 5 % of the schedule."""
-        if self.warmup_steps_given is not None:
-            return self.warmup_steps_given
-        return round(0.05 * self.schedule_steps)
-
-    def activation_bytes(self) -> int:
-        """What a micro-batch keeps for the backward pass, for attention that keeps no scores."""
-        config, compute = self.config, DTYPE_BYTES[self.dtype]
-        kv_dim = config.n_kv_heads * config.head_dim
-        residual = 4 * config.dim  # the residual stream stays in float32
-        layer = 2 * residual + compute * (5 * config.dim + 3 * kv_dim + 4 * config.hidden_dim)
-        if self.device == "cpu" and self.sequence_length <= SCORES_KEPT:
-            layer += compute * config.n_heads * self.sequence_length
-        layers = config.n_layers * layer
-        if self.activation_checkpointing:
-            layers = config.n_layers * residual + layer
-        return self.micro_batch_size * self.sequence_length * (layers + 3 * residual)
-
-    def flops_per_token(self) -> float:
-        """Operations to train on one token; of finetuning, as if all weights were trained."""
-        logits = self.logits_width == self.config.vocab_size
-        return self.config.flops_per_token(self.sequence_length, logits=logits)
-
-    def compiling_pays(self, threads: int) -> tuple[bool, str]:
-        """Whether a run on this many CPU threads is long enough to compile for, and why."""
-        tokens = self.tokens * self.last_step / self.steps_per_epoch / self.world_size
-        seconds = tokens * self.flops_per_token() / (EAGER_FLOPS[self.dtype] * threads)
-        saved = COMPILED_SAVES * seconds
-        reason = (
-            f"it would save about {human_time(saved)} of {human_time(seconds)} and takes about "
-            f"{human_time(COMPILING_TAKES)}"
-        )
-        return saved > 2 * COMPILING_TAKES, reason
-
-    @property
-    def shards(self) -> int:
-        """Processes that share out weights, gradients and the optimizer's moments."""
-        return self.world_size if self.parallel == "fsdp" else 1
-
-    def gathered_bytes(self) -> int:
-        """What a process holds of the weights beside its own float32 share of them.
-
-        Sharded: of two blocks the weights in `dtype`, one used and one on its way, of one its
-        gradients, in `dtype` and as float32 for the exchange; embedding and head whole, in float32,
-        with their gradients. Whole: autocast's copies of the matrices.
-        """
-        compute = DTYPE_BYTES[self.dtype]
-        blocks, rest = self.config.block_parameters()
-        if self.shards > 1:
-            return blocks // self.config.n_layers * (3 * compute + 4) + 8 * rest
-        return compute * blocks if self.dtype != "float32" else 0
-
-    def memory(self) -> dict[str, int]:
-        """Bytes by part while training."""
-        weights = 4 * sum(self.config.parameter_counts().values())
-        logits = 4 * self.micro_batch_size * self.sequence_length * self.logits_width
-        return {
-            "weights": weights // self.shards,
-            "gradients": 4 * self.trainable_parameters // self.shards,
-            "optimizer": self.optimizer_bytes() // self.shards,
-            "copies": self.gathered_bytes(),
-            "activations": self.activation_bytes(),
-            "logits": 2 * min(logits, LOGITS_CHUNK_BYTES[self.device]),
-            "process": PROCESS_BYTES[self.device],
-        }
-
-    def optimizer_bytes(self) -> int:
-        """The optimizer's moments: two float32 numbers for each parameter, one where it is Muon."""
-        return 8 * self.trainable_parameters - 4 * self.muon_parameters
-
-    def checkpoint_bytes(self) -> int:
-        """A resumable checkpoint: float32 weights and the optimizer's moments."""
-        return 4 * sum(self.config.parameter_counts().values()) + self.optimizer_bytes()
-
-    def weights_file_bytes(self, save_dtype: str) -> int:
-        """A weights file: the weights alone, a tied embedding once."""
-        return DTYPE_BYTES[save_dtype] * sum(self.config.parameter_counts().values())
-
-    def disk_bytes(self, save_dtype: str) -> int:
-        """Everything the run will have written, a file being replaced counted twice."""
-        checkpoints = self.checkpoints_kept + self.keep_last + 1
-        return checkpoints * self.checkpoint_bytes() + 3 * self.weights_file_bytes(save_dtype)
-
-    def lines(self, *, noun: str, save_dtype: str, available: int | None) -> list[str]:
-        """The plan as a person reads it; `noun` is what a sequence is called."""
-        counts, memory = self.config.parameter_counts(), self.memory()
-        config = self.config
-        parts = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
-        needs = ", ".join(f"{name} {human_size(size)}" for name, size in memory.items() if size)
-        have = f"; {human_size(available)} available" if available else ""
-        processes = f" x {self.world_size} processes" if self.world_size > 1 else ""
-        moments = "moments" if self.muon_parameters else "two moments of each"
-        ends = ""
-        if self.last_step < self.schedule_steps:
-            ends = f", ended after {self.last_step:,} by --max_steps"
-        per_process = f" per process ({self.parallel})" if self.world_size > 1 else ""
-        return [
-            f"model        {sum(counts.values()):,} parameters: {parts}",
-            f"             dim {config.dim}, {config.n_layers} layers, {config.n_heads} heads "
-            f"({config.n_kv_heads} key/value), vocabulary {config.vocab_size:,}, "
-            f"context {config.max_seq_len:,}",
-            f"data         {self.tokens:,} tokens in {self.sequences:,} {noun} of up to "
-            f"{self.sequence_length:,}",
-            f"steps        {self.steps_per_epoch:,} per epoch x {self.epochs:,} epochs = "
-            f"{self.schedule_steps:,}, of {self.sequences_per_step:,} {noun} "
-            f"({self.micro_batch_size} x {self.accumulation_steps} accumulated{processes}); "
-            f"warmup {self.warmup_steps:,}{ends}",
-            f"memory       {human_size(sum(memory.values()))} in {self.dtype}{per_process}: "
-            f"{needs}{have}",
-            f"files        weights {human_size(self.weights_file_bytes(save_dtype))} "
-            f"({save_dtype}), resumable checkpoint {human_size(self.checkpoint_bytes())} "
-            f"(float32 weights and the optimizer's {moments})",
-        ]
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """GPUs of one kind in nodes of one size, and what training on them takes, by arithmetic alone.
-
-    Exchanges go round a ring of all GPUs at the pace of its slowest link: `intra_node` bytes/s each
-    way between two GPUs of a node, `inter_node` each way between two nodes, all adapters together.
-    """
-
-    gpus_per_node: int
-    flops: float  # a GPU's peak, per second
-    mfu: float  # share of it that the computing alone reaches, recomputing counted too
-    intra_node: float
-    inter_node: float
-
-    def compute_seconds(self, plan: TrainingPlan) -> float:
-        """An optimizer step's computing on one GPU."""
-        tokens = plan.sequences_per_step // plan.world_size * plan.sequence_length
-        again = 4 / 3 if plan.activation_checkpointing else 1  # the forward pass, a third, twice
-        return tokens * plan.flops_per_token() * again / (self.flops * self.mfu)
-
-    def exchanged_bytes(self, plan: TrainingPlan) -> float:
-        """What each GPU sends, and receives, per optimizer step.
-
-        DDP: a ring's all-reduce of the float32 gradients sends 2 (N-1)/N of them. FSDP: of each
-        micro-batch a block's weights in `dtype` for the forward and for the backward pass, and its
-        gradients in float32, (N-1)/N of each; embedding and head once each way, in float32.
-        """
-        share = (plan.world_size - 1) / plan.world_size
-        blocks, around = plan.config.block_parameters()
-        if plan.parallel == "ddp":
-            return 2 * share * 4 * (blocks + around)
-        per_block = 2 * DTYPE_BYTES[plan.dtype] + 4
-        return plan.accumulation_steps * share * (per_block * blocks + 8 * around)
-
-    def exchange_seconds(self, plan: TrainingPlan) -> float:
-        """That traffic's time, were nothing computed meanwhile."""
-        one_node = plan.world_size <= self.gpus_per_node
-        slowest = self.intra_node if one_node else min(self.intra_node, self.inter_node)
-        return self.exchanged_bytes(plan) / slowest
-
-    def step_seconds(self, plan: TrainingPlan) -> float:
-        """An optimizer step with the exchange behind the computing, as far as it fits there.
-
-        DDP's fits behind the backward pass of the last micro-batch, FSDP's behind everything.
-        """
-        compute, exchange = self.compute_seconds(plan), self.exchange_seconds(plan)
-        behind = compute
-        if plan.parallel == "ddp":
-            backward = 3 / 4 if plan.activation_checkpointing else 2 / 3
-            behind = backward * compute / plan.accumulation_steps
-        return compute + max(0.0, exchange - behind)
-
-    def lines(self, plan: TrainingPlan) -> list[str]:
-        """Traffic, speed and time as a person reads them."""
-        step, compute = self.step_seconds(plan), self.compute_seconds(plan)
-        exchange = self.exchange_seconds(plan)
-        tokens = plan.sequences_per_step * plan.sequence_length
-        rate = tokens / step
-        reached = rate * plan.flops_per_token() / (plan.world_size * self.flops)
-        nodes = -(-plan.world_size // self.gpus_per_node)
-        return [
-            f"cluster      {plan.world_size:,} GPUs in {nodes:,} node{'s' * (nodes > 1)}, "
-            f"{self.flops / 1e12:,.0f} TFLOP/s each, of which computing reaches {self.mfu:.0%}; "
-            f"links {self.intra_node / 1e9:,.0f} GB/s within a node, "
-            f"{self.inter_node / 1e9:,.0f} GB/s between nodes",
-            f"exchange     {human_size(self.exchanged_bytes(plan))} per GPU and step "
-            f"({plan.parallel}): {exchange:.3g} s",
-            f"step         {tokens:,} tokens: computing {compute:.3g} s; {step:.3g} s with the "
-            f"exchange behind it as far as it fits, {compute + exchange:.3g} s one after the other",
-            f"speed        {rate:,.0f} tokens/s, {rate / plan.world_size:,.0f} per GPU, "
-            f"MFU {reached:.1%}",
-            f"time         {human_time(1e9 / rate)} per billion tokens, "
-            f"{human_time(plan.last_step * step)} for the run",
-        ]
-
-
-# ---------------------------------------------------------------------------- the options
-
+# ---------------------------------------------------------------------------- the table of flags
 
 EMBEDDED_SEQ_LEN = 256  # of the embedded stories, which are shorter: more steps, sooner done
-
-
-def flag(
-    default: Any,
-    help: str,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    many: bool = False,
-    metavar: str | None = None,
-    alone: str | None = None,
-) -> Any:
-    """A dataclass field that is a command-line flag: its help and the bounds of its value.
-
-    `alone` is what a flag of choices means when it is typed without one.
-    """
-    bounds = {"at_least": at_least, "above": above, "below": below}
-    metadata = {"help": help, "bounds": bounds, "many": many, "metavar": metavar, "alone": alone}
-    return dataclasses.field(default=default, metadata=metadata)
+TRAINING = ("pretrain", "finetune")
+LABELLED = ("finetune", "prompt")
+EVERY = ("pretrain", "finetune", "prompt", "generate")
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """the run"""
+class Options:
+    """Everything the command line says, checked as far as it can be without data or device."""
 
-    option: Literal["pretrain", "finetune", "prompt", "generate"] = flag("generate", "what to do")
+    flag = section("the run", *EVERY)
+    option: Literal["pretrain", "finetune", "prompt", "generate"] = flag(
+        "generate", "what to do", on_resume="typed"
+    )
     seed: int = flag(1337, "of every random number", at_least=0, below=2**63)
-    use_gpu: bool = flag(False, "train or run on CUDA or Apple's MPS where there is one")
+    use_gpu: bool = flag(
+        False, "train or run on CUDA or Apple's MPS where there is one", on_resume="typed"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
-        "auto", "of the arithmetic; auto: bfloat16 where the device multiplies it fast"
+        "auto",
+        "compute dtype; auto: bfloat16 where the device multiplies it fast",
+        read_by=TRAINING,
     )
     compile: Literal["auto", "on", "off"] = flag(
         "auto",
         "torch.compile the model, which takes half a minute; auto: to pretrain on the CPU, where "
         "the plan says that it pays; --compile alone: on",
+        read_by=("pretrain", "finetune", "generate"),
         alone="on",
     )
-    plan: bool = flag(False, "print the plan of the run (sizes, steps, memory) and stop")
-    save_dir: Path = flag(Path("checkpoints"), "folder of the run's checkpoints and records")
-    resume: str | None = flag(
-        None, "go on from this checkpoint; auto: the newest of --save_dir", metavar="FILE|auto"
+    plan: bool = flag(
+        False,
+        "print the plan of the run (sizes, steps, memory) and stop",
+        read_by=TRAINING,
+        on_resume="typed",
     )
-    overwrite: bool = flag(False, "remove the files of an earlier run in --save_dir first")
+    save_dir: Path = flag(
+        Path("checkpoints"),
+        "folder of the run's checkpoints and records",
+        read_by=TRAINING,
+        on_resume="typed",
+    )
+    resume: str | None = flag(
+        None,
+        "continue from this checkpoint; auto: the newest in --save_dir",
+        metavar="FILE|auto",
+        read_by=TRAINING,
+        on_resume="typed",
+    )
+    overwrite: bool = flag(
+        False,
+        "remove the files of an earlier run in --save_dir first",
+        read_by=TRAINING,
+        on_resume="typed",
+    )
 
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """the model"""
-
+    flag = section("the model", "pretrain")
     model_size: Literal["tiny", "stories15M", "stories42M", "stories110M", "1.1B", "7B"] = flag(
         "tiny", "preset of the shape to pretrain; the flags below change it"
     )
@@ -526,19 +283,18 @@ class ModelOptions:
     )
     dropout: float = flag(0.0, "dropout of the model while training", at_least=0, below=1)
     tokenizer_model: Path | None = flag(
-        None, "SentencePiece vocabulary; unset: the model file's own, or the embedded one"
+        None,
+        "SentencePiece vocabulary; unset: the model file's own, or the embedded one",
+        read_by=EVERY,
     )
     pretrained_model_path: Path | None = flag(
         None,
         "model file or folder to finetune, prompt or generate with; unset: "
         "./checkpoints/final-model.pt, else ./stories42M.pt, else the shipped model",
+        read_by=("finetune", "prompt", "generate"),
     )
 
-
-@dataclass(frozen=True)
-class PretrainDataOptions:
-    """text to pretrain on"""
-
+    flag = section("text to pretrain on", "pretrain")
     pretrain_data: tuple[str, ...] = flag(
         (), "files, folders or globs: .txt, .jsonl, each also .gz; unset: the stories", many=True
     )
@@ -552,16 +308,15 @@ class PretrainDataOptions:
     encoding_errors: Literal["strict", "replace"] = flag(
         "strict", "bytes that are not UTF-8: stop and name the line, or put U+FFFD"
     )
-    cache_dir: Path = flag(Path("token_cache"), "folder of the tokenized text")
+    cache_dir: Path = flag(Path("token_cache"), "folder of the tokenized text", on_resume="typed")
 
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """training"""
-
+    flag = section("training", *TRAINING)
     epochs: int = flag(5, "passes over the data", at_least=1)
     max_steps: int | None = flag(
-        None, "end the run early, after this many optimizer steps in all", at_least=1
+        None,
+        "end the run early, after this many optimizer steps in all",
+        at_least=1,
+        on_resume="typed",
     )
     gradient_accumulation_steps: int = flag(
         1, "micro-batches per optimizer step; equals one big batch", at_least=1
@@ -588,7 +343,9 @@ class TrainOptions:
         False, "recompute each layer in the backward pass: less memory, a third slower"
     )
     profile: bool = flag(
-        False, "profile a few steps: a table of where they go, and profile.json.gz for a viewer"
+        False,
+        "profile a few steps: a table of where they go, and profile.json.gz for a viewer",
+        on_resume="typed",
     )
     checkpoint_interval: int = flag(
         1000, "optimizer steps between resumable checkpoints; 0: none", at_least=0
@@ -599,12 +356,11 @@ class TrainOptions:
         "after 10 steps in a row whose loss or gradients are not finite: go back to the last good "
         "checkpoint with half the learning rate, or stop",
     )
+    save_dtype: Literal["float32", "bfloat16", "float16"] = flag(
+        "float32", "dtype of the weights in final-model.pt and best-model.pt"
+    )
 
-
-@dataclass(frozen=True)
-class ClusterOptions:
-    """several processes (torchrun)"""
-
+    flag = section("several processes (torchrun)", *TRAINING)
     global_batch_size: int | None = flag(
         None,
         "sequences per optimizer step over all processes; unset: micro-batch x accumulation x "
@@ -612,75 +368,52 @@ class ClusterOptions:
         at_least=1,
     )
     parallel: Literal["ddp", "fsdp"] = flag(
-        "ddp", "each process holds the whole model, or its share of every block (FSDP2)"
+        "ddp", "each process holds the whole model, or its shard of every block (FSDP2)"
     )
     dist_timeout: int = flag(
-        600, "seconds that the processes wait for one that lags before all of them end", at_least=1
+        600,
+        "seconds that the processes wait for one that lags before all of them end",
+        at_least=1,
+        on_resume="typed",
     )
 
-
-@dataclass(frozen=True)
-class PretrainOptions:
-    """--option pretrain"""
-
-    pretrain_batch_size: int = flag(8, "chunks per micro-batch", at_least=1)
+    flag = section("--option pretrain", "pretrain")
+    pretrain_batch_size: int = flag(8, "chunks per micro-batch", at_least=1, instead="batch_size")
     pretrain_lr: float | None = flag(
-        None, "peak learning rate; unset: what suits --model_size", above=0
+        None, "peak learning rate; unset: what suits --model_size", above=0, below=1e6, instead="lr"
     )
     eval_interval: int = flag(
         0, "optimizer steps between validations; 0: at the end of each epoch", at_least=0
     )
     save_interval: int = flag(50, "epochs between pretrain-epoch-N.pt", at_least=1)
     best_model_interval: int = flag(1, "epochs between looks for a new best-model.pt", at_least=1)
-    save_dtype: Literal["float32", "bfloat16", "float16"] = flag(
-        "float32", "of the weights in final-model.pt and best-model.pt"
+    world_size: int | None = flag(
+        None, "with --plan: what the run would need and take on this many GPUs", at_least=1
+    )
+    gpu: Literal["h100", "h200", "b200", "a100", "l40s", "4090"] = flag(
+        "h100", "with --plan --world_size: their kind, eight to a machine"
     )
 
-
-@dataclass(frozen=True)
-class OtherMachineOptions:
-    """--plan for other machines: the defaults are NVIDIA's H100, its links by the data sheet"""
-
-    world_size: int | None = flag(None, "plan for this many GPUs", at_least=1)
-    plan_tokens: float | None = flag(
-        None, "tokens of text, e.g. 3e12; unset: those of --pretrain_data", at_least=2
+    flag = section("labelled data (finetune, prompt)", *LABELLED)
+    train: Path | None = flag(
+        None, "`label ||| sentence` lines; unset: the embedded reviews", on_resume="typed"
     )
-    vocab_size: int | None = flag(
-        None, "tokens of the vocabulary; unset: those of --tokenizer_model", at_least=1
-    )
-    gpus_per_node: int = flag(8, "GPUs that share a machine", at_least=1)
-    gpu_memory_gb: float = flag(80, "memory of a GPU", above=0)
-    gpu_tflops: float = flag(989, "peak of a GPU in --dtype, dense", above=0)
-    mfu: float = flag(0.4, "share of that peak that the computing alone reaches", above=0)
-    intra_node_gb_s: float = flag(450, "GB/s each way between two GPUs of a node", above=0)
-    inter_node_gb_s: float = flag(
-        400, "GB/s each way between two nodes, all network adapters together", above=0
-    )
-
-
-@dataclass(frozen=True)
-class LabelledDataOptions:
-    """labelled data (finetune, prompt)"""
-
-    train: Path | None = flag(None, "`label ||| sentence` lines; unset: the embedded reviews")
-    dev: Path | None = flag(None, "the same, to choose the best epoch by")
-    test: Path | None = flag(None, "the same, for the last figures")
+    dev: Path | None = flag(None, "the same, to choose the best epoch by", on_resume="typed")
+    test: Path | None = flag(None, "the same, for the last figures", on_resume="typed")
     label_names: Path | None = flag(
-        None, "JSON list of the labels' names; unset: NAME-label-mapping.json beside --train"
+        None,
+        "JSON list of the labels' names; unset: NAME-label-mapping.json beside --train",
+        on_resume="typed",
     )
-    batch_size: int = flag(8, "sentences per batch", at_least=1)
+    batch_size: int = flag(8, "sentences per batch", at_least=1, instead="pretrain_batch_size")
     max_sentence_len: int | None = flag(None, "tokens of a sentence to read", at_least=1)
     dev_out: Path | None = flag(
-        None, "predictions on --dev; unset: named after data set and option"
+        None, "predictions on --dev; unset: named after data set and option", on_resume="typed"
     )
-    test_out: Path | None = flag(None, "predictions on --test; likewise")
+    test_out: Path | None = flag(None, "predictions on --test; likewise", on_resume="typed")
 
-
-@dataclass(frozen=True)
-class FinetuneOptions:
-    """--option finetune"""
-
-    lr: float = flag(2e-5, "peak learning rate", above=0)
+    flag = section("--option finetune", "finetune")
+    lr: float = flag(2e-5, "peak learning rate", above=0, below=1e6, instead="pretrain_lr")
     hidden_dropout_prob: float = flag(0.3, "dropout before the linear head", at_least=0, below=1)
     freeze_backbone: bool = flag(False, "train the linear head alone")
     lora_rank: int | None = flag(
@@ -690,11 +423,7 @@ class FinetuneOptions:
         None, "stop after this many epochs without a better dev accuracy", at_least=1
     )
 
-
-@dataclass(frozen=True)
-class PromptOptions:
-    """--option prompt"""
-
+    flag = section("--option prompt", "prompt")
     prompt_template: str = flag(
         "{sentence} Is this movie {labels}? This movie is",
         "text before the label; {sentence} and {labels} are filled in, \\n is a newline",
@@ -706,11 +435,7 @@ class PromptOptions:
     )
     shots: int = flag(0, "labelled examples from --train to put before each prompt", at_least=0)
 
-
-@dataclass(frozen=True)
-class GenerateOptions:
-    """--option generate"""
-
+    flag = section("--option generate", "generate")
     prompt: tuple[str, ...] = flag((), "text to continue; repeatable", metavar="TEXT")
     prompt_file: Path | None = flag(None, "continue every line of this file")
     interactive: bool = flag(False, "type prompts, read continuations; Ctrl-D ends")
@@ -742,80 +467,37 @@ class GenerateOptions:
     generated_sentence_high_temp_out: Path = flag(
         Path("generated-sentence-temp-1.txt"), "the original's file at temperature 1"
     )
-
-
-# A resumed run asks these of the command line, and everything else of its checkpoint.
-ANEW_ON_RESUME = frozenset(
-    "option use_gpu plan profile save_dir resume overwrite max_steps cache_dir dist_timeout".split()
-)
-
-# The groups in the order `--help` shows them; later bases come first in a dataclass's fields.
-OPTION_GROUPS = (
-    RunOptions,
-    ModelOptions,
-    PretrainDataOptions,
-    TrainOptions,
-    ClusterOptions,
-    PretrainOptions,
-    OtherMachineOptions,
-    LabelledDataOptions,
-    FinetuneOptions,
-    PromptOptions,
-    GenerateOptions,
-)
-
-
-@dataclass(frozen=True)
-class Options(
-    GenerateOptions,
-    PromptOptions,
-    FinetuneOptions,
-    LabelledDataOptions,
-    OtherMachineOptions,
-    PretrainOptions,
-    ClusterOptions,
-    TrainOptions,
-    PretrainDataOptions,
-    ModelOptions,
-    RunOptions,
-):
-    """Everything the command line says, checked as far as it can be without data or device."""
+    del flag
 
     given: frozenset[str] = frozenset()  # names of the flags that were typed
 
     def to_plain(self) -> dict[str, Any]:
         """The options as JSON and checkpoints hold them: strings, numbers, lists, None."""
-        plain = dataclasses.asdict(self)
-        del plain["given"]
-        for name, value in plain.items():
+        plain = {}
+        for name in FLAGS:
+            value = getattr(self, name)
             if isinstance(value, Path):
-                plain[name] = value.as_posix()
-            elif isinstance(value, tuple):
-                plain[name] = list(value)
+                value = value.as_posix()
+            plain[name] = list(value) if isinstance(value, tuple) else value
         return plain
 
     def resumed(self, stored: dict[str, Any]) -> Options:
-        """These options with those of a checkpoint for every flag that was not typed.
+        """These options with a checkpoint's value of every flag that was not typed.
 
         Where the run writes, what it computes on and when it ends early are not the checkpoint's.
-        Its global batch is, for whatever micro-batch and number of processes; only an accumulation
-        that was typed makes another one, which is then refused.
+        Its global batch is, whatever the micro-batch and the number of processes; only an
+        accumulation that was typed makes another one, which is then refused. Raises UsageError for
+        a stored value that the flag could not have.
         """
-        kept = self.given | ANEW_ON_RESUME
+        typed = self.given | TYPED_ON_RESUME
         name = "gradient_accumulation_steps"
         if name in self.given and getattr(self, name) != stored.get(name):
-            kept |= {"global_batch_size"}
-        changes = {}
-        for field in dataclasses.fields(self):
-            if field.name in stored and field.name not in kept and "help" in field.metadata:
-                value = stored[field.name]
-                if isinstance(value, list):
-                    value = tuple(value)
-                elif field.name == "compile" and isinstance(value, bool):  # a plain flag, once
-                    value = "on" if value else "off"
-                elif isinstance(value, str) and "Path" in str(field.type):
-                    value = Path(value)
-                changes[field.name] = value
+            typed |= {"global_batch_size"}
+        changes = {
+            n: read_stored(FLAGS[n], HINTS[n], stored[n])
+            for n in FLAGS
+            if n in stored and n not in typed
+        }
         return dataclasses.replace(self, **changes)
 
     def llama_config(self, vocab_size: int) -> LlamaConfig:
@@ -839,13 +521,14 @@ class Options(
 
     @property
     def micro_batch_size(self) -> int:
-        """Sequences that a process trains on at once, of the option at hand."""
+        """Sequences that a process trains on at once."""
         return self.pretrain_batch_size if self.option == "pretrain" else self.batch_size
 
     def with_global_batch(self, world_size: int) -> Options:
-        """These options with the global batch settled, as given or as so many processes make it.
+        """These options with the global batch settled: as given, else micro-batch x accumulation x
+        processes.
 
-        Raises UsageError for one that they cannot make of whole micro-batches.
+        Raises UsageError for one that the processes cannot make of whole micro-batches.
         """
         at_once = self.micro_batch_size * world_size
         if self.global_batch_size is None:
@@ -864,92 +547,29 @@ class Options(
             )
         return self
 
+    def decay(self) -> float:
+        """The weight decay: as given, else 0.1 to pretrain and none to finetune."""
+        if self.weight_decay is not None:
+            return self.weight_decay
+        return 0.1 if self.option == "pretrain" else 0.0
+
     def peak_lr(self) -> float:
-        """The learning rate after warmup of the option at hand."""
+        """The learning rate after warmup."""
         if self.option != "pretrain":
             return self.lr
         return self.pretrain_lr or PRESETS[self.model_size].pretrain_lr
 
-    def cluster(self) -> Cluster:
-        """The machines to plan for."""
-        return Cluster(
-            gpus_per_node=self.gpus_per_node,
-            flops=self.gpu_tflops * 1e12,
-            mfu=self.mfu,
-            intra_node=self.intra_node_gb_s * 1e9,
-            inter_node=self.inter_node_gb_s * 1e9,
-        )
+
+FLAGS = {field.name: field for field in dataclasses.fields(Options) if "help" in field.metadata}
+TYPED_ON_RESUME = {n for n, field in FLAGS.items() if field.metadata["on_resume"] == "typed"}
+HINTS = typing.get_type_hints(Options)
 
 
 # ---------------------------------------------------------------------------- reading them
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """argparse that raises UsageError instead of printing its usage over the message."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message.removeprefix("argument "))
-
-
-def with_underscores(word: str) -> str:
-    """`--save-dir=x` as `--save_dir=x`: both spellings are accepted, one is known inside."""
-    return re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word)
-
-
-def number_reader(kind: type, bounds: dict[str, float | None]) -> Callable[[str], Any]:
-    """A function that reads a number within the bounds or raises argparse's error."""
-    noun = "a whole number" if kind is int else "a number"
-
-    def read(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            glued = re.match(r"(.+?)(--\w.*)", text)
-            remedy = f"; a space is missing before {glued[2]}" if glued else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is not {noun}{remedy}") from None
-        if not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {noun}")
-        checks = {
-            "at_least": ("at least", lambda bound: value >= bound),
-            "above": ("above", lambda bound: value > bound),
-            "below": ("below", lambda bound: value < bound),
-        }
-        for key, (words, holds) in checks.items():
-            if bounds[key] is not None and not holds(bounds[key]):
-                raise argparse.ArgumentTypeError(f"{text} must be {words} {bounds[key]:g}")
-        return value
-
-    return read
-
-
-def add_flag(group: Any, field: dataclasses.Field, annotation: Any) -> None:
-    """Add one dataclass field to an argparse group, its type taken from the annotation."""
-    text = field.metadata["help"]
-    if field.default not in (None, (), False):
-        text += f" (default: {field.default})"
-    settings: dict[str, Any] = {"dest": field.name, "default": field.default, "help": text}
-    kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
-    if annotation is bool:
-        settings["action"] = "store_true"
-    elif typing.get_origin(annotation) is Literal:
-        settings["choices"] = typing.get_args(annotation)
-        if field.metadata["alone"]:
-            settings |= {"nargs": "?", "const": field.metadata["alone"]}
-    elif typing.get_origin(annotation) is tuple:
-        settings |= {"nargs": "+"} if field.metadata["many"] else {"action": "append"}
-        settings["metavar"] = field.metadata["metavar"] or "PATH"
-        settings["default"] = None  # argparse would append to a default
-    else:
-        kind = kinds[0] if kinds else annotation
-        numeric = kind in (int, float)
-        settings["type"] = number_reader(kind, field.metadata["bounds"]) if numeric else kind
-        words = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
-        settings["metavar"] = field.metadata["metavar"] or words[kind]
-    group.add_argument(f"--{field.name}", **settings)
-
-
 def build_parser() -> argparse.ArgumentParser:
-    """The command line of run_llama.py, generated from the option groups."""
+    """The command line of run_llama.py, generated from the table."""
     parser = OneLineParser(
         prog="run_llama.py",
         usage="python run_llama.py --option {pretrain,finetune,prompt,generate} [options]",
@@ -957,11 +577,12 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Every option is accepted with _ and with -, e.g. --save_dir and --save-dir.",
         allow_abbrev=False,
     )
-    for group_class in OPTION_GROUPS:
-        group = parser.add_argument_group(group_class.__doc__)
-        annotations = typing.get_type_hints(group_class)
-        for field in dataclasses.fields(group_class):
-            add_flag(group, field, annotations[field.name])
+    groups: dict[str, Any] = {}
+    for name, field in FLAGS.items():
+        title = field.metadata["section"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        add_flag(groups[title], field, HINTS[name])
     return parser
 
 
@@ -978,12 +599,11 @@ def parse_options(arguments: Sequence[str]) -> Options:
         raise UsageError("\n".join(unknown_argument(parser, word) for word in unknown))
     values = vars(namespace)
     if values["max_seq_len"] is None:
-        own_text = values["pretrain_data"] or values["plan_tokens"]
-        embedded = values["option"] == "pretrain" and not own_text
+        embedded = values["option"] == "pretrain" and not values["pretrain_data"]
         values["max_seq_len"] = EMBEDDED_SEQ_LEN if embedded else Options.max_seq_len
-    for field in dataclasses.fields(Options):
+    for name, field in FLAGS.items():
         if isinstance(field.default, tuple):
-            values[field.name] = tuple(values[field.name] or ())
+            values[name] = tuple(values[name] or ())
     typed = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
     options = Options(**values, given=frozenset(typed & {*values}))
     problems = find_problems(options)
@@ -992,69 +612,27 @@ def parse_options(arguments: Sequence[str]) -> Options:
     return options
 
 
-def parse_or_exit(
-    parse: Callable[[Sequence[str]], Parsed], program: str, arguments: Sequence[str]
-) -> Parsed:
-    """What `parse` makes of a command line; on a bad one a line per problem and exit status 2.
-
-    For scripts to call before they import torch, which takes seconds. Of several processes, which
-    all have the same command line, the first one prints.
-    """
-    try:
-        return parse(arguments)
-    except UsageError as error:
-        if os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0":
-            report_usage_error(program, error)
-        sys.exit(2)
-
-
-def report_usage_error(program: str, error: Exception) -> None:
-    """Print each problem of the error on a line of its own."""
-    for line in str(error).splitlines():
-        print(f"{program}: error: {line}", file=sys.stderr)
-
-
 def unknown_argument(parser: argparse.ArgumentParser, word: str) -> str:
     """What to say of a word the parser does not know: the nearest flag, if any is near."""
     flags = [text for action in parser._actions for text in action.option_strings]
-    if word in typing.get_args(typing.get_type_hints(Options)["option"]):
+    if word in EVERY:
         return f"{word}: did you mean --option {word}?"
     near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
     remedy = f"did you mean {near[0]}?" if near else "--help lists the options"
     return f"{word}: no such option; {remedy}"
 
 
-# The options that a group of flags is for; of the groups left out, all.
-GROUP_IS_FOR: dict[type, tuple[str, ...]] = {
-    PretrainDataOptions: ("pretrain",),
-    PretrainOptions: ("pretrain",),
-    OtherMachineOptions: ("pretrain",),
-    TrainOptions: ("pretrain", "finetune"),
-    ClusterOptions: ("pretrain", "finetune"),
-    LabelledDataOptions: ("finetune", "prompt"),
-    FinetuneOptions: ("finetune",),
-    PromptOptions: ("prompt",),
-    GenerateOptions: ("generate",),
-}
-ALSO_FOR = {"save_dtype": "finetune"}
-INSTEAD = {
-    ("pretrain", "lr"): "--pretrain_lr",
-    ("pretrain", "batch_size"): "--pretrain_batch_size",
-    ("finetune", "pretrain_lr"): "--lr",
-    ("finetune", "pretrain_batch_size"): "--batch_size",
-}
+# ---------------------------------------------------------------------------- checking them
 
 
 def find_idle_flags(options: Options) -> list[str]:
-    """A note for each flag typed that the option at hand does not look at."""
+    """A note for each flag typed that the option at hand does not read."""
     notes = []
-    for group, meant_for in GROUP_IS_FOR.items():
-        for field in dataclasses.fields(group):
-            name = field.name
-            if name not in options.given or options.option in (*meant_for, ALSO_FOR.get(name)):
-                continue
-            instead = INSTEAD.get((options.option, name))
-            remedy = f": {instead} has" if instead else ""
+    for name, field in FLAGS.items():
+        if name in options.given and options.option not in field.metadata["read_by"]:
+            instead = field.metadata["instead"]
+            reads = instead and options.option in FLAGS[instead].metadata["read_by"]
+            remedy = f": --{instead} has" if reads else ""
             notes.append(f"note: --{name} has no effect on --option {options.option}{remedy}")
     return notes
 
@@ -1079,15 +657,12 @@ def find_problems(options: Options) -> list[str]:
             for name in ("plan", "resume", "profile")
             if name in options.given
         ]
-    elsewhere = [field.name for field in dataclasses.fields(OtherMachineOptions)]
     if not (options.plan and options.world_size):
         problems += [
-            f"--{name} is for --plan with --world_size N, the plan for other machines; leave it out"
-            for name in elsewhere
+            f"--{name} is for --plan --world_size N, the plan for other machines; leave it out"
+            for name in ("world_size", "gpu")
             if name in options.given
         ]
-    if options.mfu > 1:
-        problems.append(f"--mfu {options.mfu:g} must be at most 1: it is a share of the peak")
     if options.top_p is not None and options.top_p > 1:
         problems.append(f"--top_p {options.top_p:g} must be at most 1: it is a probability")
     finetune = options.option == "finetune"
@@ -1105,8 +680,8 @@ def find_problems(options: Options) -> list[str]:
         )
     if options.parallel == "fsdp" and options.optimizer == "muon":
         problems.append(
-            "--optimizer muon needs whole matrices, and --parallel fsdp shares them out: leave one "
-            "of the two out"
+            "--optimizer muon needs whole matrices, and --parallel fsdp shards them: leave one of "
+            "the two out"
         )
     if finetune and options.parallel == "fsdp" and options.lora_rank:
         problems.append(
@@ -1114,7 +689,7 @@ def find_problems(options: Options) -> list[str]:
             "little optimizer state to shard, so leave --parallel out"
         )
     if options.resume and options.overwrite:
-        problems.append("--resume goes on with a run, --overwrite removes it: give one")
+        problems.append("--resume continues a run, --overwrite removes it: give one")
     unknown = {*re.findall(r"\{\w*\}", options.prompt_template)} - {"{sentence}", "{labels}"}
     if unknown:
         problems.append(

@@ -6,6 +6,7 @@ learning rate after the update. Knows nothing of models beyond their parameters'
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
+BETAS, EPS = (0.9, 0.95), 1e-8  # AdamW's, as Llama was pretrained
 WARMUP_START = 0.01  # of the peak: where linear warmup begins
 WSD_DECAY = 0.2  # of the run: the last part of the warmup-stable-decay schedule
 
@@ -69,6 +71,14 @@ class AdamW(torch.optim.Optimizer):
                 self._update(parameters, group, step)
         return loss
 
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Take over a state; raises ValueError unless its moments have their parameters' shapes.
+
+        The fused update trusts these shapes: it would read and write past a smaller tensor.
+        """
+        check_moments(self, state_dict)
+        super().load_state_dict(state_dict)
+
     def _next_step(self, parameter: nn.Parameter) -> int:
         """Count this step of the parameter, whose moments are zero before its first."""
         if parameter.grad.is_sparse:
@@ -93,7 +103,7 @@ class AdamW(torch.optim.Optimizer):
         one_layout = all(p.stride() == p.grad.stride() for p in parameters)
         if one_layout and all(type(p) is nn.Parameter and p.is_cpu for p in parameters):
             # One pass over memory instead of seven. torch divides sqrt(v) by its correction before
-            # it adds eps, so it is given the lr and eps that make of this the update below.
+            # it adds eps, so it gets the lr and eps that make this equal to the update below.
             adamw(
                 parameters,
                 gradients,
@@ -119,6 +129,25 @@ class AdamW(torch.optim.Optimizer):
             torch._foreach_addcdiv_(parameters, exp_avg, denominator, -step_size)
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+
+
+def check_moments(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Raise ValueError unless every tensor of a state dict is as its parameter: shape and dtype."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not isinstance(state.get("state"), dict) or not set(state["state"]) <= {
+        *range(len(parameters))
+    }:
+        raise ValueError("the optimizer's state is of other parameters")
+    for index, moments in state["state"].items():
+        for name, value in moments.items():
+            if name == "step" and isinstance(value, int):
+                sound = value >= 1
+            else:
+                like = parameters[index]
+                sound = torch.is_tensor(value) and value.shape == like.shape
+                sound = sound and value.dtype == like.dtype
+            if not sound:
+                raise ValueError(f"the optimizer's {name} of parameter {index} does not fit it")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, *, without: str = "") -> list[dict]:
@@ -195,9 +224,20 @@ class MuonAndAdamW:
         return {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over what state_dict gave; raises KeyError for another optimizer's."""
+        """Take over a copy of what state_dict gave; raises KeyError for another optimizer's."""
         for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+            check_moments(part, state[name])
+            part.load_state_dict(copy.deepcopy(state[name]))
+
+
+def make_optimizer(
+    model: nn.Module, *, name: str, lr: float, weight_decay: float
+) -> AdamW | MuonAndAdamW:
+    """The optimizer of a model's trainable parameters: `name` is adamw or muon."""
+    settings = {"lr": lr, "betas": BETAS, "eps": EPS}
+    if name == "muon":
+        return MuonAndAdamW(model, weight_decay=weight_decay, **settings)
+    return AdamW(parameter_groups(model, weight_decay), **settings)
 
 
 # ---------------------------------------------------------------------------- learning rate

@@ -1,0 +1,31 @@
+"""The parts of MinLlama that the course script never had: a room to a theme.
+
+Imports go one way, from the top of this list to its bottom:
+
+    errors, units        messages for the user; sizes and durations
+    command_line         argparse with one-line errors; flags from a dataclass
+    files                files written whole or not at all
+    (config)             the model's shape, presets, every flag
+    signals              Ctrl-C, SIGTERM, a closed terminal
+    text                 text files as documents
+    (tokenizer)          SentencePiece, training a vocabulary
+    tokens               documents to token ids; the token cache
+    labelled             labelled files, label names, scores, predictions
+    (utils)              the data sets and the order of their batches
+    pt_file              .pt files with a checksum, read without running code
+    checkpoint           a run's state, in one file or in shards
+    formats, generation  reading other programs' files; caches, sampling, packed weights
+    (llama, optimizer)   the model; AdamW, Muon, schedules
+    models, adapters     which model to use, and its vocabulary; LoRA
+    export               writing other programs' files
+    prompting, writer    zero-shot scoring; text as it comes
+    random_state, device random numbers; device, dtype, memory, compiler
+    ranks, sharding      several processes; DDP, FSDP2 and shards
+    run_folder, saving   a run's folder and lock; writing its files while it trains
+    plan, record         the arithmetic of a run; what it puts on record
+    session, corpus      before and after the loop; the text of a pretraining
+    task, training       what is trained; the train loop
+    (run_llama, check_model_precision)
+
+The modules in parentheses are the user's, at the top of the repository.
+"""

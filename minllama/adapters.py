@@ -1,0 +1,65 @@
+"""LoRA: low-rank adapters beside a frozen Llama's linear layers, and folding them in."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama import Llama
+from minllama.errors import UsageError
+
+
+class LoRALinear(nn.Linear):
+    """A frozen linear layer plus a trained product of two thin matrices (arXiv:2106.09685).
+
+    y = W x + alpha / rank * B A dropout(x); B starts at zero, so training starts at W.
+    """
+
+    def __init__(self, linear: nn.Linear, *, rank: int, alpha: float, dropout: float) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's: the weight is there already
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, None
+        self.scaling = alpha / rank
+        self.dropout = nn.Dropout(dropout)
+        self.lora_a = nn.Parameter(self.weight.new_empty(rank, linear.in_features))
+        self.lora_b = nn.Parameter(self.weight.new_zeros(linear.out_features, rank))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        thin = F.linear(self.dropout(x), self.lora_a) * self.scaling
+        return F.linear(x, self.weight) + F.linear(thin, self.lora_b)
+
+    def merged(self) -> nn.Linear:
+        """The ordinary layer that computes the same."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        with torch.no_grad():
+            self.weight += self.scaling * (self.lora_b @ self.lora_a)
+        linear.weight = self.weight
+        return linear
+
+
+def add_lora(model: Llama, *, rank: int, alpha: float, dropout: float = 0.0) -> None:
+    """Freeze the model and give every linear layer except the head an adapter to train.
+
+    Raises UsageError for a rank below 1.
+    """
+    if rank < 1:
+        raise UsageError(f"--lora_rank {rank}: must be at least 1")
+    model.requires_grad_(False)
+    for parent in [module for layer in model.layers for module in layer.children()]:
+        for name, linear in list(parent.named_children()):
+            if isinstance(linear, nn.Linear):
+                adapter = LoRALinear(linear, rank=rank, alpha=alpha, dropout=dropout)
+                setattr(parent, name, adapter)
+
+
+def merge_lora(model: Llama) -> None:
+    """Fold the adapters into the weights: the model's tensors are the ordinary ones again."""
+    for parent in [module for layer in model.layers for module in layer.children()]:
+        for name, linear in list(parent.named_children()):
+            if isinstance(linear, LoRALinear):
+                setattr(parent, name, linear.merged())
+    model.requires_grad_(True)

@@ -1,0 +1,191 @@
+"""What the command lines share: one-line errors, bounded numbers, flags from a dataclass.
+
+Pure Python, so that `--help` and bad flags are answered before torch is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar
+
+from minllama.errors import UsageError
+
+Parsed = TypeVar("Parsed")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse that raises UsageError instead of printing its usage above the message."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message.removeprefix("argument "))
+
+
+def with_underscores(word: str) -> str:
+    """`--save-dir=x` as `--save_dir=x`: both spellings are accepted on the command line."""
+    return re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word)
+
+
+def number_reader(
+    kind: type,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Callable[[str], Any]:
+    """A `type` for argparse: reads an int or float within the bounds."""
+    noun = "a whole number" if kind is int else "a number"
+    checks = {
+        "at least": (at_least, lambda value: value >= at_least),
+        "above": (above, lambda value: value > above),
+        "below": (below, lambda value: value < below),
+    }
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            glued = re.match(r"(.+?)(--\w.*)", text)
+            remedy = f"; a space is missing before {glued[2]}" if glued else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun}{remedy}") from None
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun}")
+        for words, (bound, holds) in checks.items():
+            if bound is not None and not holds(value):
+                raise argparse.ArgumentTypeError(f"{text} must be {words} {bound:g}")
+        return value
+
+    return read
+
+
+# ---------------------------------------------------------------------------- a table of flags
+
+
+def section(title: str, *read_by: str) -> Callable[..., Any]:
+    """Begin a section of the table: returns `flag`, which makes a dataclass field of each row.
+
+    `read_by` are the values of --option that read the section's flags.
+    """
+
+    def flag(
+        default: Any,
+        help: str,
+        *,
+        read_by: tuple[str, ...] = read_by,
+        at_least: float | None = None,
+        above: float | None = None,
+        below: float | None = None,
+        many: bool = False,  # takes several values at once, else the flag is repeated
+        metavar: str | None = None,
+        alone: str | None = None,  # what a flag of choices means when it is typed without one
+        instead: str | None = None,  # the flag that the other options have for the same thing
+        on_resume: Literal["stored", "typed"] = "stored",  # whose value a resumed run takes
+    ) -> Any:
+        metadata = {
+            "help": help,
+            "section": title,
+            "read_by": read_by,
+            "bounds": {"at_least": at_least, "above": above, "below": below},
+            "many": many,
+            "metavar": metavar,
+            "alone": alone,
+            "instead": instead,
+            "on_resume": on_resume,
+        }
+        return dataclasses.field(default=default, metadata=metadata)
+
+    return flag
+
+
+def without_none(annotation: Any) -> tuple[Any, bool]:
+    """A flag's type without `| None`, and whether None is one of its values."""
+    kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+    if type(None) in typing.get_args(annotation):
+        return kinds[0], True
+    return annotation, False
+
+
+def read_stored(field: dataclasses.Field, annotation: Any, value: Any) -> Any:
+    """A flag's value as a checkpoint has it; UsageError for one that the flag could not have."""
+    kind, optional = without_none(annotation)
+    if value is None and optional:
+        return None
+    if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
+        return value
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
+        if all(isinstance(item, str) for item in value):
+            return tuple(value)
+    elif kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(argparse.ArgumentTypeError):
+            return number_reader(kind, **field.metadata["bounds"])(repr(value))
+    elif kind in (bool, str) and isinstance(value, kind):
+        return value
+    elif kind is Path and isinstance(value, str):
+        return Path(value)
+    raise UsageError(f"the checkpoint's --{field.name} is {str(value)[:80]!r}: it is damaged")
+
+
+def add_flag(group: Any, field: dataclasses.Field, annotation: Any) -> None:
+    """Add one row of the table to an argparse group."""
+    (kind, _), metadata = without_none(annotation), field.metadata
+    text = metadata["help"]
+    if field.default not in (None, (), False):
+        text += f" (default: {field.default})"
+    settings: dict[str, Any] = {"dest": field.name, "default": field.default, "help": text}
+    if kind is bool:
+        settings["action"] = "store_true"
+    elif typing.get_origin(kind) is Literal:
+        settings["choices"] = typing.get_args(kind)
+        if metadata["alone"]:
+            settings |= {"nargs": "?", "const": metadata["alone"]}
+    elif typing.get_origin(kind) is tuple:
+        settings |= {"nargs": "+"} if metadata["many"] else {"action": "append"}
+        settings["metavar"] = metadata["metavar"] or "PATH"
+        settings["default"] = None  # argparse would append to a default
+    else:
+        numeric = kind in (int, float)
+        settings["type"] = number_reader(kind, **metadata["bounds"]) if numeric else kind
+        words = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
+        settings["metavar"] = metadata["metavar"] or words[kind]
+    group.add_argument(f"--{field.name}", **settings)
+
+
+# ---------------------------------------------------------------------------- for scripts
+
+
+def parse_or_exit(
+    parse: Callable[[Sequence[str]], Parsed], program: str, arguments: Sequence[str]
+) -> Parsed:
+    """The parsed command line; for a bad one, a line per problem and exit status 2.
+
+    For scripts to call before they import torch. Under torchrun, where every process has the same
+    command line, rank 0 prints.
+    """
+    try:
+        return parse(arguments)
+    except UsageError as error:
+        if os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0":
+            print_error(program, error)
+        sys.exit(2)
+
+
+def print_error(program: str, error: Exception | str) -> None:
+    """Print each problem of the error on a line of its own, to stderr."""
+    for line in str(error).splitlines():
+        print(f"{program}: error: {line}", file=sys.stderr)
+
+
+def quoted(*words: str | Path) -> str:
+    """A command as it can be pasted into this system's shell."""
+    plain = [str(word) for word in words]
+    return subprocess.list2cmdline(plain) if os.name == "nt" else shlex.join(plain)

@@ -1,0 +1,134 @@
+"""The text of a pretraining: found, tokenized, partly held out, cut into chunks, and described."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import DATA_DIR, Options
+from minllama.command_line import quoted
+from minllama.models import SHOWN_FILES
+from minllama.ranks import Ranks
+from minllama.signals import StopRequest
+from minllama.text import JSON_SUFFIXES, TEXT_SUFFIXES, Reading, find_text_files, is_labelled
+from minllama.tokens import TokenCache, build_or_load
+from tokenizer import Tokenizer
+from utils import PretrainDataset, count_chunks, split_documents, whole_stream
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+SAMPLED_TOKENS = 1 << 20  # looked at to see whether the vocabulary fits the text
+MOSTLY = 0.5  # of a text's bytes; English under an English vocabulary has next to none
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The text to train on and the held-out text, cut into chunks."""
+
+    train: PretrainDataset
+    val: PretrainDataset | None
+    key: str  # of the training text, its vocabulary and how it was read
+    locate: Callable[[int], str]  # where a training chunk is in the files
+
+
+def load_texts(options: Options, tokenizer: Tokenizer, *, stop: StopRequest, ranks: Ranks) -> Texts:
+    """Tokenize the text, or find it tokenized, and hold some of it out. Every rank must call this.
+
+    Raises UsageError.
+    """
+    length, val_data = options.max_seq_len, options.val_data
+    patterns = options.pretrain_data
+    if not patterns:
+        patterns = (str(DATA_DIR / "stories-train.jsonl"),)
+        if not val_data and options.val_fraction:
+            val_data = (str(DATA_DIR / "stories-val.jsonl"),)
+    files = find_text_files(patterns, flag="--pretrain_data")
+    cache = load_cache(files, options, tokenizer, stop=stop, ranks=ranks)
+    warn_of_vocabulary(tokenizer.spelt_in_bytes(cache.tokens[:SAMPLED_TOKENS]), files)
+    if val_data:
+        val_files = find_text_files(val_data, flag="--val_data")
+        train = whole_stream(cache)
+        val = whole_stream(load_cache(val_files, options, tokenizer, stop=stop, ranks=ranks))
+    else:
+        train, val = split_documents(cache, options.val_fraction, chunk_length=length)
+        if val is None and options.val_fraction:
+            print("no validation: the text is too short to hold some of it out; --val_data FILE")
+    if val is not None:
+        share = len(val) / (len(val) + len(train))
+        print(f"validation   {len(val):,} tokens held out ({share:.1%} of all)")
+    if len(train) <= length:
+        print(f"the text is shorter than --max_seq_len {length}: training on one short chunk")
+
+    def locate(chunk: int) -> str:
+        file, token = cache.place(train.locate(chunk * length))
+        text = tokenizer.decode(train.read(chunk * length, chunk * length + 8)[:8].tolist())
+        return f"{files[file]}, token {token:,} ({text!r})"
+
+    return Texts(
+        PretrainDataset(train, length),
+        None if val is None else PretrainDataset(val, length),
+        cache.key.hex()[:16],
+        locate,
+    )
+
+
+def load_cache(
+    files: Sequence[Path],
+    options: Options,
+    tokenizer: Tokenizer,
+    *,
+    stop: StopRequest,
+    ranks: Ranks,
+) -> TokenCache:
+    """The token cache of the files, built once per machine; says what was loaded."""
+    reading = Reading(
+        document_per_line=options.document_per_line,
+        text_field=options.text_field,
+        encoding_errors=options.encoding_errors,
+        sentences_only=options.sentences_only,
+    )
+
+    def build() -> TokenCache:
+        return build_or_load(
+            files, tokenizer, reading, options.cache_dir, should_stop=lambda: stop.requested
+        )
+
+    cache = ranks.first_on_node(build)
+    if cache.rebuilt_because not in (None, "there was none"):
+        print(f"tokenized again: the cache in {options.cache_dir}: {cache.rebuilt_because}")
+    lines = []
+    for path, tokens in zip(files, cache.file_tokens, strict=True):
+        chunks = count_chunks(int(tokens), options.max_seq_len)
+        lines += [f"Loaded {chunks} chunks from {path}", *remarks(path, reading)]
+    print("\n".join(lines[:SHOWN_FILES]))
+    if len(lines) > SHOWN_FILES:
+        chunks = count_chunks(len(cache), options.max_seq_len)
+        print(f"... {len(files):,} files in all, {chunks:,} chunks")
+    return cache
+
+
+def remarks(path: Path, reading: Reading) -> list[str]:
+    """What to say of a file that may not be meant to be read as it is."""
+    name = path.name.lower()
+    if is_labelled(path) and not reading.sentences_only:
+        return ["  labelled lines in it: --sentences_only reads the sentences alone"]
+    if name.endswith(TABLE_SUFFIXES):
+        return [
+            "  a table, read as plain text with all its separators: to train on one of its "
+            'columns make a .jsonl of it, a line {"text": ...} for each row'
+        ]
+    if not name.endswith((*TEXT_SUFFIXES, *JSON_SUFFIXES)):
+        return ["  read as plain text, markup included"]
+    return []
+
+
+def warn_of_vocabulary(share: float, files: Sequence[Path]) -> None:
+    """Say so where `share` of the text is encoded byte by byte, and how to train a vocabulary."""
+    if share > MOSTLY:
+        train = ["tokenizer.py", "train", "--input", *files[:SHOWN_FILES], "--vocab_size", "8000"]
+        print(
+            f"warning: {share:.0%} of the text is encoded byte by byte, since the vocabulary has "
+            "no pieces for its characters: the model would learn slowly and see little at a time. "
+            "Train a vocabulary on the text, then name it with --tokenizer_model my.model:\n"
+            f"  {quoted('python', *train, '--output', 'my.model')}"
+        )

@@ -1,0 +1,179 @@
+"""The machine: which device and dtype to compute with, its memory, its allocator, its compiler."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from minllama.errors import UsageError
+
+
+class Gpu(NamedTuple):
+    """A GPU by its maker's data sheet."""
+
+    tflops: float  # dense bfloat16 tensor-core rate (V100, T4: float16)
+    memory_gb: float
+    link_gb_s: float  # each way to another GPU of the machine: NVLink, else PCIe
+
+
+GPUS = {  # by a word of the name that torch has for them
+    "H200": Gpu(989, 141, 450),
+    "H100": Gpu(989, 80, 450),
+    "B200": Gpu(2250, 180, 900),
+    "A100": Gpu(312, 80, 300),
+    "L40S": Gpu(362, 48, 32),
+    "L4": Gpu(121, 24, 32),
+    "A10": Gpu(125, 24, 32),
+    "V100": Gpu(125, 32, 150),
+    "T4": Gpu(65, 16, 16),
+    "4090": Gpu(165, 24, 32),
+    "3090": Gpu(71, 24, 32),
+}
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def choose_device(use_gpu: bool, *, local_rank: int | None = None) -> tuple[torch.device, str]:
+    """The device to compute on, and a line that says so; a missing GPU is no error.
+
+    Of several processes, number `local_rank` of this machine takes a GPU of its own; raises
+    UsageError where there are too few. None: alone.
+    """
+    gpu = None
+    if torch.cuda.is_available():
+        gpu = torch.device("cuda")
+        if local_rank is not None and use_gpu:
+            if local_rank >= torch.cuda.device_count():
+                raise UsageError(
+                    f"--use_gpu: process {local_rank + 1} of this machine has no GPU of its own: "
+                    f"start at most --nproc_per_node {torch.cuda.device_count()}"
+                )
+            gpu = torch.device("cuda", local_rank)
+            torch.cuda.set_device(gpu)
+    elif torch.backends.mps.is_available() and local_rank is None:  # MPS has no collectives
+        gpu = torch.device("mps")
+    if gpu is not None and use_gpu:
+        name = torch.cuda.get_device_name() if gpu.type == "cuda" else "Apple GPU (MPS)"
+        return gpu, name
+    note = f"CPU, {torch.get_num_threads()} threads"
+    if use_gpu:
+        note += "; --use_gpu: no GPU that torch can use was found, so the CPU is used"
+    elif gpu is not None:
+        note += "; this machine has a GPU: --use_gpu uses it"
+    return torch.device("cpu"), note
+
+
+def describe_device(device: torch.device) -> str:
+    """The device's name, for records."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {platform.processor() or platform.machine()}"
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute dtype; `auto` takes bfloat16 where the device multiplies it fast."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def compiler_problem(device: torch.device) -> str | None:
+    """Why torch.compile does not work here, found by compiling a tiny function; None: it works."""
+    try:
+        torch.compile(lambda x: 2 * x + 1, dynamic=False)(torch.ones(8, device=device))
+    except Exception as error:  # no compiler, one that fails, no Python headers, no Triton, ...
+        return str(error).strip().split("\n")[0]
+    return None
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise UsageError where torch.compile does not work."""
+    problem = compiler_problem(device)
+    if problem is not None:
+        raise UsageError(
+            f"--compile: torch cannot compile here ({problem}): install a C++ compiler (g++, "
+            "clang++ or Windows' cl) with Python's headers, or give --compile off"
+        )
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory of freed tensors for those of the next step.
+
+    By default it returns large blocks to the system, which has to zero their pages again at every
+    step: a seventh of a step's time. The peak does not change, nor do other systems' allocators.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        import ctypes
+
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)  # no block gets pages of its own, however large
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # and the heap never shrinks
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.bfloat16` as the flags spell it: bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that MFU is measured against: the data sheet's, else a large product timed here."""
+    if device.type == "cuda" and dtype != torch.float32:
+        name = torch.cuda.get_device_name(device)
+        for key, gpu in GPUS.items():
+            if re.search(rf"\b{key}\b", name):
+                return gpu.tflops * 1e12
+    size = 1024
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # .item() waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes free on the device (the CPU: in the machine), or None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        if sys.platform == "linux":
+            text = Path("/proc/meminfo").read_text(encoding="utf-8")
+            return int(re.search(r"MemAvailable:\s+(\d+)", text)[1]) * 1024
+        if sys.platform == "darwin":
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return windows_available_memory()
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def windows_available_memory() -> int:
+    """Bytes of free physical memory, from GlobalMemoryStatusEx."""
+    import ctypes
+
+    status = (ctypes.c_uint64 * 8)()  # MEMORYSTATUSEX: length and load, then seven sizes
+    status[0] = ctypes.sizeof(status)
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(status)
+    return status[2]
+
+
+def used_memory(device: torch.device) -> int | None:
+    """Peak bytes of this process on the device (the CPU: resident), or None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform in ("linux", "darwin"):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1024 if sys.platform == "linux" else 1)
+    return None

@@ -1,0 +1,400 @@
+"""Model files of this and other programs, read into tensors under our names: format by content.
+
+.pt files of this program, the original and llama2.c; llama2.c's .bin (versions 0 and 1, and 2,
+whose int8 is widened); Hugging Face folders with safetensors. A file is untrusted: no code from it
+runs, and what it claims is compared with its size before anything is made of it.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import LlamaConfig, fingerprint
+from minllama.checkpoint import STATE_FILE
+from minllama.errors import UsageError
+from minllama.files import check_regular, read_json_object
+from minllama.pt_file import load_pt
+
+LLAMA2C_MAGIC = 0x616B3432  # "ak42": llama2.c's versions 1 and 2; version 0 has no magic
+LLAMA2C_NAMES = {  # llama2.c's and Meta's names of what the original renamed
+    "attention.wq": "attention.compute_query",
+    "attention.wk": "attention.compute_key",
+    "attention.wv": "attention.compute_value",
+    "attention.wo": "attention.compute_output",
+}
+HUGGING_FACE_NAMES = {
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+    "attention_norm": "input_layernorm",
+    "attention.compute_query": "self_attn.q_proj",
+    "attention.compute_key": "self_attn.k_proj",
+    "attention.compute_value": "self_attn.v_proj",
+    "attention.compute_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+}
+
+
+# ---------------------------------------------------------------------------- any format
+
+
+class StoredModel(NamedTuple):
+    """A model as a file holds it: exactly the tensors of its config, under our names."""
+
+    config: LlamaConfig
+    weights: dict[str, Tensor]  # in any floating dtype
+    vocabulary: bytes | None  # the SentencePiece model, where the file carries one
+
+
+def read_model(path: Path) -> StoredModel:
+    """Read a model of any of the formats; UsageError, naming file and tensor, for anything else."""
+    if path.is_dir():
+        return _read_hugging_face(path)
+    check_regular(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(2)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    return (_read_pt if is_pt(head) else _read_llama2c)(path)
+
+
+def is_pt(head: bytes) -> bool:
+    """Whether a file that begins so is what torch.save writes, today's or that before 2020."""
+    return head[:2] in (b"PK", b"\x80\x02")
+
+
+def _checked(
+    path: Path,
+    config: LlamaConfig,
+    weights: dict[str, Tensor],
+    vocabulary: bytes | None = None,
+    *,
+    spell: Callable[[str], str] = str,
+) -> StoredModel:
+    """The model; UsageError, naming file and tensor, if these are not the tensors of its config."""
+    if config.n_layers > len(weights):
+        raise UsageError(f"{path}: {len(weights)} tensors cannot be {config.n_layers} layers")
+    shapes = parameter_shapes(config)
+    missing = [spell(name) for name in shapes if name not in weights]
+    surplus = [name for name in weights if name not in shapes]
+    for what, names in (("missing", missing), ("not of a Llama of this shape", surplus)):
+        if names:
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UsageError(f"{path}: tensor {names[0]}{others} {what}")
+    for name, shape in shapes.items():
+        tensor = weights[name]
+        if tuple(tensor.shape) != shape:
+            got = f"{tuple(tensor.shape)} where its config asks for {shape}"
+            raise UsageError(f"{path}: tensor {spell(name)} has the shape {got}")
+        if not tensor.is_floating_point():
+            raise UsageError(f"{path}: tensor {spell(name)} holds {tensor.dtype}, not real numbers")
+    embedding, head = weights["tok_embeddings.weight"], weights["output.weight"]
+    same = embedding.dtype == head.dtype and torch.equal(embedding, head)
+    if config.tie_word_embeddings and not same:
+        raise UsageError(f"{path}: says that embedding and output are tied, but they differ")
+    return StoredModel(config, weights, vocabulary)
+
+
+def _config(path: Path, args: dict[str, Any]) -> LlamaConfig:
+    """The shape that a file asks for; UsageError, naming the file, for an invalid one."""
+    try:
+        return LlamaConfig.from_model_args(args)
+    except (TypeError, ValueError) as error:  # UsageError is a ValueError
+        raise UsageError(f"{path}: invalid Llama shape: {error}") from None
+
+
+def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each of one layer's tensors, by its name inside the layer."""
+    dim, hidden, kv_dim = config.dim, config.hidden_dim, config.n_kv_heads * config.head_dim
+    return {
+        "attention_norm": (dim,),
+        "attention.compute_query": (dim, dim),
+        "attention.compute_key": (kv_dim, dim),
+        "attention.compute_value": (kv_dim, dim),
+        "attention.compute_output": (dim, dim),
+        "ffn_norm": (dim,),
+        "feed_forward.w1": (hidden, dim),
+        "feed_forward.w2": (dim, hidden),
+        "feed_forward.w3": (hidden, dim),
+    }
+
+
+def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every tensor of a weights file, a tied head under both names."""
+    table = (config.vocab_size, config.dim)
+    shapes = {"tok_embeddings.weight": table}
+    for layer in range(config.n_layers):
+        for name, shape in layer_shapes(config).items():
+            shapes[f"layers.{layer}.{name}.weight"] = shape
+    return {**shapes, "norm.weight": (config.dim,), "output.weight": table}
+
+
+# ---------------------------------------------------------------------------- .pt files
+
+
+def _read_pt(path: Path) -> StoredModel:
+    payload = load_pt(path)
+    args = payload.get("model_args")
+    if not isinstance(args, dict):
+        raise UsageError(f"{path}: no dict 'model_args', which gives the shape of the model")
+    weights = {}
+    for name, tensor in payload["model"].items():
+        name = name.removeprefix("_orig_mod.").removeprefix("module.").removeprefix("llama.")
+        for other, ours in LLAMA2C_NAMES.items():
+            name = name.replace(f".{other}.", f".{ours}.")
+        # llama2.c's rotary tables are computed here; a classifier's head is not the Llama's.
+        if name not in ("freqs_cos", "freqs_sin") and not name.startswith("classifier_head."):
+            weights[name] = tensor
+    args = dict(args)
+    gate = weights.get("layers.0.feed_forward.w1.weight")
+    if args.get("hidden_dim") is None and gate is not None and gate.dim() == 2:
+        args["hidden_dim"] = gate.shape[0]
+    if "tie_word_embeddings" not in args and {"tok_embeddings.weight", "output.weight"} <= {
+        *weights
+    }:
+        args["tie_word_embeddings"] = torch.equal(
+            weights["tok_embeddings.weight"], weights["output.weight"]
+        )
+    return _checked(path, _config(path, args), weights, _vocabulary(path, payload))
+
+
+def _vocabulary(path: Path, payload: dict[str, Any]) -> bytes | None:
+    vocabulary = payload.get("vocabulary")
+    if vocabulary is None:
+        return None
+    if not isinstance(vocabulary, Tensor) or vocabulary.dtype != torch.uint8:
+        raise UsageError(f"{path}: 'vocabulary' is not a tensor of bytes")
+    content = vocabulary.numpy().tobytes()
+    found, said = fingerprint(content), payload.get("vocabulary_fingerprint")
+    if found != said:
+        raise UsageError(
+            f"{path}: its vocabulary has the fingerprint {found} where it says {str(said)[:40]}: "
+            "the file is damaged; copy it again"
+        )
+    return content
+
+
+# ---------------------------------------------------------------------------- llama2.c's .bin files
+
+
+def llama2c_order(n_layers: int, *, version: int, tied: bool) -> list[str]:
+    """The tensors of a llama2.c .bin file, in the file's order."""
+
+    def each(*names: str) -> list[str]:
+        return [f"layers.{i}.{name}.weight" for name in names for i in range(n_layers)]
+
+    attention = each(*LLAMA2C_NAMES.values())
+    feed_forward = each("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+    embedding, norm, head = (
+        "tok_embeddings.weight",
+        "norm.weight",
+        [] if tied else ["output.weight"],
+    )
+    if version == 0:
+        layers = [*each("attention_norm"), *attention, *each("ffn_norm"), *feed_forward]
+        return [embedding, *layers, norm, "freqs_cos", "freqs_sin", *head]
+    norms = [*each("attention_norm", "ffn_norm"), norm]
+    return [*norms, embedding, *attention, *feed_forward, *head]
+
+
+def _read_llama2c(path: Path) -> StoredModel:
+    with path.open("rb") as file:
+        header = file.read(256).ljust(256, b"\0")
+        magic, version = struct.unpack_from("<Ii", header)
+        start, version = (256, version) if magic == LLAMA2C_MAGIC else (28, 0)
+        numbers = struct.unpack_from("<7i", header, 8 if version else 0)
+        tied = header[36] == 1 if version else numbers[5] > 0  # version 0: the vocabulary's sign
+        group = struct.unpack_from("<i", header, 37)[0] if version == 2 else 0
+        known = version in (0, 1) or (version == 2 and group > 0 == numbers[0] % group)
+        if not known or 0 in numbers or max(map(abs, numbers)) >= 2**26:  # text looks like that
+            raise UsageError(f"{path}: not a model file: neither a .pt file nor llama2.c's .bin")
+        names = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size")
+        args = dict(zip(names, (*numbers[:5], abs(numbers[5])), strict=True))
+        args |= {"max_seq_len": numbers[6], "tie_word_embeddings": tied}
+        config = _config(path, args)
+        _check_llama2c_size(path, config, start=start, group=group)
+        shapes = parameter_shapes(config)
+        shapes["freqs_cos"] = shapes["freqs_sin"] = (config.max_seq_len, config.head_dim // 2)
+        file.seek(start)
+        weights = {
+            name: _read_tensor(file, shapes[name], group)
+            for name in llama2c_order(config.n_layers, version=version, tied=tied)
+        }
+    weights.pop("freqs_cos", None), weights.pop("freqs_sin", None)  # computed here
+    weights.setdefault("output.weight", weights["tok_embeddings.weight"])
+    return _checked(path, config, weights)
+
+
+def _check_llama2c_size(path: Path, config: LlamaConfig, *, start: int, group: int) -> None:
+    """Refuse a .bin file that is not exactly as long as its header asks, before reading on."""
+
+    def size(*shape: int) -> int:
+        count = math.prod(shape)
+        return count + 4 * (count // group) if group and len(shape) == 2 else 4 * count
+
+    layer = sum(size(*shape) for shape in layer_shapes(config).values())
+    tables = size(config.vocab_size, config.dim) * (1 if config.tie_word_embeddings else 2)
+    rotary = size(config.max_seq_len, config.head_dim) if start == 28 else 0  # version 0 only
+    want = start + config.n_layers * layer + tables + size(config.dim) + rotary
+    if path.stat().st_size != want:
+        raise UsageError(
+            f"{path}: {path.stat().st_size:,} bytes where a llama2.c file with this header has "
+            f"{want:,}: it is cut off or no model file"
+        )
+
+
+def _read_tensor(file: BinaryIO, shape: tuple[int, ...], group: int) -> Tensor:
+    count = math.prod(shape)
+    if not group or len(shape) == 1:
+        return torch.from_numpy(np.fromfile(file, "<f4", count)).view(shape)
+    quantized = torch.from_numpy(np.fromfile(file, "i1", count)).view(-1, group)
+    scales = torch.from_numpy(np.fromfile(file, "<f4", count // group))
+    return (quantized * scales[:, None]).view(shape)
+
+
+# ---------------------------------------------------------------------------- Hugging Face folders
+
+
+def hugging_face_name(name: str) -> str:
+    """What `transformers` calls our tensor of this name."""
+    stem = name.removesuffix(".weight")
+    if not stem.startswith("layers."):
+        return f"{HUGGING_FACE_NAMES[stem]}.weight"
+    _, layer, part = stem.split(".", 2)
+    return f"model.layers.{layer}.{HUGGING_FACE_NAMES[part]}.weight"
+
+
+def to_half_split(weight: Tensor, n_heads: int) -> Tensor:
+    """Rows of a query or key matrix as `transformers` rotates them: i paired with i + D/2."""
+    return weight.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def to_adjacent_pairs(weight: Tensor, n_heads: int) -> Tensor:
+    """The inverse of to_half_split: 2i paired with 2i + 1."""
+    return weight.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def _rope(file: Path, theirs: dict[str, Any]) -> dict[str, Any]:
+    """What a config.json says of rotary positions, in transformers 5's place, 4's, or both."""
+    found: dict[str, Any] = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        said = theirs.get(key) or {}
+        if not isinstance(said, dict):
+            raise UsageError(f"{file}: {key} {str(said)[:40]!r} is not an object")
+        if "rope_theta" not in said and theirs.get("rope_theta") is not None:
+            said = said | {"rope_theta": theirs["rope_theta"]}
+        for name, value in said.items():
+            if found.setdefault(name, value) != value or (
+                name == "rope_theta" and theirs.get(name, value) != value
+            ):
+                raise UsageError(
+                    f"{file}: {name} is given twice, as {value} and another value: leave one"
+                )
+    return found
+
+
+def _hugging_face_config(path: Path) -> LlamaConfig:
+    file, theirs = path / "config.json", read_json_object(path / "config.json")
+    rope = _rope(file, theirs)
+    heads = theirs.get("num_attention_heads")
+    asked = {  # what would compute something else than Llama here does, and what it must be
+        "model_type": (theirs.get("model_type"), "llama"),
+        "hidden_act": (theirs.get("hidden_act", "silu"), "silu"),
+        "attention_bias": (theirs.get("attention_bias", False), False),
+        "mlp_bias": (theirs.get("mlp_bias", False), False),
+        "quantization_config": (theirs.get("quantization_config"), None),
+        "rope_scaling": (rope.get("rope_type", rope.get("type", "default")), "default"),
+        "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), 1.0),
+    }
+    for key, (value, must_be) in asked.items():
+        if value != must_be:
+            raise UsageError(f"{file}: {key} {value!r} is not supported, only {must_be!r}")
+    args = {
+        "vocab_size": theirs.get("vocab_size"),
+        "dim": theirs.get("hidden_size"),
+        "n_layers": theirs.get("num_hidden_layers"),
+        "n_heads": heads,
+        "n_kv_heads": theirs.get("num_key_value_heads"),
+        "hidden_dim": theirs.get("intermediate_size"),
+        "max_seq_len": theirs.get("max_position_embeddings", 2048),
+        "layer_norm_eps": theirs.get("rms_norm_eps", 1e-6),
+        "rope_theta": rope.get("rope_theta", 10000.0),
+        "tie_word_embeddings": theirs.get("tie_word_embeddings", False),
+    }
+    config = _config(file, args)
+    if theirs.get("head_dim") not in (None, config.head_dim):
+        raise UsageError(
+            f"{file}: head_dim {theirs['head_dim']} is not supported, only hidden_size / "
+            f"num_attention_heads = {config.head_dim}"
+        )
+    return config
+
+
+def read_safetensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a Hugging Face folder as they are stored, from one file or from shards.
+
+    Raises UsageError for a missing or damaged file, and where `safetensors` is not installed.
+    """
+    if (folder / STATE_FILE).is_file():
+        raise UsageError(
+            f"{folder}: is a sharded checkpoint: --resume {folder}, which one process can do, "
+            "ends in an ordinary final-model.pt"
+        )
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UsageError(f"{folder}: reading it needs `pip install safetensors`") from None
+    files = ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = read_json_object(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise UsageError(f"{index}: has no object 'weight_map'")
+        files = sorted({Path(str(name)).name for name in shards.values()})
+    elif not (folder / files[0]).is_file() and (folder / "pytorch_model.bin").is_file():
+        raise UsageError(
+            f"{folder}: holds pytorch_model.bin, a pickle: load it with transformers, then "
+            "model.save_pretrained(folder) writes safetensors"
+        )
+    tensors: dict[str, Tensor] = {}
+    for name in files:
+        try:
+            tensors |= load_file(folder / name)
+        except FileNotFoundError:
+            raise UsageError(f"{folder}: no {name} in this folder") from None
+        except Exception as error:  # safetensors' own class, or what the damage happens to hit
+            raise UsageError(f"{folder / name}: damaged: {error}") from None
+    return tensors
+
+
+def _read_hugging_face(path: Path) -> StoredModel:
+    config = _hugging_face_config(path)
+    stored = read_safetensors(path)
+    if config.n_layers > len(stored):
+        raise UsageError(f"{path}: {len(stored)} tensors cannot be {config.n_layers} layers")
+    ours = {hugging_face_name(name): name for name in parameter_shapes(config)}
+    weights = {ours.get(name, name): tensor for name, tensor in stored.items()}
+    weights = {key: w for key, w in weights.items() if not key.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings and "tok_embeddings.weight" in weights:
+        weights.setdefault("output.weight", weights["tok_embeddings.weight"])
+    vocabulary = path / "tokenizer.model"
+    vocabulary = vocabulary.read_bytes() if vocabulary.is_file() else None
+    model = _checked(path, config, weights, vocabulary, spell=hugging_face_name)
+    for name, tensor in model.weights.items():
+        if name.endswith("compute_query.weight"):
+            model.weights[name] = to_adjacent_pairs(tensor, config.n_heads)
+        elif name.endswith("compute_key.weight"):
+            model.weights[name] = to_adjacent_pairs(tensor, config.n_kv_heads)
+    return model

@@ -1,0 +1,391 @@
+"""Generation: the key/value cache, packed weights, sampling, and the loop that continues texts.
+
+Works on token ids with a Llama that is given to it; knows nothing of text. Shapes: B rows (batch),
+T tokens, D numbers per head, H heads (H_kv key/value heads), V vocabulary, S places in the cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minllama.errors import UsageError
+
+if TYPE_CHECKING:
+    from llama import Llama
+
+FIRST_LIKELIEST = 256  # of the vocabulary, looked at first for top_p
+
+# ---------------------------------------------------------------------------- the cache
+
+
+class KVCache:
+    """The keys and values of every token read so far, (B, S, H_kv, D) per layer.
+
+    Rows may hold different numbers of tokens (`lengths`). Beyond a row's length there is padding:
+    never attended to, and overwritten by the row's next tokens.
+    """
+
+    def __init__(self, n_layers: int, batch_size: int, capacity: int) -> None:
+        self.lengths = [0] * batch_size
+        self.capacity = capacity
+        self.layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layers
+
+    def place(self, width: int, device: torch.device) -> tuple[slice | Tensor, Tensor | None]:
+        """Decide where the next `width` tokens of each row go.
+
+        Returns their positions (a slice, or (B, T) where rows differ) and the mask of what each
+        of them may see ((B or 1, 1, T, S); None: causal attention needs none).
+        """
+        start, self.end = min(self.lengths), max(self.lengths) + width
+        if start == max(self.lengths):
+            positions = slice(start, self.end)
+            self.index: tuple[Any, ...] = (slice(None), positions)
+            if start == 0 or width == 1:
+                return positions, None
+            rows = torch.arange(start, self.end, device=device)[None]
+        else:
+            held = torch.tensor(self.lengths, device=device)
+            rows = held[:, None] + torch.arange(width, device=device)
+            self.index = (torch.arange(len(held), device=device)[:, None], rows)
+            positions = rows
+        seen = torch.arange(self.end, device=device) <= rows[..., None]
+        return positions, seen[:, None]
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new (B, T, H_kv, D) at the decided place; return all of the layer's so far."""
+        if self.layers[layer] is None:  # zeros: padding takes part in sums with weight zero
+            shape = (key.shape[0], self.capacity, *key.shape[2:])
+            self.layers[layer] = (key.new_zeros(shape), value.new_zeros(shape))
+        keys, values = self.layers[layer]
+        keys[self.index], values[self.index] = key, value
+        return keys[:, : self.end], values[:, : self.end]
+
+    def select(self, rows: list[int]) -> KVCache:
+        """A cache of these rows, in this order; a row may be named more than once."""
+        chosen = KVCache(len(self.layers), len(rows), self.capacity)
+        chosen.lengths = [self.lengths[row] for row in rows]
+        chosen.layers = [pair and (pair[0][rows], pair[1][rows]) for pair in self.layers]
+        return chosen
+
+
+class StepCache:
+    """The view of a KVCache that a compiled step has: each row's next token, at positions (B,).
+
+    All shapes are fixed and no Python number changes, so one compiled program serves every step.
+    """
+
+    def __init__(self, layers: list[tuple[Tensor, Tensor]], positions: Tensor) -> None:
+        self.layers, self.positions = layers, positions
+
+    def place(self, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The tokens' positions (B, 1) and the mask of what they may see (B, 1, 1, S)."""
+        self.index = (torch.arange(len(self.positions), device=device), self.positions)
+        places = torch.arange(self.layers[0][0].shape[1], device=device)
+        seen = places <= self.positions[:, None]
+        return self.positions[:, None], seen[:, None, None]
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new (B, 1, H_kv, D) at their positions; return all places of the layer."""
+        keys, values = self.layers[layer]
+        keys[self.index], values[self.index] = key[:, 0], value[:, 0]
+        return keys, values
+
+
+def single_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Attention of one token's query (B, H, 1, D) to the places (B, H_kv, S, D) that mask shows.
+
+    For compiled steps: Inductor fuses it with the neighbouring loops, which beats torch's kernel.
+    """
+    grouped = query.unflatten(1, (key.shape[1], -1))  # (B, H_kv, H / H_kv, 1, D)
+    scores = (grouped * key[:, :, None]).sum(-1) * query.shape[-1] ** -0.5  # (B, H_kv, ..., S)
+    weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
+    return (weights[..., None] * value[:, :, None]).sum(-2).flatten(1, 2)[:, :, None]
+
+
+# ---------------------------------------------------------------------------- packed weights
+
+
+def pack_weights(model: Llama, dtype: torch.dtype = torch.float32) -> None:
+    """Store every matrix of a Llama for generation, in float32, bfloat16 or int8; irreversible.
+
+    Multiplying a matrix by a single row, of which decoding consists, is bound by memory: fewer
+    bytes are faster, and PackedLinear reads them at a higher bandwidth than nn.Linear. Matrices
+    that multiply the same input become one, for fewer and longer products.
+    """
+
+    def pack(*linears: nn.Linear) -> PackedLinear:
+        weights = [linear.weight for linear in linears]
+        return PackedLinear(torch.cat(weights) if len(weights) > 1 else weights[0], dtype)
+
+    for layer in model.layers:
+        part = layer.attention
+        part.compute_heads = pack(part.compute_query, part.compute_key, part.compute_value)
+        part.compute_output = pack(part.compute_output)
+        del part.compute_query, part.compute_key, part.compute_value
+        part = layer.feed_forward
+        part.w1_w3, part.w2 = pack(part.w1, part.w3), pack(part.w2)
+        del part.w1, part.w3
+    model.output = pack(model.output)
+    if model.config.tie_word_embeddings:
+        model.tok_embeddings = PackedEmbedding(model.output)
+    else:
+        model.tok_embeddings = PackedEmbedding(PackedLinear(model.tok_embeddings.weight, dtype))
+
+
+class PackedLinear(nn.Module):
+    """A linear layer for generation, its weight (out, in) stored as float32, bfloat16 or int8.
+
+    int8 has a scale for each output, its largest weight / 127. Results are float32.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        weight, scale, ones = weight.detach(), None, None
+        if dtype == torch.int8:
+            scale = weight.abs().amax(1).clamp(min=1e-12) / 127
+            ones = scale.new_ones(len(scale), dtype=torch.bfloat16)  # what the kernel scales by
+            weight = (weight / scale[:, None]).round()
+        self.register_buffer("weight", weight.to(dtype).contiguous())
+        self.register_buffer("scale", scale)
+        self.register_buffer("ones", ones)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and x.numel() == x.shape[-1]:
+            # A single row: one loop, which reads the weight as it is stored at memory's full speed.
+            product = (self.weight.float() * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
+        elif self.scale is not None:
+            product = _int8_product(x, self.weight, self.ones).float()
+        else:
+            product = _product(x.to(self.weight.dtype), self.weight).float()
+        return product if self.scale is None else product * self.scale
+
+
+# Private operators of torch, which read a CPU's memory faster than the public ones.
+_MKLDNN_LINEAR = None  # torch without oneDNN, as on Apple's computers, may have just its name
+if torch.backends.mkldnn.is_available():
+    _MKLDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_INT8_LINEAR = getattr(torch, "_weight_int8pack_mm", None)
+INT8_WIDTH = 16  # of whose multiples a row must be: else that reads what lies behind, or crashes
+FEW_ROWS = 32  # up to which weight @ x.T is faster than x @ weight.T on a CPU: twice at 16
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., in) @ weight (out, in).T, of one dtype."""
+    rows = x.numel() // x.shape[-1]
+    if x.device.type != "cpu" or rows > FEW_ROWS:
+        return F.linear(x, weight)
+    if rows == 1 and weight.dtype == torch.float32 and _MKLDNN_LINEAR is not None:
+        return _MKLDNN_LINEAR(x, weight, None, "none", [], "")
+    return (weight @ x.flatten(0, -2).t()).t().contiguous().view(*x.shape[:-1], -1)
+
+
+def _int8_product(x: Tensor, weight: Tensor, ones: Tensor) -> Tensor:
+    """x (..., in) @ weight (out, in).T without the weight's scales."""
+    if x.device.type != "cpu" or _INT8_LINEAR is None or weight.shape[1] % INT8_WIDTH:
+        return F.linear(x, weight.to(x.dtype))
+    rows = x.flatten(0, -2).bfloat16()  # fast with bfloat16 alone
+    return _INT8_LINEAR(rows, weight, ones).view(*x.shape[:-1], -1)
+
+
+class PackedEmbedding(nn.Module):
+    """The rows of a packed matrix, which the output head may share."""
+
+    def __init__(self, table: PackedLinear) -> None:
+        super().__init__()
+        self.weight, self.scale = table.weight, table.scale
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows = self.weight[tokens].float()
+        return rows if self.scale is None else rows * self.scale[tokens, None]
+
+
+# ---------------------------------------------------------------------------- sampling
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. None and a penalty of 1 switch a filter off."""
+
+    temperature: float = 1.0  # 0: always the likeliest token
+    top_k: int | None = None  # only the k likeliest
+    top_p: float | None = None  # only the likeliest that together reach this probability
+    min_p: float | None = None  # only those at least this fraction as likely as the likeliest
+    repetition_penalty: float = 1.0  # above 1: what stands in the text already is less likely
+
+
+def penalize(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor:
+    """Logits (V,) with those of the tokens in history made smaller (arXiv:1909.05858)."""
+    seen = torch.tensor(sorted(set(history)), dtype=torch.long, device=logits.device)
+    scores = logits[seen]
+    return logits.index_copy(0, seen, torch.where(scores > 0, scores / penalty, scores * penalty))
+
+
+def logits_to_probs(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Probabilities (B, V) of the next token from its logits, filters applied in field order."""
+
+    def keep(floor: Tensor) -> Tensor:
+        return torch.where(probs >= floor, probs, 0)
+
+    logits = logits.float()
+    probs = torch.softmax((logits - logits.amax(-1, True)) / sampling.temperature, dim=-1)
+    if sampling.top_k is not None and sampling.top_k < probs.shape[-1]:
+        probs = keep(probs.topk(sampling.top_k).values[:, -1:])
+    if sampling.top_p is not None and sampling.top_p < 1:
+        mass = sampling.top_p * probs.sum(-1, True)
+        likeliest = _likeliest(probs, mass)
+        short = (likeliest.cumsum(-1) < mass).sum(-1, True)  # prefixes that fall short of it
+        probs = keep(likeliest.gather(-1, short.clamp(max=likeliest.shape[-1] - 1)))
+    if sampling.min_p is not None:
+        probs = keep(sampling.min_p * probs.amax(-1, True))
+    return probs / probs.sum(-1, True)
+
+
+def _likeliest(probs: Tensor, mass: Tensor) -> Tensor:
+    """The likeliest probabilities of each row, descending, as many as make up `mass` (B, 1).
+
+    A few of a large vocabulary mostly do, and to find these takes a tenth of sorting them all.
+    """
+    count = FIRST_LIKELIEST
+    while count < probs.shape[-1]:
+        likeliest = probs.topk(count).values
+        if (likeliest.sum(-1, True) >= mass).all():
+            return likeliest
+        count *= 8
+    return probs.sort(-1, descending=True).values
+
+
+def sample_rows(
+    logits: Tensor,
+    sampling: Sampling,
+    *,
+    generators: Sequence[torch.Generator | None],
+    histories: Sequence[Sequence[int]],
+) -> list[int]:
+    """Draw the next token of each row from its logits (B, V); `histories` are the texts so far.
+
+    A row takes one number from its CPU generator (None: torch's global one), on every device, so
+    that it draws alone what it draws in company. Raises UsageError where the logits are NaN.
+    """
+    penalty = sampling.repetition_penalty
+    if penalty != 1:
+        pairs = zip(logits, histories, strict=True)
+        logits = torch.stack([penalize(row, history, penalty) for row, history in pairs])
+    if sampling.temperature == 0:
+        return logits.argmax(-1).tolist()
+    # On the CPU: Apple's GPU has no float64, which keeps the sum of many small numbers exact.
+    cumulated = logits_to_probs(logits, sampling).cpu().cumsum(-1, dtype=torch.float64)
+    total = cumulated[:, -1:]
+    if not (total > 0).all():
+        raise UsageError("the model's logits are not numbers: its training diverged")
+    draws = [torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators]
+    return torch.searchsorted(cumulated, torch.stack(draws) * total, right=True)[:, 0].tolist()
+
+
+def decode_step(
+    model: Llama, tokens: Tensor, positions: Tensor, layers: list[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """Logits (B, V) after one more token of each row, tokens (B,) at positions (B,).
+
+    `layers` are a KVCache's tensors, which take it in. Everything has a fixed shape: this is what
+    compile_step compiles.
+    """
+    return model.output(model.hidden_states(tokens[:, None], StepCache(layers, positions))[:, 0])
+
+
+def compile_step() -> Callable[..., Tensor]:
+    """decode_step under torch.compile, once for each number of rows and capacity of the cache."""
+    options = {
+        "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,  # none changes
+        "cpp.enable_floating_point_contract_flag": "fast",  # x * y + z in one: a tenth faster
+    }
+    return torch.compile(decode_step, fullgraph=True, dynamic=False, options=options)
+
+
+@torch.inference_mode()
+def generate_tokens(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seeds: Sequence[int] | None = None,
+    stop_ids: Collection[int] = (),
+    should_stop: Callable[[], bool] | None = None,
+    step: Callable[..., Tensor] | None = None,
+) -> Iterator[list[int | None]]:
+    """Continue prompts of any lengths; yields the next token of each row as it comes.
+
+    A row gives what it gives alone: it has its own positions and, where `seeds` has a number for
+    each row, its own random numbers (None: torch's global ones). A row ends before a token of
+    stop_ids and is None from then on; all ends when no row is left, after max_new_tokens, or when
+    should_stop() is true. Past max_seq_len a row sees its last max_seq_len tokens, read anew for
+    every token, since all their states depend on where the window begins. `step` is what
+    compile_step returned, to read single tokens with while all rows fit the window. Raises
+    UsageError for an empty prompt.
+    """
+    if not all(prompts):
+        raise UsageError("an empty prompt: generation needs at least one token to go on from")
+    texts, window = [list(prompt) for prompt in prompts], model.config.max_seq_len
+    generators = [seeds and torch.Generator().manual_seed(seeds[row]) for row in range(len(texts))]
+    needed = max(map(len, texts), default=0) + max_new_tokens
+    if step is not None:  # powers of two, since each capacity is compiled for
+        needed = 1 << max(64, needed - 1).bit_length()
+    cache = KVCache(model.config.n_layers, len(texts), min(window, needed))
+    alive = cached = list(range(len(texts)))
+    for _ in range(max_new_tokens):
+        if should_stop is not None and should_stop():
+            return
+        if step is not None and any(len(texts[row]) > window for row in alive):
+            step = None
+        if step is None:  # a compiled step keeps its rows: those that have ended go on idly
+            fit = [i for i, r in enumerate(cached) if r in alive and len(texts[r]) <= window]
+            if len(fit) < len(cached):
+                cache, cached = cache.select(fit), [cached[i] for i in fit]
+        rows = cached + [row for row in alive if row not in cached]  # the order of the logits
+        logits = _next_logits(model, cache, [texts[row] for row in rows], step)
+        if len(alive) < len(rows):
+            logits = logits[[i for i, row in enumerate(rows) if row in alive]]
+            rows = [row for row in rows if row in alive]
+        tokens = sample_rows(
+            logits,
+            sampling,
+            generators=[generators[row] for row in rows],
+            histories=[texts[row] for row in rows],
+        )
+        new: list[int | None] = [None] * len(texts)
+        for row, token in zip(rows, tokens, strict=True):
+            if token not in stop_ids:
+                new[row] = token
+                texts[row].append(token)
+        alive = [row for row in rows if new[row] is not None]
+        if not alive:
+            return
+        yield new
+
+
+def _next_logits(
+    model: Llama, cache: KVCache, texts: list[list[int]], step: Callable[..., Tensor] | None
+) -> Tensor:
+    """Logits (B, V) after each text; the first of them have their beginnings in the cache."""
+    in_cache, states = len(cache.lengths), []
+    if step is not None and all(cache.lengths):  # all are read but for the last token of each
+        cache.lengths = [len(text) for text in texts]
+        device = model.rotary.device
+        tokens = torch.tensor([text[-1] for text in texts], device=device)
+        return step(model, tokens, torch.tensor(cache.lengths, device=device) - 1, cache.layers)
+    if in_cache:
+        new = [text[held:] for text, held in zip(texts, cache.lengths, strict=False)]
+        hidden = model.extend(cache, new)
+        states.append(hidden[range(in_cache), [len(tokens) - 1 for tokens in new]])
+    if len(texts) > in_cache:
+        windows = [text[-model.config.max_seq_len :] for text in texts[in_cache:]]
+        tokens = torch.tensor(windows, device=model.rotary.device)
+        states.append(model.hidden_states(tokens)[:, -1])
+    return model.output(torch.cat(states))

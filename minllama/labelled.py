@@ -1,0 +1,226 @@
+"""Labelled data: `label ||| sentence` files, the names of the labels, scores, written predictions.
+
+Knows nothing of vocabularies or models: predictions come as numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from config import DATA_DIR, Options
+from minllama.errors import UsageError
+from minllama.files import check_writable_file, read_json, write_text
+from minllama.text import TextSource, find_text_files, split_labelled
+
+UNLABELLED = -1  # the label of a sentence without one, in files and in batches
+MAX_LABELS = 1000  # without names; each gets a row of the classifier's head
+
+
+# ---------------------------------------------------------------------------- files
+
+
+@dataclass(frozen=True)
+class LabelledExample:
+    """A sentence as written, and its label; None where the file has none."""
+
+    label: int | None
+    sentence: str
+
+
+def read_labelled(path: Path, *, n_labels: int | None = None) -> list[LabelledExample]:
+    """The lines `label ||| sentence` of a file, in order; blank lines are left out.
+
+    A label of -1, or none, means unlabelled. Raises UsageError `file:line: ...` for anything else
+    that is not a whole number from 0 (below `n_labels`, else MAX_LABELS), and for an empty file.
+    """
+    examples = [
+        LabelledExample(_parse_label(label, f"{path}:{number}", n_labels), sentence)
+        for number, line in TextSource(path).lines()
+        if line.strip()
+        for label, sentence in [split_labelled(path, number, line)]
+    ]
+    if not examples:
+        raise UsageError(f"{path}: empty, there is no line `label ||| sentence`")
+    return examples
+
+
+def _parse_label(text: str, where: str, n_labels: int | None) -> int | None:
+    if text in ("", str(UNLABELLED)):
+        return None
+    if not re.fullmatch(r"-?[0-9]{1,9}", text):
+        raise UsageError(f"{where}: label {text!r} is not a whole number")
+    label, last = int(text), (n_labels or MAX_LABELS) - 1
+    if not 0 <= label <= last:
+        raise UsageError(
+            f"{where}: label {label} is not one of 0 to {last} (-1 for unlabelled); do the label "
+            "names belong to this file?"
+        )
+    return label
+
+
+def labels_of(examples: Sequence[LabelledExample]) -> list[int | None]:
+    """The label of each example."""
+    return [example.label for example in examples]
+
+
+def is_unlabelled(examples: Sequence[LabelledExample]) -> bool:
+    """Whether no sentence has a label."""
+    return all(label is None for label in labels_of(examples))
+
+
+def has_placeholder_labels(examples: Sequence[LabelledExample]) -> bool:
+    """Whether a test file's labels tell nothing: none, or one and the same on every line.
+
+    CFIMDB's test file has 0 on all lines; an accuracy against it means nothing.
+    """
+    labels = labels_of(examples)
+    return is_unlabelled(examples) or (len(labels) > 1 and len(set(labels)) == 1)
+
+
+@dataclass(frozen=True)
+class LabelledFiles:
+    """The files of a labelled data set, its name, its labels' names and where predictions go."""
+
+    name: str
+    label_names: list[str]
+    train: Path
+    dev: Path
+    test: Path | None
+    dev_out: Path
+    test_out: Path
+
+
+def find_labelled_files(options: Options, suffix: str) -> LabelledFiles:
+    """The files that the flags name, else the embedded reviews; checked before any long work.
+
+    `suffix` ends the default names of the prediction files, as the assignment has them: its
+    `sst-dev-finetuning-output.txt`. Raises UsageError.
+    """
+    train = options.train or DATA_DIR / "reviews-train.txt"
+    name = re.sub(r"[-_.]?train$", "", train.stem) or train.stem
+    dev = options.dev if options.train else DATA_DIR / "reviews-dev.txt"
+    test = options.test if options.train else DATA_DIR / "reviews-test.txt"
+    if dev is None:
+        raise UsageError(f"--dev is not given: --train {train} needs a file to be measured on")
+    for flag, path in (("--train", train), ("--dev", dev), ("--test", test)):
+        if path is not None:
+            find_text_files([path], flag=flag)
+    out = [
+        options.dev_out or Path(f"{name}-dev-{suffix}-output.txt"),
+        options.test_out or Path(f"{name}-test-{suffix}-output.txt"),
+    ]
+    taken = {path.resolve() for path in (train, dev, test) if path is not None}
+    for flag, path in zip(("--dev_out", "--test_out"), out, strict=True):
+        if path.resolve() in taken:
+            raise UsageError(f"{flag} {path}: is another of the files named; give a new one")
+        taken.add(path.resolve())
+        check_writable_file(path, flag)
+    names = read_label_names(options.label_names, train.with_name(f"{name}-label-mapping.json"))
+    labels = {example.label for example in read_labelled(train, n_labels=len(names) or None)}
+    if None in labels:
+        raise UsageError(f"--train {train}: has lines without a label, which cannot be learnt from")
+    if names and len(labels) != len(names):
+        raise UsageError(
+            f"--label_names names {len(names)} labels and --train {train} has {len(labels)} "
+            f"({', '.join(map(str, sorted(labels)))}): give names and lines for the same labels"
+        )
+    names = names or [str(label) for label in range(max(labels) + 1)]
+    return LabelledFiles(name, names, train, dev, test, *out)
+
+
+def read_label_names(given: Path | None, beside: Path) -> list[str]:
+    """The JSON list of label names, as given or beside the training file; else an empty list."""
+    if given is None and not beside.is_file():
+        return []
+    path = given or beside
+    try:
+        names = read_json(path)
+    except UsageError as error:
+        raise UsageError(f"--label_names {error}") from None
+    if not isinstance(names, list) or len(names) < 2 or not all(isinstance(n, str) for n in names):
+        raise UsageError(f'--label_names {path}: must be a JSON list of names, ["bad", "good"]')
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    if twice:
+        raise UsageError(f"--label_names {path}: {twice[0]!r} is there more than once")
+    return names
+
+
+# ---------------------------------------------------------------------------- scores
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How predictions compare with labels. `confusion[label][prediction]` counts sentences."""
+
+    confusion: np.ndarray  # (n_labels, n_labels) int64
+
+    @classmethod
+    def of(cls, labels: Sequence[int | None], predictions: Sequence[int], n: int) -> Scores:
+        """Count the pairs; sentences without a label are left out."""
+        confusion = np.zeros((n, n), np.int64)
+        for label, prediction in zip(labels, predictions, strict=True):
+            if label is not None:
+                confusion[label, prediction] += 1
+        return cls(confusion)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of sentences whose label was predicted."""
+        return float(np.trace(self.confusion) / max(1, self.confusion.sum()))
+
+    @property
+    def majority(self) -> float:
+        """Accuracy of always predicting the most frequent label."""
+        return float(self.confusion.sum(axis=1).max() / max(1, self.confusion.sum()))
+
+    @property
+    def macro_f1(self) -> float:
+        """Mean F1 over the labels that occur, in truth or in predictions."""
+        hits = np.diag(self.confusion)
+        seen = self.confusion.sum(axis=0) + self.confusion.sum(axis=1)
+        return float(np.mean(2 * hits[seen > 0] / seen[seen > 0])) if seen.any() else 0.0
+
+    def lines(self, names: Sequence[str]) -> list[str]:
+        """The confusion matrix as a table: a row per label, a column per prediction."""
+        width = max(7, *(len(name) + 2 for name in names))
+        head = "label \\ predicted".ljust(18) + "".join(name.rjust(width) for name in names)
+        rows = [
+            name.ljust(18) + "".join(str(count).rjust(width) for count in row)
+            for name, row in zip(names, self.confusion, strict=True)
+        ]
+        return [head, *rows]
+
+
+def report_predictions(
+    split: str,
+    examples: Sequence[LabelledExample],
+    predictions: Sequence[int],
+    *,
+    names: Sequence[str],
+    out: Path,
+) -> None:
+    """Print a split's figures, or that it has none, and write `prediction ||| sentence` lines."""
+    if is_unlabelled(examples):
+        print(f"{split}: unlabelled ({len(examples)} sentences), so no accuracy")
+    elif split == "test" and has_placeholder_labels(examples):
+        print(f"{split}: unlabelled (one and the same label on every line), so no accuracy")
+    else:
+        scores = Scores.of(labels_of(examples), predictions, len(names))
+        print(
+            f"{split} accuracy {scores.accuracy:.3f}, macro-F1 {scores.macro_f1:.3f} "
+            f"({scores.confusion.sum()} labelled; always the commonest label: "
+            f"{scores.majority:.3f})"
+        )
+        print("\n".join("  " + line for line in scores.lines(names)))
+    lines = [
+        f"{prediction} ||| {example.sentence}\n"
+        for prediction, example in zip(predictions, examples, strict=True)
+    ]
+    write_text(out, "".join(lines))
+    print(f"wrote {out}")

@@ -1,0 +1,210 @@
+"""`.pt` files: written with a SHA-256 of every byte, read without running code, checked before use.
+
+A file is what torch.save writes, a zip archive, whose comment holds the checksum, so that any other
+program reads it too. Knows nothing of what the tensors are for.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from minllama.errors import UsageError
+from minllama.files import READ_BYTES, atomic_write, check_regular
+
+FORMAT_VERSION = 2  # 1 had its checksum inside, and its own way to compute it
+SEAL = b"minllama sha256 "  # begins the comment at the end of the file; 64 hex digits follow
+
+
+class SealingFile:
+    """Passes on to `file` what torch.save writes; `seal` ends it with the SHA-256 of every byte.
+
+    It sums what was meant to be written, so reading back finds what the disk did not take.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sum = file, hashlib.sha256()
+        self.held = b""  # the last two bytes: the size of the archive's comment
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write all but the last two bytes so far."""
+        view = memoryview(data).cast("B")
+        if len(view) < 2:
+            view = memoryview(self.held + bytes(view))
+        else:
+            self._pass_on(self.held)
+        self._pass_on(view[:-2])
+        self.held = bytes(view[-2:])
+        return len(data)
+
+    def flush(self) -> None:
+        """For torch.save; whoever opened the file flushes it."""
+
+    def seal(self) -> None:
+        """Write the rest and the checksum."""
+        assert self.held == b"\0\0", "torch.save ended its archive with a comment of its own"
+        self._pass_on(struct.pack("<H", len(SEAL) + 64))
+        self.file.write(SEAL + self.sum.hexdigest().encode())
+
+    def _pass_on(self, data: bytes | memoryview) -> None:
+        self.sum.update(data)
+        self.file.write(data)
+
+
+def write_sealed(file: BinaryIO, payload: dict[str, Any]) -> None:
+    """Write tensors and plain values, and behind them the SHA-256 of every byte."""
+    sealing = SealingFile(file)
+    torch.save(payload | {"format_version": FORMAT_VERSION}, sealing)
+    sealing.seal()
+
+
+def verify_seal(path: Path) -> str | None:
+    """Read every byte of a sealed file; returns its SHA-256 in hex, None for one without a seal.
+
+    Raises UsageError where a byte is not what was written, OSError where it cannot be read.
+    """
+    with path.open("rb") as file:
+        left = file.seek(0, 2) - len(SEAL) - 64
+        file.seek(max(0, left))
+        seal = file.read()
+        if not seal.startswith(SEAL):
+            return None
+        file.seek(0)
+        found = hashlib.sha256()
+        while left > 0 and (data := file.read(min(left, READ_BYTES))):
+            found.update(data)
+            left -= len(data)
+    if seal[len(SEAL) :] != found.hexdigest().encode():
+        raise UsageError(f"{path} is damaged: its bytes do not match its SHA-256")
+    return found.hexdigest()
+
+
+def save_pt(path: Path, payload: dict[str, Any]) -> str:
+    """Write a sealed file, whole and read back, or not at all; returns its SHA-256.
+
+    Raises OSError, and then `path` is as it was.
+    """
+    digest: str | None = None
+
+    def verify(temporary: Path) -> None:
+        nonlocal digest
+        try:
+            digest = verify_seal(temporary)
+        except UsageError:
+            digest = None
+        if digest is None:
+            raise OSError(errno.EIO, "what was read back is not what was written", str(path))
+
+    try:
+        with atomic_write(path, verify=verify) as file:
+            write_sealed(file, payload)
+    except RuntimeError as error:  # torch's writer hides what the file raised
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+    return digest
+
+
+def load_pt(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
+    """Everything a .pt file holds, its tensors mapped from the disk, with no code run.
+
+    `verify` reads every byte of a file that carries checksums. Raises UsageError for one that is
+    damaged or of another format version, and unless it is a dict with a dict of tensors under
+    'model', each of them held whole by the file.
+    """
+    path = Path(path)
+    check_regular(path)
+    try:
+        sealed = verify and verify_seal(path) is not None
+        archive = zipfile.is_zipfile(path)  # else torch's format before 2020, or cut off
+        if archive:
+            _check_archive(path, checksums=verify and not sealed)
+        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+        _check_payload(path, payload, sealed=sealed or not verify)
+    except UsageError:
+        raise
+    except pickle.UnpicklingError as error:
+        reason = "carries code or objects beyond tensors and plain values, and none of it was run"
+        if "unsupported" not in str(error).lower():
+            reason = "is damaged or no model file"
+        raise UsageError(f"{path}: {reason}; get a file of plain weights") from None
+    except Exception as error:  # torch.load raises what the damage happens to hit
+        remedy = "it is damaged or cut off; copy it again"
+        raise UsageError(f"{path}: {remedy} ({type(error).__name__})") from None
+    return payload
+
+
+def _check_payload(path: Path, payload: Any, *, sealed: bool) -> None:
+    weights = payload.get("model") if isinstance(payload, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
+        raise UsageError(f"{path}: no tensors under the key 'model': not a weights file of a Llama")
+    if not all(isinstance(name, str) for name in weights):
+        raise UsageError(f"{path}: names a tensor by other than a text: not a weights file")
+    _check_version(path, payload.get("format_version"), sealed=sealed)
+    for name, tensor in tensors_in(payload):
+        _check_tensor(path, name, tensor)
+
+
+def tensors_in(node: Any, name: str = "") -> list[tuple[str, Tensor]]:
+    """Every tensor in nested dicts and lists, by its dotted name."""
+    if isinstance(node, Tensor):
+        return [(name, node)]
+    children = node.items() if isinstance(node, dict) else ()
+    if isinstance(node, list | tuple):
+        children = enumerate(node)
+    return [
+        found
+        for key, child in children
+        for found in tensors_in(child, f"{name}.{key}" if name else str(key))
+    ]
+
+
+def _check_tensor(path: Path, name: str, tensor: Tensor) -> None:
+    """Refuse what a small file can claim: an expanded, sparse or meta tensor has no bytes in it."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        raise UsageError(f"{path}: tensor {name} is not a plain array of numbers")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise UsageError(f"{path}: tensor {name} is larger than what the file holds")
+
+
+def _check_archive(path: Path, *, checksums: bool) -> None:
+    """Refuse an archive that would unpack to more than the file holds, before it does.
+
+    `checksums` reads every byte of its parts and compares their CRC-32, all that other programs'
+    files have.
+    """
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+        size = sum(part.file_size for part in parts)
+        if size > path.stat().st_size or any(part.compress_type for part in parts):
+            raise UsageError(f"{path}: claims {size:,} bytes of content, more than the file holds")
+        broken = archive.testzip() if checksums else None
+    if broken is not None:
+        raise UsageError(f"{path} is damaged: the checksum of {broken} is wrong; copy it again")
+
+
+def _check_version(path: Path, version: Any, *, sealed: bool) -> None:
+    """`version` is None in files of other programs, which carry no seal."""
+    if version is None:
+        return
+    if version == 1:
+        raise UsageError(
+            f"{path}: has format version 1, which an early MinLlama wrote and only that reads"
+        )
+    if version != FORMAT_VERSION:
+        raise UsageError(
+            f"{path}: has the format version {str(version)[:20]}, and this program reads "
+            f"{FORMAT_VERSION}: update it"
+        )
+    if not sealed:
+        raise UsageError(
+            f"{path} is damaged: its checksum is gone; it was cut off, or saved by another program"
+        )

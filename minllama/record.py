@@ -1,0 +1,332 @@
+"""What a run puts on record: metrics, the loss curve, GPU telemetry, the environment, a profile.
+
+Knows records as plain dicts, and nothing of how a step is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import html
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from minllama.files import atomic_write
+
+SPIKE_WINDOW, SPIKE_LEAST, SPIKE_STDS = 100, 20, 6.0  # losses looked back on; fewer tell nothing
+
+# ---------------------------------------------------------------------------- metrics
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON line per optimizer step, each step once, also over resumes.
+
+    `records` are the last `window` of them; the file alone holds the others, however long the run.
+    """
+
+    def __init__(self, path: Path, last_step: int, *, window: int = 1) -> None:
+        """Open the log to continue after `last_step`; steps of later lines are made again."""
+        self.path, self.window = path, window
+        self.unwritten: list[dict[str, Any]] = []  # what the disk did not take
+        self.file: BinaryIO | None = None
+        self.rewind(last_step)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add one step's record and hand it to the system, so that it outlives the process.
+
+        Where the disk takes nothing it is kept in memory, and the next record brings it along.
+        """
+        self.records.append(record)
+        self.unwritten.append(record)
+        self._write()
+
+    def rewind(self, last_step: int) -> None:
+        """Take back what came after `last_step`: those steps are made again."""
+        self.close()
+        self.records: deque[dict[str, Any]] = deque(maxlen=self.window)
+        self.end = 0  # of the file's lines that stay
+        for record, end in _whole_records(self.path):
+            if record["step"] <= last_step:
+                self.records.append(record)
+                self.end = end
+        written = self.records[-1]["step"] if self.records else 0
+        self.unwritten = [r for r in self.unwritten if written < r["step"] <= last_step]
+        self.records.extend(self.unwritten)
+        self._write()
+
+    def sync(self) -> None:
+        """Flush the file to the disk: before a checkpoint, which must not know of lost records."""
+        if self.file is not None:
+            try:
+                os.fsync(self.file.fileno())
+            except OSError as error:
+                tqdm.write(f"warning: {self.path} was not flushed to the disk ({error})")
+
+    def close(self) -> None:
+        """Close the file."""
+        if self.file is not None:
+            with contextlib.suppress(OSError):  # closing flushes: a full disk fails again here
+                self.file.close()
+        self.file = None
+
+    def _write(self) -> None:
+        data = "".join(json.dumps(record) + "\n" for record in self.unwritten).encode()
+        try:
+            if self.file is None:
+                self.file = self.path.open("ab")
+                self.file.truncate(self.end)  # cuts off what a failed write or a crash left
+            self.file.write(data)
+            self.file.flush()
+        except OSError as error:
+            self.close()
+            tqdm.write(f"warning: {self.path} was not written ({error}); the run goes on")
+        else:
+            self.end += len(data)
+            self.unwritten.clear()
+
+
+class NoLog:
+    """The log of ranks that write none."""
+
+    records: Sequence[dict[str, Any]] = ()
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Rank 0 writes it."""
+
+    def rewind(self, last_step: int) -> None:
+        """Rank 0 does it."""
+
+    def sync(self) -> None:
+        """Rank 0 does it."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _whole_records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """The records of a metrics file, and where in it each ends; lines that a crash cut are none."""
+    end = 0
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        for line in file:
+            end += len(line)
+            with contextlib.suppress(ValueError):
+                if line.endswith(b"\n"):
+                    yield json.loads(line), end
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a metrics file, one by one; a last line cut short by a crash is left out."""
+    return (record for record, _ in _whole_records(path))
+
+
+def loss_curve_svg(records: list[dict[str, Any]], title: str) -> str:
+    """The training and validation loss over the steps as an SVG picture for any browser."""
+    width, height, left, top = 860, 460, 70, 50
+    plot_width, plot_height = width - left - 30, height - top - 60
+    train = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
+    val = [(r["step"], r["val_loss"]) for r in records if r.get("val_loss") is not None]
+    points = train + val
+    if not points:
+        return ""
+    last_step = max(step for step, _ in points)
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    span = (high - low) or 1.0
+
+    def place(step: float, loss: float) -> str:
+        x = left + plot_width * step / max(1, last_step)
+        return f"{x:.1f},{top + plot_height * (high - loss) / span:.1f}"
+
+    def line(series: list[tuple[float, float]], color: str) -> str:
+        path = " ".join(place(*point) for point in series)
+        return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6"/>'
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        'font-family="sans-serif" font-size="13">',
+        '<rect width="100%" height="100%" fill="white"/>',
+        f'<text x="{left}" y="28" font-size="17">{html.escape(title)}</text>',
+    ]
+    for i in range(6):
+        loss, step = low + span * i / 5, last_step * i / 5
+        x, y = place(step, loss).split(",")
+        parts += [
+            f'<line x1="{left}" x2="{left + plot_width}" y1="{y}" y2="{y}" stroke="#ddd"/>',
+            f'<text x="{left - 8}" y="{y}" dy="4" text-anchor="end">{loss:.2f}</text>',
+            f'<text x="{x}" y="{height - 38}" text-anchor="middle">{step:,.0f}</text>',
+        ]
+    parts += [
+        line(train, "#4477aa"),
+        line(val, "#cc3311"),
+        *(
+            f'<circle cx="{place(*p).split(",")[0]}" cy="{place(*p).split(",")[1]}" r="3" '
+            'fill="#cc3311"/>'
+            for p in val
+        ),
+        f'<text x="{left + plot_width / 2}" y="{height - 12}" text-anchor="middle">'
+        "optimizer step</text>",
+        f'<text x="{left + plot_width - 210}" y="28" fill="#4477aa">training loss</text>',
+        f'<text x="{left + plot_width - 100}" y="28" fill="#cc3311">validation loss</text>',
+        "</svg>\n",
+    ]
+    return "\n".join(parts)
+
+
+def note_spike(record: dict[str, Any], earlier: Iterable[dict[str, Any]]) -> None:
+    """Report and record a loss far above those before it, in their standard deviations."""
+    losses = [r["loss"] for r in earlier if r.get("loss") is not None]
+    if record["loss"] is None or len(losses) < SPIKE_LEAST:
+        return
+    mean, std = statistics.fmean(losses), statistics.stdev(losses)
+    if record["loss"] > mean + SPIKE_STDS * std:
+        record["loss_spike"] = record["loss"] - mean
+        tqdm.write(
+            f"loss spike at step {record['step']:,}: {record['loss']:.3f}, where the last "
+            f"{len(losses)} were {mean:.3f} +- {std:.3f}"
+        )
+
+
+# ---------------------------------------------------------------------------- telemetry
+
+
+class GpuTelemetry:
+    """Memory, utilisation, power and energy of an NVIDIA GPU through NVML; silent without one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.handle = None
+        if device.type != "cuda":
+            return
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+            self.nvml, self.handle = pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            self.start_energy = pynvml.nvmlDeviceGetTotalEnergyConsumption(self.handle)
+        except Exception:  # no driver, no permission, a GPU without the counter: no telemetry
+            self.handle = None
+
+    def sample(self) -> dict[str, float]:
+        """Bytes in use, % busy, watts, joules since the start; an empty dict where unknown."""
+        if self.handle is None:
+            return {}
+        try:
+            energy = self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle)
+            return {
+                "gpu_memory_used": self.nvml.nvmlDeviceGetMemoryInfo(self.handle).used,
+                "gpu_utilization": self.nvml.nvmlDeviceGetUtilizationRates(self.handle).gpu,
+                "gpu_power_watts": self.nvml.nvmlDeviceGetPowerUsage(self.handle) / 1000,
+                "gpu_energy_joules": (energy - self.start_energy) / 1000,
+            }
+        except self.nvml.NVMLError:
+            return {}
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine of this run, for run.json."""
+    commit = (
+        subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip()
+        if shutil.which("git")
+        else ""
+    )
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "git_commit": commit or None,
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+# ---------------------------------------------------------------------------- profile
+
+PHASES = ("data", "forward and backward", "optimizer")  # record_function's names in training
+UNPROFILED_STEPS, PROFILED_STEPS = 2, 5  # the first compile and warm up
+PROFILE_ROWS = 12
+
+
+@contextlib.contextmanager
+def profiled(
+    path: Path, *, enabled: bool, device: torch.device, save: Callable[[Path, Callable], None]
+) -> Iterator[Callable[[], None]]:
+    """Profile a few steps where that is enabled; yields what to call after every step.
+
+    A table is printed, and the trace goes to `path` through `save(path, write)`.
+    """
+    if not enabled:
+        yield lambda: None
+        return
+
+    def report(profiler: torch.profiler.profile) -> None:
+        table = profile_table(profiler, device)
+        if table is not None:
+            save(path, lambda: write_trace(path, profiler))
+            tqdm.write(f"{table}\n  {path}: the trace, for chrome://tracing or ui.perfetto.dev")
+
+    steps = torch.profiler.schedule(
+        wait=UNPROFILED_STEPS - 1, warmup=1, active=PROFILED_STEPS, repeat=1
+    )
+    with torch.profiler.profile(schedule=steps, on_trace_ready=report) as profiler:
+        yield profiler.step
+    if profiler.step_num <= UNPROFILED_STEPS:
+        tqdm.write(f"--profile: a run of {UNPROFILED_STEPS} steps or fewer has none to profile")
+
+
+def profile_table(profiler: torch.profiler.profile, device: torch.device) -> str | None:
+    """Where the profiled steps' time went; None of a run that ended during the warm-up."""
+    events = {
+        event.key: event
+        for event in profiler.key_averages()
+        if not event.key.startswith(("ProfilerStep*", "Optimizer.step#"))  # brackets around others
+    }
+    if PHASES[0] not in events:
+        return None
+    phases = {name: events.pop(name) for name in PHASES}
+    steps = phases["data"].count
+    total = sum(event.cpu_time_total for event in phases.values())  # in microseconds
+    shares = ", ".join(
+        f"{'waiting for data' if name == 'data' else name} {event.cpu_time_total / total:.2%}"
+        for name, event in phases.items()
+    )
+    lines = [f"profile of {steps} steps of {total / steps / 1000:,.1f} ms: {shares}"]
+    on = "device" if device.type == "cuda" else "cpu"
+    times = {name: getattr(event, f"self_{on}_time_total") for name, event in events.items()}
+    slowest = sorted(times, key=times.get, reverse=True)[:PROFILE_ROWS]
+    lines.append(f"  {'operation':<48} calls/step   ms/step   share")
+    lines += [
+        f"  {name[:48]:<48} {events[name].count / steps:>10,.0f} "
+        f"{times[name] / steps / 1000:>9,.2f} {times[name] / total:>7.1%}"
+        for name in slowest
+    ]
+    return "\n".join(lines)
+
+
+def write_trace(path: Path, profiler: torch.profiler.profile) -> None:
+    """Write a profile as compressed Chrome JSON."""
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(plain))
+        with atomic_write(path) as file:
+            file.write(gzip.compress(plain.read_bytes()))

@@ -1,0 +1,290 @@
+"""The folder of a run: its files' names, the lock on it, which checkpoint to resume, which to keep.
+
+Runs of several options share a folder without touching each other's files. Knows nothing of how
+the files are written, nor of what is in a model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minllama.checkpoint import STATE_FILE, Summary, load_checkpoint, summarize
+from minllama.errors import UsageError
+from minllama.files import (
+    check_regular,
+    read_json_object,
+    remove,
+    remove_temporaries,
+    replace,
+    write_text,
+)
+from minllama.ranks import Ranks
+
+CHECKPOINT_NAME = r"-(epoch|step)-\d+(\.pt|-sharded)"  # after the run's prefix
+RUN_FILES = (
+    "final-model.pt",
+    "best-model.pt",
+    "metrics.jsonl",
+    "run.json",
+    "loss-curve.svg",
+    "profile.json.gz",
+)
+LOCKED_BYTE = 1 << 20  # on Windows a locked byte cannot be read: one that the file does not have
+
+
+@dataclass
+class RunFolder:
+    """The files of one run: checkpoints `<prefix>-epoch-N.pt`, its models and its records.
+
+    `prefix` names the option (`pretrain`) or the option and the data set (`finetune-sst`).
+    """
+
+    path: Path
+    prefix: str
+
+    @property
+    def records_prefix(self) -> str:
+        """What precedes the names of models and records: nothing for pretraining."""
+        return "" if self.prefix == "pretrain" else f"{self.prefix}-"
+
+    def file(self, name: str) -> Path:
+        """One of the run's files by its plain name, e.g. final-model.pt or metrics.jsonl."""
+        return self.path / f"{self.records_prefix}{name}"
+
+    def own_files(self) -> list[Path]:
+        """The files of this run, or an earlier one of the same prefix, that are here now."""
+        files = [self.file(name) for name in RUN_FILES if self.file(name).is_file()]
+        return files + self.checkpoints()
+
+    def checkpoints(self) -> list[Path]:
+        """The resumable checkpoints that are complete, by their names."""
+        return [
+            p for p in self._named_as_checkpoints() if p.is_file() or (p / STATE_FILE).is_file()
+        ]
+
+    def _named_as_checkpoints(self) -> list[Path]:
+        pattern = re.compile(re.escape(self.prefix) + CHECKPOINT_NAME)
+        return sorted(path for path in self.path.glob("*-*-*") if pattern.fullmatch(path.name))
+
+    def epoch_checkpoint(self, epoch: int) -> Path:
+        """The resumable checkpoint after `epoch` passes over the data."""
+        return self.path / f"{self.prefix}-epoch-{epoch}.pt"
+
+    def step_checkpoint(self, step: int) -> Path:
+        """The resumable checkpoint after `step` optimizer steps."""
+        return self.path / f"{self.prefix}-step-{step}.pt"
+
+    # ------------------------------------------------------------------------ begin and end
+
+    @contextlib.contextmanager
+    def locked(self, ranks: Ranks) -> Iterator[None]:
+        """Keep other runs of this prefix out of the folder within the block.
+
+        Rank 0 holds the lock, and the system frees it when that process ends, however it ends.
+        Raises UsageError that names the run that is in the folder, and where the other ranks do
+        not see the lock: they are on machines that do not share the folder.
+        """
+        path, content = self.file("run.lock"), f"{os.getpid()} {platform.node()} {uuid.uuid4().hex}"
+        with contextlib.ExitStack() as held:
+
+            def take() -> str:
+                held.enter_context(_lock(path, content))
+                return content
+
+            content = ranks.on_main(take)
+            ranks.on_all(lambda: self._check_shared(path, content, ranks))
+            yield
+
+    def _check_shared(self, path: Path, content: str, ranks: Ranks) -> None:
+        for _ in range(100 if ranks.nodes > 1 else 0):  # a network file system shows it late
+            with contextlib.suppress(OSError):
+                if path.read_text(encoding="utf-8", errors="replace") == content:
+                    return
+            time.sleep(0.1)
+        if ranks.nodes > 1:
+            raise UsageError(
+                f"--save_dir {self.path}: machine {ranks.node} ({platform.node()}) does not see "
+                "what rank 0 wrote there: name a folder that all machines share"
+            )
+
+    def check_free(self, *, resume: bool, overwrite: bool) -> None:
+        """Raise UsageError if the folder holds a run that is neither resumed nor removed."""
+        present = self.own_files()
+        if present and not resume and not overwrite:
+            raise UsageError(
+                f"--save_dir {self.path} already holds a run ({present[0].name}): add --resume "
+                "auto to continue it, --overwrite to remove its files, or name another folder"
+            )
+
+    def clear(self) -> None:
+        """Remove the files of an earlier run, and no others."""
+        for path in self.own_files():
+            remove(path)
+
+    def remove_incomplete(self) -> None:
+        """Delete what runs of this prefix left that were killed while they wrote."""
+        names = [re.escape(self.file(name).name) for name in RUN_FILES]
+        names.append(re.escape(self.prefix) + CHECKPOINT_NAME)
+        remove_temporaries(self.path, "|".join(names))
+        for path in {*self._named_as_checkpoints()} - {*self.checkpoints()}:
+            with contextlib.suppress(OSError):
+                remove(path)
+
+    def add_start(self, record: dict[str, Any]) -> None:
+        """Add one start of the run, the first or a resume, to run.json."""
+        path = self.file("run.json")
+        starts = self.starts()
+        if starts is None:
+            replace(path, path.with_name(f"{path.name}.damaged"))
+            print(f"note: {path} was damaged; it is kept as {path.name}.damaged")
+        write_text(path, json.dumps({"starts": [*(starts or []), record]}, indent=2) + "\n")
+
+    def starts(self) -> list[dict[str, Any]] | None:
+        """The starts in run.json; none where there is no such file, None where it is damaged."""
+        path = self.file("run.json")
+        if not path.exists():
+            return []
+        with contextlib.suppress(UsageError):
+            starts = read_json_object(path).get("starts")
+            if isinstance(starts, list) and all(isinstance(start, dict) for start in starts):
+                return starts
+        return None
+
+    # ------------------------------------------------------------------------ checkpoints
+
+    def find_checkpoint(self, resume: str) -> tuple[Path, dict[str, Any]] | None:
+        """The checkpoint that `--resume` names, read and verified.
+
+        auto: that of the latest step that is whole; what is skipped is said. None where there is
+        none yet. Raises UsageError where all are damaged.
+        """
+        if resume != "auto":
+            return Path(resume), load_checkpoint(Path(resume))
+        found = self.checkpoints()
+        for path, _ in self._newest_first(found):
+            try:
+                return path, load_checkpoint(path)
+            except UsageError as error:
+                print(f"skipped: {error}")
+        if found:
+            raise UsageError(
+                f"--resume auto: no whole {self.prefix} checkpoint in {self.path}; start without "
+                "it, with --overwrite"
+            )
+        return None
+
+    def last_good(self, run_id: str, step: int) -> tuple[Path, dict[str, Any]] | None:
+        """The newest whole checkpoint of a run before `step` that followed no skipped update."""
+        for path, of in self._newest_first(self.checkpoints(), quiet=True):
+            if of.run_id == run_id and of.step < step and not of.skipped:
+                with contextlib.suppress(UsageError):
+                    return path, load_checkpoint(path)
+        return None
+
+    def set_aside_later(self, run_id: str, step: int) -> None:
+        """Rename the run's checkpoints after `step`, where a run resumed there leaves them.
+
+        Else `--resume auto` would return to a future that was given up.
+        """
+        later = [p for p, of in self._newest_first(self.checkpoints(), quiet=True)
+                 if of.run_id == run_id and of.step > step]  # fmt: skip
+        for path in later:
+            replace(path, path.with_name(f"{path.name}.abandoned"))
+        if later:
+            names = ", ".join(path.name for path in later)
+            print(f"set aside    {names}, made after step {step:,}: renamed to *.abandoned")
+
+    def prune(self, keep_last: int, *, run_id: str, step: int) -> None:
+        """Delete all but the newest `keep_last` step checkpoints up to `step` (0: keep all).
+
+        Only those that the run `run_id` wrote are counted and deleted. Best effort: what cannot be
+        deleted stays.
+        """
+        if not keep_last:
+            return
+        own = [p for p, of in self._newest_first(self.checkpoints(), quiet=True)
+               if "-step-" in p.name and of.run_id == run_id and of.step <= step]  # fmt: skip
+        for path in own[keep_last:]:
+            with contextlib.suppress(OSError):
+                if path.is_dir():  # without this file it is no checkpoint: no half of one is left
+                    (path / STATE_FILE).unlink()
+                remove(path)
+
+    def _newest_first(
+        self, paths: Sequence[Path], *, quiet: bool = False
+    ) -> list[tuple[Path, Summary]]:
+        """Checkpoints by training step; those too damaged to tell theirs are left out."""
+        found = []
+        for path in paths:
+            try:
+                found.append((path, summarize(path)))
+            except UsageError as error:
+                if not quiet:
+                    print(f"skipped: {error}")
+        return sorted(found, key=lambda pair: (pair[1].step, pair[0]), reverse=True)
+
+
+def read_on_ranks(
+    ranks: Ranks, find: Callable[[], tuple[Path, dict[str, Any]] | None]
+) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that rank 0 finds and verifies, read by every rank, which all call this."""
+    found = None
+
+    def find_path() -> Path | None:
+        nonlocal found
+        found = find()
+        return found and found[0]
+
+    path = ranks.on_main(find_path)
+    if path is None:
+        return None
+    return ranks.on_all(lambda: found or (path, load_checkpoint(path, verify=False)))
+
+
+@contextlib.contextmanager
+def _lock(path: Path, content: str) -> Iterator[None]:
+    """Hold an exclusive lock on a file, which says who holds it; the file stays.
+
+    A lock on an open file, not the existence of one: no process that dies can leave it behind.
+    """
+    if path.exists():
+        check_regular(path)
+    try:
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        file = os.fdopen(os.open(path, flags, 0o666), "r+b")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
+    with file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                os.lseek(file.fileno(), LOCKED_BYTE, os.SEEK_SET)
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                os.lseek(file.fileno(), 0, os.SEEK_SET)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            pid, host, *_ = [*file.read(200).decode("utf-8", "replace").split(), "?", "?"]
+            raise UsageError(
+                f"--save_dir {path.parent}: process {pid} on {host} is running in it: wait for it "
+                "or name another folder"
+            ) from None
+        except OSError as error:  # some network file systems have no locks
+            print(f"note: {path} cannot be locked ({error.strerror}): let no other run write there")
+        file.truncate(0)
+        file.write(content.encode())
+        file.flush()
+        yield

@@ -1,0 +1,284 @@
+"""A session: the folder, devices and processes of a run, and what happens before it trains.
+
+Opening one takes the folder's lock, finds the checkpoint to resume, and chooses device and dtype;
+then the plan is made, compared with the checkpoint and printed. Also what is said at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import TYPED_ON_RESUME, Options, find_problems
+from minllama.checkpoint import state_file
+from minllama.command_line import quoted
+from minllama.device import (
+    available_memory,
+    check_compiler,
+    choose_device,
+    choose_dtype,
+    compiler_problem,
+    dtype_name,
+)
+from minllama.errors import UsageError
+from minllama.files import check_writable, free_disk, size_on_disk
+from minllama.plan import TrainingPlan, warn_of_plan
+from minllama.random_state import seed_everything
+from minllama.ranks import Ranks
+from minllama.run_folder import RunFolder, read_on_ranks
+from minllama.signals import StopRequest
+from minllama.units import human_size
+
+
+@dataclass
+class Session:
+    """Where and on what a run trains. Every rank has one and calls its methods."""
+
+    options: Options  # those of the checkpoint where a flag was not typed
+    folder: RunFolder
+    ranks: Ranks
+    stop: StopRequest
+    device: torch.device
+    dtype: torch.dtype  # the compute dtype
+    checkpoint: dict[str, Any] | None = None  # to resume from
+
+    def take_checkpoint(self) -> dict[str, Any] | None:
+        """The checkpoint, which the session forgets, so that its memory can be freed."""
+        checkpoint, self.checkpoint = self.checkpoint, None
+        return checkpoint
+
+    def settle(self, plan: TrainingPlan, identity: dict[str, Any], *, noun: str) -> None:
+        """Compare with the checkpoint, print the plan, and decide --compile auto.
+
+        `noun` is what a sequence is called. Raises UsageError where the run cannot be resumed so,
+        or its files do not fit on the disk.
+        """
+        if self.checkpoint is not None:
+            check_identity(self.checkpoint, identity)
+        self.ranks.on_main(lambda: print_plan(self.options, plan, self.device, self.folder, noun))
+        if self.options.option == "pretrain":
+            self.options = settle_compile(self.options, plan)
+
+
+@contextlib.contextmanager
+def open_session(
+    options: Options, prefix: str, *, ranks: Ranks, stop: StopRequest
+) -> Iterator[Session]:
+    """A run's session, with no other run of this kind in its folder; raises UsageError."""
+    options = use_checkpoint_folder(options)
+    folder = RunFolder(options.save_dir, prefix)
+    with contextlib.ExitStack() as held:
+        if not options.plan:
+            ranks.on_main(lambda: check_writable(folder.path, "--save_dir"))
+            held.enter_context(folder.locked(ranks))
+        options, checkpoint = find_start(options, folder, ranks)
+        seed_everything(options.seed)
+        local_rank = ranks.local_rank if ranks.world_size > 1 else None
+        device, note = choose_device(options.use_gpu, local_rank=local_rank)
+        print(f"device       {note}{ranks.note(options.parallel)}")
+        if options.compile == "on":
+            check_compiler(device)
+        dtype = choose_dtype(options.dtype, device)
+        yield Session(options, folder, ranks, stop, device, dtype, checkpoint)
+
+
+# ---------------------------------------------------------------------------- resuming
+
+
+def use_checkpoint_folder(options: Options) -> Options:
+    """A run resumed from a file continues in that file's folder. Raises UsageError for another."""
+    if options.resume in (None, "auto"):
+        return options
+    if Path(options.resume).is_dir() and not state_file(Path(options.resume)).is_file():
+        raise UsageError(
+            f"--resume {options.resume}: is a folder; --save_dir {options.resume} --resume auto "
+            "continues the run in it"
+        )
+    if not state_file(Path(options.resume)).is_file():
+        raise UsageError(f"--resume {options.resume}: no such file; auto takes the newest")
+    folder = Path(options.resume).parent
+    if "save_dir" in options.given and options.save_dir.resolve() != folder.resolve():
+        raise UsageError(
+            f"--resume {options.resume} lies outside --save_dir {options.save_dir}: a run "
+            f"continues where its files are, so leave --save_dir out or give {folder}"
+        )
+    return dataclasses.replace(options, save_dir=folder)
+
+
+def find_start(
+    options: Options, folder: RunFolder, ranks: Ranks
+) -> tuple[Options, dict[str, Any] | None]:
+    """Check that the run may write its folder, and find the checkpoint to resume, if any.
+
+    Returns it with the options: what was not typed is as the checkpoint has it, and the global
+    batch is settled. A run that its launcher restarts is resumed, whatever the command says.
+    """
+    if ranks.on_main(lambda: any(map(ranks.is_launch_of, (folder.starts() or [])[-1:]))):
+        print(
+            "restarted: the run of this --rdzv-id is resumed"
+            + (", and --overwrite is ignored; a new id starts over" if options.overwrite else "")
+        )
+        options = dataclasses.replace(options, resume="auto", overwrite=False)
+    resume, overwrite = options.resume, options.overwrite
+    if not options.plan:
+        ranks.on_main(lambda: folder.check_free(resume=resume is not None, overwrite=overwrite))
+    if resume is None:
+        return options.with_global_batch(ranks.world_size), None
+    found = read_on_ranks(ranks, lambda: folder.find_checkpoint(resume))
+    if found is None:
+        print(f"--resume auto: no checkpoint in {folder.path} yet: starting from the beginning")
+        return options.with_global_batch(ranks.world_size), None
+    path, checkpoint = found
+    print(f"resuming     {path}, made after step {checkpoint['progress']['step']:,}")
+    before = checkpoint.get("options", {})
+    if not isinstance(before, dict):
+        raise UsageError(f"{path} is damaged: its options are no dict")
+    whole_batch = {"global_batch_size": checkpoint["identity"].get(GLOBAL_BATCH)}
+    options = options.resumed(before | whole_batch)
+    problems = find_problems(options)  # among flags typed now and those the checkpoint brings
+    if problems:
+        raise UsageError("\n".join(problems))
+    options = options.with_global_batch(ranks.world_size)
+    now = options.to_plain()
+    for name in sorted(options.given - TYPED_ON_RESUME):
+        if name in before and before[name] != now[name]:
+            print(f"changed      --{name} from {before[name]} to {now[name]}")
+    return options, checkpoint
+
+
+GLOBAL_BATCH = (
+    "--global_batch_size (--pretrain_batch_size or --batch_size x --gradient_accumulation_steps x "
+    "processes)"
+)
+
+
+def check_identity(checkpoint: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raise UsageError, a line each, for what a checkpoint was made with and this run is not."""
+    problems = []
+    for name, value in identity.items():
+        before = checkpoint["identity"].get(name)
+        if before == value:
+            continue
+        if isinstance(value, dict) and isinstance(before, dict):  # of a shape, what differs
+            differs = [key for key in value if before.get(key) != value[key]]
+            value = ", ".join(f"{key} {value[key]}" for key in differs)
+            before = ", ".join(str(before.get(key)) for key in differs)
+        problems.append(
+            f"{name} {value} differs from the checkpoint's {before}: a run is resumed with what "
+            "it was started with"
+        )
+    if problems:
+        raise UsageError("\n".join(problems))
+
+
+# ---------------------------------------------------------------------------- the plan
+
+
+def make_plan(
+    options: Options, *, world_size: int, device: str, dtype: torch.dtype, **sizes: Any
+) -> TrainingPlan:
+    """The plan of a run: what the flags say, and the sizes of the task's model and data."""
+    return TrainingPlan(
+        micro_batch_size=options.micro_batch_size,
+        accumulation_steps=options.global_batch_size // (options.micro_batch_size * world_size),
+        world_size=world_size,
+        epochs=options.epochs,
+        max_steps=options.max_steps,
+        warmup_steps_given=options.warmup_steps,
+        dtype=dtype_name(dtype),
+        device=device,
+        activation_checkpointing=options.activation_checkpointing,
+        keep_last=options.keep_last,
+        checkpoint_interval=options.checkpoint_interval,
+        checkpoints_kept=1 + options.epochs // options.save_interval,
+        parallel=options.parallel,
+        **sizes,
+    )
+
+
+def print_plan(
+    options: Options, plan: TrainingPlan, device: torch.device, folder: RunFolder, noun: str
+) -> None:
+    """Print the plan and warn of what will not fit; raises UsageError if the disk is too small."""
+    available = available_memory(device)
+    for line in plan.lines(noun=noun, save_dtype=options.save_dtype, available=available):
+        print(line)
+    warn_of_plan(plan, available)
+    if options.plan:
+        return
+    needed = plan.disk_bytes(options.save_dtype)
+    own = sum(
+        map(size_on_disk, folder.own_files())
+    )  # replaced, resumed or pruned: not needed twice
+    free = free_disk(options.save_dir)
+    if needed > free + own:
+        raise UsageError(
+            f"--save_dir {options.save_dir}: {human_size(free)} are free on that disk and the "
+            f"run's files take {human_size(needed - own)} more; name a folder on a larger one"
+        )
+
+
+def settle_compile(options: Options, plan: TrainingPlan) -> Options:
+    """The options of a pretraining with --compile auto decided by its plan; says what and why.
+
+    Checkpoints keep the decision: compiled arithmetic rounds differently, and a resumed run has to
+    be bit-equal.
+    """
+    if options.compile == "on":
+        print("compile      on: before the first step, which takes half a minute or more")
+    if options.compile != "auto" or plan.device != "cpu":
+        return options
+    pays, reason = plan.compiling_pays(torch.get_num_threads())
+    problem = compiler_problem(torch.device("cpu")) if pays else None
+    if problem is not None:
+        pays, reason = False, f"{reason}, but torch cannot compile here ({problem})"
+    settled = "on" if pays else "off"
+    print(f"compile      {settled}: {reason}")
+    return dataclasses.replace(options, compile=settled)
+
+
+# ---------------------------------------------------------------------------- the end
+
+
+# Typed flags that the command which resumes a run has of its own.
+NOT_REPEATED = {"option", "save_dir", "resume", "overwrite", "plan", "profile"}
+
+
+def say_interrupted(session: Session, step: int) -> int:
+    """Say what was saved and how to continue; returns the exit status."""
+    options, ranks = session.options, session.ranks
+    words = ["python", sys.argv[0], "--option", options.option]
+    if ranks.world_size > 1:
+        words[:1] = ["torchrun", "--standalone", f"--nproc_per_node={ranks.world_size}"]
+    words += ["--save_dir", str(session.folder.path), "--resume", "auto"]
+    for name in sorted((options.given & TYPED_ON_RESUME) - NOT_REPEATED):
+        value = getattr(options, name)
+        words += [f"--{name}", *([] if value is True else [str(value)])]
+    command = f"continue with:\n  {quoted(*words)}"
+    if ranks.nodes > 1:
+        command = "started as before, with --resume auto, it continues"
+    print(f"stopped after step {step:,}, and saved; {command}")
+    return session.stop.exit_status
+
+
+def print_next(model: Path, prompt: str, *options: str) -> None:
+    """Print the commands that a new model is for."""
+    print("next:")
+    for option in options:
+        words = ["python", sys.argv[0], "--option", option, "--pretrained_model_path", model]
+        print(" ", quoted(*words, *(["--prompt", prompt] if option == "generate" else [])))
+    print(" ", quoted("python", Path(sys.argv[0]).with_name("check_model_precision.py"), model))
+
+
+def list_files(folder: RunFolder) -> None:
+    """Print the run's files and their sizes."""
+    print("files:")
+    for path in folder.own_files():
+        print(f"  {human_size(size_on_disk(path)):>8}  {path}")

@@ -1,0 +1,185 @@
+"""Training one model on several processes: DDP and FSDP2, and tensors that are sharded by FSDP2.
+
+FSDP2 shards every parameter's first dimension: rank r holds the r-th of world_size pieces, which,
+joined in the order of the ranks, are the whole tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from minllama.ranks import Ranks
+
+
+def distribute(
+    module: nn.Module,
+    blocks: Iterable[nn.Module],
+    *,
+    ranks: Ranks,
+    parallel: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> nn.Module:
+    """The module to call in training, whose gradients are means over the ranks.
+
+    ddp: a wrapper around it. fsdp: itself, changed so that each rank keeps its shard of weights,
+    gradients and optimizer state; `blocks` are gathered one at a time, in `dtype`, the rest
+    (embedding, head, last norm) in float32, as under autocast.
+    """
+    if ranks.world_size == 1:
+        return module.to(device)
+    if parallel == "ddp":
+        module = module.to(device)
+        devices = [device] if device.type == "cuda" else None
+        with warnings.catch_warnings():
+            # The argument that torch 2.13 recommends instead does not exist in earlier versions.
+            warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
+            return DistributedDataParallel(
+                module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device.type, (ranks.world_size,))
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(module, mesh=mesh)
+
+
+def no_gradient_sync(module: nn.Module) -> contextlib.AbstractContextManager:
+    """Accumulate gradients on each rank within the block.
+
+    Sharded ones are reduced each time, since only then they need no more memory than their shard.
+    """
+    if isinstance(module, DistributedDataParallel):
+        return module.no_sync()
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def no_gradients(module: nn.Module) -> Iterator[None]:
+    """Evaluate within the block; at its end a sharded module holds its shards alone."""
+    if not is_sharded(module):
+        with torch.inference_mode():
+            yield
+        return
+    try:
+        with torch.no_grad():  # FSDP keeps what it gathers, and cannot train on inference tensors
+            yield
+    finally:
+        for part in module.modules():
+            if hasattr(part, "reshard"):
+                part.reshard()
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether this rank holds only its shard; without importing DTensor, which takes a second."""
+    return hasattr(tensor, "full_tensor")
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether each rank holds only its shard of the module."""
+    return any(is_dtensor(parameter) for parameter in module.parameters())
+
+
+def full_state_dict(module: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
+    """The state dict of whole tensors on rank 0, empty elsewhere. Every rank must call this."""
+    if not is_sharded(module):
+        return module.state_dict() if ranks.is_main else {}
+    whole: dict[int, Tensor] = {}  # by parameter: tied ones are gathered once
+    state = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in whole:
+            found = tensor.detach().full_tensor() if is_dtensor(tensor) else tensor
+            whole[id(tensor)] = found.cpu() if ranks.is_main else found.new_empty(0)
+        state[name] = whole[id(tensor)]
+    return state if ranks.is_main else {}
+
+
+def local_copies(node: Any, copies: dict[int, Tensor] | None = None) -> Any:
+    """Nested dicts and lists with a CPU copy of this rank's shard of every tensor in them.
+
+    For a file that is written while the training continues. Tied tensors stay tied.
+    """
+    copies = {} if copies is None else copies
+    if torch.is_tensor(node):
+        local = node.detach().to_local() if is_dtensor(node) else node.detach()
+        if local.data_ptr() not in copies or not local.numel():
+            copies[local.data_ptr()] = local.to("cpu", copy=True)
+        return copies[local.data_ptr()]
+    if isinstance(node, dict):
+        return {key: local_copies(value, copies) for key, value in node.items()}
+    return [local_copies(value, copies) for value in node] if isinstance(node, list) else node
+
+
+def join_shards(value: Tensor | list[Tensor]) -> Tensor:
+    """The whole tensor of all ranks' shards, in the order of the ranks; of a tensor, itself."""
+    return torch.cat(value) if isinstance(value, list) else value
+
+
+def shard_like(value: Tensor | list[Tensor], like: Tensor) -> Tensor:
+    """A copy of a whole tensor that all ranks have, of which each takes its shard as of `like`.
+
+    Raises ValueError for another shape. Every rank must call this.
+    """
+    whole = join_shards(value)
+    if whole.shape != like.shape:
+        raise ValueError(f"a tensor of shape {(*whole.shape,)} where {(*like.shape,)} is asked for")
+    if not is_dtensor(like):
+        return whole.clone() if whole is value else whole
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements
+    return distribute_tensor(whole.to(like.device), mesh, placements, src_data_rank=None)
+
+
+def load_state(module: nn.Module, state: dict[str, Tensor | list[Tensor]]) -> None:
+    """`load_state_dict` of whole or sharded tensors, of which each rank takes its shard.
+
+    Every rank must call this. Raises RuntimeError or ValueError for other names or shapes.
+    """
+    own = module.state_dict()
+    strange = sorted(own.keys() ^ state.keys())
+    if strange:
+        raise ValueError(f"tensor {strange[0]} is missing or not of this model")
+    with torch.no_grad():
+        for name, like in own.items():  # one at a time: the whole model may not fit
+            like.copy_(shard_like(state[name], like))
+
+
+def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
+    """Load whole or sharded moments, of which each rank takes its shard.
+
+    Learning rate, decay and the like stay those of the optimizer, not the checkpoint's. Every rank
+    must call this. Raises what the optimizer raises for a state that is not its own.
+    """
+    groups = optimizer.param_groups
+    settings = [{key: group[key] for key in group if key != "params"} for group in groups]
+    if "param_groups" in state and isinstance(state.get("state"), dict):
+        parameters = [p for group in groups for p in group["params"]]
+        own = {
+            index: {
+                key: shard_like(value, parameters[index]) if is_moment(value) else value
+                for key, value in of_one.items()
+            }
+            for index, of_one in state["state"].items()
+        }
+        state = state | {"state": own}
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+
+
+def is_moment(value: Any) -> bool:
+    """Whether an entry of an optimizer's state is a tensor, or the list of its shards."""
+    return torch.is_tensor(value) or isinstance(value, list)

@@ -1,0 +1,545 @@
+"""Text to token ids: documents encoded as a stream, and the cache of the ids on disk.
+
+A corpus may be far larger than memory. Its ids are exactly those of encoding each document whole,
+and the cache is memory-mapped, checked, and keyed by all that the ids depend on. Knows nothing of
+tensors, chunks or models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import struct
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from minllama.errors import Interrupted, UsageError
+from minllama.files import atomic_write, hash_file, read_json, remove_temporaries, write_text
+from minllama.text import JSON_SUFFIXES, Block, Reading, read_documents
+from tokenizer import SPACE, Tokenizer
+
+# ---------------------------------------------------------------------------- encoding
+
+PART_CHARS = 1 << 16  # longer documents are cut into parts of about this many characters
+BATCH_CHARS = 1 << 21  # encoded at a time: enough work for the threads, little memory
+WORD_CACHE_SPEED = 2.5  # characters per second, relative to one thread of SentencePiece
+WORD_CACHE_ENTRIES = 1 << 19
+WORD_CACHE_CHARS = 64  # a longer word hardly comes twice
+# Where a text may be cut: before a newline, and at a single space, which the right part gets back
+# as the space that SentencePiece puts before every text.
+CUT = re.compile(rf"\n|(?<=[^ {SPACE}]) (?=[^ {SPACE}])")
+
+
+class EncodedPart(NamedTuple):
+    """Ids of a stretch of one document, without BOS and EOS."""
+
+    ids: np.ndarray  # (n,) in the encoder's dtype
+    utf8_bytes: int  # of the text
+    starts: bool  # the document's first part
+    ends: bool  # and its last
+
+
+class _Part(NamedTuple):
+    text: str
+    cut_at: str  # the character before it at which the document was cut: "", "\n" or " "
+    ends: bool  # the document's last part
+
+
+class DocumentEncoder:
+    """Streams documents into ids, exactly those of encoding each document whole.
+
+    BPE merges neighbours only into pieces of the vocabulary. Where no piece joins a newline to
+    anything or holds a space behind another character, a text can be cut at newlines and words
+    without changing its ids; then one thread looks up what each word encodes to, and the others
+    run SentencePiece, which releases the GIL, on the rest of each batch. With any other vocabulary
+    a document is encoded whole.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        threads: int | None = None,
+        part_chars: int = PART_CHARS,
+        batch_chars: int = BATCH_CHARS,
+    ) -> None:
+        sp = self.sp_model = tokenizer.sp_model
+        self.threads = threads or os.cpu_count() or 1
+        self.part_chars, self.batch_chars = part_chars, batch_chars
+        self.dtype = np.dtype(np.uint16 if tokenizer.n_words <= 1 << 16 else np.uint32)
+        pieces = [sp.id_to_piece(i) for i in range(tokenizer.n_words) if not sp.is_byte(i)]
+        self.has_safe_cuts = tokenizer.is_plain_bpe and not any(
+            ("\n" in piece and piece != "\n") or SPACE in piece.lstrip(SPACE) for piece in pieces
+        )
+        self.newline_id = (sp.encode("\n") or [0])[-1]
+        self.prefix_length = len(sp.encode("\n")) - 1  # ids of the space put before every text
+        self.words: dict[str, bytes] = {}
+
+    def encode(self, blocks: Iterable[Block]) -> Iterator[list[EncodedPart]]:
+        """Batches of encoded parts, in order."""
+        batch, size = [], 0
+        with ThreadPoolExecutor(max_workers=1) as helper:
+            for part in self._parts(blocks):
+                batch.append(part)
+                size += len(part.text) + 16  # an empty part costs something too
+                if size >= self.batch_chars:
+                    yield self._encode_batch(batch, helper)
+                    batch, size = [], 0
+            if batch:
+                yield self._encode_batch(batch, helper)
+
+    def _parts(self, blocks: Iterable[Block]) -> Iterator[_Part]:
+        pending, size, enough, cut_at = [], 0, self.part_chars, ""
+        for block in blocks:
+            pending.append(block.text)
+            size += len(block.text)
+            if size < enough and not block.ends:
+                continue
+            text, start = "".join(pending), 0
+            while self.has_safe_cuts and len(text) - start > self.part_chars:
+                cut = CUT.search(text, start + self.part_chars)
+                if cut is None:
+                    break
+                yield _Part(text[start : cut.start()], cut_at, False)
+                cut_at = cut[0]
+                start = cut.start() if cut_at == "\n" else cut.end()
+            text = text[start:]
+            if block.ends:
+                yield _Part(text, cut_at, True)
+                text, cut_at = "", ""
+            pending, size = [text], len(text)
+            enough = 2 * max(self.part_chars, size)  # doubling: a text without cuts stays linear
+
+    def _encode_batch(self, parts: list[_Part], helper: ThreadPoolExecutor) -> list[EncodedPart]:
+        looked_up = 0
+        if self.has_safe_cuts:
+            share = WORD_CACHE_SPEED / (WORD_CACHE_SPEED + self.threads - 1)
+            ends = np.cumsum([len(part.text) + 1 for part in parts])
+            looked_up = int(np.searchsorted(ends, share * ends[-1], side="right"))
+        rest = helper.submit(self._encode_parts, parts[looked_up:])
+        arrays = self._look_up(parts[:looked_up]) + rest.result()
+        return [
+            EncodedPart(ids, _utf8_bytes(part), not part.cut_at, part.ends)
+            for part, ids in zip(parts, arrays, strict=True)
+        ]
+
+    def _encode_parts(self, parts: list[_Part]) -> list[np.ndarray]:
+        threads = max(1, self.threads - self.has_safe_cuts)
+        encoded = _encode_many(self.sp_model, [part.text for part in parts], threads)
+        return [
+            ids[self.prefix_length if part.cut_at == "\n" else 0 :].astype(self.dtype)
+            for part, ids in zip(parts, encoded, strict=True)
+        ]
+
+    def _look_up(self, parts: list[_Part]) -> list[np.ndarray]:
+        if not parts:
+            return []
+        texts = [part.text if part.cut_at == "\n" else f" {part.text}" for part in parts]
+        # Many short documents without newlines become one text: a call per document costs more.
+        joined = len(texts) > 1 and not any("\n" in text for text in texts)
+        split = [_split_words(text) for text in (["\n".join(texts)] if joined else texts)]
+        missing = list(set().union(*split).difference(self.words))
+        self._learn(missing)
+        look_up = self.words.__getitem__
+        arrays = [np.frombuffer(b"".join(map(look_up, w)), dtype=self.dtype)[1:] for w in split]
+        self._trim_cache(missing)
+        return self._split_lines(arrays[0]) if joined else arrays
+
+    def _split_lines(self, ids: np.ndarray) -> list[np.ndarray]:
+        edges = [-1, *np.flatnonzero(ids == self.newline_id).tolist(), len(ids)]
+        return [ids[start + 1 : stop] for start, stop in pairwise(edges)]
+
+    def _learn(self, words: list[str]) -> None:
+        # As the lines of a few texts: one call per word would cost as much as the encoding.
+        newline = self.dtype.type(self.newline_id).tobytes()
+        count = 4 * self.threads
+        groups = [group for i in range(count) if (group := words[i::count])]
+        texts = ["".join(w if w[:1] == "\n" else f"\n {w}" for w in group) for group in groups]
+        encoded = _encode_many(self.sp_model, texts, self.threads)
+        for group, ids in zip(groups, encoded, strict=True):
+            lines = self._split_lines(ids.astype(self.dtype))[1:]
+            for word, line in zip(group, lines, strict=True):
+                self.words[word] = newline * (word[:1] == "\n") + line.tobytes()
+
+    def _trim_cache(self, new: list[str]) -> None:
+        if len(self.words) > WORD_CACHE_ENTRIES:
+            self.words.clear()
+            return
+        for word in new:
+            if len(word) > WORD_CACHE_CHARS:
+                del self.words[word]
+
+
+def _split_words(text: str) -> list[str]:
+    """The words of `text` after a newline put in front of it.
+
+    A word means a space and itself, or begins with a newline and means itself alone. Of several
+    spaces in a row, which a vocabulary may join, all but the first are spelt as SPACE and belong
+    to the word. By str.split, three times as fast as a regular expression.
+    """
+    text = text.replace("  ", f" {SPACE}").replace(f"{SPACE} ", 2 * SPACE)
+    return f"\n{text}".replace("\n", " \n").split(" ")[1:]
+
+
+def _utf8_bytes(part: _Part) -> int:
+    text = part.text
+    return (len(text) if text.isascii() else len(text.encode())) + (part.cut_at == " ")
+
+
+def _encode_many(sp_model, texts: list[str], threads: int) -> list[np.ndarray]:
+    if not texts:
+        return []
+    if hasattr(sp_model, "EncodeAsNumpy"):  # since 0.2.2: no Python object per token
+        return sp_model.encode(texts, num_threads=threads, return_type="numpy")
+    return [np.array(ids, np.int32) for ids in sp_model.encode(texts, num_threads=threads)]
+
+
+# ---------------------------------------------------------------------------- the token cache
+
+# File: header, tokens, zeros to a multiple of 8, (documents, 2) int64 of first token and bytes of
+# UTF-8, (files, 2) int64 of tokens and documents; all little-endian. The header ends in a CRC-32
+# of all that follows it and one of itself: any flipped bit, and any burst of 32, is detected.
+MAGIC = b"MLTOKENS"
+CACHE_VERSION = 1
+HEADER = struct.Struct("<8sIIQQQ32sII")
+VERIFY_ALWAYS_BYTES = 1 << 30  # a larger cache is verified once, then again only if it was touched
+RACY_NS = 2_000_000_000  # a file changed this shortly before we looked may change again unseen
+READ_BYTES = 1 << 20
+
+
+class BadCache(Exception):
+    """Why a cache file cannot be used; it is rebuilt."""
+
+
+class TokenCache:
+    """The tokens of a corpus, memory-mapped: every document between BOS and EOS, in order.
+
+    tokens (n,) uint16 or uint32; document_starts, document_bytes (documents,) int64, the latter of
+    UTF-8 text; file_tokens, file_documents (files,) int64. `rebuilt_because` is None for a cache
+    that was found valid. Raises BadCache for one that is stale, damaged or absent.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        key: bytes | None = None,
+        verify: bool = True,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.path = path
+        self.rebuilt_because: str | None = None
+        self.token_byte_lengths: np.ndarray | None = None  # set by build_or_load
+        header, size = _read_header(path)
+        magic, version, width, n_tokens, n_documents, n_files, found_key, crc, _ = header
+        if magic != MAGIC or version != CACHE_VERSION or width not in (2, 4):
+            raise BadCache("it is not a token cache of this version")
+        if key is not None and key != found_key:
+            raise BadCache("the text, the vocabulary or the reading options changed")
+        documents_at = _aligned(HEADER.size + width * n_tokens)
+        files_at = documents_at + 16 * n_documents
+        if size != files_at + 16 * n_files:
+            raise BadCache("it is damaged (its size is wrong)")
+        if verify and _payload_crc(path, should_stop) != crc:
+            raise BadCache("it is damaged (its checksum is wrong)")
+        raw = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+        self.key: bytes = found_key
+        self.tokens = raw[HEADER.size : HEADER.size + width * n_tokens].view(f"<u{width}")
+        documents = raw[documents_at:files_at].view("<i8").reshape(-1, 2)
+        files = raw[files_at:].view("<i8").reshape(-1, 2)
+        self.document_starts, self.document_bytes = documents[:, 0], documents[:, 1]
+        self.file_tokens, self.file_documents = files[:, 0], files[:, 1]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def document_stops(self) -> np.ndarray:
+        """(documents,) int64: one past each document's EOS."""
+        return np.append(self.document_starts[1:], len(self.tokens))
+
+    def place(self, position: int) -> tuple[int, int]:
+        """(file, token of that file) of token `position`."""
+        ends = np.cumsum(self.file_tokens)
+        file = int(np.searchsorted(ends, position, side="right"))
+        return file, position - int(ends[file] - self.file_tokens[file])
+
+
+def _read_header(path: Path) -> tuple[tuple, int]:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(HEADER.size)
+            size = os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        raise BadCache("there was none") from None
+    except OSError as error:
+        raise BadCache(f"it cannot be read ({error.strerror})") from None
+    if len(data) < HEADER.size or zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
+        raise BadCache("it is damaged (its header is wrong)")
+    return HEADER.unpack(data), size
+
+
+def _payload_crc(path: Path, should_stop: Callable[[], bool]) -> int:
+    crc = 0
+    with open(path, "rb") as file:  # read, not mapped: mapped pages would count as our memory
+        file.seek(HEADER.size)
+        while data := file.read(READ_BYTES):
+            crc = zlib.crc32(data, crc)
+            if should_stop():
+                raise Interrupted
+    return crc
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // 8) * 8
+
+
+class _CacheWriter:
+    """Streams a cache's tokens, then its tables and header, into a file."""
+
+    def __init__(
+        self, file: BinaryIO, table: BinaryIO, dtype: np.dtype, ids: Sequence[int]
+    ) -> None:
+        """`table` is a temporary file for the document table, which follows the tokens: that of a
+        corpus with a document per line has gigabytes. `ids` are those of BOS and EOS."""
+        self.file, self.table, self.dtype = file, table, dtype.newbyteorder("<")
+        self.bos, self.eos = np.array(ids, self.dtype).reshape(2, 1)
+        self.n_tokens = self.n_documents = self.crc = self.open_bytes = 0
+        file.write(bytes(HEADER.size))
+
+    def add(self, parts: Iterable[EncodedPart]) -> None:
+        arrays, rows = [], []
+        for part in parts:
+            if part.starts:
+                arrays.append(self.bos)
+                rows.append(self.n_tokens)
+                self.n_tokens, self.open_bytes = self.n_tokens + 1, 0
+            arrays.append(part.ids)
+            self.n_tokens += len(part.ids)
+            self.open_bytes += part.utf8_bytes
+            if part.ends:
+                arrays.append(self.eos)
+                rows.append(self.open_bytes)
+                self.n_tokens, self.n_documents = self.n_tokens + 1, self.n_documents + 1
+        self._write(np.concatenate(arrays).astype(self.dtype, copy=False).tobytes())
+        self.table.write(np.array(rows, "<i8").tobytes())
+
+    def finish(self, key: bytes, file_documents: Sequence[int]) -> None:
+        """Write the tables and the header."""
+        self._write(bytes(_aligned(self.file.tell()) - self.file.tell()))
+        files = self._file_table(file_documents).astype("<i8").tobytes()
+        self.table.seek(0)
+        while data := self.table.read(READ_BYTES):
+            self._write(data)
+        self._write(files)
+        counts = (self.n_tokens, self.n_documents, len(file_documents))
+        fields = (MAGIC, CACHE_VERSION, self.dtype.itemsize, *counts, key, self.crc, 0)
+        header = HEADER.pack(*fields)[:-4]
+        self.file.seek(0)
+        self.file.write(header + zlib.crc32(header).to_bytes(4, "little"))
+
+    def _write(self, data: bytes) -> None:
+        self.crc = zlib.crc32(data, self.crc)
+        self.file.write(data)
+
+    def _file_table(self, file_documents: Sequence[int]) -> np.ndarray:
+        starts, first = [], 0
+        for count in [*file_documents, 0]:
+            start = self.n_tokens
+            if first < self.n_documents:
+                self.table.seek(16 * first)
+                start = int.from_bytes(self.table.read(8), "little")
+            starts.append(start)
+            first += count
+        return np.stack([np.diff(starts), np.asarray(file_documents)], axis=1)
+
+
+class _Memo:
+    """Facts about files by (path, size, times): the SHA-256 of inputs, that a cache is sound.
+
+    An entry does not count when the file had changed within RACY_NS of being read, since a second
+    change may then have left size and time as they were (git's rule for its index).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: dict[str, list] = {}
+        with suppress(UsageError):  # damaged or not there: everything is hashed again
+            found = read_json(path)
+            self.entries = found if isinstance(found, dict) else {}
+
+    def get(self, path: Path) -> str | None:
+        stat = path.stat()
+        match self.entries.get(str(path.absolute())):
+            case [int(size), int(mtime), int(ctime), int(looked), str(value)]:
+                same = (size, mtime, ctime) == (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+                return value if same and max(mtime, ctime) + RACY_NS < looked else None
+        return None
+
+    def put(self, path: Path, stat: os.stat_result, looked_ns: int, value: str) -> None:
+        key = str(path.absolute())
+        times = [stat.st_mtime_ns, stat.st_ctime_ns, looked_ns]
+        self.entries[key] = [stat.st_size, *times, value]
+
+    def save(self) -> None:
+        """Best effort: without it the next start only takes longer."""
+        with suppress(OSError):
+            write_text(self.path, json.dumps(self.entries))
+
+
+def build_or_load(
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    reading: Reading,
+    cache_dir: Path,
+    *,
+    threads: int | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    progress: bool = True,
+) -> TokenCache:
+    """The token cache of `files` in `cache_dir`, built unless a valid one is there.
+
+    Memory is bounded whatever the size of the text. `should_stop` is polled several times a
+    second. Raises Interrupted; UsageError for text that cannot be read, changes meanwhile or is
+    empty, and, naming --cache_dir, for a folder that cannot be written.
+    """
+    stop = should_stop or (lambda: False)
+    memo = _Memo(cache_dir / "content-hashes.json")
+    stats = [(file, _stat(file)) for file in files]
+    key = _cache_key(files, tokenizer, reading, memo, stop, progress)
+    path = cache_dir / _cache_name(files, tokenizer, reading)
+    try:
+        cache = _load(path, key, memo, stop)
+    except BadCache as error:
+        try:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            _build(path, key, stats, tokenizer, reading, threads, stop, progress)
+        except OSError as os_error:
+            reason = os_error.strerror or os_error
+            raise UsageError(f"--cache_dir {cache_dir}: cannot be written ({reason})") from None
+        cache = TokenCache(path, key=key, verify=False)
+        cache.rebuilt_because = str(error)
+    cache.token_byte_lengths = tokenizer.token_byte_lengths()
+    memo.save()
+    return cache
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _load(path: Path, key: bytes, memo: _Memo, stop: Callable[[], bool]) -> TokenCache:
+    looked = time.time_ns()
+    size = path.stat().st_size if path.is_file() else 0
+    verify = size <= VERIFY_ALWAYS_BYTES or memo.get(path) != "sound"
+    cache = TokenCache(path, key=key, verify=verify, should_stop=stop)
+    if verify and size > VERIFY_ALWAYS_BYTES:
+        memo.put(path, path.stat(), looked, "sound")
+    return cache
+
+
+def _build(
+    path: Path,
+    key: bytes,
+    stats: list[tuple[Path, os.stat_result]],
+    tokenizer: Tokenizer,
+    reading: Reading,
+    threads: int | None,
+    stop: Callable[[], bool],
+    progress: bool,
+) -> None:
+    files = [file for file, _ in stats]
+    encoder = DocumentEncoder(tokenizer, threads=threads)
+    file_documents: list[int] = []
+    name = re.escape(path.name.rsplit("-", 1)[0])
+    remove_temporaries(path.parent, rf"{name}-[0-9a-f]+\.tokens", older_than=86400)
+    with (
+        atomic_write(path) as file,
+        tempfile.TemporaryFile(dir=path.parent) as table,
+        _byte_bar("tokenizing", files, progress) as bar,
+    ):
+        ids = (tokenizer.bos_id, tokenizer.eos_id)
+        writer = _CacheWriter(file, table, encoder.dtype, ids)
+        for batch in encoder.encode(_all_blocks(files, reading, bar.update, file_documents)):
+            writer.add(batch)
+            if stop():
+                raise Interrupted
+        if not writer.n_documents:
+            named = ", ".join(map(str, files[:3])) + (", ..." if len(files) > 3 else "")
+            raise UsageError(f"{named}: empty, there is no text to train on")
+        _check_unchanged(stats)  # since they were hashed
+        writer.finish(key, file_documents)
+
+
+def _check_unchanged(stats: list[tuple[Path, os.stat_result]]) -> None:
+    for path, before in stats:
+        now = _stat(path)
+        if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise UsageError(f"{path}: changed while it was read; wait until it is whole")
+
+
+def _all_blocks(
+    files: Sequence[Path],
+    reading: Reading,
+    on_bytes: Callable[[int], object],
+    file_documents: list[int],
+) -> Iterator[Block]:
+    """Blocks of all files in one stream, so that small files share batches; counts documents."""
+    for path in files:
+        count = 0
+        for block in read_documents(path, reading, on_bytes=on_bytes):
+            count += block.ends
+            yield block
+        file_documents.append(count)
+
+
+def _byte_bar(what: str, files: Sequence[Path], progress: bool) -> tqdm:
+    total = sum(_stat(path).st_size for path in files)
+    hidden = None if progress and total else True  # None: hidden where there is no terminal
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False, disable=hidden)
+
+
+def _cache_key(
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    reading: Reading,
+    memo: _Memo,
+    stop: Callable[[], bool],
+    progress: bool,
+) -> bytes:
+    """SHA-256 of all that the tokens depend on; of a file's name only its format counts."""
+    key = hashlib.sha256(b"%d" % CACHE_VERSION)
+    key.update(hashlib.sha256(tokenizer.model_bytes).digest())
+    key.update(json.dumps(asdict(reading), sort_keys=True).encode())
+    unknown = [path for path in files if memo.get(path) is None]
+    with _byte_bar("checking", unknown, progress) as bar:
+        for path in unknown:
+            looked, stat = time.time_ns(), _stat(path)
+            digest = hash_file(path, should_stop=stop, on_bytes=bar.update)
+            memo.put(path, stat, looked, digest)
+    for path in files:
+        is_json = path.name.lower().endswith(JSON_SUFFIXES)
+        key.update(f"{memo.entries[str(path.absolute())][-1]} {is_json}\n".encode())
+    return key.digest()
+
+
+def _cache_name(files: Sequence[Path], tokenizer: Tokenizer, reading: Reading) -> str:
+    """Named by the place of the text, not its content: changed text replaces its old cache."""
+    where = json.dumps([[str(p.absolute()) for p in files], asdict(reading), tokenizer.fingerprint])
+    stem = "".join(c if c.isalnum() or c in "-_" else "-" for c in files[0].stem)[:40]
+    return f"{stem}-{hashlib.sha256(where.encode()).hexdigest()[:12]}.tokens"

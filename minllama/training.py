@@ -1,0 +1,540 @@
+"""The train loop that pretraining and finetuning share: a task's batches and loss, made into steps.
+
+What follows a step (evaluation, best model, checkpoint) is decided by its number alone, so a run
+that is stopped anywhere and resumed ends as if it had never stopped. Several ranks go through this
+side by side: what is decided here is the same on each, and `ranks` is where they meet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+import uuid
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import record_function
+from tqdm import tqdm
+
+from llama import model_payload
+from minllama.device import describe_device, dtype_name, peak_flops, used_memory
+from minllama.errors import Interrupted, RunFailed, UsageError
+from minllama.plan import TrainingPlan
+from minllama.random_state import random_state, rank_seed, restore_random_state, seed_everything
+from minllama.ranks import is_lost_peer
+from minllama.record import (
+    PHASES,
+    SPIKE_WINDOW,
+    GpuTelemetry,
+    MetricsLog,
+    NoLog,
+    environment,
+    note_spike,
+    profiled,
+)
+from minllama.run_folder import read_on_ranks
+from minllama.saving import Checkpoints
+from minllama.session import Session
+from minllama.sharding import (
+    full_state_dict,
+    is_dtensor,
+    is_sharded,
+    load_optimizer_state,
+    load_state,
+    no_gradient_sync,
+)
+from minllama.task import Batch, Task
+from minllama.units import human_time
+from optimizer import learning_rate, make_optimizer
+
+EVALUATED = ("val_loss", "val_perplexity", "bits_per_byte", "dev_accuracy", "dev_f1")
+MEASURED_STEPS = 10  # after which the time left is told
+MAX_SKIPPED = 10  # updates in a row that may be skipped for numbers that are not finite
+MAX_ROLLBACKS = 4  # each halves the learning rate
+SHOWN_PLACES = 4  # of the sequences of a skipped step
+
+# ---------------------------------------------------------------------------- a run
+
+
+@dataclass
+class Progress:
+    """Where a run is, in plain values; data order and learning rate follow from `step`."""
+
+    step: int = 0  # optimizer steps made
+    tokens: int = 0  # trained on
+    skipped: int = 0  # updates skipped in a row
+    lr_scale: float = 1.0  # halved by each rollback
+    split: int = 1  # parts in which a micro-batch is trained on, since it did not fit the memory
+    first: float | None = None  # the goal before training
+    best: float | None = None  # the goal's best value
+    best_step: int = 0
+    pending: dict[str, Any] | None = None  # the last step's record, not yet evaluated and written
+
+    def load(self, plain: dict[str, Any]) -> None:
+        """Take over the values of a checkpoint. Raises ValueError for other names or types."""
+        for field in fields(self):
+            value = plain.get(field.name, field.default)
+            kinds: tuple[type, ...] = (int,) if "int" in str(field.type) else (int, float)
+            kinds = (dict,) if field.name == "pending" else kinds
+            optional = "None" in str(field.type)
+            if not (isinstance(value, kinds) or (value is None and optional)):
+                raise ValueError(f"its {field.name} is {str(value)[:20]!r}")
+            setattr(self, field.name, value)
+
+
+class Run:
+    """Everything the train loop works on."""
+
+    def __init__(
+        self, session: Session, plan: TrainingPlan, task: Task, *, identity: dict[str, Any]
+    ) -> None:
+        """`identity` is what a resumed run must share with the one it continues."""
+        self.session, self.plan, self.task, self.identity = session, plan, task, identity
+        self.options, self.folder = session.options, session.folder
+        self.ranks, self.stop = session.ranks, session.stop
+        self.device, self.dtype = session.device, session.dtype
+        self.optimizer = make_optimizer(
+            task.model,
+            name=self.options.optimizer,
+            lr=self.options.peak_lr(),
+            weight_decay=self.options.decay(),
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.progress, self.run_id = Progress(), uuid.uuid4().hex
+        self.checkpoints = Checkpoints(
+            self.folder,
+            self.ranks,
+            make_state=self.state,
+            sharded=is_sharded(task.model),
+            keep_last=self.options.keep_last,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What a resumable checkpoint holds: everything that is not a flag or a data file.
+
+        Of a sharded model it has this rank's shards, else rank 0 has the whole.
+        """
+        random_states = self.ranks.gather(random_state())
+        model = self.task.model
+        weights = model.state_dict() if is_sharded(model) else full_state_dict(model, self.ranks)
+        state = {
+            **model_payload(self.task.llama, state=weights),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": random_states[0],
+            "progress": asdict(self.progress),
+            "identity": self.identity,
+            "run_id": self.run_id,
+            "options": self.options.to_plain(),
+        }
+        return state | ({"rng_of_ranks": random_states} if self.ranks.world_size > 1 else {})
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over a checkpoint's state, whose identity has been checked; nothing of it is kept.
+
+        Every rank must call this. Raises UsageError where it holds other things than a run's state.
+        """
+        try:
+            load_state(self.task.model, state["model"])
+            load_optimizer_state(self.optimizer, state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.progress.load(state["progress"])
+            random_states = state.get("rng_of_ranks", [state["rng"]])
+            if len(random_states) == self.ranks.world_size:
+                restore_random_state(random_states[self.ranks.rank])
+            else:
+                self.seed_rank()
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            if is_lost_peer(error):
+                raise
+            reason = str(error).strip().split("\n")[0]
+            raise UsageError(f"the checkpoint is not one of this program ({reason})") from None
+        self.run_id = state.get("run_id", self.run_id)
+        if self.ranks.world_size > 1:
+            self.progress.split = 1  # several processes train on micro-batches as given
+
+    def seed_rank(self) -> None:
+        """Give this rank dropout of its own, where no checkpoint has it for this many ranks."""
+        seed_everything(rank_seed(self.options.seed, self.progress.step, self.ranks.rank))
+
+    def start(self) -> None:
+        """Take over the session's checkpoint or clear the folder, and record what will run."""
+        ranks, checkpoint = self.ranks, self.session.take_checkpoint()
+        if checkpoint is not None:
+            ranks.on_all(lambda: self.restore(checkpoint))
+            ranks.on_main(lambda: self.folder.set_aside_later(self.run_id, self.progress.step))
+        elif not ranks.is_main:
+            self.seed_rank()
+
+        def begin() -> bool:
+            if checkpoint is None and self.options.overwrite:
+                self.folder.clear()
+            self.folder.remove_incomplete()
+            record = {
+                "options": self.options.to_plain(),
+                "environment": environment(),
+                "device": describe_device(self.device),
+                "dtype": dtype_name(self.dtype),
+                "processes": ranks.world_size,
+                "launch": ranks.launch,
+                "resumed_at_step": self.progress.step,
+            }
+            self.folder.add_start(record)
+            return self.folder.file("best-model.pt").is_file()
+
+        has_best = ranks.on_main(begin)
+        progress = self.progress
+        if progress.first is None:
+            progress.first = self.task.evaluate().get(self.task.goal)
+        if checkpoint is not None and not self.has_more():
+            self._say_nothing_is_left()
+        if progress.best is not None and not has_best:
+            progress.best = None  # its file was lost, or the disk never took it
+            print("best-model.pt is missing: the best model is chosen anew from here on")
+            if not self.has_more() and self.note_best(self.task.evaluate()):
+                self.checkpoints.save_weights("best-model.pt", self.task.weights())
+
+    def _say_nothing_is_left(self) -> None:
+        """Of a resumed run that had ended: what would let it continue."""
+        flag = "--epochs"
+        if self.out_of_patience():
+            flag = "--early_stopping"
+        elif self.plan.last_step < self.plan.schedule_steps:
+            flag = "--max_steps"
+        print(
+            f"nothing is left to train: the run ended after step {self.progress.step:,}; a larger "
+            f"{flag} lets it continue. Its last files are written again"
+        )
+
+    # ------------------------------------------------------------------------ where it ends
+
+    def has_more(self) -> bool:
+        """Whether there is a step to make, or the last one's record still to complete."""
+        if self.progress.pending:
+            return True
+        return self.progress.step < self.plan.last_step and not self.out_of_patience()
+
+    def out_of_patience(self) -> bool:
+        """Whether, at the end of an epoch, too many have gone by without a new best."""
+        patience, steps_per_epoch = self.task.patience, self.plan.steps_per_epoch
+        if patience is None or self.progress.step % steps_per_epoch:
+            return False
+        return self.progress.step - self.progress.best_step >= patience * steps_per_epoch
+
+    def note_best(self, record: dict[str, Any]) -> bool:
+        """Note the record's value of the goal if it is the best so far; returns whether it is."""
+        value, best = record.get(self.task.goal), self.progress.best
+        if value is None or not math.isfinite(value):
+            return False
+        if best is not None and (value <= best if self.task.higher_is_better else value >= best):
+            return False
+        self.progress.best, self.progress.best_step = value, self.progress.step
+        return True
+
+
+# ---------------------------------------------------------------------------- the loop
+
+
+def train(run: Run) -> bool:
+    """Train from where the run is to the plan's last step, or until asked to stop.
+
+    Returns whether it was asked to stop. Each step makes one record of the metrics.
+    """
+    plan, task, options, progress = run.plan, run.task, run.options, run.progress
+    ranks, stop, checkpoints = run.ranks, run.stop, run.checkpoints
+    telemetry = GpuTelemetry(run.device)
+    peak = ranks.world_size * peak_flops(run.device, run.dtype)
+    flops = plan.flops_per_token()
+    done = progress.step - bool(progress.pending)  # steps whose record is complete
+    path = run.folder.file("metrics.jsonl")
+    log = MetricsLog(path, done, window=SPIKE_WINDOW) if ranks.is_main else NoLog()
+    bar = tqdm(
+        total=plan.last_step,
+        initial=progress.step,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.2 if sys.stderr.isatty() else 10,  # seconds; a log needs few lines
+    )
+    profile = profiled(
+        run.folder.file("profile.json.gz"),
+        enabled=options.profile and ranks.is_main,
+        device=run.device,
+        save=checkpoints.save_file,
+    )
+    first_step, started = progress.step, time.perf_counter()
+    checkpoints.next_step(progress.step)
+    task.model.train()
+    warm_up_gradient_sync(run)
+    with checkpoints, contextlib.closing(log), bar, profile as step_made:
+        while run.has_more() and not ranks.agree_to_stop(stop):
+            record = progress.pending or optimizer_step(run)
+            step_made()
+            if progress.skipped >= MAX_SKIPPED:
+                roll_back(run)
+                log.rewind(progress.step - bool(progress.pending))
+                bar.n = progress.step
+                continue
+            progress.pending = record
+            epoch, steps_into_epoch = divmod(progress.step, plan.steps_per_epoch)
+            ends_epoch, ends_run = steps_into_epoch == 0, progress.step == plan.last_step
+            choose_best = ends_run or every(task.eval_interval, progress.step)
+            choose_best |= ends_epoch and epoch % task.best_interval == 0
+            if ends_epoch or choose_best:
+                try:
+                    record |= task.evaluate()
+                except Interrupted:
+                    break  # the checkpoint keeps the record, so the resumed run evaluates it
+            progress.pending = None
+            record["mfu"] = record["tokens_per_second"] * flops / peak
+            note_spike(record, log.records)
+            log.append(record | telemetry.sample())
+            show(bar, record)
+            if progress.step == first_step + 1:  # the first one compiles, or warms up
+                started = time.perf_counter()
+            if progress.step == first_step + 1 + MEASURED_STEPS < plan.last_step:
+                a_step = (time.perf_counter() - started) / MEASURED_STEPS
+                left = human_time((plan.last_step - progress.step) * a_step)
+                bar.write(f"about {left} left (excluding validation)")
+            checkpoints.next_step(progress.step)
+            if choose_best and run.note_best(record):
+                checkpoints.save_weights("best-model.pt", task.weights())
+            ends_run |= run.out_of_patience()
+            if ends_epoch and (ends_run or epoch % options.save_interval == 0):
+                log.sync()
+                checkpoints.save(run.folder.epoch_checkpoint(epoch))
+            elif ends_run or every(options.checkpoint_interval, progress.step):
+                log.sync()
+                checkpoints.save()
+        stopped = ranks.agree_to_stop(stop)
+        if stopped:
+            log.sync()
+            checkpoints.save()
+            checkpoints.finish()
+    if not stopped and run.out_of_patience():
+        print(f"stopped: no better {task.goal} for {task.patience} epochs")
+    return stopped
+
+
+def optimizer_step(run: Run) -> dict[str, Any]:
+    """Train on one accumulation window; returns the step's record.
+
+    The gradient is that of the mean loss over all targets of the window, on all ranks, so
+    accumulation, ragged batches and any number of ranks equal one big batch.
+    """
+    started = time.perf_counter()
+    progress, ranks = run.progress, run.ranks
+    lr = progress.lr_scale * learning_rate(
+        progress.step,
+        peak_lr=run.options.peak_lr(),
+        min_lr=run.options.min_lr,
+        warmup_steps=run.plan.warmup_steps,
+        total_steps=run.plan.schedule_steps,
+        scheduler=run.options.lr_scheduler,
+    )
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    with record_function(PHASES[0]):
+        batches = run.task.batches(progress.step)
+    targets, tokens = ranks.sum(sum(b.targets for b in batches), sum(b.tokens for b in batches))
+    targets = max(1, targets)  # none at all: a loss of 0, not NaN
+    with record_function(PHASES[1]):
+        loss_sum = backward_in_parts(run, batches, targets)
+    with record_function(PHASES[2]):
+        run.scaler.unscale_(run.optimizer)
+        parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+        grad_norm = nn.utils.clip_grad_norm_(parameters, run.options.grad_clip or math.inf)
+        grad_norm = (grad_norm.full_tensor() if is_dtensor(grad_norm) else grad_norm).item()
+        loss_sum, memory = ranks.sum(loss_sum, used_memory(run.device) or 0)
+        loss = loss_sum / targets
+        update(run, batches, loss, grad_norm)
+    progress.step += 1
+    progress.tokens += int(tokens)
+    return {
+        "step": progress.step,
+        "epoch": (progress.step - 1) // run.plan.steps_per_epoch + 1,
+        "tokens": progress.tokens,
+        "loss": finite_or_none(loss),
+        "val_loss": None,
+        "lr": lr,
+        "grad_norm": finite_or_none(grad_norm),
+        "tokens_per_second": tokens / (time.perf_counter() - started),
+        "memory": int(memory) or None,
+    }
+
+
+def backward(run: Run, batches: list[Batch], targets: float) -> float:
+    """Sum up the gradients of the window's mean loss; returns the sum of this rank's losses."""
+    loss_sum = torch.zeros((), device=run.device)
+    share = targets / run.ranks.world_size  # since DDP and FSDP average over the ranks
+    parts = [inputs for batch in batches for inputs in batch.parts(run.progress.split)]
+    for number, inputs in enumerate(parts, start=1):
+        last = number == len(parts)  # then the ranks reduce what they accumulated
+        with contextlib.nullcontext() if last else no_gradient_sync(run.task.parallel):
+            with autocast(run.device, run.dtype):
+                batch_loss = run.task.loss(*inputs)
+            run.scaler.scale(batch_loss / share).backward()
+        loss_sum += batch_loss.detach()
+    return loss_sum.item()
+
+
+def warm_up_gradient_sync(run: Run) -> None:
+    """Pass once through several ranks' reduction of gradients, training nothing.
+
+    After its first pass DDP rebuilds its buckets, and the order in which floating-point numbers
+    are added up depends on their place in a bucket. Done before the first step, also of a resumed
+    run, every step of both adds in the same order, and their weights are the same bit for bit.
+    """
+    if run.ranks.world_size == 1:
+        return
+    random_before = random_state()
+    batch = run.task.batches(run.progress.step)[0].without_targets()
+    with autocast(run.device, run.dtype):
+        loss = run.task.loss(*batch.inputs)
+    loss.backward()
+    run.optimizer.zero_grad(set_to_none=True)
+    restore_random_state(random_before)
+
+
+def backward_in_parts(run: Run, batches: list[Batch], targets: float) -> float:
+    """`backward`, with micro-batches halved as often as it takes to fit the memory.
+
+    The window's sequences, their order and the update stay the same: what was one micro-batch is
+    accumulated from its parts, in this and all later steps. Raises RunFailed where one sequence
+    alone does not fit, and with several ranks at once: one cannot repeat a step alone.
+    """
+    random_before = random_state()  # a step tried again draws the dropout of the first attempt
+    while True:
+        try:
+            return backward(run, batches, targets)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if run.ranks.world_size > 1:
+            raise RunFailed(
+                f"rank {run.ranks.rank} ran out of memory: give a smaller --pretrain_batch_size or "
+                "--batch_size (with --global_batch_size the training stays the same), "
+                "--activation_checkpointing or --parallel fsdp"
+            )
+        # Outside of the handler, whose traceback holds on to the activations.
+        run.optimizer.zero_grad(set_to_none=True)
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+        restore_random_state(random_before)
+        halve_micro_batch(run.progress, max(len(batch.inputs[0]) for batch in batches))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: on a GPU, or on the CPU, where torch has no exception for it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error) for words in ("not enough memory", "out of memory"))
+
+
+def halve_micro_batch(progress: Progress, rows: int) -> None:
+    """Train on micro-batches of `rows` sequences in twice as many parts as so far, and say so."""
+    if progress.split >= rows:
+        raise RunFailed(
+            "out of memory with one sequence at a time: try --activation_checkpointing, a shorter "
+            "--max_seq_len, a smaller model or --dtype bfloat16"
+        )
+    progress.split *= 2
+    tqdm.write(
+        f"out of memory: from here on each micro-batch of {rows} is trained on in "
+        f"{progress.split} parts; batch, data order and learning rate stay as they are"
+    )
+
+
+def update(run: Run, batches: list[Batch], loss: float, grad_norm: float) -> None:
+    """Update the weights, or skip the update where a number is not finite, and say where."""
+    finite = math.isfinite(loss) and math.isfinite(grad_norm)
+    # Gradients that overflow float16: the scaler skips the update and halves its scale. At a scale
+    # below 1 it is not their size that is wrong.
+    overflow = math.isfinite(loss) and not finite and run.scaler.is_enabled()
+    overflow = overflow and run.scaler.get_scale() > 1
+    if finite or overflow:
+        run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    if finite or overflow:
+        run.progress.skipped = 0
+        return
+    run.progress.skipped += 1
+    what = "gradient" if math.isfinite(loss) else "loss"
+    tqdm.write(
+        f"step {run.progress.step + 1:,} skipped: its {what} is not finite "
+        f"({run.progress.skipped} in a row); it trained on {describe_sequences(run, batches)}"
+    )
+
+
+def describe_sequences(run: Run, batches: list[Batch]) -> str:
+    """Where the sequences of a step are, those of all ranks. Every rank must call this."""
+    own = [int(number) for batch in batches for number in batch.numbers]
+    numbers = [number for of_rank in run.ranks.gather(own) for number in of_rank]
+    places = "; ".join(run.task.locate(number) for number in numbers[:SHOWN_PLACES])
+    more = len(numbers) - SHOWN_PLACES
+    return places + (f"; and {more} more" if more > 0 else "")
+
+
+def roll_back(run: Run) -> None:
+    """Go back to the last good checkpoint with half the learning rate, as --on_nonfinite says.
+
+    Raises RunFailed where that was asked, is not possible, or did not help often enough.
+    """
+    progress, options = run.progress, run.options
+    bad = f"{MAX_SKIPPED} steps in a row, up to step {progress.step:,}, were not finite"
+    remedy = "try a lower --pretrain_lr or --lr, or --dtype float32"
+    if options.on_nonfinite == "stop":
+        raise RunFailed(f"{bad}: {remedy}; the last checkpoint is as it was")
+    run.checkpoints.wait()  # it may be the last good one
+    lr_scale = progress.lr_scale / 2
+    if lr_scale < 2.0**-MAX_ROLLBACKS:
+        raise RunFailed(f"{bad}, even with 1/{2**MAX_ROLLBACKS} of the learning rate: {remedy}")
+    found = read_on_ranks(run.ranks, lambda: run.folder.last_good(run.run_id, progress.step))
+    if found is None:
+        raise RunFailed(f"{bad}, and there is no earlier checkpoint to go back to: {remedy}")
+    run.restore(found[1])
+    progress.lr_scale = lr_scale
+    tqdm.write(f"{bad}: back to step {progress.step:,}, with {lr_scale:g} of the learning rate")
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Compute in `dtype` on float32 weights; float32 switches it off."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def every(interval: int, step: int) -> bool:
+    """Whether something done every `interval` steps (0: never) is due after `step` of them."""
+    return bool(interval) and step % interval == 0
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def show(bar: tqdm, record: dict[str, Any]) -> None:
+    """Put a step's figures behind the progress bar, an evaluation on a line of its own."""
+    shown = {"loss": record["loss"] or math.nan, "lr": record["lr"]}
+    bar.set_postfix_str(
+        f"loss {shown['loss']:.3f}, lr {shown['lr']:.2e}, {record['tokens_per_second']:,.0f} tok/s",
+        refresh=False,
+    )
+    bar.update()
+    metrics = {key: record[key] for key in EVALUATED if record.get(key) is not None}
+    if metrics:
+        figures = ", ".join(
+            f"{key.replace('_', ' ')} {value:,.{0 if value >= 1000 else 4}f}"
+            for key, value in metrics.items()
+        )
+        bar.write(f"epoch {record['epoch']}, step {record['step']:,}: {figures}")

@@ -1,0 +1,140 @@
+"""Text from a model: prompts continued and shown as the tokens come, only what is certain."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from config import Options
+from llama import Llama
+from minllama.generation import Sampling, generate_tokens
+from minllama.signals import StopRequest
+from minllama.units import human_time
+from tokenizer import Tokenizer
+
+PROMPT_TEMPERATURE = 0.8  # where --prompt is given and --temperature is not
+
+
+class Continuation:
+    """The text that grows behind a prompt; holds back what may yet turn into something else."""
+
+    def __init__(self, prompt_ids: list[int], tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self.prompt_ids, self.tokenizer, self.stops = prompt_ids, tokenizer, stops
+        self.ids: list[int] = []
+        self.prompt_text = tokenizer.decode(prompt_ids)
+        self.text = ""  # without the prompt, certain
+        self.ended = False
+
+    def add(self, token: int | None) -> str:
+        """Take the next token (None: the row has ended); returns the text that became certain."""
+        if token is None:
+            self.ended = True
+        elif not self.ended:
+            self.ids.append(token)
+        text = self.tokenizer.decode(self.prompt_ids + self.ids)[len(self.prompt_text) :]
+        found = [place for place in map(text.find, self.stops) if place >= 0]
+        if found:
+            self.ended, text = True, text[: min(found)]
+        elif not self.ended:  # a character of several bytes, or the beginning of a stop text
+            text = text.rstrip("\ufffd")
+            held = max((overlap(text, stop) for stop in self.stops), default=0)
+            text = text[: len(text) - held]
+        new, self.text = text[len(self.text) :], text
+        return new
+
+
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Continues texts with a model and shows them: one as it comes, several when they are whole."""
+
+    llama: Llama
+    tokenizer: Tokenizer
+    options: Options
+    stop: StopRequest
+    step: Callable[..., torch.Tensor] | None = None  # compiled, to read single tokens with
+
+    def continue_texts(self, prompts: Sequence[str], temperature: float) -> list[str]:
+        """Prompt and continuation of each prompt, `--num_samples` times."""
+        options, samples = self.options, self.options.num_samples
+        rows = [
+            Continuation(self.tokenizer.encode(text, True, False), self.tokenizer, options.stop)
+            for text in prompts
+            for _ in range(samples)
+        ]
+        context = self.llama.config.max_seq_len
+        longest = max(len(row.prompt_ids) for row in rows)
+        if longest > context:
+            print(
+                f"note: a prompt has {longest:,} tokens and the model's context is {context:,}: it "
+                "continues the last ones that fit"
+            )
+        generate_steps = functools.partial(
+            generate_tokens,
+            self.llama,
+            [row.prompt_ids for row in rows],
+            max_new_tokens=options.max_new_tokens,
+            step=self.step,
+        )
+        if self.step is not None:  # compile now, rather than while the text is being shown
+            started = time.perf_counter()
+            for _ in itertools.islice(generate_steps(sampling=Sampling(temperature=0)), 2):
+                self.stop.check()
+            seconds = time.perf_counter() - started
+            if seconds >= 1:  # else these shapes were compiled before
+                print(f"compile      took {human_time(seconds)}")
+        streamed = len(rows) == 1
+        if streamed:
+            print(prompts[0], end="", flush=True)
+        steps = generate_steps(
+            sampling=Sampling(
+                temperature,
+                options.top_k,
+                options.top_p,
+                options.min_p,
+                options.repetition_penalty,
+            ),
+            # A sample's number alone seeds it, so a prompt gives alone what it gives in company.
+            seeds=[options.seed + number for _ in prompts for number in range(samples)],
+            stop_ids=[self.tokenizer.eos_id],
+            should_stop=lambda: self.stop.requested,
+        )
+        for step in steps:
+            new = [row.add(token) for row, token in zip(rows, step, strict=True)]
+            if streamed:
+                print(new[0], end="", flush=True)
+            if all(row.ended for row in rows):
+                break
+        rest = [row.add(None) for row in rows]
+        if streamed:
+            print(rest[0])
+        texts = [prompts[i // samples] + row.text for i, row in enumerate(rows)]
+        if not streamed:
+            for number, text in enumerate(texts, start=1):
+                print(f"--- {number} of {len(texts)}\n{text}")
+        return texts
+
+
+def sample_text(model: Llama, tokenizer: Tokenizer, max_new_tokens: int = 120) -> str:
+    """A document begun from nothing, at temperature 0.8."""
+    ids = [tokenizer.bos_id]
+    for (token,) in generate_tokens(
+        model,
+        [ids[:]],
+        max_new_tokens=min(max_new_tokens, model.config.max_seq_len - 1),
+        sampling=Sampling(temperature=0.8),
+        seeds=[0],
+        stop_ids=[tokenizer.eos_id],
+    ):
+        if token is not None:
+            ids.append(token)
+    return tokenizer.decode(ids)
