@@ -224,49 +224,37 @@ class Options:
     """Everything the command line says, checked as far as it can be without data or device."""
 
     flag = section("the run", *EVERY)
-    option: Literal["pretrain", "finetune", "prompt", "generate"] = flag(
-        "generate", "what to do", on_resume="typed"
-    )
     seed: int = flag(1337, "of every random number", at_least=0, below=2**63)
-    use_gpu: bool = flag(
-        False, "train or run on CUDA or Apple's MPS where there is one", on_resume="typed"
+    flag = section("the run", *EVERY, on_resume="typed")
+    option: Literal["pretrain", "finetune", "prompt", "generate"] = flag("generate", "what to do")
+    use_gpu: bool = flag(False, "train or run on CUDA or Apple's MPS where there is one")
+    flag = section("the run", *TRAINING, on_resume="typed")
+    plan: bool = flag(False, "print the plan of the run (sizes, steps, memory) and stop")
+    save_dir: Path = flag(Path("checkpoints"), "folder of the run's checkpoints and records")
+    resume: str | None = flag(
+        None, "continue from this checkpoint; auto: the newest in --save_dir", metavar="FILE|auto"
     )
+    overwrite: bool = flag(False, "remove the files of an earlier run in --save_dir first")
+    max_steps: int | None = flag(
+        None, "end the run early, after this many optimizer steps in all", at_least=1
+    )
+    profile: bool = flag(
+        False, "profile a few steps: a table of where they go, and profile.json.gz for a viewer"
+    )
+
+    flag = section("arithmetic", *TRAINING)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
-        "auto",
-        "compute dtype; auto: bfloat16 where the device multiplies it fast",
-        read_by=TRAINING,
+        "auto", "compute dtype; auto: bfloat16 where the device multiplies it fast"
     )
+    save_dtype: Literal["float32", "bfloat16", "float16"] = flag(
+        "float32", "dtype of the weights in final-model.pt and best-model.pt"
+    )
+    flag = section("arithmetic", "pretrain", "finetune", "generate")
     compile: Literal["auto", "on", "off"] = flag(
         "auto",
         "torch.compile the model, which takes half a minute; auto: to pretrain on the CPU, where "
         "the plan says that it pays; --compile alone: on",
-        read_by=("pretrain", "finetune", "generate"),
         alone="on",
-    )
-    plan: bool = flag(
-        False,
-        "print the plan of the run (sizes, steps, memory) and stop",
-        read_by=TRAINING,
-        on_resume="typed",
-    )
-    save_dir: Path = flag(
-        Path("checkpoints"),
-        "folder of the run's checkpoints and records",
-        read_by=TRAINING,
-        on_resume="typed",
-    )
-    resume: str | None = flag(
-        None,
-        "continue from this checkpoint; auto: the newest in --save_dir",
-        metavar="FILE|auto",
-        read_by=TRAINING,
-        on_resume="typed",
-    )
-    overwrite: bool = flag(
-        False,
-        "remove the files of an earlier run in --save_dir first",
-        read_by=TRAINING,
-        on_resume="typed",
     )
 
     flag = section("the model", "pretrain")
@@ -282,16 +270,15 @@ class Options:
         1024, "context in tokens; text is cut into chunks of it; the stories: 256", at_least=1
     )
     dropout: float = flag(0.0, "dropout of the model while training", at_least=0, below=1)
+    flag = section("the model", *EVERY)
     tokenizer_model: Path | None = flag(
-        None,
-        "SentencePiece vocabulary; unset: the model file's own, or the embedded one",
-        read_by=EVERY,
+        None, "SentencePiece vocabulary; unset: the model file's own, or the embedded one"
     )
+    flag = section("the model", "finetune", "prompt", "generate")
     pretrained_model_path: Path | None = flag(
         None,
         "model file or folder to finetune, prompt or generate with; unset: "
         "./checkpoints/final-model.pt, else ./stories42M.pt, else the shipped model",
-        read_by=("finetune", "prompt", "generate"),
     )
 
     flag = section("text to pretrain on", "pretrain")
@@ -308,16 +295,11 @@ class Options:
     encoding_errors: Literal["strict", "replace"] = flag(
         "strict", "bytes that are not UTF-8: stop and name the line, or put U+FFFD"
     )
-    cache_dir: Path = flag(Path("token_cache"), "folder of the tokenized text", on_resume="typed")
+    flag = section("text to pretrain on", "pretrain", on_resume="typed")
+    cache_dir: Path = flag(Path("token_cache"), "folder of the tokenized text")
 
     flag = section("training", *TRAINING)
     epochs: int = flag(5, "passes over the data", at_least=1)
-    max_steps: int | None = flag(
-        None,
-        "end the run early, after this many optimizer steps in all",
-        at_least=1,
-        on_resume="typed",
-    )
     gradient_accumulation_steps: int = flag(
         1, "micro-batches per optimizer step; equals one big batch", at_least=1
     )
@@ -342,11 +324,6 @@ class Options:
     activation_checkpointing: bool = flag(
         False, "recompute each layer in the backward pass: less memory, a third slower"
     )
-    profile: bool = flag(
-        False,
-        "profile a few steps: a table of where they go, and profile.json.gz for a viewer",
-        on_resume="typed",
-    )
     checkpoint_interval: int = flag(
         1000, "optimizer steps between resumable checkpoints; 0: none", at_least=0
     )
@@ -355,9 +332,6 @@ class Options:
         "rollback",
         "after 10 steps in a row whose loss or gradients are not finite: go back to the last good "
         "checkpoint with half the learning rate, or stop",
-    )
-    save_dtype: Literal["float32", "bfloat16", "float16"] = flag(
-        "float32", "dtype of the weights in final-model.pt and best-model.pt"
     )
 
     flag = section("several processes (torchrun)", *TRAINING)
@@ -370,11 +344,9 @@ class Options:
     parallel: Literal["ddp", "fsdp"] = flag(
         "ddp", "each process holds the whole model, or its shard of every block (FSDP2)"
     )
+    flag = section("several processes (torchrun)", *TRAINING, on_resume="typed")
     dist_timeout: int = flag(
-        600,
-        "seconds that the processes wait for one that lags before all of them end",
-        at_least=1,
-        on_resume="typed",
+        600, "seconds that the processes wait for one that lags before all of them end", at_least=1
     )
 
     flag = section("--option pretrain", "pretrain")
@@ -394,23 +366,20 @@ class Options:
         "h100", "with --plan --world_size: their kind, eight to a machine"
     )
 
-    flag = section("labelled data (finetune, prompt)", *LABELLED)
-    train: Path | None = flag(
-        None, "`label ||| sentence` lines; unset: the embedded reviews", on_resume="typed"
-    )
-    dev: Path | None = flag(None, "the same, to choose the best epoch by", on_resume="typed")
-    test: Path | None = flag(None, "the same, for the last figures", on_resume="typed")
+    flag = section("labelled data (finetune, prompt)", *LABELLED, on_resume="typed")
+    train: Path | None = flag(None, "`label ||| sentence` lines; unset: the embedded reviews")
+    dev: Path | None = flag(None, "the same, to choose the best epoch by")
+    test: Path | None = flag(None, "the same, for the last figures")
     label_names: Path | None = flag(
-        None,
-        "JSON list of the labels' names; unset: NAME-label-mapping.json beside --train",
-        on_resume="typed",
+        None, "JSON list of the labels' names; unset: NAME-label-mapping.json beside --train"
     )
+    dev_out: Path | None = flag(
+        None, "predictions on --dev; unset: named after data set and option"
+    )
+    test_out: Path | None = flag(None, "predictions on --test; likewise")
+    flag = section("labelled data (finetune, prompt)", *LABELLED)
     batch_size: int = flag(8, "sentences per batch", at_least=1, instead="pretrain_batch_size")
     max_sentence_len: int | None = flag(None, "tokens of a sentence to read", at_least=1)
-    dev_out: Path | None = flag(
-        None, "predictions on --dev; unset: named after data set and option", on_resume="typed"
-    )
-    test_out: Path | None = flag(None, "predictions on --test; likewise", on_resume="typed")
 
     flag = section("--option finetune", "finetune")
     lr: float = flag(2e-5, "peak learning rate", above=0, below=1e6, instead="pretrain_lr")

@@ -71,17 +71,19 @@ def number_reader(
 # ---------------------------------------------------------------------------- a table of flags
 
 
-def section(title: str, *read_by: str) -> Callable[..., Any]:
-    """Begin a section of the table: returns `flag`, which makes a dataclass field of each row.
+def section(
+    title: str, *read_by: str, on_resume: Literal["stored", "typed"] = "stored"
+) -> Callable[..., Any]:
+    """Begin or continue a section of the table: returns `flag`, which makes a field of each row.
 
-    `read_by` are the values of --option that read the section's flags.
+    `read_by` are the values of --option that read these flags; `on_resume` says whether a resumed
+    run takes the value that its checkpoint stored or what is typed.
     """
 
     def flag(
         default: Any,
         help: str,
         *,
-        read_by: tuple[str, ...] = read_by,
         at_least: float | None = None,
         above: float | None = None,
         below: float | None = None,
@@ -89,7 +91,6 @@ def section(title: str, *read_by: str) -> Callable[..., Any]:
         metavar: str | None = None,
         alone: str | None = None,  # what a flag of choices means when it is typed without one
         instead: str | None = None,  # the flag that the other options have for the same thing
-        on_resume: Literal["stored", "typed"] = "stored",  # whose value a resumed run takes
     ) -> Any:
         metadata = {
             "help": help,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from minllama.errors import Interrupted, UsageError
+from minllama.errors import UsageError
 
 READ_BYTES = 1 << 20
 JSON_BYTES = 64 << 20  # a JSON file of ours or Hugging Face's is far smaller
@@ -237,24 +236,3 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"{path}: a JSON object was expected, not {type(content).__name__}")
     return content
-
-
-def hash_file(
-    path: Path,
-    *,
-    should_stop: Callable[[], bool] = lambda: False,
-    on_bytes: Callable[[int], object] = lambda count: None,
-) -> str:
-    """SHA-256 of a file's bytes in hex. Raises Interrupted, and UsageError if it is no file."""
-    check_regular(path)
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while data := file.read(READ_BYTES):
-                digest.update(data)
-                on_bytes(len(data))
-                if should_stop():
-                    raise Interrupted
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
-    return digest.hexdigest()

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from config import DATA_DIR
 from minllama.errors import UsageError
@@ -102,7 +102,7 @@ LABELLED_LINE = re.compile(r"\s*(?:-?\d+)?\s*\|\|\|\s")
 
 
 class TextSource:
-    """A file opened for reading as text, gzip or not, that notices when the file changes meanwhile.
+    """A file read as text, gzip or not.
 
     `on_bytes` is told of the bytes of the file itself (compressed ones of a .gz) as they are read.
     Raises UsageError naming the file, and the line where there is one.
@@ -152,39 +152,29 @@ class TextSource:
 
     def _raw_blocks(self) -> Iterator[bytes]:
         """Decompressed bytes, and b"" at the end."""
+        check_regular(self.path)
         try:
-            check_regular(self.path)
             with open(self.path, "rb") as file:
-                before = os.fstat(file.fileno())
-                yield from self._watched_blocks(file, before.st_size)
-                after = os.fstat(file.fileno())
+                packed = file.read(2) == b"\x1f\x8b"
+                if self.path.suffix.lower() == ".gz" and not packed:
+                    raise UsageError(f"{self.path}: named .gz, but not a gzip file")
+                file.seek(0)
+                size, told = os.fstat(file.fileno()).st_size, 0
+                stream: Any = gzip.GzipFile(fileobj=file) if packed else file
+                while data := stream.read(READ_BYTES):
+                    position = file.tell()
+                    if position > size:  # a log that grows faster than it is read has no end
+                        raise UsageError(f"{self.path}: grew while it was read; wait for its end")
+                    if self.on_bytes is not None:
+                        self.on_bytes(position - told)
+                        told = position
+                    yield data
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UsageError(f"{self.path}: damaged gzip file ({error}); fetch it again") from None
         except OSError as error:
             reason = error.strerror or error
             raise UsageError(f"{self.path}: cannot be read ({reason})") from None
-        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            self._raise_changed()
         yield b""
-
-    def _watched_blocks(self, file: BinaryIO, size: int) -> Iterator[bytes]:
-        packed = file.read(2) == b"\x1f\x8b"
-        file.seek(0)
-        if self.path.suffix.lower() == ".gz" and not packed:
-            raise UsageError(f"{self.path}: named .gz, but not a gzip file")
-        stream: Any = gzip.GzipFile(fileobj=file) if packed else file
-        told = 0
-        while data := stream.read(READ_BYTES):
-            position = file.tell()
-            if position > size:  # checked as it is read: a log may grow faster than we read
-                self._raise_changed()
-            if self.on_bytes is not None:
-                self.on_bytes(position - told)
-                told = position
-            yield data
-
-    def _raise_changed(self) -> NoReturn:
-        raise UsageError(f"{self.path}: changed while it was read; wait until it is whole")
 
 
 class Block(NamedTuple):
@@ -243,7 +233,7 @@ def _json_text(path: Path, number: int, line: str, reading: Reading) -> str:
     except UnicodeEncodeError:
         if reading.encoding_errors == "strict":
             raise UsageError(
-                f"{where}: half a surrogate pair in field {name!r}; mend it, or "
+                f"{where}: half a surrogate pair in field {name!r}; repair it, or "
                 "--encoding_errors replace"
             ) from None
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -17,7 +17,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -27,8 +26,8 @@ import numpy as np
 from tqdm import tqdm
 
 from minllama.errors import Interrupted, UsageError
-from minllama.files import atomic_write, hash_file, read_json, remove_temporaries, write_text
-from minllama.text import JSON_SUFFIXES, Block, Reading, read_documents
+from minllama.files import atomic_write, remove_temporaries
+from minllama.text import Block, Reading, read_documents
 from tokenizer import SPACE, Tokenizer
 
 # ---------------------------------------------------------------------------- encoding
@@ -210,14 +209,16 @@ def _encode_many(sp_model, texts: list[str], threads: int) -> list[np.ndarray]:
 # ---------------------------------------------------------------------------- the token cache
 
 # File: header, tokens, zeros to a multiple of 8, (documents, 2) int64 of first token and bytes of
-# UTF-8, (files, 2) int64 of tokens and documents; all little-endian. The header ends in a CRC-32
-# of all that follows it and one of itself: any flipped bit, and any burst of 32, is detected.
+# UTF-8, (files, 2) int64 of tokens and documents; all little-endian. The header has the SHA-256 of
+# all that follows it, and ends in a CRC-32 of itself.
 MAGIC = b"MLTOKENS"
-CACHE_VERSION = 1
-HEADER = struct.Struct("<8sIIQQQ32sII")
-VERIFY_ALWAYS_BYTES = 1 << 30  # a larger cache is verified once, then again only if it was touched
-RACY_NS = 2_000_000_000  # a file changed this shortly before we looked may change again unseen
+CACHE_VERSION = 2
+HEADER = struct.Struct("<8sIIQQQ32s32sI")
+# How shortly before it is read a file may change again without another time stamp: those of most
+# file systems advance every few milliseconds, FAT's every two seconds.
+FINE_NS, COARSE_NS = 20_000_000, 2_000_000_000
 READ_BYTES = 1 << 20
+LARGE_BYTES = 1 << 30  # of a cache: checking it takes a second or more
 
 
 class BadCache(Exception):
@@ -228,15 +229,16 @@ class TokenCache:
     """The tokens of a corpus, memory-mapped: every document between BOS and EOS, in order.
 
     tokens (n,) uint16 or uint32; document_starts, document_bytes (documents,) int64, the latter of
-    UTF-8 text; file_tokens, file_documents (files,) int64. `rebuilt_because` is None for a cache
-    that was found valid. Raises BadCache for one that is stale, damaged or absent.
+    UTF-8 text; file_tokens, file_documents (files,) int64. `key` is the SHA-256 of them all.
+    `rebuilt_because` is None for a cache that was found valid. Raises BadCache for one that is
+    stale, damaged or absent.
     """
 
     def __init__(
         self,
         path: Path,
         *,
-        key: bytes | None = None,
+        signature: bytes | None = None,
         verify: bool = True,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -244,19 +246,21 @@ class TokenCache:
         self.rebuilt_because: str | None = None
         self.token_byte_lengths: np.ndarray | None = None  # set by build_or_load
         header, size = _read_header(path)
-        magic, version, width, n_tokens, n_documents, n_files, found_key, crc, _ = header
+        magic, version, width, n_tokens, n_documents, n_files, self.key, made_of, _ = header
         if magic != MAGIC or version != CACHE_VERSION or width not in (2, 4):
             raise BadCache("it is not a token cache of this version")
-        if key is not None and key != found_key:
-            raise BadCache("the text, the vocabulary or the reading options changed")
+        if signature not in (None, made_of):
+            changed = "the text, the vocabulary or the reading options changed"
+            raise BadCache(
+                changed if any(made_of) else "the text was being changed when it was read"
+            )
         documents_at = _aligned(HEADER.size + width * n_tokens)
         files_at = documents_at + 16 * n_documents
         if size != files_at + 16 * n_files:
             raise BadCache("it is damaged (its size is wrong)")
-        if verify and _payload_crc(path, should_stop) != crc:
+        if verify and _payload_digest(path, should_stop) != self.key:
             raise BadCache("it is damaged (its checksum is wrong)")
         raw = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
-        self.key: bytes = found_key
         self.tokens = raw[HEADER.size : HEADER.size + width * n_tokens].view(f"<u{width}")
         documents = raw[documents_at:files_at].view("<i8").reshape(-1, 2)
         files = raw[files_at:].view("<i8").reshape(-1, 2)
@@ -278,12 +282,12 @@ class TokenCache:
 
 
 def _read_header(path: Path) -> tuple[tuple, int]:
+    if not path.is_file():
+        raise BadCache("there was none")
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             data = file.read(HEADER.size)
             size = os.fstat(file.fileno()).st_size
-    except FileNotFoundError:
-        raise BadCache("there was none") from None
     except OSError as error:
         raise BadCache(f"it cannot be read ({error.strerror})") from None
     if len(data) < HEADER.size or zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
@@ -291,15 +295,16 @@ def _read_header(path: Path) -> tuple[tuple, int]:
     return HEADER.unpack(data), size
 
 
-def _payload_crc(path: Path, should_stop: Callable[[], bool]) -> int:
-    crc = 0
-    with open(path, "rb") as file:  # read, not mapped: mapped pages would count as our memory
+def _payload_digest(path: Path, should_stop: Callable[[], bool]) -> bytes:
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with path.open("rb") as file, _byte_bar("checking", size, size > LARGE_BYTES) as bar:
         file.seek(HEADER.size)
-        while data := file.read(READ_BYTES):
-            crc = zlib.crc32(data, crc)
+        while data := file.read(READ_BYTES):  # not mapped: mapped pages count as our memory
+            digest.update(data)
+            bar.update(len(data))
             if should_stop():
                 raise Interrupted
-    return crc
+    return digest.digest()
 
 
 def _aligned(offset: int) -> int:
@@ -316,7 +321,8 @@ class _CacheWriter:
         corpus with a document per line has gigabytes. `ids` are those of BOS and EOS."""
         self.file, self.table, self.dtype = file, table, dtype.newbyteorder("<")
         self.bos, self.eos = np.array(ids, self.dtype).reshape(2, 1)
-        self.n_tokens = self.n_documents = self.crc = self.open_bytes = 0
+        self.n_tokens = self.n_documents = self.open_bytes = 0
+        self.digest = hashlib.sha256()
         file.write(bytes(HEADER.size))
 
     def add(self, parts: Iterable[EncodedPart]) -> None:
@@ -336,7 +342,7 @@ class _CacheWriter:
         self._write(np.concatenate(arrays).astype(self.dtype, copy=False).tobytes())
         self.table.write(np.array(rows, "<i8").tobytes())
 
-    def finish(self, key: bytes, file_documents: Sequence[int]) -> None:
+    def finish(self, signature: bytes, file_documents: Sequence[int]) -> None:
         """Write the tables and the header."""
         self._write(bytes(_aligned(self.file.tell()) - self.file.tell()))
         files = self._file_table(file_documents).astype("<i8").tobytes()
@@ -345,13 +351,14 @@ class _CacheWriter:
             self._write(data)
         self._write(files)
         counts = (self.n_tokens, self.n_documents, len(file_documents))
-        fields = (MAGIC, CACHE_VERSION, self.dtype.itemsize, *counts, key, self.crc, 0)
+        key = self.digest.digest()
+        fields = (MAGIC, CACHE_VERSION, self.dtype.itemsize, *counts, key, signature, 0)
         header = HEADER.pack(*fields)[:-4]
         self.file.seek(0)
         self.file.write(header + zlib.crc32(header).to_bytes(4, "little"))
 
     def _write(self, data: bytes) -> None:
-        self.crc = zlib.crc32(data, self.crc)
+        self.digest.update(data)
         self.file.write(data)
 
     def _file_table(self, file_documents: Sequence[int]) -> np.ndarray:
@@ -366,39 +373,6 @@ class _CacheWriter:
         return np.stack([np.diff(starts), np.asarray(file_documents)], axis=1)
 
 
-class _Memo:
-    """Facts about files by (path, size, times): the SHA-256 of inputs, that a cache is sound.
-
-    An entry does not count when the file had changed within RACY_NS of being read, since a second
-    change may then have left size and time as they were (git's rule for its index).
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.entries: dict[str, list] = {}
-        with suppress(UsageError):  # damaged or not there: everything is hashed again
-            found = read_json(path)
-            self.entries = found if isinstance(found, dict) else {}
-
-    def get(self, path: Path) -> str | None:
-        stat = path.stat()
-        match self.entries.get(str(path.absolute())):
-            case [int(size), int(mtime), int(ctime), int(looked), str(value)]:
-                same = (size, mtime, ctime) == (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-                return value if same and max(mtime, ctime) + RACY_NS < looked else None
-        return None
-
-    def put(self, path: Path, stat: os.stat_result, looked_ns: int, value: str) -> None:
-        key = str(path.absolute())
-        times = [stat.st_mtime_ns, stat.st_ctime_ns, looked_ns]
-        self.entries[key] = [stat.st_size, *times, value]
-
-    def save(self) -> None:
-        """Best effort: without it the next start only takes longer."""
-        with suppress(OSError):
-            write_text(self.path, json.dumps(self.entries))
-
-
 def build_or_load(
     files: Sequence[Path],
     tokenizer: Tokenizer,
@@ -406,7 +380,7 @@ def build_or_load(
     cache_dir: Path,
     *,
     threads: int | None = None,
-    should_stop: Callable[[], bool] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
     progress: bool = True,
 ) -> TokenCache:
     """The token cache of `files` in `cache_dir`, built unless a valid one is there.
@@ -415,25 +389,57 @@ def build_or_load(
     second. Raises Interrupted; UsageError for text that cannot be read, changes meanwhile or is
     empty, and, naming --cache_dir, for a folder that cannot be written.
     """
-    stop = should_stop or (lambda: False)
-    memo = _Memo(cache_dir / "content-hashes.json")
-    stats = [(file, _stat(file)) for file in files]
-    key = _cache_key(files, tokenizer, reading, memo, stop, progress)
+    wanted = _signature(files, tokenizer, reading)
     path = cache_dir / _cache_name(files, tokenizer, reading)
     try:
-        cache = _load(path, key, memo, stop)
-    except BadCache as error:
+        cache = TokenCache(path, signature=wanted, should_stop=should_stop)
+    except BadCache as bad:
+        started = time.time_ns()
         try:
-            cache_dir.mkdir(parents=True, exist_ok=True)
-            _build(path, key, stats, tokenizer, reading, threads, stop, progress)
-        except OSError as os_error:
-            reason = os_error.strerror or os_error
+            encoder = DocumentEncoder(tokenizer, threads=threads)
+            ids = (tokenizer.bos_id, tokenizer.eos_id)
+            remove_temporaries(cache_dir, r".*\.tokens", older_than=86400)
+            with (
+                atomic_write(path) as file,
+                tempfile.TemporaryFile(dir=cache_dir) as table,
+                _byte_bar("tokenizing", sum(_stat(f).st_size for f in files), progress) as bar,
+            ):
+                writer, file_documents = _CacheWriter(file, table, encoder.dtype, ids), []
+                blocks = _all_blocks(files, reading, bar.update, file_documents)
+                for batch in encoder.encode(blocks):
+                    writer.add(batch)
+                    if should_stop():
+                        raise Interrupted
+                if not writer.n_documents:
+                    named = ", ".join(map(str, files[:3])) + (", ..." if len(files) > 3 else "")
+                    raise UsageError(f"{named}: empty, there is no text to train on")
+                if _signature(files, tokenizer, reading) != wanted:
+                    raise UsageError(f"{files[0]} or another file changed while it was read")
+                writer.finish(bytes(32) if _is_racy(files, started) else wanted, file_documents)
+        except OSError as error:
+            reason = error.strerror or error
             raise UsageError(f"--cache_dir {cache_dir}: cannot be written ({reason})") from None
-        cache = TokenCache(path, key=key, verify=False)
-        cache.rebuilt_because = str(error)
+        cache = TokenCache(path, verify=False)
+        cache.rebuilt_because = str(bad)
     cache.token_byte_lengths = tokenizer.token_byte_lengths()
-    memo.save()
     return cache
+
+
+def _signature(files: Sequence[Path], tokenizer: Tokenizer, reading: Reading) -> bytes:
+    """SHA-256 of all that tells whether a cache is still the text's.
+
+    The time of a file's last change of any kind (ctime) is among it, which no program can set.
+    """
+    stats = [(path, _stat(path)) for path in files]
+    of_files = [[str(p.absolute()), s.st_size, s.st_mtime_ns, s.st_ctime_ns] for p, s in stats]
+    vocabulary = hashlib.sha256(tokenizer.model_bytes).hexdigest()
+    return hashlib.sha256(json.dumps([of_files, vocabulary, asdict(reading)]).encode()).digest()
+
+
+def _is_racy(files: Sequence[Path], started: int) -> bool:
+    """Whether a file changed so shortly before `started` that a later change may not show."""
+    newest = max(max(_stat(path).st_mtime_ns, _stat(path).st_ctime_ns) for path in files)
+    return newest + (FINE_NS if newest % 10**9 else COARSE_NS) >= started
 
 
 def _stat(path: Path) -> os.stat_result:
@@ -441,56 +447,6 @@ def _stat(path: Path) -> os.stat_result:
         return path.stat()
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _load(path: Path, key: bytes, memo: _Memo, stop: Callable[[], bool]) -> TokenCache:
-    looked = time.time_ns()
-    size = path.stat().st_size if path.is_file() else 0
-    verify = size <= VERIFY_ALWAYS_BYTES or memo.get(path) != "sound"
-    cache = TokenCache(path, key=key, verify=verify, should_stop=stop)
-    if verify and size > VERIFY_ALWAYS_BYTES:
-        memo.put(path, path.stat(), looked, "sound")
-    return cache
-
-
-def _build(
-    path: Path,
-    key: bytes,
-    stats: list[tuple[Path, os.stat_result]],
-    tokenizer: Tokenizer,
-    reading: Reading,
-    threads: int | None,
-    stop: Callable[[], bool],
-    progress: bool,
-) -> None:
-    files = [file for file, _ in stats]
-    encoder = DocumentEncoder(tokenizer, threads=threads)
-    file_documents: list[int] = []
-    name = re.escape(path.name.rsplit("-", 1)[0])
-    remove_temporaries(path.parent, rf"{name}-[0-9a-f]+\.tokens", older_than=86400)
-    with (
-        atomic_write(path) as file,
-        tempfile.TemporaryFile(dir=path.parent) as table,
-        _byte_bar("tokenizing", files, progress) as bar,
-    ):
-        ids = (tokenizer.bos_id, tokenizer.eos_id)
-        writer = _CacheWriter(file, table, encoder.dtype, ids)
-        for batch in encoder.encode(_all_blocks(files, reading, bar.update, file_documents)):
-            writer.add(batch)
-            if stop():
-                raise Interrupted
-        if not writer.n_documents:
-            named = ", ".join(map(str, files[:3])) + (", ..." if len(files) > 3 else "")
-            raise UsageError(f"{named}: empty, there is no text to train on")
-        _check_unchanged(stats)  # since they were hashed
-        writer.finish(key, file_documents)
-
-
-def _check_unchanged(stats: list[tuple[Path, os.stat_result]]) -> None:
-    for path, before in stats:
-        now = _stat(path)
-        if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-            raise UsageError(f"{path}: changed while it was read; wait until it is whole")
 
 
 def _all_blocks(
@@ -508,34 +464,9 @@ def _all_blocks(
         file_documents.append(count)
 
 
-def _byte_bar(what: str, files: Sequence[Path], progress: bool) -> tqdm:
-    total = sum(_stat(path).st_size for path in files)
-    hidden = None if progress and total else True  # None: hidden where there is no terminal
+def _byte_bar(what: str, total: int, shown: bool) -> tqdm:
+    hidden = None if shown and total else True  # None: hidden where there is no terminal
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False, disable=hidden)
-
-
-def _cache_key(
-    files: Sequence[Path],
-    tokenizer: Tokenizer,
-    reading: Reading,
-    memo: _Memo,
-    stop: Callable[[], bool],
-    progress: bool,
-) -> bytes:
-    """SHA-256 of all that the tokens depend on; of a file's name only its format counts."""
-    key = hashlib.sha256(b"%d" % CACHE_VERSION)
-    key.update(hashlib.sha256(tokenizer.model_bytes).digest())
-    key.update(json.dumps(asdict(reading), sort_keys=True).encode())
-    unknown = [path for path in files if memo.get(path) is None]
-    with _byte_bar("checking", unknown, progress) as bar:
-        for path in unknown:
-            looked, stat = time.time_ns(), _stat(path)
-            digest = hash_file(path, should_stop=stop, on_bytes=bar.update)
-            memo.put(path, stat, looked, digest)
-    for path in files:
-        is_json = path.name.lower().endswith(JSON_SUFFIXES)
-        key.update(f"{memo.entries[str(path.absolute())][-1]} {is_json}\n".encode())
-    return key.digest()
 
 
 def _cache_name(files: Sequence[Path], tokenizer: Tokenizer, reading: Reading) -> str:
