@@ -19,7 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from config import DTYPE_BYTES
-from minllama.command_line import OneLineParser, parse_or_exit, print_error, with_underscores
+from minllama.command_line import (
+    OneLineParser,
+    parse_or_exit,
+    print_error,
+    protect_output,
+    with_underscores,
+)
 from minllama.errors import UsageError
 
 PROGRAM = "check_model_precision.py"
@@ -80,6 +86,7 @@ if __name__ == "__main__":  # --help and bad flags are answered before torch, wh
     parse_or_exit(parse, PROGRAM, sys.argv[1:])
 
 import json
+import re
 import struct
 import zipfile
 from collections import Counter
@@ -93,9 +100,9 @@ from torch import Tensor
 from config import SHIPPED_MODEL
 from llama import Llama, load_pretrained
 from minllama.export import HUGGING_FACE_FILES, TOKENIZER_BIN, export
-from minllama.files import check_regular, restore_folder, size_on_disk
-from minllama.formats import LLAMA2C_MAGIC, is_pt, read_safetensors
-from minllama.pt_file import load_pt, tensors_in
+from minllama.files import check_regular, remove_temporaries, restore_folder, size_on_disk
+from minllama.formats import LLAMA2C_MAGIC, read_safetensors
+from minllama.pt_file import is_pt, load_pt, tensors_in
 from minllama.ranks import check_runs_alone
 from minllama.units import human_size
 from tokenizer import Tokenizer, vocabulary_remedy
@@ -370,6 +377,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--compare {args.compare}: no such file")
     if args.convert:
         restore_folder(args.output)
+        remove_temporaries(args.output.parent, re.escape(args.output.name), older_than=86400)
         check_output(files[0], args.convert, args.output, args.overwrite)
     reports = [inspect(path, verify=args.verify) for path in files]
     results: list[dict[str, Any]] = [asdict(report) for report in reports]
@@ -399,6 +407,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(parse(sys.argv[1:] if arguments is None else arguments))
     except UsageError as error:
         print_error(PROGRAM, error)
+    except KeyboardInterrupt:
+        return 130
     except OSError as error:
         message = f"{error.filename or 'a file'}: {error.strerror or error}"
         print_error(PROGRAM, message)
@@ -407,4 +417,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    protect_output()
     sys.exit(main())

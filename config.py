@@ -176,7 +176,7 @@ class LlamaConfig:
 
 @dataclass(frozen=True)
 class Preset:
-    """A named model size: the flags it stands for and the learning rate it pretrains well with."""
+    """A named model size: its shape, and the learning rate that it pretrains well with."""
 
     shape: dict[str, Any]
     pretrain_lr: float
@@ -327,6 +327,7 @@ class Options:
     checkpoint_interval: int = flag(
         1000, "optimizer steps between resumable checkpoints; 0: none", at_least=0
     )
+    save_interval: int = flag(50, "epochs between the checkpoints that are kept", at_least=1)
     keep_last: int = flag(2, "step checkpoints to keep; 0: all", at_least=0)
     on_nonfinite: Literal["rollback", "stop"] = flag(
         "rollback",
@@ -357,7 +358,6 @@ class Options:
     eval_interval: int = flag(
         0, "optimizer steps between validations; 0: at the end of each epoch", at_least=0
     )
-    save_interval: int = flag(50, "epochs between pretrain-epoch-N.pt", at_least=1)
     best_model_interval: int = flag(1, "epochs between looks for a new best-model.pt", at_least=1)
     world_size: int | None = flag(
         None, "with --plan: what the run would need and take on this many GPUs", at_least=1
@@ -377,8 +377,11 @@ class Options:
         None, "predictions on --dev; unset: named after data set and option"
     )
     test_out: Path | None = flag(None, "predictions on --test; likewise")
+    flag = section("labelled data (finetune, prompt)", *LABELLED, "generate")
+    batch_size: int = flag(
+        8, "sentences or prompts per batch", at_least=1, instead="pretrain_batch_size"
+    )
     flag = section("labelled data (finetune, prompt)", *LABELLED)
-    batch_size: int = flag(8, "sentences per batch", at_least=1, instead="pretrain_batch_size")
     max_sentence_len: int | None = flag(None, "tokens of a sentence to read", at_least=1)
 
     flag = section("--option finetune", "finetune")

@@ -348,7 +348,7 @@ class Llama(nn.Module):
         positions, mask = slice(width), None
         if cache is not None:
             positions, mask = cache.place(width, tokens.device)
-            if isinstance(positions, Tensor):  # padding may stand beyond the last position
+            if isinstance(positions, Tensor):  # padding may lie beyond the last position
                 positions = positions.clamp(max=self.config.max_seq_len - 1)
         table = self.rotary[positions]  # (T or B, T; 1, D/2, 2)
         x = self.dropout(self.tok_embeddings(tokens))
@@ -502,7 +502,7 @@ class LlamaZeroShotClassifier(nn.Module):
                 raise UsageError("a prompt and a label need at least one token each")
 
     def _read(self, prefixes: list[Sequence[int]], room: int) -> KVCache:
-        """A cache that holds the prefixes, and has room for so many more tokens each."""
+        """A cache that holds the prefixes, and has room for `room` more tokens each."""
         shared, capacity = common_prefix(prefixes), max(map(len, prefixes)) + room
         cache = KVCache(self.llama.config.n_layers, 1, capacity)
         if shared:
@@ -549,16 +549,17 @@ def model_payload(
 ) -> dict[str, Any]:
     """What a weights file holds, for pt_file.save_pt: plain types, and tensors on the CPU.
 
-    `state` stands in for model.state_dict() where that is sharded. A tied embedding is one storage
+    `state` replaces model.state_dict() where that is sharded. A tied embedding is one storage
     under two names, so the disk holds it once.
     """
     state = model.state_dict() if state is None else state
-    cast: dict[int, Tensor] = {}  # by address: what is tied stays tied
+    cast: dict[tuple, Tensor] = {}  # by address: what is tied stays tied
     weights = {}
     for name, tensor in state.items():
-        if tensor.data_ptr() not in cast:
-            cast[tensor.data_ptr()] = tensor.detach().to("cpu", dtype).contiguous()
-        weights[name] = cast[tensor.data_ptr()]
+        place = (tensor.data_ptr(), tensor.shape)  # empty shards all have the address 0
+        if place not in cast:
+            cast[place] = tensor.detach().to("cpu", dtype).contiguous()
+        weights[name] = cast[place]
     payload = {"model": weights, "model_args": model.config.to_model_args()}
     if model.vocabulary is not None:
         payload["vocabulary"] = torch.frombuffer(bytearray(model.vocabulary), dtype=torch.uint8)

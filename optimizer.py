@@ -76,7 +76,7 @@ class AdamW(torch.optim.Optimizer):
 
         The fused update trusts these shapes: it would read and write past a smaller tensor.
         """
-        check_moments(self, state_dict)
+        check_moments(self, state_dict, names={"step", "exp_avg", "exp_avg_sq"})
         super().load_state_dict(state_dict)
 
     def _next_step(self, parameter: nn.Parameter) -> int:
@@ -128,22 +128,25 @@ class AdamW(torch.optim.Optimizer):
             torch._foreach_add_(denominator, group["eps"])
             torch._foreach_addcdiv_(parameters, exp_avg, denominator, -step_size)
         if group["weight_decay"]:
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            # Added, since in float32 a factor of 1 - 1e-6 has lost most digits of the 1e-6.
+            torch._foreach_add_(parameters, parameters, alpha=-group["lr"] * group["weight_decay"])
 
 
-def check_moments(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Raise ValueError unless every tensor of a state dict is as its parameter: shape and dtype."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if not isinstance(state.get("state"), dict) or not set(state["state"]) <= {
-        *range(len(parameters))
-    }:
+def check_moments(optimizer: torch.optim.Optimizer, state: dict, *, names: set[str]) -> None:
+    """Raise ValueError unless a state dict has exactly these moments of the optimizer's parameters.
+
+    A moment is `step`, a count, or a tensor of its parameter's shape and dtype.
+    """
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    if not isinstance(state.get("state"), dict) or not state["state"].keys() <= parameters.keys():
         raise ValueError("the optimizer's state is of other parameters")
     for index, moments in state["state"].items():
+        if not isinstance(moments, dict) or moments.keys() != names:
+            raise ValueError(f"the optimizer's state of parameter {index} is incomplete")
         for name, value in moments.items():
-            if name == "step" and isinstance(value, int):
-                sound = value >= 1
-            else:
-                like = parameters[index]
+            like = parameters[index]
+            sound = isinstance(value, int) and value >= 1
+            if name != "step":
                 sound = torch.is_tensor(value) and value.shape == like.shape
                 sound = sound and value.dtype == like.dtype
             if not sound:
@@ -225,8 +228,8 @@ class MuonAndAdamW:
 
     def load_state_dict(self, state: dict) -> None:
         """Take over a copy of what state_dict gave; raises KeyError for another optimizer's."""
+        check_moments(self.parts["muon"], state["muon"], names={"momentum_buffer"})
         for name, part in self.parts.items():
-            check_moments(part, state[name])
             part.load_state_dict(copy.deepcopy(state[name]))
 
 

@@ -45,7 +45,7 @@ from llama import (
     model_payload,
 )
 from minllama.adapters import add_lora, merge_lora
-from minllama.command_line import print_error
+from minllama.command_line import print_error, protect_output
 from minllama.corpus import Texts, load_texts
 from minllama.device import GPUS, check_compiler, choose_device, keep_freed_memory
 from minllama.errors import Interrupted, RunFailed, UsageError
@@ -214,20 +214,21 @@ def evaluate_text(
     order, so the sum does not depend on how many they are. Raises Interrupted when asked to stop.
     """
     ranks, device, size = session.ranks, session.device, session.options.pretrain_batch_size
-    losses = np.zeros(-(-len(dataset) // size))
+    sums = np.zeros((2, -(-len(dataset) // size)))  # each batch's loss and targets
     next_token_loss.eval()
     try:
         with no_gradients(next_token_loss), autocast(device, session.dtype):
-            numbers = list(ranks.split_evenly(len(losses)))
+            numbers = list(ranks.split_evenly(sums.shape[1]))
             for number, counts in tqdm(numbers, desc="validating", leave=False, disable=None):
                 ranks.check_stop(session.stop)
                 indices = range(number * size, min((number + 1) * size, len(dataset)))
                 batch = text_batch(dataset, indices, device)
-                losses[number] = counts * next_token_loss(*batch.inputs)[0].item()
+                loss = next_token_loss(*batch.inputs)[0].item()
+                sums[:, number] = (loss, batch.targets) if counts else (0, 0)
     finally:
         next_token_loss.train()
-    loss_sum = sum(ranks.sum_array(losses).tolist())
-    metrics = {"val_loss": loss_sum / dataset.n_targets}
+    loss_sum, targets = (sum(row) for row in ranks.sum_array(sums).tolist())
+    metrics = {"val_loss": loss_sum / max(1, targets)}
     metrics["val_perplexity"] = math.exp(min(metrics["val_loss"], 700.0))
     if dataset.stream.utf8_bytes:
         metrics["bits_per_byte"] = loss_sum / math.log(2) / dataset.stream.utf8_bytes
@@ -274,7 +275,7 @@ def plan_pretraining(
     vocab_size: int,
     tokens: int,
 ) -> TrainingPlan:
-    """The plan of a pretraining on so many tokens."""
+    """The plan of a pretraining on `tokens` tokens."""
     config = options.llama_config(vocab_size)
     return make_plan(
         options,
@@ -627,7 +628,12 @@ def generate(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     if options.interactive:
         return converse(writer, temperature)
     if not outputs:
-        writer.continue_texts(prompts or [PREFIX], temperature)
+        prompts = prompts or [PREFIX]
+        for start in range(0, len(prompts), options.batch_size):
+            if stop.requested:
+                break
+            chosen = prompts[start : start + options.batch_size]
+            writer.continue_texts(chosen, temperature, first=start, of=len(prompts))
     return stop.exit_status if stop.requested else 0
 
 
@@ -636,8 +642,7 @@ def converse(writer: Writer, temperature: float) -> int:
     writer.stop.restore()  # Ctrl-C at a prompt should end the program at once
     while True:
         try:
-            # A terminal may send bytes that are no UTF-8, which Python reads as surrogates.
-            text = input("> ").encode("utf-8", "replace").decode("utf-8")
+            text = input("> ")
         except EOFError:
             print()
             return 0
@@ -700,8 +705,7 @@ def main(options: Options, stop: StopRequest | None = None) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows `?`
+    protect_output()
     status = main(OPTIONS_GIVEN)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         exit_at_once(status)

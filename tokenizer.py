@@ -8,6 +8,11 @@ Knows nothing of tensors, models or caches. As a command it trains and exports v
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main, Ctrl-C ends it without a traceback
+
 import argparse
 import io
 import random
@@ -23,7 +28,12 @@ import numpy as np
 import sentencepiece
 
 from config import DATA_DIR, fingerprint
-from minllama.command_line import OneLineParser, print_error, with_underscores
+from minllama.command_line import (
+    OneLineParser,
+    print_error,
+    protect_output,
+    with_underscores,
+)
 from minllama.errors import UsageError
 from minllama.files import atomic_write, check_regular
 from minllama.text import (
@@ -37,7 +47,7 @@ from minllama.text import (
 
 EMBEDDED_VOCABULARY = DATA_DIR / "stories-vocabulary.model"
 LLAMA2_PIECES = 32000
-SPACE = "\u2581"  # SentencePiece's visible stand-in for a space
+SPACE = "\u2581"  # SentencePiece's visible sign for a space
 MODEL_BYTES = 64 << 20  # a vocabulary file is at most some megabytes
 
 # ---------------------------------------------------------------------------- the tokenizer
@@ -68,8 +78,11 @@ class Tokenizer:
         self.pad_id: int = zero if self.sp_model.is_byte(zero) else 0
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """Token ids of `s`, cut to `max_len`, with BOS and EOS as asked."""
-        ids = self.sp_model.encode(s)[: self.max_len]
+        """Token ids of `s`, cut to `max_len`, with BOS and EOS as asked.
+
+        Bytes of a command line that are no UTF-8, which Python reads as surrogates, become `?`.
+        """
+        ids = self.sp_model.encode(s.encode("utf-8", "replace").decode())[: self.max_len]
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -78,7 +91,7 @@ class Tokenizer:
 
     @cached_property
     def is_plain_bpe(self) -> bool:
-        """Whether this is BPE over the text as it stands, as Llama's vocabularies are.
+        """Whether this is BPE over unchanged text, as Llama's vocabularies are.
 
         Only of such a vocabulary it is known how a text may be cut and which merges it has. What
         SentencePiece's interface does not tell shows by example: an identity normaliser is named
@@ -93,7 +106,7 @@ class Tokenizer:
         )
 
     def token_byte_lengths(self) -> np.ndarray:
-        """(n_words,) int64: bytes of UTF-8 that each token stands for; 0 for control tokens."""
+        """(n_words,) int64: bytes of UTF-8 of each token's text; 0 for control tokens."""
         sp = self.sp_model
         return np.array(
             [
@@ -106,7 +119,7 @@ class Tokenizer:
     def spelt_in_bytes(self, tokens: np.ndarray) -> float:
         """The share of the bytes of some tokens' text that have a byte token each, from 0 to 1.
 
-        Such tokens stand for characters that the vocabulary has no piece for.
+        Such tokens spell characters that the vocabulary has no piece for.
         """
         counts = np.bincount(tokens, minlength=self.n_words)
         bytes_of = counts * self.token_byte_lengths()
@@ -251,7 +264,7 @@ def _sentences(blocks: Iterable[Block]) -> Iterator[str]:
     held = ""
     for block in blocks:
         *lines, held = (held + block.text).split("\n")
-        if block.ends or len(held) > READ_BYTES:  # a line without end is cut where it stands
+        if block.ends or len(held) > READ_BYTES:  # a line without end is cut here
             lines, held = [*lines, held], ""
         for line in lines:
             while len(line) > SENTENCE_CHARS:
@@ -353,10 +366,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print_error("tokenizer.py", error)
         return 2
+    except KeyboardInterrupt:
+        return 130
     size = args.output.stat().st_size
     print(f"{args.output}: {tokenizer.n_words:,} tokens, {size:,} bytes, {tokenizer.fingerprint}")
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    protect_output()
     sys.exit(main())

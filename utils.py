@@ -70,30 +70,21 @@ def split_documents(
 ) -> tuple[TokenStream, TokenStream | None]:
     """(train, val): whole documents are held out, chosen by a pure function of their number.
 
-    Held-out tokens stay at or below `val_fraction` of all where documents are small enough; of a
-    single document its last chunks are held out, at least one. val is None for a fraction of 0 and
-    for a corpus too small to part with anything.
+    Held-out tokens stay at or below `val_fraction` of all. Where no document is so small, the last
+    chunks of the last one are held out, at least one. val is None for a fraction of 0 and for a
+    corpus too small to spare anything.
     """
     if val_fraction <= 0:
         return whole_stream(cache), None
-    if len(cache.document_starts) == 1:
-        return _split_last_chunks(cache, val_fraction, chunk_length)
-    held_out = _choose_documents(cache, val_fraction, seed)
-    return _documents_stream(cache, ~held_out), _documents_stream(cache, held_out)
-
-
-def _choose_documents(cache: TokenCache, val_fraction: float, seed: int) -> np.ndarray:
-    """(documents,) bool: random documents that fit the fraction; the smallest where none does."""
     sizes = cache.document_stops() - cache.document_starts
     target = min(val_fraction, 0.5) * len(cache)
     order = np.argsort(_scrambled(len(sizes), seed), kind="stable")
     order = order[sizes[order] <= target]  # one huge document must not be the whole hold-out
     if not len(order):
-        order = np.argmin(sizes, keepdims=True)
-        target = sizes[order[0]]
+        return _split_last_chunks(cache, val_fraction, chunk_length)
     held_out = np.zeros(len(sizes), bool)
     held_out[order[: np.searchsorted(np.cumsum(sizes[order]), target, side="right")]] = True
-    return held_out
+    return _documents_stream(cache, ~held_out), _documents_stream(cache, held_out)
 
 
 def _scrambled(count: int, seed: int) -> np.ndarray:
@@ -150,10 +141,14 @@ class PretrainDataset:
 
     Chunk i predicts tokens i*T+1 .. (i+1)*T from tokens i*T .. (i+1)*T-1. The length cuts the
     stream and never truncates the text: the old bug was to tokenize a file with max_len=1024, which
-    made "1 chunk" of any file. Raises UsageError for fewer than two tokens.
+    made "1 chunk" of any file. A document's BOS, of id `bos_id`, is no target: it always follows
+    EOS, and to predict it would only make the loss look lower. Raises UsageError for fewer than two
+    tokens.
     """
 
-    def __init__(self, stream: TokenStream, chunk_length: int) -> None:
+    def __init__(
+        self, stream: TokenStream, chunk_length: int, *, bos_id: int | None = None
+    ) -> None:
         if chunk_length < 1:
             raise UsageError(f"--max_seq_len {chunk_length}: must be at least 1")
         if len(stream) < 2:
@@ -161,7 +156,7 @@ class PretrainDataset:
                 f"the training text is {len(stream)} token: at least two are needed, one to read "
                 "and one to predict"
             )
-        self.stream, self.chunk_length = stream, chunk_length
+        self.stream, self.chunk_length, self.bos_id = stream, chunk_length, bos_id
 
     @classmethod
     def from_files(
@@ -177,15 +172,10 @@ class PretrainDataset:
         """The chunks of text files, for those who import this class directly."""
         files = find_text_files(patterns)
         cache = build_or_load(files, tokenizer, reading or Reading(), cache_dir, progress=progress)
-        return cls(whole_stream(cache), chunk_length)
+        return cls(whole_stream(cache), chunk_length, bos_id=tokenizer.bos_id)
 
     def __len__(self) -> int:
         return count_chunks(len(self.stream), self.chunk_length)
-
-    @property
-    def n_targets(self) -> int:
-        """Tokens that one epoch predicts."""
-        return len(self.stream) - 1
 
     def chunk(self, index: int) -> np.ndarray:
         """Inputs and the target after the last, (up to chunk_length + 1,)."""
@@ -206,6 +196,8 @@ class PretrainDataset:
         for row, chunk in enumerate(chunks):
             tokens[row, : len(chunk) - 1] = chunk[:-1]
             targets[row, : len(chunk) - 1] = chunk[1:]
+        if self.bos_id is not None:
+            targets[targets == self.bos_id] = IGNORE_INDEX
         return torch.from_numpy(tokens), torch.from_numpy(targets)
 
 

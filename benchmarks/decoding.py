@@ -75,13 +75,13 @@ def measure_decoding(job: Row) -> dict[str, float]:
 
 
 def our_decoding(job: Row) -> Callable[[int], None]:
-    """A function that writes so many tokens with our model."""
+    """A function that generates `count` tokens with our model."""
     import torch
 
-    from llama import Sampling, compile_step, generate_tokens
+    from minllama.generation import Sampling, compile_step, generate_tokens, pack_weights
 
     model = our_model(job["shape"]).eval()
-    model.lay_out_for_decoding(getattr(torch, job["weights"]))
+    pack_weights(model, getattr(torch, job["weights"]))
     step = compile_step() if job["compiled"] else None
     sampling = Sampling(temperature=0)
     if "top_p" in job:
@@ -140,13 +140,13 @@ def prepare_c_programs(checkout: Path, folder: Path, shapes: list[str]) -> None:
     """Compile llama2.c's programs into the folder, and put our models and vocabularies there."""
     import check_model_precision
     from llama import model_payload
-    from utils import save_checkpoint
+    from minllama.pt_file import save_pt
 
     for name in C_PROGRAMS:
         flags = ["-Ofast", "-march=native", "-fopenmp", "-o", folder / name.removesuffix(".c")]
         subprocess.run(["gcc", *flags, checkout / name, "-lm"], check=True)
     for shape in shapes:
-        save_checkpoint(folder / f"{shape}.pt", model_payload(our_model(shape)))
+        save_pt(folder / f"{shape}.pt", model_payload(our_model(shape)))
         for target in C_PROGRAMS.values():
             words = [folder / f"{shape}.pt", "--convert", target, "--output"]
             words.append(folder / f"{shape}.{target}")
@@ -170,6 +170,7 @@ def perplexity_cost() -> dict[str, float]:
 
     from config import DATA_DIR, SHIPPED_MODEL
     from llama import load_pretrained
+    from minllama.generation import pack_weights
     from tokenizer import Tokenizer
 
     lines = (DATA_DIR / "stories-val.jsonl").read_text(encoding="utf-8").splitlines()
@@ -179,7 +180,7 @@ def perplexity_cost() -> dict[str, float]:
         model, loss, count = load_pretrained(SHIPPED_MODEL), 0.0, 0
         tokenizer = Tokenizer(tokenizer_model=model.vocabulary)
         if name != "unpacked":
-            model.lay_out_for_decoding(getattr(torch, name))
+            pack_weights(model, getattr(torch, name))
         for text in texts:
             tokens = torch.tensor(tokenizer.encode(text, True, True)[:257])
             with torch.inference_mode():

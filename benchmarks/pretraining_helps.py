@@ -44,7 +44,7 @@ def dev_accuracy(folder: Path) -> float:
 
 
 def pretrain(folder: Path, data: Path, vocabulary: Path, flags: list[str], seed: int) -> Path:
-    """The model of a pretraining run, made unless it stands there from an earlier one."""
+    """The model of a pretraining run, made unless an earlier one left it."""
     model = folder / "final-model.pt"
     if not model.is_file():
         texts = [data / name for name in TEXTS]

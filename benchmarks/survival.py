@@ -24,8 +24,8 @@ import torch
 
 WHAT = {
     "kills": "the run, resumed each time, ends bit-equal to one never killed",
-    "crashes": "ended before or after a write, fsync, rename or unlink: a whole checkpoint loads",
-    "faults": "the old file stays, the run goes on, the save is tried again",
+    "crashes": "ended at a write, fsync, rename or deletion: what is there is whole, old or new",
+    "faults": "the old file stays, the run continues, the save is tried again",
     "damages": "detected, not loaded",
     "signals": "in six phases: exit status and saved step are right",
 }

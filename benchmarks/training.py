@@ -21,13 +21,12 @@ def our_step(job: dict[str, Any], tokens: Any, targets: Any) -> tuple[Any, Any, 
     import torch
 
     from llama import NextTokenLoss
-    from optimizer import AdamW, parameter_groups
-    from run_llama import BETAS, EPS
-    from utils import keep_freed_memory
+    from minllama.device import keep_freed_memory
+    from optimizer import make_optimizer
 
     keep_freed_memory()
     model = our_model(job["shape"])
-    optimizer = AdamW(parameter_groups(model, 0.1), betas=BETAS, eps=EPS)
+    optimizer = make_optimizer(model, name="adamw", lr=1e-3, weight_decay=0.1)
     next_token_loss = NextTokenLoss(model)
     if job["compiled"]:
         next_token_loss = torch.compile(next_token_loss, dynamic=False)
@@ -63,7 +62,7 @@ def train(job: dict[str, Any]) -> dict[str, float]:
     """
     import torch
 
-    from utils import peak_flops
+    from minllama.device import peak_flops
 
     _, _, _, vocabulary, length, batch = SHAPES[job["shape"]]
     tokens = torch.randint(0, vocabulary, (batch, length + 1))

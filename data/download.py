@@ -1,7 +1,7 @@
 """Downloads the public sets: SST-5, CFIMDB, the Llama-2 vocabulary, and stories42M.pt.
 
 A file appears under its name only when it is whole and verified; until then it is NAME.part, and
-the same command goes on where it stopped. It knows nothing of what the files are used for.
+the same command continues where it stopped. It knows nothing of what the files are used for.
 
     python data/download.py sst cfimdb       # into data/
     python data/download.py tokenizer stories42M   # into the root of the repository
@@ -168,7 +168,7 @@ def find_shape_fault(path: Path, shape: Shape) -> str | None:
         state = {_plain_name(name): tensor for name, tensor in loaded["model"].items()}
     except Exception as error:  # torch raises many kinds for a file that is no model
         return f"not a model file ({type(error).__name__})"
-    # Tables of rotary angles are computed anew by whoever loads the file.
+    # Tables of rotary angles are computed by whoever loads the file.
     state = {name: tensor for name, tensor in state.items() if "freqs" not in name}
     layers = {name.split(".")[1] for name in state if name.startswith("layers.")}
     embedding = state.get("tok_embeddings.weight")
@@ -204,7 +204,7 @@ def download(
 ) -> bool:
     """Bring `file` into `folder`; returns False when it was there already.
 
-    Raises DownloadError. An interrupted download leaves NAME.part, from which the next one goes on.
+    Raises DownloadError. An interrupted download leaves NAME.part, from which the next one continues.
     """
     url = file.url or f"{COURSE_URL}/{file.path}"
     if base_url is not None:
@@ -252,7 +252,7 @@ def _fetch(url: str, part: Path) -> None:
             if failures >= ATTEMPTS:
                 raise DownloadError(
                     f"{url}: {failure} ({ATTEMPTS} attempts); check the network and run the same "
-                    "command again: it goes on where it stopped; or name a mirror by --base_url"
+                    "command again: it continues where it stopped; or name a mirror by --base_url"
                 ) from None
         time.sleep(PAUSE * 2 ** (failures - 1))
 
@@ -286,7 +286,7 @@ def _fetch_once(url: str, part: Path) -> None:
 
 
 def _receive(response: Any, part: Path, have: int) -> None:
-    """Append the body to `part`, or write it anew where the server did not heed the range."""
+    """Append the body to `part`, or write it from the start where the server ignored the range."""
     starts_at = have
     content_range = response.headers.get("Content-Range", "")
     if response.status != 206 or not content_range.startswith(f"bytes {have}-"):
@@ -348,7 +348,7 @@ def main(argv: Sequence[str] | None = None, *, say: Callable[[str], None] = prin
         )
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
+        print("\ninterrupted; the same command continues where it stopped", file=sys.stderr)
         return 130
     return 0
 

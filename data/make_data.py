@@ -1,7 +1,7 @@
 """Makes the embedded data from a seed: stories, a vocabulary, labelled reviews, the small model.
 
-The sentences and most words stand in `stories.grammar` and `reviews.grammar`; who may be in a
-story, and what makes their words agree, stands here. The same seed gives the same bytes on every
+The sentences and most words are in `stories.grammar` and `reviews.grammar`; who may be in a
+story, and what makes their words agree, is here. The same seed gives the same bytes on every
 machine. It knows nothing of models: `--model` runs the program's own pretraining command.
 
     python data/make_data.py            # corpus, vocabulary, reviews
@@ -26,7 +26,7 @@ from pathlib import Path
 
 DATA = Path(__file__).resolve().parent
 ROOT = DATA.parent
-sys.path.insert(0, str(ROOT))  # tokenizer.py stands in the root of the repository
+sys.path.insert(0, str(ROOT))  # tokenizer.py is in the root of the repository
 
 SEED = 1337
 STORIES = 2500  # about 2 MB

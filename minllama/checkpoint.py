@@ -25,7 +25,8 @@ class Summary(NamedTuple):
 
     run_id: str | None
     step: int
-    skipped: int  # updates that were left out in a row, up to this step
+    skipped: int  # updates that were skipped in a row, up to this step
+    complete: bool  # the step's record was evaluated and written
 
 
 def state_file(path: Path) -> Path:
@@ -95,4 +96,4 @@ def summarize(path: Path) -> Summary:
     step, skipped = progress.get("step"), progress.get("skipped", 0)
     if not isinstance(step, int) or not isinstance(skipped, int) or not isinstance(run_id, str):
         raise UsageError(f"{path} is damaged: its step is {str(step)[:20]!r}")
-    return Summary(run_id, step, skipped)
+    return Summary(run_id, step, skipped, progress.get("pending") is None)

@@ -15,9 +15,9 @@ import shlex
 import subprocess
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TextIO, TypeVar
 
 from minllama.errors import UsageError
 
@@ -178,6 +178,50 @@ def parse_or_exit(
         if os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0":
             print_error(program, error)
         sys.exit(2)
+
+
+def protect_output() -> None:
+    """Let no failing print end the program: a closed pipe, a full disk under a log, no terminal.
+
+    What cannot be written is dropped, and characters that the terminal does not have show as `?`.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell: >&-
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        else:
+            stream.reconfigure(errors="replace")
+            setattr(sys, name, _Droppable(stream))
+
+
+class _Droppable:
+    """A text stream whose failing writes are dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, or drop the text."""
+        with self._dropping():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, or drop what is buffered."""
+        with self._dropping():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def _dropping(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:  # what is buffered would fail again at exit: it goes to nowhere, too
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
 
 
 def print_error(program: str, error: Exception | str) -> None:

@@ -43,10 +43,11 @@ def load_texts(options: Options, tokenizer: Tokenizer, *, stop: StopRequest, ran
         if not val_data and options.val_fraction:
             val_data = (str(DATA_DIR / "stories-val.jsonl"),)
     files = find_text_files(patterns, flag="--pretrain_data")
+    val_files = find_text_files(val_data, flag="--val_data") if val_data else []
+    files = without_validation(files, val_files)
     cache = load_cache(files, options, tokenizer, stop=stop, ranks=ranks)
     warn_of_vocabulary(tokenizer.spelt_in_bytes(cache.tokens[:SAMPLED_TOKENS]), files)
-    if val_data:
-        val_files = find_text_files(val_data, flag="--val_data")
+    if val_files:
         train = whole_stream(cache)
         val = whole_stream(load_cache(val_files, options, tokenizer, stop=stop, ranks=ranks))
     else:
@@ -64,12 +65,25 @@ def load_texts(options: Options, tokenizer: Tokenizer, *, stop: StopRequest, ran
         text = tokenizer.decode(train.read(chunk * length, chunk * length + 8)[:8].tolist())
         return f"{files[file]}, token {token:,} ({text!r})"
 
+    bos_id = tokenizer.bos_id
     return Texts(
-        PretrainDataset(train, length),
-        None if val is None else PretrainDataset(val, length),
+        PretrainDataset(train, length, bos_id=bos_id),
+        None if val is None else PretrainDataset(val, length, bos_id=bos_id),
         cache.key.hex()[:16],
         locate,
     )
+
+
+def without_validation(files: Sequence[Path], val_files: Sequence[Path]) -> Sequence[Path]:
+    """The training files that are not --val_data's, too; says what is left out."""
+    held_out = {path.resolve() for path in val_files}
+    left = [path for path in files if path.resolve() not in held_out]
+    if not left:
+        print("warning: --val_data is the text to train on: its loss tells nothing of other text")
+        return files
+    if len(left) < len(files):
+        print(f"not trained on: {len(files) - len(left)} of the files, which --val_data names, too")
+    return left
 
 
 def load_cache(

@@ -212,6 +212,16 @@ def merges(pieces: dict[str, float]) -> list[list[str]]:
     ]
 
 
+def normal_pieces(tokenizer: Tokenizer) -> dict[str, float]:
+    """The pieces that text is made of, and their scores."""
+    sp = tokenizer.sp_model
+    return {
+        sp.id_to_piece(i): sp.get_score(i)
+        for i in range(tokenizer.n_words)
+        if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i) or sp.is_unused(i))
+    }
+
+
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """The vocabulary in the `tokenizers` library's own format.
 
@@ -219,11 +229,6 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """
     sp = tokenizer.sp_model
     names = [sp.id_to_piece(i) for i in range(tokenizer.n_words)]
-    normal = {
-        names[i]: sp.get_score(i)
-        for i in range(tokenizer.n_words)
-        if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i) or sp.is_unused(i))
-    }
     bos = names[tokenizer.bos_id]
     special = sorted({tokenizer.bos_id, tokenizer.eos_id, sp.unk_id()})
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -266,17 +271,24 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
             "byte_fallback": True,
             "ignore_merges": False,
             "vocab": {name: i for i, name in enumerate(names)},
-            "merges": merges(normal),
+            "merges": merges(normal_pieces(tokenizer)),
         },
     }
 
 
 def require_plain_bpe(tokenizer: Tokenizer) -> None:
-    """The exported rules are those of Llama vocabularies: BPE over text as it stands."""
+    """The exported rules are those of Llama vocabularies: BPE over unchanged text."""
     if not tokenizer.is_plain_bpe:
         raise UsageError(
             f"vocabulary {tokenizer.fingerprint}: only BPE vocabularies that leave the text as it "
             "is, as tokenizer.py trains them, can be exported for transformers"
+        )
+    made = {"".join(pair) for pair in merges(normal_pieces(tokenizer))}
+    unmade = [p for p in normal_pieces(tokenizer) if len(p) > 1 and p not in made]
+    if unmade:
+        raise UsageError(
+            f"vocabulary {tokenizer.fingerprint}: no merge makes its piece {unmade[0]!r}, a symbol "
+            "that its maker defined, so it cannot be exported for transformers"
         )
 
 

@@ -42,8 +42,9 @@ def atomic_write(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_beside(path)
+    file = temporary.open("x+b")  # exclusive: never follows a link that somebody left there
     try:
-        with temporary.open("x+b") as file:  # exclusive: never follows a link somebody left there
+        with file:
             if os.name != "nt" and path.is_file():
                 os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
             yield file
@@ -75,6 +76,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = _temporary_beside(path), _replaced_folder(path)
+    restore_folder(path)
+    shutil.rmtree(old, ignore_errors=True)  # of one that was killed after both
     try:
         temporary.mkdir()
         yield temporary

@@ -21,7 +21,7 @@ from config import LlamaConfig, fingerprint
 from minllama.checkpoint import STATE_FILE
 from minllama.errors import UsageError
 from minllama.files import check_regular, read_json_object
-from minllama.pt_file import load_pt
+from minllama.pt_file import is_pt, load_pt
 
 LLAMA2C_MAGIC = 0x616B3432  # "ak42": llama2.c's versions 1 and 2; version 0 has no magic
 LLAMA2C_NAMES = {  # llama2.c's and Meta's names of what the original renamed
@@ -68,11 +68,6 @@ def read_model(path: Path) -> StoredModel:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     return (_read_pt if is_pt(head) else _read_llama2c)(path)
-
-
-def is_pt(head: bytes) -> bool:
-    """Whether a file that begins so is what torch.save writes, today's or that before 2020."""
-    return head[:2] in (b"PK", b"\x80\x02")
 
 
 def _checked(
@@ -289,18 +284,17 @@ def to_adjacent_pairs(weight: Tensor, n_heads: int) -> Tensor:
 def _rope(file: Path, theirs: dict[str, Any]) -> dict[str, Any]:
     """What a config.json says of rotary positions, in transformers 5's place, 4's, or both."""
     found: dict[str, Any] = {}
+    if theirs.get("rope_theta") is not None:
+        found["rope_theta"] = theirs["rope_theta"]
     for key in ("rope_parameters", "rope_scaling"):
         said = theirs.get(key) or {}
         if not isinstance(said, dict):
             raise UsageError(f"{file}: {key} {str(said)[:40]!r} is not an object")
-        if "rope_theta" not in said and theirs.get("rope_theta") is not None:
-            said = said | {"rope_theta": theirs["rope_theta"]}
         for name, value in said.items():
-            if found.setdefault(name, value) != value or (
-                name == "rope_theta" and theirs.get(name, value) != value
-            ):
+            name = "rope_type" if name == "type" else name  # its older name
+            if found.setdefault(name, value) != value:
                 raise UsageError(
-                    f"{file}: {name} is given twice, as {value} and another value: leave one"
+                    f"{file}: {name} is given twice, as {found[name]} and as {value}: leave one"
                 )
     return found
 
@@ -315,7 +309,7 @@ def _hugging_face_config(path: Path) -> LlamaConfig:
         "attention_bias": (theirs.get("attention_bias", False), False),
         "mlp_bias": (theirs.get("mlp_bias", False), False),
         "quantization_config": (theirs.get("quantization_config"), None),
-        "rope_scaling": (rope.get("rope_type", rope.get("type", "default")), "default"),
+        "rope_scaling": (rope.get("rope_type", "default"), "default"),
         "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), 1.0),
     }
     for key, (value, must_be) in asked.items():

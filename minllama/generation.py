@@ -217,7 +217,7 @@ class Sampling:
     top_k: int | None = None  # only the k likeliest
     top_p: float | None = None  # only the likeliest that together reach this probability
     min_p: float | None = None  # only those at least this fraction as likely as the likeliest
-    repetition_penalty: float = 1.0  # above 1: what stands in the text already is less likely
+    repetition_penalty: float = 1.0  # above 1: tokens that are in the text are less likely
 
 
 def penalize(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor:
@@ -289,13 +289,15 @@ def sample_rows(
 
 
 def decode_step(
-    model: Llama, tokens: Tensor, positions: Tensor, layers: list[tuple[Tensor, Tensor]]
+    model: Llama, tokens: Tensor, positions: Tensor, layers: list[tuple[Tensor, Tensor]], key: str
 ) -> Tensor:
     """Logits (B, V) after one more token of each row, tokens (B,) at positions (B,).
 
     `layers` are a KVCache's tensors, which take it in. Everything has a fixed shape: this is what
-    compile_step compiles.
+    compile_step compiles. `key` names the model: since no guard looks at modules, this one keeps a
+    step that was compiled for one model from running on another.
     """
+    assert key  # read, so that it is guarded
     return model.output(model.hidden_states(tokens[:, None], StepCache(layers, positions))[:, 0])
 
 
@@ -325,13 +327,13 @@ def generate_tokens(
     A row gives what it gives alone: it has its own positions and, where `seeds` has a number for
     each row, its own random numbers (None: torch's global ones). A row ends before a token of
     stop_ids and is None from then on; all ends when no row is left, after max_new_tokens, or when
-    should_stop() is true. Past max_seq_len a row sees its last max_seq_len tokens, read anew for
+    should_stop() is true. Past max_seq_len a row sees its last max_seq_len tokens, recomputed for
     every token, since all their states depend on where the window begins. `step` is what
     compile_step returned, to read single tokens with while all rows fit the window. Raises
     UsageError for an empty prompt.
     """
     if not all(prompts):
-        raise UsageError("an empty prompt: generation needs at least one token to go on from")
+        raise UsageError("an empty prompt: generation needs at least one token to continue")
     texts, window = [list(prompt) for prompt in prompts], model.config.max_seq_len
     generators = [seeds and torch.Generator().manual_seed(seeds[row]) for row in range(len(texts))]
     needed = max(map(len, texts), default=0) + max_new_tokens
@@ -344,7 +346,7 @@ def generate_tokens(
             return
         if step is not None and any(len(texts[row]) > window for row in alive):
             step = None
-        if step is None:  # a compiled step keeps its rows: those that have ended go on idly
+        if step is None:  # a compiled step keeps its rows: those that have ended run along
             fit = [i for i, r in enumerate(cached) if r in alive and len(texts[r]) <= window]
             if len(fit) < len(cached):
                 cache, cached = cache.select(fit), [cached[i] for i in fit]
@@ -379,7 +381,8 @@ def _next_logits(
         cache.lengths = [len(text) for text in texts]
         device = model.rotary.device
         tokens = torch.tensor([text[-1] for text in texts], device=device)
-        return step(model, tokens, torch.tensor(cache.lengths, device=device) - 1, cache.layers)
+        positions = torch.tensor(cache.lengths, device=device) - 1
+        return step(model, tokens, positions, cache.layers, f"model {id(model)}")
     if in_cache:
         new = [text[held:] for text, held in zip(texts, cache.lengths, strict=False)]
         hidden = model.extend(cache, new)

@@ -113,6 +113,11 @@ def save_pt(path: Path, payload: dict[str, Any]) -> str:
     return digest
 
 
+def is_pt(head: bytes) -> bool:
+    """Whether a file that begins so is what torch.save writes, today's or that before 2020."""
+    return head[:2] in (b"PK", b"\x80\x02")
+
+
 def load_pt(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
     """Everything a .pt file holds, its tensors mapped from the disk, with no code run.
 
@@ -123,6 +128,9 @@ def load_pt(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
     path = Path(path)
     check_regular(path)
     try:
+        with path.open("rb") as file:
+            if not is_pt(file.read(2)):
+                raise UsageError(f"{path}: no .pt file, neither a weights file nor a checkpoint")
         sealed = verify and verify_seal(path) is not None
         archive = zipfile.is_zipfile(path)  # else torch's format before 2020, or cut off
         if archive:
@@ -137,6 +145,8 @@ def load_pt(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
             reason = "is damaged or no model file"
         raise UsageError(f"{path}: {reason}; get a file of plain weights") from None
     except Exception as error:  # torch.load raises what the damage happens to hit
+        if isinstance(error, OSError) and error.errno in (errno.EIO, errno.EACCES, errno.EPERM):
+            raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
         remedy = "it is damaged or cut off; copy it again"
         raise UsageError(f"{path}: {remedy} ({type(error).__name__})") from None
     return payload

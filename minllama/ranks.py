@@ -215,21 +215,22 @@ class Ranks:
         if self.world_size == 1:
             return work()
         name = f"work {next(self.calls)} of rank 0"
-        return self._lead(name, work) if self.is_main else self._follow(name)
+        return self.lead(name, work) if self.is_main else self.follow(name)
 
     def first_on_node(self, work: Callable[[], T]) -> T:
         """Do something long on one process of each machine, and then, quickly, on the others."""
         if self.world_size == 1:
             return work()
-        name, result = f"work {next(self.calls)} of machine", None
+        name = f"work {next(self.calls)} of machine"
+        results: list[T] = []  # which stay here: they may be larger than what is sent to others
         if self.local_rank == 0:
             with contextlib.suppress(UsageError, RunFailed, Interrupted, OSError):  # raised below
-                result = self._lead(f"{name} {self.node}", work)
+                self.lead(f"{name} {self.node}", lambda: results.append(work()))
         for node in range(self.nodes):
-            self._follow(f"{name} {node}")
-        return result if self.local_rank == 0 else work()
+            self.follow(f"{name} {node}")
+        return results[0] if results else work()
 
-    def _lead(self, name: str, work: Callable[[], T]) -> T:
+    def lead(self, name: str, work: Callable[[], T]) -> T:
         """Do the work that others wait for, with a sign of life every second."""
         store, done = run_store(), threading.Event()
 
@@ -250,7 +251,7 @@ class Ranks:
             raise error
         return value
 
-    def _follow(self, name: str) -> Any:
+    def follow(self, name: str) -> Any:
         """Wait for the work that another rank leads; returns or raises what that did."""
         store = run_store()
         signs, since = -1, time.monotonic()

@@ -59,14 +59,16 @@ class MetricsLog:
         """Take back what came after `last_step`: those steps are made again."""
         self.close()
         self.records: deque[dict[str, Any]] = deque(maxlen=self.window)
-        self.end = 0  # of the file's lines that stay
+        self.end, found, written = 0, 0, 0  # of the lines that stay: where they end, how many
         for record, end in _whole_records(self.path):
-            if record["step"] <= last_step:
+            if written < record["step"] <= last_step:
                 self.records.append(record)
-                self.end = end
-        written = self.records[-1]["step"] if self.records else 0
+                self.end, found, written = end, found + 1, record["step"]
         self.unwritten = [r for r in self.unwritten if written < r["step"] <= last_step]
         self.records.extend(self.unwritten)
+        lost = last_step - found - len(self.unwritten)
+        if lost:
+            tqdm.write(f"note: {self.path} lacks {lost:,} of {last_step:,} steps, lost or damaged")
         self._write()
 
     def sync(self) -> None:
@@ -88,13 +90,15 @@ class MetricsLog:
         data = "".join(json.dumps(record) + "\n" for record in self.unwritten).encode()
         try:
             if self.file is None:
-                self.file = self.path.open("ab")
+                flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+                flags |= getattr(os, "O_NOFOLLOW", 0)  # a link that somebody left is not followed
+                self.file = os.fdopen(os.open(self.path, flags, 0o666), "ab")
                 self.file.truncate(self.end)  # cuts off what a failed write or a crash left
             self.file.write(data)
             self.file.flush()
         except OSError as error:
             self.close()
-            tqdm.write(f"warning: {self.path} was not written ({error}); the run goes on")
+            tqdm.write(f"warning: {self.path} was not written ({error}); the run continues")
         else:
             self.end += len(data)
             self.unwritten.clear()
@@ -119,18 +123,20 @@ class NoLog:
 
 
 def _whole_records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """The records of a metrics file, and where in it each ends; lines that a crash cut are none."""
+    """The records of a metrics file, and where in it each ends; damaged lines are left out."""
     end = 0
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         for line in file:
             end += len(line)
-            with contextlib.suppress(ValueError):
-                if line.endswith(b"\n"):
-                    yield json.loads(line), end
+            record = None
+            with contextlib.suppress(ValueError, RecursionError):
+                record = json.loads(line) if line.endswith(b"\n") else None  # else cut by a crash
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield record, end
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics file, one by one; a last line cut short by a crash is left out."""
+    """The records of a metrics file, one by one; damaged lines are left out."""
     return (record for record, _ in _whole_records(path))
 
 

@@ -39,6 +39,7 @@ RUN_FILES = (
     "loss-curve.svg",
     "profile.json.gz",
 )
+ABANDONED = ".abandoned"
 LOCKED_BYTE = 1 << 20  # on Windows a locked byte cannot be read: one that the file does not have
 
 
@@ -72,8 +73,8 @@ class RunFolder:
             p for p in self._named_as_checkpoints() if p.is_file() or (p / STATE_FILE).is_file()
         ]
 
-    def _named_as_checkpoints(self) -> list[Path]:
-        pattern = re.compile(re.escape(self.prefix) + CHECKPOINT_NAME)
+    def _named_as_checkpoints(self, suffix: str = "") -> list[Path]:
+        pattern = re.compile(re.escape(self.prefix) + CHECKPOINT_NAME + re.escape(suffix))
         return sorted(path for path in self.path.glob("*-*-*") if pattern.fullmatch(path.name))
 
     def epoch_checkpoint(self, epoch: int) -> Path:
@@ -128,7 +129,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove the files of an earlier run, and no others."""
-        for path in self.own_files():
+        for path in [*self.own_files(), *self._named_as_checkpoints(ABANDONED)]:
             remove(path)
 
     def remove_incomplete(self) -> None:
@@ -199,7 +200,10 @@ class RunFolder:
         later = [p for p, of in self._newest_first(self.checkpoints(), quiet=True)
                  if of.run_id == run_id and of.step > step]  # fmt: skip
         for path in later:
-            replace(path, path.with_name(f"{path.name}.abandoned"))
+            aside = path.with_name(path.name + ABANDONED)
+            if aside.exists():  # by an earlier resume, at the same step
+                remove(aside)
+            replace(path, aside)
         if later:
             names = ", ".join(path.name for path in later)
             print(f"set aside    {names}, made after step {step:,}: renamed to *.abandoned")
@@ -231,7 +235,8 @@ class RunFolder:
             except UsageError as error:
                 if not quiet:
                     print(f"skipped: {error}")
-        return sorted(found, key=lambda pair: (pair[1].step, pair[0]), reverse=True)
+        # Of two of the same step the one whose record is complete is the later.
+        return sorted(found, key=lambda pair: (pair[1].step, pair[1].complete), reverse=True)
 
 
 def read_on_ranks(

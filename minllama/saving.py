@@ -1,6 +1,6 @@
 """Writing a run's files while it trains: checkpoints, models, pictures.
 
-The run can go on without any of them, so a write that fails is tried again after 1, 2, 4, ... more
+The run can continue without any of them: a write that fails is tried again after 1, 2, 4, ... more
 steps, and only one that fails at the very end fails the run. Knows nothing of what a state holds.
 """
 
@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import json
 import secrets
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,12 +19,11 @@ from typing import Any
 from tqdm import tqdm
 
 from minllama.checkpoint import STATE_FILE
-from minllama.errors import RunFailed
+from minllama.errors import RunFailed, UsageError
 from minllama.files import remove
-from minllama.pt_file import save_pt
-from minllama.ranks import Ranks, run_store
+from minllama.pt_file import load_pt, save_pt
+from minllama.ranks import Ranks, attempt
 from minllama.run_folder import RunFolder
-from minllama.sharding import local_copies
 
 LONGEST_WAIT = 64  # steps between two attempts
 GRACE = 10.0  # seconds that a failing run waits for the shards of ranks that may be gone
@@ -42,7 +39,7 @@ class Retry:
 
 
 class Checkpoints:
-    """Writes the files of a run; every rank must call every method, in the same order.
+    """Writes the files of a run; every rank must call every method but save_file, in one order.
 
     `make_state` returns the content of a resumable checkpoint as the run is now; with `sharded`,
     each rank's content has its own shards. Those are written by a thread while the training goes
@@ -66,7 +63,6 @@ class Checkpoints:
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future[None] | None = None  # the sharded checkpoint being written
         self.saves = 0
-        self.giving_up_at: float | None = None
 
     def save(self, path: Path | None = None) -> None:
         """Write a resumable checkpoint, by default named after its step, and prune older ones.
@@ -87,8 +83,9 @@ class Checkpoints:
         self._try(self.folder.file(name).name, functools.partial(save, payload), later=later)
 
     def save_file(self, path: Path, write: Callable[[], None]) -> None:
-        """Write another file on rank 0."""
-        self._try(path.name, lambda: self.ranks.on_main(write))
+        """Write another file on rank 0, which alone may call this."""
+        if self.ranks.is_main:
+            self._try(path.name, write)
 
     def next_step(self, step: int) -> None:
         """After each step: try again what is due."""
@@ -126,9 +123,8 @@ class Checkpoints:
     def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
         """After an error: let a sharded checkpoint that every rank has written be one."""
         if error is not None and self.pending is not None:
-            self.giving_up_at = time.monotonic() + GRACE
             with contextlib.suppress(Exception):  # the error that ends the run is the one to say
-                self.pending.result()
+                self.pending.result(GRACE)
 
     def _try(
         self,
@@ -144,7 +140,7 @@ class Checkpoints:
             self.waiting.pop(name, None)
         except OSError as error:
             again = f"tries again in {wait} step{'s' * (wait > 1)}"
-            tqdm.write(f"warning: {name} was not written ({error}); the run goes on and {again}")
+            tqdm.write(f"warning: {name} was not written ({error}); the run continues and {again}")
             self.waiting[name] = Retry(later() if later else save, self.step + wait, wait)
 
     def _save(self, path: Path | None = None) -> None:
@@ -169,44 +165,60 @@ class Checkpoints:
         """Wait for the sharded checkpoint that was begun, if any. Raises OSError on all ranks."""
         if self.pending is not None:
             written, self.pending = self.pending, None
-            self.ranks.on_all(written.result)
+            written.result()
 
     def _begin_shards(self, folder: Path, state: dict[str, Any]) -> None:
         self.ranks.on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
-        own = local_copies({key: state.pop(key) for key in ("model", "optimizer")})
+        # Copies on the CPU, for the training changes these tensors while they are written.
+        own = copy.deepcopy({key: state.pop(key) for key in ("model", "optimizer")})
         self.saves += 1
-        self.pending = self.thread.submit(self._write_shards, folder, own, state, self.saves)
+        name = f"checkpoint {self.saves}"
+        self.pending = self.thread.submit(self._write_shards, folder, own, state, name)
 
     def _write_shards(
-        self, folder: Path, own: dict[str, Any], state: dict[str, Any], number: int
+        self, folder: Path, own: dict[str, Any], state: dict[str, Any], name: str
     ) -> None:
-        """Write this rank's file; on rank 0 then what makes a checkpoint of all."""
-        store, key = run_store(), f"checkpoint {number} of rank"
-        name = f"shard-{self.ranks.rank}-{secrets.token_hex(4)}.pt"  # new: see _commit
-        try:
-            written = [name, save_pt(folder / name, own)]
-        except OSError:
-            store.set(f"{key} {self.ranks.rank}", json.dumps(None))
-            raise
-        store.set(f"{key} {self.ranks.rank}", json.dumps(written))
-        if self.ranks.is_main:
-            keys = [f"{key} {rank}" for rank in range(self.ranks.world_size)]
-            while not store.check(keys):
-                if self.giving_up_at is not None and time.monotonic() > self.giving_up_at:
-                    return
-                time.sleep(0.05)
-            files = [json.loads(store.get(one)) for one in keys]
-            if None not in files:  # else that rank raises
-                self._commit(folder, dict(files), state)
+        """Write this rank's file; on rank 0 then what makes a checkpoint of all.
 
-    def _commit(self, folder: Path, files: dict[str, str], state: dict[str, Any]) -> None:
-        """Write the file that names all shards, and delete those it does not name.
-
-        A checkpoint of the same step that is in the folder stays whole until then.
+        What rank 0 raises, all do. They wait for each other through the store, however long it
+        takes, since the training has the collectives.
         """
-        save_pt(folder / STATE_FILE, state | {"model": {}, "optimizer": {}, "shards": files})
-        for path in folder.iterdir():
-            if path.name not in (STATE_FILE, *files):
-                with contextlib.suppress(OSError):
-                    remove(path)
+        ranks = self.ranks
+        path = folder / f"shard-{ranks.rank}-{secrets.token_hex(4)}.pt"  # new: see remove_unnamed
+        with contextlib.suppress(Exception):  # raised below
+            ranks.lead(f"{name} of rank {ranks.rank}", lambda: (path.name, save_pt(path, own)))
+        if ranks.is_main:
+            ranks.lead(name, lambda: self._commit(folder, state, name))
+        else:
+            ranks.follow(name)
+
+    def _commit(self, folder: Path, state: dict[str, Any], name: str) -> None:
+        """When every rank is done, write the file that names all shards.
+
+        Then, or where that failed, delete what it does not name: the disk may be full.
+        """
+        works = [f"{name} of rank {rank}" for rank in range(self.ranks.world_size)]
+        found = [attempt(functools.partial(self.ranks.follow, work)) for work in works]
+        try:
+            for error in [error for _, error in found if error is not None]:
+                raise error
+            shards = dict(shard for shard, _ in found)
+            save_pt(folder / STATE_FILE, state | {"model": {}, "optimizer": {}, "shards": shards})
+        finally:
+            remove_unnamed(folder)
         self._prune(state)
+
+
+def remove_unnamed(folder: Path) -> None:
+    """Delete the shards that the checkpoint in a folder does not name; all, where there is none.
+
+    So one of the same step stays whole until another takes its place. Best effort.
+    """
+    with contextlib.suppress(OSError, UsageError):
+        if not (folder / STATE_FILE).exists():
+            remove(folder)
+            return
+        named = {STATE_FILE, *load_pt(folder / STATE_FILE, verify=False)["shards"]}
+        for path in {*folder.iterdir()} - {folder / name for name in named}:
+            with contextlib.suppress(OSError):
+                remove(path)

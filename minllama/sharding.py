@@ -106,20 +106,13 @@ def full_state_dict(module: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
     return state if ranks.is_main else {}
 
 
-def local_copies(node: Any, copies: dict[int, Tensor] | None = None) -> Any:
-    """Nested dicts and lists with a CPU copy of this rank's shard of every tensor in them.
-
-    For a file that is written while the training continues. Tied tensors stay tied.
-    """
-    copies = {} if copies is None else copies
+def local_shards(node: Any) -> Any:
+    """Nested dicts and lists with this rank's shard of every tensor in them, on the CPU."""
     if torch.is_tensor(node):
-        local = node.detach().to_local() if is_dtensor(node) else node.detach()
-        if local.data_ptr() not in copies or not local.numel():
-            copies[local.data_ptr()] = local.to("cpu", copy=True)
-        return copies[local.data_ptr()]
+        return (node.detach().to_local() if is_dtensor(node) else node.detach()).cpu()
     if isinstance(node, dict):
-        return {key: local_copies(value, copies) for key, value in node.items()}
-    return [local_copies(value, copies) for value in node] if isinstance(node, list) else node
+        return {key: local_shards(value) for key, value in node.items()}
+    return [local_shards(value) for value in node] if isinstance(node, list) else node
 
 
 def join_shards(value: Tensor | list[Tensor]) -> Tensor:

@@ -252,7 +252,7 @@ class TokenCache:
         if signature not in (None, made_of):
             changed = "the text, the vocabulary or the reading options changed"
             raise BadCache(
-                changed if any(made_of) else "the text was being changed when it was read"
+                changed if any(made_of) else "the text had just been changed when it was read"
             )
         documents_at = _aligned(HEADER.size + width * n_tokens)
         files_at = documents_at + 16 * n_documents
@@ -428,7 +428,8 @@ def build_or_load(
 def _signature(files: Sequence[Path], tokenizer: Tokenizer, reading: Reading) -> bytes:
     """SHA-256 of all that tells whether a cache is still the text's.
 
-    The time of a file's last change of any kind (ctime) is among it, which no program can set.
+    The time of a file's last change of any kind (ctime) is among it, which no program can set; on
+    Windows that is when it was created, and a tool that restores times can hide a change.
     """
     stats = [(path, _stat(path)) for path in files]
     of_files = [[str(p.absolute()), s.st_size, s.st_mtime_ns, s.st_ctime_ns] for p, s in stats]
@@ -438,8 +439,9 @@ def _signature(files: Sequence[Path], tokenizer: Tokenizer, reading: Reading) ->
 
 def _is_racy(files: Sequence[Path], started: int) -> bool:
     """Whether a file changed so shortly before `started` that a later change may not show."""
-    newest = max(max(_stat(path).st_mtime_ns, _stat(path).st_ctime_ns) for path in files)
-    return newest + (FINE_NS if newest % 10**9 else COARSE_NS) >= started
+    # Where there is a time of change that no program sets, the other may be of any year.
+    times = [s.st_mtime_ns if os.name == "nt" else s.st_ctime_ns for s in map(_stat, files)]
+    return any(time + (FINE_NS if time % 10**9 else COARSE_NS) >= started for time in times)
 
 
 def _stat(path: Path) -> os.stat_result:

@@ -45,6 +45,7 @@ from minllama.sharding import (
     is_sharded,
     load_optimizer_state,
     load_state,
+    local_shards,
     no_gradient_sync,
 )
 from minllama.task import Batch, Task
@@ -119,11 +120,14 @@ class Run:
         Of a sharded model it has this rank's shards, else rank 0 has the whole.
         """
         random_states = self.ranks.gather(random_state())
-        model = self.task.model
-        weights = model.state_dict() if is_sharded(model) else full_state_dict(model, self.ranks)
+        model, optimizer = self.task.model, self.optimizer.state_dict()
+        if is_sharded(model):
+            weights, optimizer = local_shards(model.state_dict()), local_shards(optimizer)
+        else:
+            weights = full_state_dict(model, self.ranks)
         state = {
             **model_payload(self.task.llama, state=weights),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "rng": random_states[0],
             "progress": asdict(self.progress),
@@ -201,8 +205,9 @@ class Run:
             self._say_nothing_is_left()
         if progress.best is not None and not has_best:
             progress.best = None  # its file was lost, or the disk never took it
-            print("best-model.pt is missing: the best model is chosen anew from here on")
-            if not self.has_more() and self.note_best(self.task.evaluate()):
+            print("best-model.pt is missing: from here on a new best model is chosen")
+            if not self.has_more():  # then these weights are the best there are
+                self.note_best(self.task.evaluate())
                 self.checkpoints.save_weights("best-model.pt", self.task.weights())
 
     def _say_nothing_is_left(self) -> None:

@@ -63,8 +63,14 @@ class Writer:
     stop: StopRequest
     step: Callable[..., torch.Tensor] | None = None  # compiled, to read single tokens with
 
-    def continue_texts(self, prompts: Sequence[str], temperature: float) -> list[str]:
-        """Prompt and continuation of each prompt, `--num_samples` times."""
+    def continue_texts(
+        self, prompts: Sequence[str], temperature: float, *, first: int = 0, of: int | None = None
+    ) -> list[str]:
+        """Prompt and continuation of each prompt, `--num_samples` times.
+
+        The prompts are those from number `first` on, of `of` in all. A text that is alone is shown
+        as it comes, several when they are whole.
+        """
         options, samples = self.options, self.options.num_samples
         rows = [
             Continuation(self.tokenizer.encode(text, True, False), self.tokenizer, options.stop)
@@ -92,7 +98,8 @@ class Writer:
             seconds = time.perf_counter() - started
             if seconds >= 1:  # else these shapes were compiled before
                 print(f"compile      took {human_time(seconds)}")
-        streamed = len(rows) == 1
+        of = of or len(prompts)
+        streamed = of * samples == 1
         if streamed:
             print(prompts[0], end="", flush=True)
         steps = generate_steps(
@@ -119,8 +126,8 @@ class Writer:
             print(rest[0])
         texts = [prompts[i // samples] + row.text for i, row in enumerate(rows)]
         if not streamed:
-            for number, text in enumerate(texts, start=1):
-                print(f"--- {number} of {len(texts)}\n{text}")
+            for number, text in enumerate(texts, start=first * samples + 1):
+                print(f"--- {number} of {of * samples}\n{text}")
         return texts
 
 

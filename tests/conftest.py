@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
+# `nohup python -m pytest &` starts with SIGINT ignored, and Python then sets no handler: Ctrl-C
+# would do nothing in the tests of it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is first imported
 
 import pytest

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import multiprocessing
@@ -19,10 +20,10 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from unittest import mock
 
 os.environ["TQDM_DISABLE"] = "1"
@@ -30,13 +31,22 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch
+import torch._dynamo  # every optimizer imports it, for two seconds; here once for all processes
+import torch.distributed as dist
 
-import llama
 import run_llama
-import utils
-from config import LlamaConfig, UsageError, parse_options
-from llama import Llama, content_digest, load_pretrained
-from utils import BadCache, RunFolder, TokenCache, load_checkpoint, save_checkpoint
+from config import LlamaConfig, parse_options
+from llama import Llama, load_pretrained
+from minllama import pt_file, ranks, sharding, tokens, training
+from minllama.checkpoint import load_checkpoint
+from minllama.errors import UsageError
+from minllama.files import atomic_folder, remove_temporaries, restore_folder
+from minllama.pt_file import FORMAT_VERSION, SealingFile, load_pt, save_pt
+from minllama.ranks import Ranks
+from minllama.run_folder import RunFolder
+from minllama.saving import Checkpoints
+from minllama.signals import HANDLED
+from minllama.tokens import BadCache, TokenCache
 
 SMALL = (
     "--option pretrain --pretrain_data text.jsonl --dim 16 --n_layers 1 --n_heads 2 "
@@ -101,7 +111,7 @@ def run_here(folder: Path, *words: str) -> tuple[int, str]:
     with (
         inside(folder) as output,
         mock.patch.object(sys, "argv", ["run_llama.py", *words]),
-        mock.patch.object(run_llama, "peak_flops", lambda *_: 1e9),
+        mock.patch.object(training, "peak_flops", lambda *_: 1e9),
     ):
         status = run_llama.main(parse_options([*SMALL, *words]))
     return status, output.getvalue()
@@ -113,11 +123,39 @@ def outcome(folder: Path, step: int) -> dict[str, Any]:
     kept = ("model", "optimizer", "scaler", "rng", "progress", "identity")
     found = {name: content_digest(state[name]) for name in kept}
     for name in ("final-model.pt", "best-model.pt"):
-        found[name] = content_digest(load_checkpoint(folder / "run" / name))
-    lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    found["metrics"] = [{k: v for k, v in r.items() if k not in TIMED} for r in records]
+        found[name] = content_digest(load_pt(folder / "run" / name))
+    metrics = records(folder / "run" / "metrics.jsonl")
+    found["metrics"] = [{k: v for k, v in r.items() if k not in TIMED} for r in metrics]
     return found
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file, all of which must be whole."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def content_digest(content: Any) -> str:
+    """SHA-256 over every key, plain value and tensor byte of nested dicts and lists, in order."""
+    digest = hashlib.sha256()
+
+    def add(node: Any) -> None:
+        if isinstance(node, torch.Tensor):
+            digest.update(f"{node.dtype}{tuple(node.shape)}".encode())
+            digest.update(node.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(node, dict):
+            digest.update(f"dict{len(node)}".encode())
+            for key, value in node.items():
+                digest.update(repr(key).encode())
+                add(value)
+        elif isinstance(node, list | tuple):
+            digest.update(f"{type(node).__name__}{len(node)}".encode())
+            for value in node:
+                add(value)
+        else:
+            digest.update(repr(node).encode())
+
+    add(content)
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------- kills
@@ -129,12 +167,12 @@ def live(folder: str, words: list[str], slow_save: int | None) -> None:
     torch.set_num_threads(1)
     sys.argv = ["run_llama.py", *words]
     sys.stdout = sys.stderr = open("output.txt", "a", encoding="utf-8", buffering=1)
-    run_llama.peak_flops = lambda *_: 1e9  # a tenth of a second that tells nothing here
+    training.peak_flops = lambda *_: 1e9  # a tenth of a second that tells nothing here
     train = run_llama.train
 
-    def announced(run: run_llama.Run) -> None:
+    def announced(run: training.Run) -> bool:
         Path("training").touch()
-        train(run)
+        return train(run)
 
     run_llama.train = announced
     if slow_save is not None:
@@ -144,7 +182,7 @@ def live(folder: str, words: list[str], slow_save: int | None) -> None:
 
 def slow_down(number: int) -> None:
     """Make save `number` of this process take a tenth of a second, and say that it runs."""
-    real, counts = utils.atomic_write, Counter()
+    real, counts = pt_file.atomic_write, Counter()
 
     def drawn_out(function: Callable, seconds: float) -> Callable:
         def slow(*args: Any, **kwargs: Any) -> Any:
@@ -153,23 +191,25 @@ def slow_down(number: int) -> None:
 
         return slow
 
-    def atomic_write(path: Path, write: Callable, **kwargs: Any) -> None:
-        counts["saves"] += path.suffix == ".pt"
-        if path.suffix != ".pt" or counts["saves"] != number:
-            return real(path, write, **kwargs)
+    @contextlib.contextmanager
+    def atomic_write(path: Path, **kwargs: Any) -> Iterator[BinaryIO]:
+        counts["saves"] += 1
+        if counts["saves"] != number:
+            with real(path, **kwargs) as file:
+                yield file
+            return
         Path("in-save").touch()
         with (
-            mock.patch.object(
-                llama.SealingFile, "_pass_on", drawn_out(llama.SealingFile._pass_on, 5e-4)
-            ),
+            mock.patch.object(SealingFile, "_pass_on", drawn_out(SealingFile._pass_on, 5e-4)),
             mock.patch.object(os, "fsync", drawn_out(os.fsync, 0.02)),
             mock.patch.object(os, "replace", drawn_out(os.replace, 0.02)),
-            mock.patch.object(utils, "verify_seal", drawn_out(utils.verify_seal, 0.02)),
+            mock.patch.object(pt_file, "verify_seal", drawn_out(pt_file.verify_seal, 0.02)),
+            real(path, **kwargs) as file,
         ):
-            real(path, write, **kwargs)
+            yield file
         Path("in-save").rename("saved")
 
-    utils.atomic_write = atomic_write
+    pt_file.atomic_write = atomic_write
 
 
 def kill_once(
@@ -187,7 +227,7 @@ def kill_once(
     while announced and process.is_alive() and not (folder / announced).exists():
         time.sleep(0.001)
     # A third of the training: enough lives come so far that the run gets on.
-    longest = {IN_TRAINING: training_seconds / 3, IN_SAVE: 0.1, IN_START: 1.0}[kind]
+    longest = {IN_TRAINING: training_seconds / 3, IN_SAVE: 0.1, IN_START: 0.4}[kind]
     process.join(chance.uniform(0, longest))
     if process.is_alive():
         process.kill()
@@ -229,7 +269,6 @@ def kills(folder: Path, count: int, *, steps: int = 60, per_run: int = 8, seed: 
         number += 1
         place, status = folder / f"killed-{number}", None
         write_text_file(place)
-        shutil.copytree(folder / "whole" / "cache", place / "cache")
         landed.clear()
         while status is None and landed.total() < min(per_run, count - tally.tried.total()):
             kind = KINDS[(tally.tried.total() + landed.total()) % len(KINDS)]
@@ -268,90 +307,152 @@ def small_payload(step: int, run_id: str = "crash") -> dict[str, Any]:
     }
 
 
-def save_and_prune(folder: Path) -> None:
-    """What a run does at step 3: a checkpoint, a new best model, the oldest file deleted."""
+def save_and_prune(folder: Path, step: int) -> None:
+    """What a run does after a step: a checkpoint, a new best model, the oldest file deleted."""
     run = RunFolder(folder, "pretrain")
-    save_checkpoint(run.file("best-model.pt"), small_payload(3))
-    save_checkpoint(run.step_checkpoint(3), small_payload(3))
-    run.prune(1, run_id="crash", step=3)
+    save_pt(run.file("best-model.pt"), small_payload(step))
+    save_pt(run.step_checkpoint(step), small_payload(step))
+    run.prune(2, run_id="crash", step=step)
+
+
+def load_newest(folder: Path) -> list[dict[str, Any]]:
+    """What a resumed run finds of that; removes what was left half-written."""
+    run = RunFolder(folder, "pretrain")
+    _, checkpoint = run.find_checkpoint("auto")
+    run.remove_incomplete()
+    return [checkpoint, load_pt(run.file("best-model.pt"))]
+
+
+def save_shards(folder: Path, step: int) -> None:
+    """A sharded checkpoint of a single rank, always under the name of step 1."""
+    run, store = RunFolder(folder, "pretrain"), dist.HashStore()
+    with mock.patch.object(ranks, "run_store", lambda: store):
+        checkpoints = Checkpoints(
+            run, Ranks(), make_state=lambda: small_payload(step), sharded=True, keep_last=2
+        )
+        checkpoints.save(run.step_checkpoint(1))
+        checkpoints.finish()
+
+
+def load_shards(folder: Path) -> list[dict[str, Any]]:
+    """The tensors of that checkpoint, joined."""
+    run = RunFolder(folder, "pretrain")
+    _, found = run.find_checkpoint("auto")
+    run.remove_incomplete()
+    return [{key: joined(found[key]) for key in small_payload(0)}]
+
+
+def joined(node: Any) -> Any:
+    """Nested dicts with a list of shards at each tensor, as they were before the save."""
+    if isinstance(node, dict):
+        return {key: joined(value) for key, value in node.items()}
+    return sharding.join_shards(node) if isinstance(node, list) else node
+
+
+def replace_folder(folder: Path, step: int) -> None:
+    """A folder of two files in place of the one that is there."""
+    with atomic_folder(folder / "exported") as new:
+        (new / "one.txt").write_text(str(step), encoding="utf-8")
+        (new / "two.txt").write_text(str(step), encoding="utf-8")
+
+
+def load_folder(folder: Path) -> list[dict[str, Any]]:
+    """What is read from it; removes what was left half-written."""
+    restore_folder(folder / "exported")
+    remove_temporaries(folder, "exported")
+    one, two = ((folder / "exported" / name).read_text("utf-8") for name in ("one.txt", "two.txt"))
+    return [{"progress": {"step": int(one)}, "same": one == two}]
 
 
 @contextlib.contextmanager
-def counted(on_call: Callable[[bool], None]) -> Iterator[None]:
-    """Call `on_call(False)` before and `on_call(True)` after each write, fsync, rename, unlink."""
+def counted(on_call: Callable[[], None]) -> Iterator[None]:
+    """Call `on_call()` before and after each write, fsync, rename, unlink and rmtree."""
 
     def watched(function: Callable, flush: bool = False) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
-            on_call(False)
+            on_call()
             result = function(*args, **kwargs)
             if flush:  # else a crash would take the buffer along, and fewer states were seen
                 args[0].file.flush()
-            on_call(True)
+            on_call()
             return result
 
         return call
 
     with (
-        mock.patch.object(
-            llama.SealingFile, "_pass_on", watched(llama.SealingFile._pass_on, flush=True)
-        ),
+        mock.patch.object(SealingFile, "_pass_on", watched(SealingFile._pass_on, flush=True)),
         mock.patch.object(os, "fsync", watched(os.fsync)),
         mock.patch.object(os, "replace", watched(os.replace)),
         mock.patch.object(Path, "unlink", watched(Path.unlink)),
+        mock.patch.object(shutil, "rmtree", watched(shutil.rmtree)),
     ):
         yield
 
 
-def crash(folder: str, point: int) -> None:
-    """Save, and end the process without any clean-up at call `point`."""
+def whole(step: int) -> str:
+    """The digest of what `small_payload(step)` is on the disk."""
+    return content_digest(small_payload(step) | {"format_version": FORMAT_VERSION})
+
+
+CRASHES: dict[str, tuple[Callable, Callable, Callable[[dict[str, Any], int], bool]]] = {
+    "a save": (save_and_prune, load_newest, lambda p, step: content_digest(p) == whole(step)),
+    "a sharded save": (
+        save_shards,
+        load_shards,
+        lambda p, step: content_digest(p) == content_digest(small_payload(step)),
+    ),
+    "replacing a folder": (replace_folder, load_folder, lambda found, step: found["same"]),
+}
+
+
+def crash(folder: str, kind: str, point: int) -> None:
+    """Write step 3, and end the process without any clean-up at call `point`."""
     calls = Counter()
 
-    def on_call(after: bool) -> None:
+    def on_call() -> None:
         calls["n"] += 1
         if calls["n"] == point:
             os._exit(77)
 
     with counted(on_call):
-        save_and_prune(Path(folder))
+        CRASHES[kind][0](Path(folder), 3)
 
 
-def crash_points(folder: Path, every: int = 1) -> Tally:
-    """End a process at each point of a save: the checkpoint and the best model load, old or new."""
-    tally, calls = Tally(), Counter()
-    folder.mkdir(parents=True, exist_ok=True)
-    before = folder / "before"
-    run = RunFolder(before, "pretrain")
-    for step in (1, 2):
-        save_checkpoint(run.step_checkpoint(step), small_payload(step))
-    save_checkpoint(run.file("best-model.pt"), small_payload(2))
-    shutil.copytree(before, folder / "counting")
-    with counted(lambda after: calls.update(n=1)):
-        save_and_prune(folder / "counting")
-    expected = {
-        step: content_digest(small_payload(step) | {"format_version": llama.FORMAT_VERSION})
-        for step in (2, 3)
-    }
-    for point in range(1, calls["n"] + 1, every):
-        place = folder / f"crash-{point}"
-        shutil.copytree(before, place)
-        process = start_process(crash, str(place), point)
-        process.join()
-        assert process.exitcode == 77, process.exitcode
-        try:
-            crashed = RunFolder(place, "pretrain")
-            with inside(place):
-                _, found = crashed.find_checkpoint("auto")
-            best = load_checkpoint(crashed.file("best-model.pt"))
-            sound = all(
-                content_digest(payload) == expected[payload["progress"]["step"]]
-                for payload in (found, best)
-            )
-            crashed.remove_abandoned()
-            left = [path.name for path in place.glob(".*")]
-            tally.count("crash point of a save", sound and not left, f"point {point}: {left}")
-        except (UsageError, KeyError) as error:
-            tally.count("crash point of a save", False, f"point {point}: {error}")
-        shutil.rmtree(place)
+def crash_points(folder: Path, every: int = 1, kinds: Sequence[str] = tuple(CRASHES)) -> Tally:
+    """End a process at each point of a write: what is there is whole, the old or the new.
+
+    Then the same is written again, as the next start does, and is the new.
+    """
+    tally = Tally()
+    for kind in kinds:
+        write, load, is_whole = CRASHES[kind]
+        before, calls = folder / f"{kind}-before", Counter()
+        before.mkdir(parents=True)
+        for step in (1, 2):
+            write(before, step)
+        shutil.copytree(before, folder / f"{kind}-counting")
+        with counted(lambda calls=calls: calls.update(n=1)):
+            write(folder / f"{kind}-counting", 3)
+        for point in range(1, calls["n"] + 1, every):
+            place = folder / f"{kind}-{point}"
+            shutil.copytree(before, place)
+            process = start_process(crash, str(place), kind, point)
+            process.join()
+            assert process.exitcode == 77, process.exitcode
+            try:
+                with inside(place):
+                    found = load(place)
+                    left = [path.name for path in place.glob(".*.tmp")]
+                    write(place, 3)
+                    again = load(place)
+                steps = {one["progress"]["step"] for one in found}
+                sound = steps <= {2, 3} and {one["progress"]["step"] for one in again} == {3}
+                sound &= all(is_whole(one, one["progress"]["step"]) for one in [*found, *again])
+                story = f"{steps}, {left}, sound: {sound}"
+            except (UsageError, OSError, KeyError) as error:
+                sound, left, story = False, [], repr(error)
+            tally.count(f"crash point of {kind}", sound and not left, f"point {point}: {story}")
+            shutil.rmtree(place)
     return tally
 
 
@@ -375,9 +476,9 @@ def _lose_the_end(real: Callable) -> Callable:
 
 
 def _fill_up() -> Callable:
-    real, room = llama.SealingFile._pass_on, [3000]
+    real, room = SealingFile._pass_on, [200]
 
-    def write(self: llama.SealingFile, data: bytes) -> None:
+    def write(self: SealingFile, data: bytes) -> None:
         room[0] -= len(data)
         if room[0] < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -387,7 +488,7 @@ def _fill_up() -> Callable:
 
 
 FAULTS: dict[str, Callable[[], Any]] = {
-    "disk full": lambda: mock.patch.object(llama.SealingFile, "_pass_on", _fill_up()),
+    "disk full": lambda: mock.patch.object(SealingFile, "_pass_on", _fill_up()),
     "I/O error": lambda: mock.patch.object(os, "fsync", _raise(errno.EIO)),
     "permission denied": lambda: mock.patch.object(os, "replace", _raise(errno.EACCES)),
     "short write": lambda: mock.patch.object(os, "fsync", _lose_the_end(os.fsync)),
@@ -397,23 +498,25 @@ FAULTS: dict[str, Callable[[], Any]] = {
 @contextlib.contextmanager
 def failing(fault: str, names: str, times: int) -> Iterator[list[str]]:
     """Let the first `times` saves of the files that match `names` fail; yields what was written."""
-    real, log = utils.atomic_write, []
+    real, log = pt_file.atomic_write, []
 
-    def atomic_write(path: Path, write: Callable, **kwargs: Any) -> None:
+    @contextlib.contextmanager
+    def atomic_write(path: Path, **kwargs: Any) -> Iterator[BinaryIO]:
         if not path.match(names) or sum(line.startswith("failed") for line in log) >= times:
-            real(path, write, **kwargs)
+            with real(path, **kwargs) as file:
+                yield file
             log.append(f"wrote {path.name}")
             return
         before = path.read_bytes() if path.exists() else None
         log.append(f"failed {path.name}")
         try:
-            with FAULTS[fault]():
-                real(path, write, **kwargs)
+            with FAULTS[fault](), real(path, **kwargs) as file:
+                yield file
         finally:
             if (path.read_bytes() if path.exists() else None) != before:
                 log.append(f"CHANGED {path.name}")
 
-    with mock.patch.object(utils, "atomic_write", atomic_write):
+    with mock.patch.object(pt_file, "atomic_write", atomic_write):
         yield log
 
 
@@ -432,10 +535,10 @@ def faults(folder: Path) -> Tally:
         ):
             place = folder / f"{fault}-{names}".replace(" ", "-").replace("/", "")
             write_text_file(place)
-            words = ["--max_steps", "45", "--save_dir", "run", "--keep_last", "0"]
+            words = "--max_steps 9 --eval_interval 4 --save_dir run --keep_last 0".split()
             with failing(fault, names, times) as log:
                 status, text = run_here(place, *words)
-            wrote = [line for line in log if line.startswith("wrote ") and line.endswith(".pt")]
+            wrote = [line for line in log if line.startswith("wrote ")]
             fine = "warning: " in text and not any("CHANGED" in line for line in log)
             if names == "final-model.pt":
                 lines = [line for line in text.splitlines() if "error:" in line]
@@ -445,7 +548,7 @@ def faults(folder: Path) -> Tally:
                 fine &= wrote[0] == "wrote pretrain-step-4.pt"  # tried again at the next step
             fine &= status == 0 and (place / "run" / names.replace("3", "4")).exists()
             for path in (place / "run").glob("*.pt"):
-                load_checkpoint(path)
+                load_pt(path)
             tally.count(f"{fault} while saving", fine, f"{names}: exit {status}, {log}")
     return tally
 
@@ -460,6 +563,24 @@ def detected(load: Callable[[], Any]) -> bool:
     except (UsageError, BadCache) as error:
         return "\n" not in str(error)
     return False
+
+
+def refusal(load: Callable[[Path], Any], path: Path) -> str:
+    """The one line, in which it is named, with which a file is refused."""
+    try:
+        load(path)
+    except UsageError as error:
+        message = str(error)
+        assert "\n" not in message and path.name in message and len(message) < 300, message
+        return message
+    raise AssertionError(f"{path} was not refused")
+
+
+class Malicious:
+    """What a pickle can do to who loads it."""
+
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch executed",)
 
 
 def corruption(folder: Path, count: int, seed: int = 0) -> Tally:
@@ -509,33 +630,33 @@ def signalled(function: Callable, number: int, nth: int = 1) -> Callable:
 
 
 def signals(folder: Path) -> Tally:
-    """SIGINT and SIGTERM in each phase: the exit status, the step that is saved, no traceback."""
-    tally = Tally()
+    """Each of the signals in each phase: the exit status, the step that is saved, no traceback."""
+    tally, numbers = Tally(), [getattr(signal, name) for name in HANDLED if hasattr(signal, name)]
     write_text_file(folder / "base")
     write_labelled(folder / "base")
     status, text = run_here(folder / "base", "--max_steps", "2", "--save_dir", "model")
     assert status == 0, text
     tuning = "--option finetune --train toy-train.txt --dev toy-train.txt --save_dir run"
     model = ["--pretrained_model_path", "model/final-model.pt"]
-    pretraining = ["--save_dir", "run", "--max_steps", "40"]
+    pretraining = "--save_dir run --max_steps 40 --eval_interval 8".split()
     cases: list[tuple[str, list[str], Any, str, int, str | None]] = [
-        ("tokenizing", pretraining, utils._CacheWriter, "add", 1, None),
-        ("the first step", pretraining, run_llama, "optimizer_step", 1, "pretrain-step-1.pt"),
-        ("validation", pretraining, run_llama, "evaluate_text", 2, "pretrain-step-20.pt"),
-        ("saving", pretraining, utils, "verify_seal", 1, "pretrain-step-3.pt"),
-        ("finetuning", [*tuning.split(), *model], run_llama, "optimizer_step", 2,
+        ("tokenizing", pretraining, tokens.DocumentEncoder, "encode", 1, None),
+        ("the first step", pretraining, training, "optimizer_step", 1, "pretrain-step-1.pt"),
+        ("validation", pretraining, run_llama, "evaluate_text", 2, "pretrain-step-8.pt"),
+        ("saving", pretraining, pt_file, "verify_seal", 1, "pretrain-step-3.pt"),
+        ("finetuning", [*tuning.split(), *model], training, "optimizer_step", 2,
          "finetune-toy-step-2.pt"),
         ("generation", ["--option", "generate", *model, "--max_new_tokens", "8"], run_llama.Writer,
          "continue_texts", 1, None),
     ]  # fmt: skip
     for phase, words, owner, name, nth, saved in cases:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in numbers:
             place = folder / f"{phase}-{int(number)}".replace(" ", "-")
             shutil.copytree(folder / "base", place)
             if phase == "tokenizing":
                 shutil.rmtree(place / "cache")
             changed = signalled(getattr(owner, name), number, nth)
-            with mock.patch.object(owner, name, changed):
+            with not_under_nohup(), mock.patch.object(owner, name, changed):
                 status, text = run_here(place, *words)
             fine = status == 128 + number and "Traceback" not in text
             if saved:
@@ -545,7 +666,18 @@ def signals(folder: Path) -> Tally:
                 fine &= not list(place.glob("run/*.pt")) and not list(place.glob("generated*"))
             name_of = signal.Signals(number).name
             tally.count(f"{name_of}", fine, f"{phase}: exit {status}, {text[-300:]}")
+            shutil.rmtree(place)
     return tally
+
+
+@contextlib.contextmanager
+def not_under_nohup() -> Iterator[None]:
+    """With SIGHUP as a terminal has it: one that is ignored from the start a run ignores, too."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def write_labelled(folder: Path) -> None:

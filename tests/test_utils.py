@@ -1,234 +1,34 @@
-"""The data sections of utils.py: token cache, hold-out, chunks, labelled sentences."""
+"""utils.py: holding documents out, chunks, labelled sentences as batches, and their orders."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from vocabularies import vocabulary
 
-import utils as data
-from config import UsageError
-from tokenizer import Reading, Tokenizer, train_vocabulary
+from minllama.errors import UsageError
+from minllama.labelled import UNLABELLED
+from minllama.tokens import TokenCache
 from utils import (
     IGNORE_INDEX,
-    UNLABELLED,
-    BadCache,
-    Interrupted,
     LlamaDataset,
     PretrainDataset,
-    TokenCache,
     TokenStream,
     batch_indices,
     bucketed_batches,
-    build_or_load,
     count_batches,
+    count_chunks,
     epoch_order,
-    read_labelled,
     split_documents,
+    whole_stream,
 )
 
-STORY = "the cat sat on the mat .\nit ran home with two dogs .\n"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("vocabulary")
-    (folder / "a.txt").write_text(STORY * 5, encoding="utf-8")
-    train_vocabulary([folder / "a.txt"], folder / "a.model", vocab_size=300)
-    return Tokenizer(tokenizer_model=folder / "a.model")
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> list[Path]:
-    """Three files, one of them blank; old enough for their hashes to be remembered."""
-    texts = {"a.txt": STORY * 3, "b.txt": "\n", "c.txt": "two dogs\n\nsat ﬁ\n"}
-    for name, text in texts.items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
-        os.utime(tmp_path / name, (1e9, 1e9))
-    return [tmp_path / name for name in texts]
-
-
-def build(files: list[Path], tokenizer: Tokenizer, folder: Path, **options: object) -> TokenCache:
-    reading = options.pop("reading", Reading(document_per_line=True))
-    return build_or_load(files, tokenizer, reading, folder, progress=False, **options)
-
-
-# ------------------------------------------------------------------------------- the token cache
-
-
-def test_cache_holds_every_document(
-    corpus: list[Path], tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    """BOS ids EOS a document, in order, with the counts by file that are printed."""
-    cache = build(corpus, tokenizer, tmp_path / "cache")
-    lines = [line for path in corpus for line in path.read_text("utf-8").split("\n") if line]
-    expected = [tokenizer.encode(line, True, True) for line in lines]
-    assert cache.tokens.tolist() == sum(expected, [])
-    assert cache.tokens.dtype == np.uint16 and len(cache) == sum(map(len, expected))
-    assert cache.document_bytes.tolist() == [len(line.encode()) for line in lines]
-    assert cache.document_starts.tolist() == np.cumsum([0, *map(len, expected)])[:-1].tolist()
-    assert cache.file_documents.tolist() == [6, 0, 2]
-    by_file = [sum(map(len, expected[:6])), 0, sum(map(len, expected[6:]))]
-    assert cache.file_tokens.tolist() == by_file
-    assert cache.chunks_per_file(10) == [-(-(n - 1) // 10) if n else 0 for n in by_file]
-    assert not list((tmp_path / "cache").glob("*.tmp"))
-
-
-def test_cache_is_used_again_and_remade_when_stale(
-    corpus: list[Path], tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    """Content decides, not names and dates; what changed is said."""
-    folder = tmp_path / "cache"
-    first = build(corpus, tokenizer, folder)
-    assert first.rebuilt_because == "there was none"
-    assert build(corpus, tokenizer, folder).rebuilt_because is None
-    os.utime(corpus[0])  # touched, same content
-    assert build(corpus, tokenizer, folder).rebuilt_because is None
-    corpus[0].write_text("two dogs .\n", encoding="utf-8")
-    again = build(corpus, tokenizer, folder)
-    assert "changed" in (again.rebuilt_because or "") and again.file_documents[0] == 1
-    assert len(list(folder.glob("*.tokens"))) == 1  # the stale one made way
-    other = build(corpus, tokenizer, folder, reading=Reading())
-    assert other.rebuilt_because == "there was none" and len(other.document_starts) == 2
-    assert build(corpus, tokenizer, folder).rebuilt_because is None
-
-
-def test_the_memo_is_not_believed_too_soon(
-    corpus: list[Path], tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    """A second write within the clock's grain leaves size and time alike: git's racy index."""
-    path, folder = corpus[0], tmp_path / "cache"
-    now = time.time_ns()
-    path.write_text("two dogs\n", encoding="utf-8")
-    os.utime(path, ns=(now, now))
-    build([path], tokenizer, folder)
-    path.write_text("two cats\n", encoding="utf-8")
-    os.utime(path, ns=(now, now))
-    assert tokenizer.decode(build([path], tokenizer, folder).tokens) == "two cats"
-
-
-def test_an_old_file_is_not_hashed_again(
-    corpus: list[Path], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A 10 GB corpus must not be read at each start."""
-    build(corpus, tokenizer, tmp_path / "cache")
-    monkeypatch.setattr(data, "_hash_file", None)
-    assert build(corpus, tokenizer, tmp_path / "cache").rebuilt_because is None
-
-
-def test_every_flipped_byte_and_every_truncation_is_found(
-    tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    """Damaged tokens would train a damaged model in silence."""
-    (tmp_path / "a.txt").write_text("two dogs\nsat\n", encoding="utf-8")
-    cache = build([tmp_path / "a.txt"], tokenizer, tmp_path / "cache")
-    whole = cache.path.read_bytes()
-    copy = tmp_path / "copy.tokens"
-    copy.write_bytes(whole)
-    assert TokenCache(copy).tokens.tolist() == cache.tokens.tolist()
-    for at in range(len(whole)):
-        for bits in (0x01, 0x80, 0xFF):
-            copy.write_bytes(whole[:at] + bytes([whole[at] ^ bits]) + whole[at + 1 :])
-            with pytest.raises(BadCache):
-                TokenCache(copy)
-    for damaged in [whole[:size] for size in range(len(whole))] + [whole + b"\0"]:
-        copy.write_bytes(damaged)
-        with pytest.raises(BadCache):
-            TokenCache(copy)
-    cache.path.write_bytes(whole[:-1])
-    assert "damaged" in build([tmp_path / "a.txt"], tokenizer, tmp_path / "cache").rebuilt_because
-
-
-def test_a_large_cache_is_verified_when_touched(
-    corpus: list[Path], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Above VERIFY_ALWAYS_BYTES a sound cache is summed once, not at each start."""
-    monkeypatch.setattr(data, "VERIFY_ALWAYS_BYTES", 0)
-    cache = build(corpus, tokenizer, tmp_path / "cache")
-    os.utime(cache.path, (1e9, 1e9))
-    sums = []
-    real = data._payload_crc
-    monkeypatch.setattr(data, "_payload_crc", lambda path: sums.append(1) or real(path))
-    for expected in (1, 1):
-        assert build(corpus, tokenizer, tmp_path / "cache").rebuilt_because is None
-        assert len(sums) == expected
-    raw = bytearray(cache.path.read_bytes())
-    raw[100] ^= 1
-    del cache
-    path = next((tmp_path / "cache").glob("*.tokens"))
-    path.write_bytes(raw)
-    assert "checksum" in build(corpus, tokenizer, tmp_path / "cache").rebuilt_because
-
-
-def test_interrupted_building_leaves_nothing(
-    corpus: list[Path], tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    """Ctrl-C while tokenizing: no half cache under the real name, no temporary file."""
-    calls = iter([False, False, False, True, True])  # three hashes, then the first batch
-    with pytest.raises(Interrupted):
-        build(corpus, tokenizer, tmp_path / "cache", should_stop=lambda: next(calls))
-    assert list((tmp_path / "cache").glob("*tokens*")) == []
-    assert build(corpus, tokenizer, tmp_path / "cache").rebuilt_because == "there was none"
-
-
-def test_bad_inputs(corpus: list[Path], tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Nothing but blank files, no such file, and a cache folder that is a file."""
-    with pytest.raises(UsageError, match="b.txt: empty"):
-        build(corpus[1:2], tokenizer, tmp_path / "cache")
-    with pytest.raises(UsageError, match="absent.txt: cannot be read"):
-        build([tmp_path / "absent.txt"], tokenizer, tmp_path / "cache")
-    with pytest.raises(UsageError, match="--cache_dir .*a.txt"):
-        build(corpus, tokenizer, corpus[0] / "cache")
-
-
-def test_a_file_that_changes_between_hashing_and_reading(
-    corpus: list[Path], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its tokens would stand under another content's key."""
-    real = data._hash_file
-
-    def hash_then_change(path: Path, *rest: object) -> str:
-        digest = real(path, *rest)
-        path.write_text("other\n", encoding="utf-8")
-        return digest
-
-    monkeypatch.setattr(data, "_hash_file", hash_then_change)
-    with pytest.raises(UsageError, match="a.txt: changed while it was read"):
-        build(corpus[:1], tokenizer, tmp_path / "cache")
-    assert list((tmp_path / "cache").glob("*tokens*")) == []
-
-
-def test_two_processes_build_the_same_cache(
-    corpus: list[Path], tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    """Each writes its own temporary file; whoever is last replaces a cache by its equal."""
-    (tmp_path / "a.model").write_bytes(tokenizer.model_bytes)
-    code = (
-        "import sys; from pathlib import Path; from utils import *\n"
-        "cache = build_or_load([Path(sys.argv[2])], Tokenizer(tokenizer_model=sys.argv[1]),"
-        " Reading(), Path(sys.argv[3]), progress=False)\nprint(len(cache))"
-    )
-    arguments = [str(tmp_path / "a.model"), str(corpus[0]), str(tmp_path / "cache")]
-    root = Path(data.__file__).parent
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=root, stdout=subprocess.PIPE)
-        for _ in range(2)
-    ]
-    sizes = {process.communicate()[0] for process in processes}
-    assert [process.returncode for process in processes] == [0, 0] and len(sizes) == 1
-    cache = build(corpus[:1], tokenizer, tmp_path / "cache", reading=Reading())
-    assert cache.rebuilt_because is None
-
-
-# ------------------------------------------------------------------------------- holding out
+# ---------------------------------------------------------------------------- holding out
 
 
 def fake_cache(sizes: list[int]) -> TokenCache:
@@ -249,6 +49,7 @@ def fake_cache(sizes: list[int]) -> TokenCache:
 )
 def test_split_parts_whole_documents(sizes: list[int], fraction: float, seed: int) -> None:
     """Every token is in one of the two, whole documents only, none of them empty."""
+    assume(min(sizes) <= min(fraction, 0.5) * sum(sizes))
     cache = fake_cache(sizes)
     train, val = split_documents(cache, fraction, seed, chunk_length=8)
     assert val is not None and len(train) > 0 and len(val) > 0
@@ -256,20 +57,39 @@ def test_split_parts_whole_documents(sizes: list[int], fraction: float, seed: in
     assert sorted([*trained, *held_out]) == list(range(sum(sizes)))
     document = np.repeat(np.arange(len(sizes)), sizes)
     assert not set(document[trained]) & set(document[held_out])
-    assert len(val) <= max(min(sizes), fraction * sum(sizes))
+    assert len(val) <= fraction * sum(sizes)
     assert train.utf8_bytes == 3 * len(train) and val.utf8_bytes == 3 * len(val)
     again = split_documents(cache, fraction, seed, chunk_length=8)[1]
     assert np.array_equal(again.read(0, len(val)), held_out)
 
 
+@pytest.mark.parametrize("files", [2, 3])
+def test_split_of_a_few_large_documents(files: int) -> None:
+    """The end of the last one: a whole one of two was 50 % of the text, held out for 5 %."""
+    train, val = split_documents(fake_cache([1000] * files), 0.05, chunk_length=8)
+    assert len(train) + len(val) == 1000 * files
+    assert len(val) == pytest.approx(0.05 * 1000 * files, abs=8)
+    assert val.read(0, len(val))[-1] == 1000 * files - 1
+
+
 def test_split_of_many_documents_is_near_the_fraction() -> None:
     """5 % of ten thousand documents are 5 % of the tokens, spread over the corpus."""
     cache = fake_cache([20] * 10_000)
-    train, val = split_documents(cache, 0.05, chunk_length=8)
+    _, val = split_documents(cache, 0.05, chunk_length=8)
     assert len(val) == 10_000
     assert 80_000 < val.read(0, len(val)).mean() < 120_000
     other = split_documents(cache, 0.05, 1, chunk_length=8)[1]
     assert not np.array_equal(val.read(0, 100), other.read(0, 100))
+
+
+@pytest.mark.parametrize(
+    ("seed", "documents"),
+    [(0, [0, 1, 14, 22, 25, 31, 36, 39]), (1337, [0, 2, 4, 5, 7, 12, 20, 27])],
+)
+def test_the_documents_held_out_are_for_ever(seed: int, documents: list[int]) -> None:
+    """A resumed run must not train on what it was measured on: literal numbers, any version."""
+    _, val = split_documents(fake_cache([2] * 40), 0.2, seed, chunk_length=8)
+    assert (val.read(0, len(val))[::2] // 2).tolist() == documents
 
 
 def test_split_of_one_document() -> None:
@@ -281,6 +101,12 @@ def test_split_of_one_document() -> None:
         train, val = split_documents(fake_cache([size]), 0.1, chunk_length=64)
         assert len(train) == size and val is None
     assert split_documents(fake_cache([1000, 2]), 0.0, chunk_length=64)[1] is None
+
+
+def test_a_whole_cache_as_a_stream() -> None:
+    """Validation files are read whole, with the bytes that bits per byte divide by."""
+    stream = whole_stream(fake_cache([3, 2, 7]))
+    assert stream.read(0, len(stream)).tolist() == list(range(12)) and stream.utf8_bytes == 36
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -301,7 +127,7 @@ def test_stream_reads_across_stretches(
     assert [stream.locate(i) for i in range(len(flat))] == flat.tolist()
 
 
-# ------------------------------------------------------------------------------- chunks
+# ---------------------------------------------------------------------------- chunks
 
 
 def stream_of(size: int) -> TokenStream:
@@ -312,14 +138,14 @@ def stream_of(size: int) -> TokenStream:
 def test_chunks_cover_every_token_once(size: int) -> None:
     """chunk-1, chunk and chunk+1 tokens: the last chunk is short, never dropped, never empty."""
     dataset = PretrainDataset(stream_of(size), 10)
-    assert len(dataset) == -(-(size - 1) // 10) >= 1
+    assert len(dataset) == count_chunks(size, 10) == -(-(size - 1) // 10) >= 1
     tokens, targets = dataset.batch(range(len(dataset)))
     assert tokens.shape == targets.shape == (len(dataset), min(10, size - 1))
     assert tokens.dtype == targets.dtype == torch.int64
     real = targets != IGNORE_INDEX
     assert tokens[real].tolist() == list(range(size - 1))
     assert targets[real].tolist() == list(range(1, size))
-    assert real.sum() == dataset.n_targets
+    assert real.sum() == size - 1
 
 
 def test_a_batch_is_padded_to_its_longest_only() -> None:
@@ -332,38 +158,40 @@ def test_a_batch_is_padded_to_its_longest_only() -> None:
 
 def test_too_little_text() -> None:
     """One token has nothing to predict."""
+    assert count_chunks(0, 10) == count_chunks(1, 10) == 0
     for size in (0, 1):
         with pytest.raises(UsageError, match="at least two"):
             PretrainDataset(stream_of(size), 10)
+    with pytest.raises(UsageError, match="--max_seq_len 0"):
+        PretrainDataset(stream_of(5), 0)
 
 
-def test_sst_as_plain_text(real_data: Path, tmp_path: Path) -> None:
-    """The old bug: the file was tokenized with max_len=1024, so any file gave "1 chunk"."""
-    tokenizer = Tokenizer(tokenizer_model=real_data / "tokenizer.model")
-    path = real_data / "sst-train.txt"
-    cache = build([path], tokenizer, tmp_path, reading=Reading())
-    assert len(cache) == 254_453 + 2  # BOS and EOS
-    assert cache.chunks_per_file(1024) == [249]
-    assert cache.tokens[1:-1].tolist() == tokenizer.sp_model.encode(path.read_text("utf-8"))
-    dataset = PretrainDataset.from_files([path], tokenizer, 1024, cache_dir=tmp_path)
-    assert len(dataset) == 249 and len(dataset.chunk(248)) == (254_455 - 248 * 1024)
+def test_chunks_of_files(tmp_path: Path) -> None:
+    """The length cuts the stream and never the text: any file once gave "1 chunk"."""
+    lines = "".join(f"the cat sat on mat {number}\n" for number in range(100))
+    (tmp_path / "a.txt").write_text(lines, encoding="utf-8")
+    tokenizer = vocabulary("ours")
+    dataset = PretrainDataset.from_files([tmp_path], tokenizer, 16, cache_dir=tmp_path / "cache")
+    ids = tokenizer.encode(lines, True, True)
+    assert len(dataset) == -(-(len(ids) - 1) // 16) > 50
+    chunks = [dataset.chunk(index).tolist() for index in range(len(dataset))]
+    assert sum((chunk[:-1] for chunk in chunks), []) == ids[:-1]
+    assert sum((chunk[1:] for chunk in chunks), []) == ids[1:]
+    with pytest.raises(UsageError, match="--pretrain_data .*absent.txt: no such file"):
+        PretrainDataset.from_files([tmp_path / "absent.txt"], tokenizer, 16, cache_dir=tmp_path)
 
 
-# ------------------------------------------------------------------------------- orders
+# ---------------------------------------------------------------------------- orders
 
 
 def test_epoch_order_is_for_ever() -> None:
     """A resumed run reads what the uninterrupted one would have: literal numbers, any version."""
-    assert epoch_order(8, 1337, 0).tolist() == ORDER_1337_0
-    assert epoch_order(8, 1337, 1).tolist() == ORDER_1337_1
+    assert epoch_order(8, 1337, 0).tolist() == [5, 1, 6, 7, 4, 0, 2, 3]
+    assert epoch_order(8, 1337, 1).tolist() == [2, 6, 3, 7, 5, 4, 0, 1]
     order = epoch_order(1000, 1, 2)
     assert sorted(order) == list(range(1000))
     with pytest.raises(ValueError):
         order[0] = 3  # shared by all callers
-
-
-ORDER_1337_0 = [5, 1, 6, 7, 4, 0, 2, 3]
-ORDER_1337_1 = [2, 6, 3, 7, 5, 4, 0, 1]
 
 
 def test_batches_of_an_epoch() -> None:
@@ -382,7 +210,7 @@ def test_batches_of_an_epoch() -> None:
     epoch=st.integers(0, 5),
 )
 def test_bucketed_batches(lengths: list[int], batch_size: int, epoch: int) -> None:
-    """Each sentence once an epoch, one short batch at most a window, the same each time."""
+    """Each sentence once an epoch, in as many batches as there must be, the same each time."""
     sizes = np.array(lengths)
     batches = bucketed_batches(sizes, batch_size, 5, epoch)
     assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
@@ -400,19 +228,15 @@ def test_bucketing_saves_padding() -> None:
     assert not np.array_equal(batches[0], bucketed_batches(lengths, 16, 0, 1)[0])
 
 
-# ------------------------------------------------------------------------------- labelled files
+# ---------------------------------------------------------------------------- labelled sentences
 
 
-def labelled(path: Path, text: str) -> Path:
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def test_labelled_dataset(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_labelled_batches(tmp_path: Path) -> None:
     """Order kept, lengths told, padded with 0, cut where asked."""
-    path = labelled(tmp_path / "a.txt", "1 ||| two dogs\n\n0 ||| sat ||| the mat .\n-1 ||| it\n")
+    path, tokenizer = tmp_path / "a.txt", vocabulary("ours")
+    path.write_text("1 ||| two dogs\n\n0 ||| sat ||| the mat .\n-1 ||| it\n", encoding="utf-8")
     dataset = LlamaDataset(path, tokenizer, n_labels=2)
-    assert dataset.labels == [1, 0, None]
+    assert len(dataset) == 3 and dataset.cut == 0
     assert dataset.examples[1].sentence == "sat ||| the mat ."
     batch = dataset.collate([2, 0])
     assert batch.indices.tolist() == [2, 0] and batch.labels.tolist() == [UNLABELLED, 1]
@@ -421,55 +245,21 @@ def test_labelled_dataset(tokenizer: Tokenizer, tmp_path: Path) -> None:
         length = int(batch.lengths[row])
         assert batch.tokens[row, :length].tolist() == tokenizer.encode(sentence, True, False)
         assert not batch.tokens[row, length:].any()
-    cut = LlamaDataset(path, tokenizer, max_sentence_len=2)
-    assert cut.ids[1] == tokenizer.encode("sat ||| the mat .", True, False)[:3]
+    assert batch.tokens.shape[1] == batch.lengths.max()
+    short = LlamaDataset(path, tokenizer, max_sentence_len=2)
+    assert short.ids[1] == tokenizer.encode("sat ||| the mat .", True, False)[:3]
+    lengths = [len(tokenizer.encode(e.sentence, False, False)) for e in dataset.examples]
+    assert short.cut == sum(length > 2 for length in lengths) > 0
+    assert LlamaDataset(path, tokenizer, max_sentence_len=max(lengths)).cut == 0
 
 
-def test_length_sorted_batches(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_length_sorted_batches(tmp_path: Path) -> None:
     """Every sentence once, longest first, by its place in the file."""
     lines = "".join(f"0 ||| {'two dogs ' * (1 + 7 * i % 5)}\n" for i in range(11))
-    dataset = LlamaDataset(labelled(tmp_path / "a.txt", lines), tokenizer)
+    (tmp_path / "a.txt").write_text(lines, encoding="utf-8")
+    dataset = LlamaDataset(tmp_path / "a.txt", vocabulary("ours"))
     batches = dataset.length_sorted_batches(4)
     assert [len(batch) for batch in batches] == [4, 4, 3]
     order = np.concatenate(batches)
     assert sorted(order) == list(range(11))
     assert (np.diff(dataset.lengths[order]) <= 0).all()
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", "empty"),
-        ("1 ||| a\n1 a\n", "a.txt:2: no ` ||| `"),
-        ("1 ||| a\n1 ||| \n", "a.txt:2: no sentence"),
-        ("good ||| a\n", "a.txt:1: label 'good' is not a whole number"),
-        ("1.5 ||| a\n", "a.txt:1: label '1.5'"),
-        ("1 ||| a\n\n2 ||| b\n", "a.txt:3: label 2 is not one of 0 to 1"),
-        ("-2 ||| a\n", "a.txt:1: label -2"),
-        ("9" * 5000 + " ||| a\n", "a.txt:1: label"),
-    ],
-)
-def test_bad_labelled_files(tmp_path: Path, text: str, words: str) -> None:
-    """Each is one line with the place."""
-    with pytest.raises(UsageError, match=words):
-        read_labelled(labelled(tmp_path / "a.txt", text), n_labels=2)
-
-
-def test_unlabelled_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """-1, no label, and labels that are all alike tell no accuracy."""
-    none = LlamaDataset(labelled(tmp_path / "a.txt", "-1 ||| a\n ||| b\n||| c\n"), tokenizer)
-    assert none.is_unlabelled() and none.has_placeholder_labels() and len(none) == 3
-    alike = LlamaDataset(labelled(tmp_path / "b.txt", "0 ||| a\n0 ||| b\n"), tokenizer)
-    assert not alike.is_unlabelled() and alike.has_placeholder_labels()
-    told = LlamaDataset(labelled(tmp_path / "c.txt", "0 ||| a\n1 ||| b\n"), tokenizer)
-    assert not told.has_placeholder_labels()
-
-
-def test_the_public_sets(real_data: Path) -> None:
-    """Sizes of SST-5 and CFIMDB; CFIMDB's test labels are placeholders."""
-    tokenizer = Tokenizer(tokenizer_model=real_data / "tokenizer.model")
-    sst = LlamaDataset(real_data / "sst-dev.txt", tokenizer, n_labels=5)
-    assert len(sst) == 1101 and not sst.has_placeholder_labels()
-    cfimdb = LlamaDataset(real_data / "cfimdb-test.txt", tokenizer, n_labels=2)
-    assert len(cfimdb) == 488 and cfimdb.has_placeholder_labels()
-    assert not cfimdb.is_unlabelled()

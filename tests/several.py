@@ -1,0 +1,285 @@
+"""Several ranks: as processes, as torchrun starts them but ten times sooner, or as threads.
+
+The processes are forked from a server that has imported torch. As under torchrun the store is not
+theirs: it outlives them. As a script, for torchrun: FAULT, then the words of a command line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+os.environ["TQDM_DISABLE"] = "1"
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch
+import torch.distributed as dist
+
+import run_llama
+from config import parse_options
+from llama import Llama
+from minllama import training
+from minllama.ranks import Ranks, exit_at_once
+
+# What ranks import that are started by fork: what a rank needs, with shards seconds of importing.
+PRELOADED = ["several", "torch._dynamo", "torch.distributed.fsdp"]
+CONTEXT = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
+SECONDS = 100  # after which ranks count as hanging
+
+# ---------------------------------------------------------------------------- processes
+
+
+class Launch:
+    """Processes that run `work(rank)` side by side; none is left running after the block.
+
+    With `nodes` they are on as many machines, one on each. What they print goes to one file.
+    """
+
+    def __init__(self, count: int, work: Callable[[int], int | None], *, nodes: int = 1) -> None:
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.log = Path(f"output-{self.store.port}.txt").absolute()
+        self.log.touch()
+        shared = {
+            "WORLD_SIZE": count,
+            "GROUP_WORLD_SIZE": nodes,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": self.store.port,
+            "TORCHELASTIC_USE_AGENT_STORE": True,
+        }
+        self.processes = []
+        for rank in range(count):
+            own = {"RANK": rank, "LOCAL_RANK": rank // nodes, "GROUP_RANK": rank % nodes}
+            setting = {name: str(value) for name, value in (shared | own).items()}
+            self.processes.append(start_process(live, setting, str(self.log), work))
+
+    def __enter__(self) -> Launch:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+    def output(self) -> str:
+        """All that was printed so far."""
+        return self.log.read_text(encoding="utf-8")
+
+    def wait(self) -> list[int]:
+        """The exit statuses, by rank, when all have ended."""
+        deadline = time.monotonic() + SECONDS
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            assert not process.is_alive(), f"hangs: {self.output()}"
+        return [process.exitcode for process in self.processes]
+
+
+def start_process(target: Callable, *args: Any) -> Any:
+    """A process of its own, which has imported this module already where there is fork."""
+    if os.name != "nt":
+        CONTEXT.set_forkserver_preload(PRELOADED)
+        # The server starts with the first process, and finds what to import by this alone.
+        from multiprocessing import forkserver
+
+        with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT / "tests")):
+            forkserver.ensure_running()
+    process = CONTEXT.Process(target=target, args=args, daemon=True)
+    process.start()
+    return process
+
+
+def live(setting: dict[str, str], log: str, work: Callable[[int], int | None]) -> None:
+    """A rank's whole life."""
+    os.environ.update(setting)
+    output = open(log, "a", encoding="utf-8", buffering=1)
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    sys.stdout = sys.stderr = output
+    torch.set_num_threads(1)
+    status = 1
+    try:
+        status = work(int(setting["RANK"])) or 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    exit_at_once(status)
+
+
+def run(
+    count: int, words: list[str], *, fault: str = "none", nodes: int = 1, status: int = 0
+) -> str:
+    """Run a command on several ranks to its end; returns what they printed.
+
+    RANK in the words is each rank's own number; all have to end with the exit status `status`.
+    """
+    with Launch(count, functools.partial(command, words, fault), nodes=nodes) as launch:
+        found = launch.wait()
+    assert found == [status] * count, launch.output()
+    return launch.output()
+
+
+def command(words: list[str], fault: str, rank: int) -> int:
+    """The command as one rank has it."""
+    words = [word.replace("RANK", str(rank)) for word in words]
+    sys.argv = ["run_llama.py", *words]
+    training.peak_flops = lambda *_: 1e9  # a tenth of a second that tells nothing here
+    if fault != "none":
+        FAULTS[fault](rank)
+    return run_llama.main(parse_options(words))
+
+
+def call(count: int, function: Callable[[Ranks], None]) -> str:
+    """Call a function on connected ranks; returns what they printed.
+
+    What it asserts on one of them is asserted here.
+    """
+    with Launch(count, functools.partial(connected, function)) as launch:
+        assert launch.wait() == [0] * count, launch.output()
+    return launch.output()
+
+
+def connected(function: Callable[[Ranks], None], rank: int) -> None:
+    """The function as one rank calls it."""
+    ranks = Ranks.from_environment(timeout=30)
+    with ranks.connected(use_gpu=False):
+        function(ranks)
+
+
+# ---------------------------------------------------------------------------- faults
+
+
+def on_steps(happen: Callable[[int], None]) -> None:
+    """Call `happen(n)` at the beginning of the n-th optimizer step that this process makes.
+
+    Steps made again after a rollback count again.
+    """
+    made, real = 0, training.optimizer_step
+
+    def optimizer_step(run: training.Run) -> dict[str, Any]:
+        nonlocal made
+        made += 1
+        happen(made)
+        return real(run)
+
+    training.optimizer_step = optimizer_step
+
+
+def signalled(step: int, number: int, rank: int) -> None:
+    """Rank 1 gets a signal in a step."""
+    if rank == 1:
+        on_steps(lambda made: os.kill(os.getpid(), number) if made == step else None)
+
+
+def killed_once(rank: int) -> None:
+    """Rank 1 is killed in step 7; in its next life it is not."""
+    if rank == 1 and not Path("was-killed").exists():
+        Path("was-killed").touch()
+        signalled(7, signal.SIGKILL, rank)
+
+
+def lossy(rank: int, change: Callable[[int, torch.Tensor], torch.Tensor]) -> None:
+    """Each loss on rank 1 is `change(step, loss)`."""
+    real, now = Llama.loss, [0]
+    on_steps(lambda made: now.__setitem__(0, made))
+
+    def loss(*words: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        loss_sum, count = real(*words)
+        return change(now[0], loss_sum), count
+
+    if rank == 1:
+        Llama.loss = loss
+
+
+def without_memory(rank: int) -> None:
+    """Memory runs out on rank 1 in step 3."""
+
+    def fail(step: int, loss: torch.Tensor) -> torch.Tensor:
+        if step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss
+
+    lossy(rank, fail)
+
+
+def not_finite(rank: int) -> None:
+    """No loss of rank 1 is finite from step 5 on, until it is too often."""
+    training.MAX_SKIPPED = 3
+    lossy(rank, lambda step, loss: loss * float("nan") if 5 <= step <= 7 else loss)
+
+
+FAULTS: dict[str, Callable[[int], None]] = {
+    "killed-once": killed_once,
+    "without-memory": without_memory,
+    "not-finite": not_finite,
+    "told-to-stop": functools.partial(signalled, 6, signal.SIGTERM),
+    "silent": functools.partial(signalled, 6, getattr(signal, "SIGSTOP", 0)),
+}
+
+# ---------------------------------------------------------------------------- threads
+
+
+class ThreadRanks(Ranks):
+    """A rank that is a thread: what it does goes through the store alone."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks."""
+        store, name = STORES[-1], f"values {next(self.calls)} of"
+        store.set(f"{name} {self.rank}", pickle.dumps(value))
+        names = [f"{name} {rank}" for rank in range(self.world_size)]
+        store.wait(names, timedelta(seconds=self.timeout))
+        return [pickle.loads(store.get(name)) for name in names]
+
+
+STORES: list[dist.Store] = []
+
+
+@contextlib.contextmanager
+def thread_store() -> Iterator[dist.Store]:
+    """A store for ranks that are threads of this process, within the block."""
+    STORES.append(dist.HashStore())
+    try:
+        with mock.patch("minllama.ranks.run_store", lambda: STORES[-1]):
+            yield STORES[-1]
+    finally:
+        STORES.pop()
+
+
+def on_threads(
+    count: int, work: Callable[[Ranks], Any], *, nodes: int = 1, timeout: float = 10
+) -> list[Any]:
+    """What `work` returns, or raises, on each of several ranks that are threads."""
+    per_node = count // nodes
+    results: list[Any] = [None] * count
+
+    def work_as(rank: int) -> None:
+        node, local_rank = divmod(rank, per_node)
+        ranks = ThreadRanks(rank, count, local_rank, node, nodes, timeout=timeout)
+        try:
+            results[rank] = work(ranks)
+        except Exception as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=work_as, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SECONDS)
+        assert not thread.is_alive(), "hangs"
+    return results
+
+
+if __name__ == "__main__":
+    FAULT, *WORDS = sys.argv[1:]
+    exit_at_once(command(WORDS, FAULT, int(os.environ["RANK"])))

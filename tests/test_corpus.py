@@ -1,0 +1,165 @@
+"""The text of a pretraining: what is found, held out, described, and said of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from running import pretrain, write_stories
+
+from config import Options, parse_options
+from minllama.corpus import Texts, load_texts
+from minllama.errors import Interrupted, UsageError
+from minllama.ranks import Ranks
+from minllama.signals import StopRequest
+from tokenizer import Tokenizer
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Every test runs in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+def load(line: str = "", *, stop: StopRequest | None = None) -> Texts:
+    """The texts that flags mean, in chunks of 16 tokens unless the flags say otherwise."""
+    words = f"--option pretrain --cache_dir cache --max_seq_len 16 {line}"
+    options: Options = parse_options(words.split())
+    return load_texts(options, Tokenizer(), stop=stop or StopRequest(), ranks=Ranks())
+
+
+def test_every_token_is_trained_on_or_held_out(capsys):
+    """The default holds whole documents out; a share of 0, none."""
+    write_stories(Path.cwd(), 10)
+    texts, everything = load("--pretrain_data text.jsonl --val_fraction 0.3"), None
+    out = capsys.readouterr().out
+    everything = load("--pretrain_data text.jsonl --val_fraction 0")
+    assert everything.val is None
+    held, trained = len(texts.val.stream), len(texts.train.stream)
+    assert held + trained == len(everything.train.stream)
+    assert f"validation   {held:,} tokens held out ({held / (held + trained):.1%} of all)" in out
+    assert texts.key == everything.key  # of the text, not of what is held out
+
+
+def test_a_validation_file_is_read_as_it_is(capsys):
+    """All of both files is used for what it was named for."""
+    write_stories(Path.cwd(), 4)
+    Path("val.txt").write_text("One day a fox met a bear. " * 5, encoding="utf-8")
+    texts = load("--pretrain_data text.jsonl --val_data val.txt")
+    whole = load("--pretrain_data text.jsonl --val_fraction 0")
+    assert len(texts.train.stream) == len(whole.train.stream)
+    assert "met a bear" in Tokenizer().decode(texts.val.stream.read(0, 20).tolist())
+    assert "chunks from val.txt" in capsys.readouterr().out
+
+
+def test_the_stories_bring_their_own_validation():
+    """Named or not: only the unnamed default has a file to measure on."""
+    assert "stories-train.jsonl" in str(load().locate(0))
+    texts = load("--val_fraction 0")
+    assert texts.val is None
+
+
+def test_a_chunk_is_located_in_its_file():
+    """For the message about a step that was skipped."""
+    Path("a.txt").write_text("The cat ran home.", encoding="utf-8")
+    Path("b.txt").write_text("One day a dog met a little bear in the old forest. " * 4, "utf-8")
+    texts = load("--pretrain_data a.txt b.txt --val_fraction 0 --max_seq_len 8")
+    tokens = Tokenizer().encode("The cat ran home.", True, True)
+    chunk = -(-len(tokens) // 8)
+    assert texts.locate(0).startswith("a.txt, token 0 ('The cat ran")
+    place = texts.locate(chunk)
+    assert place.startswith(f"b.txt, token {chunk * 8 - len(tokens):,} (")
+    assert place.split("'")[1] in Path("b.txt").read_text(encoding="utf-8")
+
+
+def test_text_that_is_too_short_is_told(capsys):
+    """For the hold-out, and for a whole chunk."""
+    Path("short.txt").write_text("Once there was a fox.", encoding="utf-8")
+    texts = load("--pretrain_data short.txt")
+    out = capsys.readouterr().out
+    assert texts.val is None and len(texts.train) == 1
+    assert "no validation: the text is too short" in out and "--val_data FILE" in out
+    assert "shorter than --max_seq_len 16: training on one short chunk" in out
+    Path("empty.txt").write_text("", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"empty\.txt"):
+        load("--pretrain_data empty.txt")
+
+
+def test_what_is_read_as_plain_text_is_told(capsys):
+    """A .csv was once read with all its commas, and a .md with its marks, without a word."""
+    for name in ("a.csv", "b.md", "c.txt"):
+        Path(name).write_text("one, two\n" * 50, encoding="utf-8")
+    load("--pretrain_data a.csv b.md c.txt")
+    out = capsys.readouterr().out
+    assert "from a.csv\n  a table, read as plain text" in out and "make a .jsonl" in out
+    assert "from b.md\n  read as plain text" in out
+    assert "from c.txt\n  " not in out
+
+
+def test_labelled_lines_are_told(capsys):
+    """Their labels would be learnt as text; the flag that reads the sentences is named."""
+    lines = [f"{i % 2} ||| The film number {i} is good ." for i in range(30)]
+    Path("reviews.txt").write_text("\n".join(lines), encoding="utf-8")
+    labels = load("--pretrain_data reviews.txt --val_fraction 0")
+    assert "labelled lines in it: --sentences_only" in capsys.readouterr().out
+    sentences = load("--pretrain_data reviews.txt --val_fraction 0 --sentences_only")
+    assert "labelled lines" not in capsys.readouterr().out
+    assert len(sentences.train.stream) < len(labels.train.stream)
+    assert sentences.key != labels.key
+
+
+def test_a_vocabulary_for_another_language_is_told(capsys):
+    """Chinese under the embedded English vocabulary is three byte tokens a character."""
+    Path("zh.txt").write_text("从前有一个小女孩，她住在森林里。" * 40, encoding="utf-8")
+    load("--pretrain_data zh.txt")
+    out = capsys.readouterr().out
+    assert "100% of the text is encoded byte by byte" in out
+    assert "python tokenizer.py train --input zh.txt --vocab_size" in out
+    write_stories(Path.cwd(), 2)
+    load("--pretrain_data text.jsonl")
+    assert "byte by byte" not in capsys.readouterr().out
+
+
+def test_a_text_that_changed_is_tokenized_again_and_said(monkeypatch, capsys):
+    """Found as it was, it is not; the key names the content."""
+    monkeypatch.setattr("minllama.tokens.FINE_NS", -(10**12))  # no file here is suspiciously new
+    monkeypatch.setattr("minllama.tokens.COARSE_NS", -(10**12))
+    path = write_stories(Path.cwd(), 2)
+    first = load("--pretrain_data text.jsonl")
+    assert load("--pretrain_data text.jsonl").key == first.key
+    assert "tokenized again" not in capsys.readouterr().out
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"text": "One more."}) + "\n")
+    changed = load("--pretrain_data text.jsonl")
+    assert "tokenized again: the cache in cache" in capsys.readouterr().out
+    assert changed.key != first.key
+
+
+def test_of_many_files_a_few_are_named(capsys):
+    """A corpus of thousands must not fill the screen before the plan."""
+    Path("texts").mkdir()
+    for number in range(30):
+        Path(f"texts/{number:02}.txt").write_text("One day. " * 10, encoding="utf-8")
+    load("--pretrain_data texts")
+    out = capsys.readouterr().out
+    assert out.count("chunks from") == 10 and "... 30 files in all" in out
+
+
+def test_ctrl_c_while_tokenizing_leaves_no_cache():
+    """And nothing to save."""
+    write_stories(Path.cwd(), 2)
+    with pytest.raises(Interrupted):
+        load("--pretrain_data text.jsonl", stop=StopRequest(signal_number=2))
+    assert not [path for path in Path("cache").glob("*") if path.is_file()]
+
+
+def test_chunks_are_counted_and_never_truncated(real_data):
+    """sst-train.txt with the Llama-2 vocabulary is 249 chunks of 1,024.
+
+    Read as one string and tokenized with max_len=1024 it gave "1 chunk".
+    """
+    path, vocabulary = real_data / "sst-train.txt", real_data / "tokenizer.model"
+    words = f"--max_seq_len 1024 --tokenizer_model {vocabulary} --plan"
+    done = pretrain(f"--pretrain_data {path} {words}")
+    assert done.status == 0 and f"Loaded 249 chunks from {path}" in done.out

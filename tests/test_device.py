@@ -1,0 +1,135 @@
+"""minllama/device.py: which device and dtype, its peak, its memory, its compiler."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from minllama import device as device_module
+from minllama.device import (
+    available_memory,
+    check_compiler,
+    choose_device,
+    choose_dtype,
+    compiler_problem,
+    describe_device,
+    dtype_name,
+    peak_flops,
+    used_memory,
+)
+from minllama.errors import UsageError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, *, gpus: int = 0, name: str = "", mps: bool = False):
+    """A machine with other GPUs than this one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--use_gpu, as the assignment's commands have it, is no error but is answered."""
+    pretend(monkeypatch)
+    device, note = choose_device(False)
+    assert device == CPU and note == f"CPU, {torch.get_num_threads()} threads"
+    device, note = choose_device(True)
+    assert device == CPU and "no GPU that torch can use was found" in note
+
+
+def test_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where asked; of several processes each takes its own, and one too many is refused."""
+    pretend(monkeypatch, gpus=2, name="NVIDIA H100")
+    assert choose_device(True) == (CUDA, "NVIDIA H100")
+    device, note = choose_device(False)
+    assert device == CPU and "this machine has a GPU: --use_gpu uses it" in note
+    assert choose_device(True, local_rank=1)[0] == torch.device("cuda", 1)
+    assert choose_device(False, local_rank=2)[0] == CPU
+    with pytest.raises(UsageError, match="process 3 .*at most --nproc_per_node 2"):
+        choose_device(True, local_rank=2)
+
+
+def test_on_apple_silicon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MPS has no collectives, so that several processes use the CPU."""
+    pretend(monkeypatch, mps=True)
+    assert choose_device(True)[0].type == "mps"
+    assert choose_device(True, local_rank=0)[0] == CPU
+
+
+def test_choose_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is named is taken; auto takes bfloat16 only where the device multiplies it fast."""
+    for name in ("float32", "float16", "bfloat16"):
+        assert dtype_name(choose_dtype(name, CPU)) == name
+    for fast, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
+        assert choose_dtype("auto", CPU) == expected
+    for native, expected in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native
+        )
+        assert choose_dtype("auto", CUDA) == expected
+    assert choose_dtype("auto", torch.device("mps")) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("Tesla T4", 65),
+        ("NVIDIA GeForce RTX 4090", 165),
+    ],
+)
+def test_the_peak_of_a_known_gpu(monkeypatch: pytest.MonkeyPatch, name: str, tflops: int) -> None:
+    """By whole words of its name: an L40S is no L4."""
+    pretend(monkeypatch, gpus=1, name=name)
+    assert peak_flops(CUDA, torch.bfloat16) == tflops * 1e12
+
+
+def test_the_peak_of_this_cpu() -> None:
+    """No data sheet has it: timed, and somewhere where CPUs are."""
+    assert 1e8 < peak_flops(CPU, torch.float32) < 1e15
+
+
+def test_memory_of_this_machine() -> None:
+    """Bytes, not kilobytes or pages: this process alone takes more than 50 MB with torch."""
+    free, used = available_memory(CPU), used_memory(CPU)
+    assert free is None or 10e6 < free < 1e14
+    assert used is None or 50e6 < used < 1e12
+    if sys.platform == "linux":
+        assert free is not None and used is not None
+    assert describe_device(CPU).startswith("cpu, ")
+
+
+def test_memory_that_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container without /proc, or a system that is none of the three."""
+    monkeypatch.setattr(device_module.sys, "platform", "linux")
+    monkeypatch.setattr(device_module.Path, "read_text", lambda *_, **__: "MemTotal: 1 kB")
+    assert available_memory(CPU) is None
+    monkeypatch.setattr(device_module.sys, "platform", "plan9")
+    assert available_memory(CPU) is None and used_memory(CPU) is None
+
+
+def test_a_compiler_that_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flag, the first line of the reason, and the remedy; not twenty lines of a traceback."""
+
+    def broken(*_: object, **__: object):
+        raise RuntimeError("no C++ compiler\nSet TORCHDYNAMO_VERBOSE=1 ...")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert compiler_problem(CPU) == "no C++ compiler"
+    with pytest.raises(UsageError, match=r"--compile: .*\(no C\+\+ compiler\): install") as error:
+        check_compiler(CPU)
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    assert compiler_problem(CPU) is None
+    check_compiler(CPU)

@@ -1,0 +1,148 @@
+"""Which model file is used, and that a model is never used with another vocabulary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from running import command, write_model
+
+from config import SHIPPED_MODEL, parse_options
+from llama import Llama, load_pretrained, model_payload
+from minllama.errors import UsageError
+from minllama.models import find_model, load_model
+from minllama.pt_file import save_pt
+from tokenizer import Tokenizer, train_vocabulary
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Every test runs in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+def load(line: str) -> tuple[Llama, Tokenizer]:
+    return load_model(parse_options(line.split()), torch.device("cpu"))
+
+
+def write_vocabulary(name: str, *, size: int) -> Path:
+    """A vocabulary of its own."""
+    words = [f"word{a}{b} " for a in "abcdefghij" for b in "klmnopqrst"]
+    Path("words.txt").write_text("".join(words) * 3, encoding="utf-8")
+    train_vocabulary([Path("words.txt")], Path(name), vocab_size=size)
+    return Path(name)
+
+
+def write_bare_model(vocab_size: int) -> Path:
+    """A model file without a vocabulary, as other programs write them."""
+    path = write_model(Path.cwd(), dim=16, n_layers=1)
+    model = Llama(load_pretrained(path).config.from_model_args(
+        load_pretrained(path).config.to_model_args() | {"vocab_size": vocab_size}))  # fmt: skip
+    save_pt(Path("bare.pt"), model_payload(model))
+    return Path("bare.pt")
+
+
+# ---------------------------------------------------------------------------- which model
+
+
+def test_the_default_is_the_newest_that_is_likely_meant(capsys):
+    """The user's own run, else the assignment's file, else the shipped model; it is said."""
+    options = parse_options([])
+    assert find_model(options) == SHIPPED_MODEL
+    Path("stories42M.pt").touch()
+    assert find_model(options) == Path("stories42M.pt")
+    Path("checkpoints").mkdir()
+    Path("checkpoints/final-model.pt").touch()
+    assert find_model(options) == Path("checkpoints/final-model.pt")
+    said = f"--pretrained_model_path is not given: using {Path('checkpoints/final-model.pt')}"
+    assert said in capsys.readouterr().out
+    assert find_model(parse_options(["--pretrained_model_path", "x.pt"])) == Path("x.pt")
+
+
+def test_a_runs_folder_means_its_model(capsys):
+    """`--pretrained_model_path checkpoints` once asked for a config.json of Hugging Face."""
+    options = parse_options("--pretrained_model_path run".split())
+    Path("run").mkdir()
+    for name in ("final-model.pt", "best-model.pt", "pretrain-epoch-3.pt"):
+        Path("run", name).touch()
+    final = Path("run/final-model.pt")
+    assert find_model(options) == final
+    assert f"is a folder: using {final}" in capsys.readouterr().out
+    final.rename("run/finetune-a-best-model.pt")
+    with pytest.raises(UsageError, match="name one of") as raised:
+        find_model(options)
+    assert str(Path("run/finetune-a-best-model.pt")) in str(raised.value)
+    assert "epoch" not in str(raised.value)
+    Path("run/best-model.pt").unlink()
+    assert find_model(options) == Path("run/finetune-a-best-model.pt")
+    Path("run/finetune-a-best-model.pt").unlink()
+    with pytest.raises(UsageError, match="pretrain-epoch-3.pt"):
+        find_model(options)
+
+
+def test_a_folder_of_hugging_face_is_left_to_its_reader():
+    """It has a config.json, whatever else lies in it."""
+    Path("hf").mkdir()
+    for name in ("config.json", "pytorch_model.pt"):
+        Path("hf", name).touch()
+    assert find_model(parse_options("--pretrained_model_path hf".split())) == Path("hf")
+
+
+@pytest.mark.parametrize("name", ["missing.pt", "empty"])
+def test_a_model_that_is_not_there_is_one_line(name):
+    """Named as it was typed."""
+    Path("empty").mkdir()
+    done = command(f"--option generate --prompt a --pretrained_model_path {name}")
+    assert done.status == 2 and name in done.error and done.error.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------- its vocabulary
+
+
+def test_a_model_comes_with_its_own_vocabulary():
+    """In float32 and eval mode; naming the same vocabulary changes nothing."""
+    path = write_model(Path.cwd(), dim=16, n_layers=1)
+    llama, tokenizer = load(f"--pretrained_model_path {path}")
+    assert not llama.training and llama.norm.weight.dtype == torch.float32
+    assert llama.vocabulary == tokenizer.model_bytes
+    assert tokenizer.fingerprint == Tokenizer().fingerprint
+    Path("same.model").write_bytes(tokenizer.model_bytes)
+    again = load(f"--pretrained_model_path {path} --tokenizer_model same.model")[1]
+    assert again.fingerprint == tokenizer.fingerprint
+
+
+def test_vocabularies_are_never_mixed_up():
+    """A model file carries its vocabulary; another is refused with both fingerprints named."""
+    path, other = write_model(Path.cwd()), write_vocabulary("other.model", size=300)
+    done = command(
+        f"--option generate --prompt a --pretrained_model_path {path} --tokenizer_model {other}"
+    )
+    assert done.status == 2 and "leave the flag out" in done.error
+    for tokenizer in (Tokenizer(), Tokenizer(tokenizer_model=other)):
+        assert tokenizer.fingerprint in done.error
+
+
+def test_a_model_without_a_vocabulary_needs_one_of_its_size():
+    """Named, or tokenizer.model beside; of another size it is refused with both sizes."""
+    path = write_bare_model(300)
+    with pytest.raises(UsageError, match=r"bare\.pt carries no vocabulary"):
+        load(f"--pretrained_model_path {path}")
+    with pytest.raises(UsageError, match="2,048 pieces .* 300"):
+        Path("tokenizer.model").write_bytes(Tokenizer().model_bytes)
+        load(f"--pretrained_model_path {path}")
+    own = write_vocabulary("own.model", size=300)
+    llama, tokenizer = load(f"--pretrained_model_path {path} --tokenizer_model {own}")
+    assert tokenizer.n_words == 300 and llama.vocabulary == own.read_bytes()
+    own.replace("tokenizer.model")
+    assert load(f"--pretrained_model_path {path}")[1].n_words == 300
+
+
+def test_a_vocabulary_in_the_file_that_is_not_the_models():
+    """Ids beyond the embedding would be an index error in the middle of a text."""
+    path = write_bare_model(300)
+    model = load_pretrained(path)
+    model.vocabulary = Tokenizer().model_bytes
+    save_pt(path, model_payload(model))
+    with pytest.raises(UsageError, match="do not belong together: the file is damaged"):
+        load(f"--pretrained_model_path {path}")

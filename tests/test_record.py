@@ -1,0 +1,172 @@
+"""minllama/record.py: metrics.jsonl, the loss curve, spikes, the environment, a profile."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import random
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from minllama.record import (
+    SPIKE_LEAST,
+    GpuTelemetry,
+    MetricsLog,
+    environment,
+    loss_curve_svg,
+    note_spike,
+    profiled,
+    read_records,
+)
+
+CPU = torch.device("cpu")
+
+
+def steps(path: Path) -> list[int]:
+    return [record["step"] for record in read_records(path)]
+
+
+# ---------------------------------------------------------------------------- metrics
+
+
+class TornFile(io.BytesIO):
+    """A disk that fills up in the middle of a line."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def write(self, data: bytes) -> int:
+        with self.path.open("ab") as file:
+            file.write(data[:5])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_records_that_the_disk_does_not_take_come_later(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A full disk ended the run in the middle of a line of metrics.jsonl."""
+    log = MetricsLog(tmp_path / "metrics.jsonl", last_step=0)
+    log.append({"step": 1})
+    log.close()
+    log.file = TornFile(log.path)
+    log.append({"step": 2})
+    assert log.path.read_text(encoding="utf-8") == '{"step": 1}\n{"ste'
+    log.file = TornFile(log.path)
+    log.append({"step": 3})
+    log.rewind(2)
+    log.append({"step": 3})
+    log.sync()
+    log.close()
+    assert steps(log.path) == [1, 2, 3]
+    assert "metrics.jsonl was not written" in capsys.readouterr().out
+
+
+def test_a_line_that_a_crash_cut_is_written_again(tmp_path: Path) -> None:
+    """Each step is in the file once, whatever was in it after the last checkpoint."""
+    path = tmp_path / "metrics.jsonl"
+    assert steps(path) == []
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st', encoding="utf-8")
+    assert steps(path) == [1, 2, 3]
+    log = MetricsLog(path, last_step=2, window=2)
+    assert path.read_text(encoding="utf-8") == '{"step": 1}\n{"step": 2}\n'
+    assert [record["step"] for record in log.records] == [1, 2]
+    log.append({"step": 3})
+    log.close()
+    assert steps(path) == [1, 2, 3]
+
+
+def test_a_long_run_does_not_grow_by_its_records(tmp_path: Path) -> None:
+    """All records once stayed in memory: a gigabyte in a run of a million steps."""
+    log = MetricsLog(tmp_path / "metrics.jsonl", last_step=0, window=3)
+    for step in range(1, 11):
+        log.append({"step": step})
+    assert [record["step"] for record in log.records] == [8, 9, 10] and not log.unwritten
+    log.rewind(5)
+    assert [record["step"] for record in log.records] == [3, 4, 5]
+    log.append({"step": 6})
+    log.close()
+    assert steps(log.path) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_record_outlives_the_process_at_once(tmp_path: Path) -> None:
+    """It is handed to the system line by line: a run can be watched, and killed."""
+    log = MetricsLog(tmp_path / "metrics.jsonl", last_step=0)
+    for step in (1, 2):
+        log.append({"step": step})
+        assert steps(log.path)[-1] == step
+    log.close()
+
+
+# ---------------------------------------------------------------------------- the loss curve
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.mark.parametrize("losses", [[4.0, 3.5, 3.0, 2.0], [2.5] * 4, [1e9, 0.0, 1.0, 2.0], [3.0]])
+def test_the_loss_curve_is_a_picture(losses: list[float]) -> None:
+    """Well-formed, whatever the title, with every point inside and the best loss at the bottom."""
+    records = [{"step": i + 1, "loss": loss} for i, loss in enumerate(losses)]
+    records[-1]["val_loss"] = losses[0]
+    records.append({"step": len(losses), "loss": None})
+    picture = ElementTree.fromstring(loss_curve_svg(records, 'a & b <c> "d"'))
+    _, _, width, height = map(float, picture.get("viewBox").split())
+    train, val = (line.get("points").split() for line in picture.iter(f"{SVG}polyline"))
+    assert len(train) == len(losses) and len(val) == 1
+    points = [tuple(map(float, point.split(","))) for point in [*train, *val]]
+    assert all(0 <= x <= width and 0 <= y <= height for x, y in points)
+    heights = [y for _, y in points[: len(losses)]]
+    assert heights.index(max(heights)) == losses.index(min(losses))
+    assert 'a & b <c> "d"' in [text.text for text in picture.iter(f"{SVG}text")]
+
+
+def test_no_losses_no_curve() -> None:
+    """A run that was stopped before its first step."""
+    assert loss_curve_svg([], "a") == loss_curve_svg([{"step": 1, "loss": None}], "a") == ""
+
+
+# ---------------------------------------------------------------------------- spikes
+
+
+def test_a_loss_spike_is_said_and_recorded(capsys: pytest.CaptureFixture) -> None:
+    """Far above the losses before it, in their own spread; a noisy loss is no spike."""
+    pick = random.Random(0)
+    earlier = [{"step": i, "loss": pick.gauss(3, 0.1)} for i in range(100)] + [{"loss": None}]
+    for loss, spike in ((3.3, False), (2.0, False), (None, False), (4.0, True)):
+        record = {"step": 100, "loss": loss}
+        note_spike(record, earlier)
+        assert ("loss_spike" in record) == spike
+        assert ("loss spike at step 100: " in capsys.readouterr().out) == spike
+        if spike:
+            assert record["loss_spike"] == pytest.approx(1.0, abs=0.05)
+    few = {"step": 5, "loss": 9.0}
+    note_spike(few, earlier[: SPIKE_LEAST - 1])
+    assert "loss_spike" not in few
+
+
+# ---------------------------------------------------------------------------- the rest
+
+
+def test_no_telemetry_without_a_gpu() -> None:
+    """Nothing is sampled and nothing is said."""
+    assert GpuTelemetry(CPU).sample() == {}
+
+
+def test_the_environment_can_be_written_as_json() -> None:
+    """Versions and the command, for run.json."""
+    found = json.loads(json.dumps(environment()))
+    assert found["torch"] == torch.__version__ and found["command"]
+
+
+def test_a_profile_that_is_not_asked_for(tmp_path: Path) -> None:
+    """It costs nothing and leaves nothing."""
+    with profiled(
+        tmp_path / "profile.json.gz", enabled=False, device=CPU, save=lambda *_: 1 / 0
+    ) as step_is_done:
+        for _ in range(20):
+            step_is_done()
+    assert not list(tmp_path.iterdir())
