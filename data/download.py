@@ -204,7 +204,7 @@ def download(
 ) -> bool:
     """Bring `file` into `folder`; returns False when it was there already.
 
-    Raises DownloadError. An interrupted download leaves NAME.part, from which the next one continues.
+    Raises DownloadError. An interrupted download leaves NAME.part, which the next one continues.
     """
     url = file.url or f"{COURSE_URL}/{file.path}"
     if base_url is not None:
