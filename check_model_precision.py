@@ -34,7 +34,8 @@ FORMATS = ("pt", *(f"pt-{name}" for name in DTYPE_BYTES), "bin", "bin-int8", "hf
 # ---------------------------------------------------------------------------- command line
 
 
-def build_parser() -> OneLineParser:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read and check the command line. Raises UsageError."""
     parser = OneLineParser(
         prog=PROGRAM,
         description="What is in a model file; verify, compare and convert it.",
@@ -52,16 +53,11 @@ def build_parser() -> OneLineParser:
     add("--save_dtype", choices=DTYPE_BYTES, help="precision of pt and hf (default: float32)")
     add("--tokenizer_model", type=Path, metavar="PATH", help="vocabulary for a file without one")
     add("--overwrite", action="store_true", help="let --convert replace what is there")
-    return parser
-
-
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read and check the command line. Raises UsageError."""
     words = [with_underscores(word) for word in arguments]
     for i, word in enumerate(words):  # the formats, too, in both spellings
         if i and words[i - 1] == "--convert" or word.startswith("--convert="):
             words[i] = word.replace("_", "-")
-    args = build_parser().parse_args(words)
+    args = parser.parse_args(words)
     if len(args.files) > 1 and (args.convert or args.compare):
         raise UsageError("--convert and --compare take one FILE; several were given")
     if bool(args.convert) != bool(args.output):
@@ -88,9 +84,7 @@ if __name__ == "__main__":  # --help and bad flags are answered before torch, wh
 import json
 import re
 import struct
-import zipfile
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -101,13 +95,15 @@ from config import SHIPPED_MODEL
 from llama import Llama, load_pretrained
 from minllama.export import HUGGING_FACE_FILES, TOKENIZER_BIN, export
 from minllama.files import check_regular, remove_temporaries, restore_folder, size_on_disk
-from minllama.formats import LLAMA2C_MAGIC, read_safetensors
+from minllama.formats import LLAMA2C_MAGIC, own_name, read_model, read_safetensors
 from minllama.pt_file import is_pt, load_pt, tensors_in
 from minllama.ranks import check_runs_alone
 from minllama.units import human_size
 from tokenizer import Tokenizer, vocabulary_remedy
 
 # ---------------------------------------------------------------------------- what is in a file
+
+CHECKPOINT_WITH_ADAPTERS = "resumable checkpoint with adapters"
 
 
 @dataclass
@@ -138,44 +134,44 @@ def default_file() -> Path:
     if Path("stories42M.pt").is_file():
         return Path("stories42M.pt")
     saved = [path for path in Path("checkpoints").glob("*.pt") if path.is_file()]
-    return max(saved, key=lambda path: path.stat().st_mtime) if saved else SHIPPED_MODEL
+    return max(saved, key=lambda path: path.stat().st_mtime, default=SHIPPED_MODEL)
 
 
-def stored_bytes(tensors: Iterable[tuple[str, Tensor]]) -> int:
-    """Bytes of the storages under tensors, each counted once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for _, t in tensors}
-    return sum(storages.values())
+def stored_bytes(node: Any) -> int:
+    """Bytes of the storages under the tensors in nested dicts and lists, each counted once."""
+    storages = [tensor.untyped_storage() for _, tensor in tensors_in(node)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def read_stored(path: Path) -> tuple[str, dict[str, Tensor], dict[str, Any], str | None]:
-    """Format, the model's tensors as stored, all that a .pt file holds, a dtype torch has not."""
+def read_stored(path: Path) -> tuple[str, dict[str, Any]]:
+    """Format, and all that a file holds: under 'model' its tensors as they are stored."""
     if path.is_dir():
-        return "Hugging Face folder", read_safetensors(path), {}, None
+        return "Hugging Face folder", {"model": read_safetensors(path)}
     check_regular(path)
     with path.open("rb") as file:
         head = file.read(8).ljust(8, b"\0")
     if is_pt(head):
         payload = load_pt(path, verify=False)
-        kind = "resumable checkpoint" if "optimizer" in payload else "weights file"
-        return kind, payload["model"], payload, None
-    state = load_pretrained(path).state_dict()
+        if "optimizer" not in payload:
+            return "weights file", payload
+        adapters = any(".lora_" in name for name in payload["model"])
+        return CHECKPOINT_WITH_ADAPTERS if adapters else "resumable checkpoint", payload
     magic, version = struct.unpack("<Ii", head)
-    version = version if magic == LLAMA2C_MAGIC else 0
-    return f"llama2.c version {version}", state, {}, "int8" if version == 2 else None
+    kind = f"llama2.c version {version if magic == LLAMA2C_MAGIC else 0}"
+    return kind, {"model": load_pretrained(path).state_dict()}
 
 
 def inspect(path: Path, *, verify: bool = False) -> Report:
     """Read the facts of a model file; with verify every byte of it."""
-    kind, weights, payload, packed = read_stored(path)
-    size = size_on_disk(path)
-    optimizer = stored_bytes(tensors_in({k: payload.get(k) for k in ("optimizer", "scaler")}))
-    held = stored_bytes(weights.items())
-    if packed:  # int8 in groups: read as float32, so what it takes is not in the tensors
-        held = size - 256
+    kind, payload = read_stored(path)
+    weights, size = payload["model"], size_on_disk(path)
+    optimizer = stored_bytes({key: payload.get(key) for key in ("optimizer", "scaler")})
+    packed = kind == "llama2.c version 2"  # int8 in groups, which are read as float32
+    held = size - 256 if packed else stored_bytes(weights)
     tensors = [
         {
             "name": name,
-            "dtype": packed if packed and tensor.dim() == 2 else str(tensor.dtype)[6:],
+            "dtype": "int8" if packed and tensor.dim() == 2 else str(tensor.dtype)[6:],
             "shape": list(tensor.shape),
         }
         for name, tensor in weights.items()
@@ -193,14 +189,13 @@ def inspect(path: Path, *, verify: bool = False) -> Report:
         vocabulary=payload.get("vocabulary_fingerprint"),
     )
     if verify:
-        verify_file(path, report, weights, payload)
+        verify_file(path, report, payload)
     return report
 
 
 def describe_embedding(weights: dict[str, Tensor]) -> str:
     """Whether embedding and head are one table, and whether that is stored once."""
-
-    names = {name.removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}
+    names = {own_name(name): tensor for name, tensor in weights.items()}
     table = names.get("tok_embeddings.weight", names.get("model.embed_tokens.weight"))
     head = names.get("output.weight", names.get("lm_head.weight"))
     if table is None:
@@ -212,21 +207,15 @@ def describe_embedding(weights: dict[str, Tensor]) -> str:
     return "tied, but stored twice" if torch.equal(table, head) else "not tied"
 
 
-def verify_file(path: Path, report: Report, weights: dict[str, Tensor], payload: dict) -> None:
+def verify_file(path: Path, report: Report, payload: dict[str, Any]) -> None:
     """Read every byte: checksums where the format has them, each number, and the model's shape."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        if broken is not None:
-            report.damage.append(f"checksum of {broken} is wrong")
-    rest = {key: value for key, value in payload.items() if key != "model"}
-    for name, tensor in (*weights.items(), *tensors_in(rest)):
+    for name, tensor in tensors_in(payload):
         if tensor.is_floating_point():
-            for kind, count in (("nan", tensor.isnan().sum()), ("inf", tensor.isinf().sum())):
-                if count:
-                    getattr(report, kind)[name] = int(count)
+            for found, bad in ((report.nan, tensor.isnan()), (report.inf, tensor.isinf())):
+                if bad.any():
+                    found[name.removeprefix("model.")] = int(bad.sum())
     try:
-        load_pretrained(path)
+        read_model(path, adapters=report.format == CHECKPOINT_WITH_ADAPTERS)
     except UsageError as error:
         report.damage.append(str(error))
 
@@ -245,11 +234,8 @@ def print_report(report: Report, *, verified: bool) -> None:
     print(f"  embedding and output: {report.embedding}")
     if report.vocabulary:
         print(f"  vocabulary: {report.vocabulary}")
-    if verified:
-        print_findings(report)
-
-
-def print_findings(report: Report) -> None:
+    if not verified:
+        return
     for kind, found in (("NaN", report.nan), ("Inf", report.inf)):
         for name, count in found.items():
             print(f"  BAD {name}: {count:,} {kind}")
@@ -291,9 +277,8 @@ def plain_number(value: Tensor) -> float | str:
 def print_comparison(path: Path, result: dict[str, Any]) -> None:
     print(f"{path} and {result['other']}: largest difference")
     for name, difference in (*result["tensors"].items(), ("logits", result["logits"])):
-        text = "other shape" if difference is None else difference
-        text = f"{text:.3g}" if isinstance(text, float) else text
-        print(f"  {name:<44} {text}")
+        text = f"{difference:.3g}" if isinstance(difference, float) else difference
+        print(f"  {name:<44} {text or 'other shape'}")
 
 
 # ---------------------------------------------------------------------------- converting
@@ -305,14 +290,10 @@ def convert(path: Path, args: argparse.Namespace) -> list[Path]:
     tokenizer = find_tokenizer(model, args.tokenizer_model)
     if args.convert.startswith("bin") and tokenizer is not None:
         check_output(path, args.convert, args.output.with_name(TOKENIZER_BIN), args.overwrite)
-    written = export(
-        model,
-        args.convert,
-        args.output,
-        dtype=args.save_dtype,
-        tokenizer=tokenizer,
-        extra=classifier_parts(path),
-    )
+    stored = read_stored(path)[1]
+    extra = {key: stored[key] for key in ("classifier_head", "label_names") if key in stored}
+    options = {"dtype": args.save_dtype, "tokenizer": tokenizer, "extra": extra}
+    written = export(model, args.convert, args.output, **options)
     if tokenizer is None:
         print(
             f"{PROGRAM}: warning: {path} has no vocabulary, so {args.output} has none either: "
@@ -330,19 +311,12 @@ def check_output(path: Path, target: str, output: Path, overwrite: bool) -> None
         raise UsageError(f"--output {output}: is there already; --overwrite replaces it")
     if output.exists() and output.is_dir() != (target == "hf"):
         raise UsageError(f"--output {output}: a folder and a file cannot replace each other")
-    others = (
-        {path.name for path in output.iterdir()} - HUGGING_FACE_FILES if output.is_dir() else ()
-    )
+    there = output.iterdir() if output.is_dir() else ()
+    others = {path.name for path in there} - HUGGING_FACE_FILES
     if others:
         raise UsageError(
             f"--output {output}: holds {min(others)}, which is no part of a model; name another"
         )
-
-
-def classifier_parts(path: Path) -> dict[str, Any]:
-    """What a fine-tuned .pt file has beside the Llama: its head and its labels' names."""
-    payload = read_stored(path)[2]
-    return {key: payload[key] for key in ("classifier_head", "label_names") if key in payload}
 
 
 def find_tokenizer(model: Llama, given: Path | None) -> Tokenizer | None:
@@ -390,7 +364,7 @@ def run(args: argparse.Namespace) -> int:
             print_comparison(files[0], results[0]["compared"])
     if args.convert and not sound:
         print(f"{PROGRAM}: damaged, so nothing was converted", file=sys.stderr)
-    if args.convert and sound:
+    elif args.convert:
         written = convert(files[0], args)
         results[0]["written"] = [{"path": str(p), "size": size_on_disk(p)} for p in written]
         for path in written if not args.json else ():
@@ -410,8 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        message = f"{error.filename or 'a file'}: {error.strerror or error}"
-        print_error(PROGRAM, message)
+        print_error(PROGRAM, f"{error.filename or 'a file'}: {error.strerror or error}")
     return 2
 
 

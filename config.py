@@ -14,18 +14,12 @@ import hashlib
 import math
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from minllama.command_line import (
-    OneLineParser,
-    add_flag,
-    read_stored,
-    section,
-    with_underscores,
-)
+from minllama.command_line import OneLineParser, add_flag, read_stored, section, with_underscores
 from minllama.errors import UsageError
 
 DATA_DIR = Path(__file__).resolve().parent / "data"
@@ -41,20 +35,20 @@ def fingerprint(model_bytes: bytes) -> str:
 
 # ---------------------------------------------------------------------------- the model's shape
 
-# Least and largest value of each number. Files claim shapes, too: nothing is made of a claim that
-# no model of today's has.
+# Least and largest value of each number, of its type. Files claim shapes, too: nothing is made of a
+# claim that no model of today's has.
 SHAPE_BOUNDS: dict[str, tuple[float, float]] = {
     "vocab_size": (1, 2**24),
     "dim": (1, 2**17),
     "n_layers": (1, 1000),
     "n_heads": (1, 2**12),
     "n_kv_heads": (1, 2**12),
-    "hidden_dim": (1, 2**19),
     "multiple_of": (1, 2**17),
+    "hidden_dim": (1, 2**19),  # after the two that it is derived from
     "max_seq_len": (1, 2**24),
-    "dropout": (0, 0.99),
-    "layer_norm_eps": (0, 1),
-    "rope_theta": (1, 1e12),
+    "dropout": (0.0, 0.99),
+    "layer_norm_eps": (0.0, 1.0),
+    "rope_theta": (1.0, 1e12),
 }
 MAX_ROTARY = 2**26  # entries of the rotary table, 4 bytes each
 
@@ -83,47 +77,30 @@ class LlamaConfig:
         set_field = object.__setattr__  # the dataclass is frozen
         if self.n_kv_heads is None:
             set_field(self, "n_kv_heads", self.n_heads)
-        for name in ("dim", "multiple_of"):  # the next line computes with them
-            self._check_number(name, int)
-        if self.hidden_dim is None:
-            rounded_up = -(-int(8 * self.dim / 3) // self.multiple_of) * self.multiple_of
-            set_field(self, "hidden_dim", rounded_up)
-        for name in ("vocab_size", "n_layers", "n_heads", "n_kv_heads", "hidden_dim"):
-            self._check_number(name, int)
-        self._check_number("max_seq_len", int)
-        for name in ("dropout", "layer_norm_eps", "rope_theta"):
-            self._check_number(name, float)
+        for name, (least, most) in SHAPE_BOUNDS.items():
+            if name == "hidden_dim" and self.hidden_dim is None:
+                rounded_up = -(-int(8 * self.dim / 3) // self.multiple_of) * self.multiple_of
+                set_field(self, "hidden_dim", rounded_up)
+            value, whole = getattr(self, name), isinstance(least, int)
+            right = isinstance(value, int if whole else int | float)
+            if not right or isinstance(value, bool) or not least <= value <= most:
+                noun = "a whole number" if whole else "a number"
+                raise UsageError(f"--{name} {value!r}: must be {noun} from {least:g} to {most:g}")
         if not isinstance(self.tie_word_embeddings, bool):
             raise UsageError(f"tie_word_embeddings {self.tie_word_embeddings!r}: true or false")
+        heads = f"--n_heads {self.n_heads}"
         if self.dim % self.n_heads:
             near = self.n_heads * max(1, round(self.dim / self.n_heads))
-            raise UsageError(
-                f"--dim {self.dim} is not divisible by --n_heads {self.n_heads}: every head gets "
-                f"dim / n_heads numbers; --dim {near} would do"
-            )
-        if self.head_dim % 2:
-            raise UsageError(
-                f"--dim {self.dim} / --n_heads {self.n_heads} = {self.head_dim}: rotary embeddings "
-                "turn pairs of numbers, so the size of a head must be even"
-            )
+            raise UsageError(f"--dim {self.dim} is not divisible by {heads}; --dim {near} is")
+        if self.head_dim % 2:  # rotary embeddings turn pairs of numbers
+            raise UsageError(f"--dim {self.dim} / {heads} = {self.head_dim}: must be even")
         if self.n_heads % self.n_kv_heads:
-            raise UsageError(
-                f"--n_heads {self.n_heads} is not divisible by --n_kv_heads {self.n_kv_heads}: "
-                "each key/value head serves the same number of query heads"
-            )
-
+            raise UsageError(f"--n_kv_heads {self.n_kv_heads}: must be a divisor of {heads}")
         if self.max_seq_len * self.head_dim > MAX_ROTARY:
             raise UsageError(
                 f"--max_seq_len {self.max_seq_len} x {self.head_dim} numbers per head: the rotary "
                 f"table may have {MAX_ROTARY:,} entries"
             )
-
-    def _check_number(self, name: str, kind: type) -> None:
-        value, (least, most) = getattr(self, name), SHAPE_BOUNDS[name]
-        right = isinstance(value, int) if kind is int else isinstance(value, int | float)
-        if not right or isinstance(value, bool) or not least <= value <= most:
-            noun = "a whole number" if kind is int else "a number"
-            raise UsageError(f"--{name} {value!r}: must be {noun} from {least:g} to {most:g}")
 
     @property
     def head_dim(self) -> int:
@@ -182,34 +159,20 @@ class Preset:
     pretrain_lr: float
 
 
+UNTIED = {"tie_word_embeddings": False}
 PRESETS: dict[str, Preset] = {
-    "tiny": Preset({"dim": 128, "n_layers": 4, "n_heads": 2}, pretrain_lr=5e-3),
-    "stories15M": Preset({"dim": 288, "n_layers": 6, "n_heads": 6}, pretrain_lr=1e-3),
-    "stories42M": Preset({"dim": 512, "n_layers": 8, "n_heads": 8}, pretrain_lr=5e-4),
-    "stories110M": Preset({"dim": 768, "n_layers": 12, "n_heads": 12}, pretrain_lr=5e-4),
+    "tiny": Preset(dict(dim=128, n_layers=4, n_heads=2), pretrain_lr=5e-3),
+    "stories15M": Preset(dict(dim=288, n_layers=6, n_heads=6), pretrain_lr=1e-3),
+    "stories42M": Preset(dict(dim=512, n_layers=8, n_heads=8), pretrain_lr=5e-4),
+    "stories110M": Preset(dict(dim=768, n_layers=12, n_heads=12), pretrain_lr=5e-4),
     "1.1B": Preset(  # TinyLlama
-        {
-            "dim": 2048,
-            "n_layers": 22,
-            "n_heads": 32,
-            "n_kv_heads": 4,
-            "hidden_dim": 5632,
-            "tie_word_embeddings": False,
-        },
+        dict(dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, hidden_dim=5632) | UNTIED,
         pretrain_lr=4e-4,
     ),
     "7B": Preset(  # Llama-2-7B
-        {
-            "dim": 4096,
-            "n_layers": 32,
-            "n_heads": 32,
-            "hidden_dim": 11008,
-            "tie_word_embeddings": False,
-        },
-        pretrain_lr=3e-4,
+        dict(dim=4096, n_layers=32, n_heads=32, hidden_dim=11008) | UNTIED, pretrain_lr=3e-4
     ),
 }
-
 
 # ---------------------------------------------------------------------------- the table of flags
 
@@ -235,12 +198,8 @@ class Options:
         None, "continue from this checkpoint; auto: the newest in --save_dir", metavar="FILE|auto"
     )
     overwrite: bool = flag(False, "remove the files of an earlier run in --save_dir first")
-    max_steps: int | None = flag(
-        None, "end the run early, after this many optimizer steps in all", at_least=1
-    )
-    profile: bool = flag(
-        False, "profile a few steps: a table of where they go, and profile.json.gz for a viewer"
-    )
+    max_steps: int | None = flag(None, "end after this many optimizer steps in all", at_least=1)
+    profile: bool = flag(False, "show where a few steps' time goes; a trace in profile.json.gz")
 
     flag = section("arithmetic", *TRAINING)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
@@ -311,14 +270,10 @@ class Options:
     lr_scheduler: Literal["cosine", "linear", "constant", "wsd"] = flag(
         "cosine", "what follows the warmup; wsd: constant, then linear over the last fifth"
     )
-    warmup_steps: int | None = flag(
-        None, "steps of linear warmup; unset: 5 %% of the run", at_least=0
-    )
+    warmup_steps: int | None = flag(None, "of linear warmup; unset: 5 %% of the run", at_least=0)
     min_lr: float = flag(0.0, "learning rate at the end of the schedule", at_least=0)
     weight_decay: float | None = flag(
-        None,
-        "decay of the weights, on matrices only; unset: 0.1 to pretrain, 0 to finetune",
-        at_least=0,
+        None, "decay of the matrices; unset: 0.1 to pretrain, 0 to finetune", at_least=0
     )
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0: never clipped", at_least=0)
     activation_checkpointing: bool = flag(
@@ -331,15 +286,14 @@ class Options:
     keep_last: int = flag(2, "step checkpoints to keep; 0: all", at_least=0)
     on_nonfinite: Literal["rollback", "stop"] = flag(
         "rollback",
-        "after 10 steps in a row whose loss or gradients are not finite: go back to the last good "
+        "after 10 steps in a row whose loss or gradients are not finite: return to the last good "
         "checkpoint with half the learning rate, or stop",
     )
 
     flag = section("several processes (torchrun)", *TRAINING)
     global_batch_size: int | None = flag(
         None,
-        "sequences per optimizer step over all processes; unset: micro-batch x accumulation x "
-        "processes; given: the accumulation follows from it",
+        "sequences per optimizer step over all processes; given: the accumulation follows from it",
         at_least=1,
     )
     parallel: Literal["ddp", "fsdp"] = flag(
@@ -355,9 +309,7 @@ class Options:
     pretrain_lr: float | None = flag(
         None, "peak learning rate; unset: what suits --model_size", above=0, below=1e6, instead="lr"
     )
-    eval_interval: int = flag(
-        0, "optimizer steps between validations; 0: at the end of each epoch", at_least=0
-    )
+    eval_interval: int = flag(0, "steps between validations; 0: each epoch's end", at_least=0)
     best_model_interval: int = flag(1, "epochs between looks for a new best-model.pt", at_least=1)
     world_size: int | None = flag(
         None, "with --plan: what the run would need and take on this many GPUs", at_least=1
@@ -373,9 +325,7 @@ class Options:
     label_names: Path | None = flag(
         None, "JSON list of the labels' names; unset: NAME-label-mapping.json beside --train"
     )
-    dev_out: Path | None = flag(
-        None, "predictions on --dev; unset: named after data set and option"
-    )
+    dev_out: Path | None = flag(None, "predictions on --dev; unset: named by data set and option")
     test_out: Path | None = flag(None, "predictions on --test; likewise")
     flag = section("labelled data (finetune, prompt)", *LABELLED, "generate")
     batch_size: int = flag(
@@ -389,7 +339,7 @@ class Options:
     hidden_dropout_prob: float = flag(0.3, "dropout before the linear head", at_least=0, below=1)
     freeze_backbone: bool = flag(False, "train the linear head alone")
     lora_rank: int | None = flag(
-        None, "train adapters of this rank instead of the full weights", at_least=1
+        None, "train adapters of this rank (LoRA) instead of the full weights", at_least=1
     )
     early_stopping: int | None = flag(
         None, "stop after this many epochs without a better dev accuracy", at_least=1
@@ -424,15 +374,13 @@ class Options:
     )
     top_k: int | None = flag(None, "sample among this many likeliest tokens", at_least=1)
     top_p: float | None = flag(
-        None, "sample among the likeliest that make up this probability", above=0
+        None, "sample among the likeliest that make up this probability", above=0, at_most=1
     )
     min_p: float | None = flag(
-        None, "drop tokens less likely than this share of the likeliest", at_least=0, below=1
+        None, "drop tokens below this share of the likeliest", at_least=0, below=1
     )
     repetition_penalty: float = flag(1.0, "above 1: avoid what was said before", above=0)
-    stop: tuple[str, ...] = flag(
-        (), "end a continuation before this text; repeatable", metavar="TEXT"
-    )
+    stop: tuple[str, ...] = flag((), "end before this text; repeatable", metavar="TEXT")
     generated_sentence_low_temp_out: Path = flag(
         Path("generated-sentence-temp-0.txt"), "the original's file at temperature 0"
     )
@@ -465,11 +413,8 @@ class Options:
         name = "gradient_accumulation_steps"
         if name in self.given and getattr(self, name) != stored.get(name):
             typed |= {"global_batch_size"}
-        changes = {
-            n: read_stored(FLAGS[n], HINTS[n], stored[n])
-            for n in FLAGS
-            if n in stored and n not in typed
-        }
+        taken = [n for n in FLAGS if n in stored and n not in typed]
+        changes = {n: read_stored(FLAGS[n], HINTS[n], stored[n]) for n in taken}
         return dataclasses.replace(self, **changes)
 
     def llama_config(self, vocab_size: int) -> LlamaConfig:
@@ -497,8 +442,7 @@ class Options:
         return self.pretrain_batch_size if self.option == "pretrain" else self.batch_size
 
     def with_global_batch(self, world_size: int) -> Options:
-        """These options with the global batch settled: as given, else micro-batch x accumulation x
-        processes.
+        """These options with the global batch as given, else what the accumulation makes.
 
         Raises UsageError for one that the processes cannot make of whole micro-batches.
         """
@@ -508,14 +452,12 @@ class Options:
             return dataclasses.replace(self, global_batch_size=whole)
         if self.global_batch_size % at_once:
             name = "--pretrain_batch_size" if self.option == "pretrain" else "--batch_size"
-            remedy = f"give a multiple of {at_once}"
             share, rest = divmod(self.global_batch_size, world_size)
-            if not rest:
-                remedy += f", or {name} {math.gcd(share, self.micro_batch_size)}"
-            processes = f" x {world_size} processes = {at_once}" if world_size > 1 else ""
+            smaller = f", or {name} {math.gcd(share, self.micro_batch_size)}" if not rest else ""
             raise UsageError(
-                f"--global_batch_size {self.global_batch_size} is not divisible by "
-                f"{name} {self.micro_batch_size}{processes}: {remedy}"
+                f"--global_batch_size {self.global_batch_size} is not divisible by {name} "
+                f"{self.micro_batch_size} times the number of processes, {world_size}: give a "
+                f"multiple of {at_once}{smaller}"
             )
         return self
 
@@ -549,12 +491,10 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Every option is accepted with _ and with -, e.g. --save_dir and --save-dir.",
         allow_abbrev=False,
     )
-    groups: dict[str, Any] = {}
+    titles = dict.fromkeys(field.metadata["section"] for field in FLAGS.values())
+    groups = {title: parser.add_argument_group(title) for title in titles}
     for name, field in FLAGS.items():
-        title = field.metadata["section"]
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        add_flag(groups[title], field, HINTS[name])
+        add_flag(groups[field.metadata["section"]], field, HINTS[name])
     return parser
 
 
@@ -563,32 +503,26 @@ def parse_options(arguments: Sequence[str]) -> Options:
 
     Raises UsageError with every problem found, a line each; exits 0 after `--help`.
     """
-    parser = build_parser()
-    parser.set_defaults(max_seq_len=None)
     words = [with_underscores(word) for word in arguments]
-    namespace, unknown = parser.parse_known_args(words)
+    namespace, unknown = build_parser().parse_known_args(words)
     if unknown:
-        raise UsageError("\n".join(unknown_argument(parser, word) for word in unknown))
+        raise UsageError("\n".join(map(_unknown_argument, unknown)))
     values = vars(namespace)
-    if values["max_seq_len"] is None:
-        embedded = values["option"] == "pretrain" and not values["pretrain_data"]
-        values["max_seq_len"] = EMBEDDED_SEQ_LEN if embedded else Options.max_seq_len
     for name, field in FLAGS.items():
         if isinstance(field.default, tuple):
             values[name] = tuple(values[name] or ())
     typed = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
     options = Options(**values, given=frozenset(typed & {*values}))
-    problems = find_problems(options)
-    if problems:
-        raise UsageError("\n".join(problems))
+    if options.option == "pretrain" and not options.pretrain_data and "max_seq_len" not in typed:
+        options = dataclasses.replace(options, max_seq_len=EMBEDDED_SEQ_LEN)
+    check_options(options)
     return options
 
 
-def unknown_argument(parser: argparse.ArgumentParser, word: str) -> str:
-    """What to say of a word the parser does not know: the nearest flag, if any is near."""
-    flags = [text for action in parser._actions for text in action.option_strings]
+def _unknown_argument(word: str) -> str:
     if word in EVERY:
         return f"{word}: did you mean --option {word}?"
+    flags = ["-h", "--help", *(f"--{name}" for name in FLAGS)]
     near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
     remedy = f"did you mean {near[0]}?" if near else "--help lists the options"
     return f"{word}: no such option; {remedy}"
@@ -599,80 +533,56 @@ def unknown_argument(parser: argparse.ArgumentParser, word: str) -> str:
 
 def find_idle_flags(options: Options) -> list[str]:
     """A note for each flag typed that the option at hand does not read."""
+    readers = {name: field.metadata["read_by"] for name, field in FLAGS.items()}
     notes = []
     for name, field in FLAGS.items():
-        if name in options.given and options.option not in field.metadata["read_by"]:
+        if name in options.given and options.option not in readers[name]:
             instead = field.metadata["instead"]
-            reads = instead and options.option in FLAGS[instead].metadata["read_by"]
-            remedy = f": --{instead} has" if reads else ""
+            remedy = f": --{instead} has" if options.option in readers.get(instead, ()) else ""
             notes.append(f"note: --{name} has no effect on --option {options.option}{remedy}")
     return notes
 
 
-def find_problems(options: Options) -> list[str]:
-    """What the options contradict among themselves; one line each, naming flag, value, remedy."""
-    problems = []
+def check_options(options: Options) -> None:
+    """Raise UsageError where options contradict each other; a line each, with flag and remedy."""
+    problems = [*find_problems(options)]
+    if problems:
+        raise UsageError("\n".join(problems))
+
+
+def find_problems(options: Options) -> Iterator[str]:
+    """What the options contradict among themselves."""
     if options.option == "pretrain":
         try:
             options.llama_config(vocab_size=32000)
         except UsageError as error:
-            problems.append(str(error))
+            yield str(error)
     if options.min_lr > options.peak_lr():
         name = "--pretrain_lr" if options.option == "pretrain" else "--lr"
-        problems.append(
-            f"--min_lr {options.min_lr:g} is above {name} {options.peak_lr():g}: the schedule "
-            "falls, so give a smaller one"
-        )
-    if options.option in ("prompt", "generate"):
-        problems += [
-            f"--{name} is for --option pretrain and finetune, which train; leave it out"
-            for name in ("plan", "resume", "profile")
-            if name in options.given
-        ]
-    if not (options.plan and options.world_size):
-        problems += [
-            f"--{name} is for --plan --world_size N, the plan for other machines; leave it out"
-            for name in ("world_size", "gpu")
-            if name in options.given
-        ]
-    if options.top_p is not None and options.top_p > 1:
-        problems.append(f"--top_p {options.top_p:g} must be at most 1: it is a probability")
+        yield f"--min_lr {options.min_lr:g} is above {name} {options.peak_lr():g}: give a lower one"
+    for name in ("plan", "resume", "profile"):
+        if name in options.given and options.option not in TRAINING:
+            yield f"--{name} is for --option pretrain and finetune, which train; leave it out"
+    for name in ("world_size", "gpu"):
+        if name in options.given and not (options.plan and options.world_size):
+            yield f"--{name} is for --plan --world_size N, a plan for other machines; leave it out"
     finetune = options.option == "finetune"
     if finetune and options.freeze_backbone and options.lora_rank:
-        problems.append("--freeze_backbone and --lora_rank exclude each other: give one")
+        yield "--freeze_backbone and --lora_rank exclude each other: give one"
     if finetune and options.freeze_backbone and options.optimizer == "muon":
-        problems.append(
-            "--optimizer muon is for the matrices inside the layers, which --freeze_backbone does "
-            "not train: leave one of the two out"
-        )
+        yield "--freeze_backbone trains no matrices, which --optimizer muon is for: give one"
     if {"global_batch_size", "gradient_accumulation_steps"} <= options.given:
-        problems.append(
-            "--gradient_accumulation_steps follows from --global_batch_size, the micro-batch and "
-            "the number of processes: give one of the two"
-        )
+        yield "--gradient_accumulation_steps follows from --global_batch_size: give one of the two"
     if options.parallel == "fsdp" and options.optimizer == "muon":
-        problems.append(
-            "--optimizer muon needs whole matrices, and --parallel fsdp shards them: leave one of "
-            "the two out"
-        )
+        yield "--optimizer muon needs whole matrices, and --parallel fsdp shards them: give one"
     if finetune and options.parallel == "fsdp" and options.lora_rank:
-        problems.append(
-            "--parallel fsdp and --lora_rank exclude each other: adapters have few gradients and "
-            "little optimizer state to shard, so leave --parallel out"
-        )
+        yield "--lora_rank leaves --parallel fsdp little to shard: leave --parallel out"
     if options.resume and options.overwrite:
-        problems.append("--resume continues a run, --overwrite removes it: give one")
-    unknown = {*re.findall(r"\{\w*\}", options.prompt_template)} - {"{sentence}", "{labels}"}
-    if unknown:
-        problems.append(
-            f"--prompt_template {options.prompt_template!r}: {', '.join(sorted(unknown))} is not "
-            "filled in; {sentence} and {labels} are"
-        )
-    if "{sentence}" not in options.prompt_template:
-        problems.append(
-            f"--prompt_template {options.prompt_template!r} lacks {{sentence}}: "
-            "the place the sentence goes"
-        )
+        yield "--resume continues a run, --overwrite removes it: give one"
+    fields = {*re.findall(r"\{\w*\}", options.prompt_template)}
+    for field in sorted(fields - {"{sentence}", "{labels}"}):
+        yield f"--prompt_template: {field} is not filled in; {{sentence}} and {{labels}} are"
+    if "{sentence}" not in fields:
+        yield f"--prompt_template {options.prompt_template!r}: lacks {{sentence}}, its place"
     if options.train is None and (options.dev or options.test):
-        problems.append("--dev and --test need --train: the labels are learnt from it")
-    return problems
+        yield "--dev and --test need --train: the labels are learnt from it"

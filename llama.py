@@ -10,6 +10,7 @@ S places in the cache; `dim` is the width of the residual stream.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ LOGITS_CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**28, "mps": 2**28}
 # Tokens up to which training on a CPU keeps attention's scores for the backward pass: it is faster,
 # and for longer rows the memory of the scores is worth more than the time.
 SCORES_KEPT = 1024
+AnyCache = KVCache | StepCache
 
 # ---------------------------------------------------------------------------- parts
 
@@ -145,16 +147,12 @@ class Attention(nn.Module):
         key = rotate(self.compute_key(x).unflatten(-1, split), table)
         return query, key, self.compute_value(x).unflatten(-1, split)
 
-    def forward(
-        self,
-        x: Tensor,
-        table: Tensor,
-        cache: KVCache | StepCache | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, cache: AnyCache | None = None) -> Tensor:
         query, key, value = self.heads(x, table)
+        mask = None
         if cache is not None:
             key, value = cache.update(self.layer_id, key, value)  # (B, S, H_kv, D)
+            mask = cache.mask
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         trains = cache is None and query.requires_grad
         if trains and query.is_cpu and not self.grouped and x.shape[1] <= SCORES_KEPT:
@@ -202,14 +200,8 @@ class LlamaLayer(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.layer_norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.layer_norm_eps)
 
-    def forward(
-        self,
-        x: Tensor,
-        table: Tensor,
-        cache: KVCache | StepCache | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), table, cache, mask)
+    def forward(self, x: Tensor, table: Tensor, cache: AnyCache | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), table, cache)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -270,12 +262,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
-def _chunk_rows(vocab_size: int, device: torch.device) -> int:
-    """Rows of logits to hold at once: measured best where a chunk stays near the CPU's cache."""
-    rows = LOGITS_CHUNK_BYTES.get(device.type, LOGITS_CHUNK_BYTES["cpu"]) // (4 * vocab_size)
-    return max(16, min(512, rows)) if device.type == "cpu" else max(256, rows)
-
-
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_rows: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -287,7 +273,10 @@ def linear_cross_entropy(
     """
     grad = torch.is_grad_enabled()
     wanted = (grad and hidden.requires_grad, grad and weight.requires_grad)
-    chunk_rows = chunk_rows or _chunk_rows(weight.shape[0], hidden.device)
+    if chunk_rows is None:
+        device = hidden.device.type
+        rows = LOGITS_CHUNK_BYTES.get(device, LOGITS_CHUNK_BYTES["cpu"]) // (4 * weight.shape[0])
+        chunk_rows = max(16, min(512, rows)) if device == "cpu" else max(256, rows)
     loss_sum = _LinearCrossEntropy.apply(
         hidden, weight, targets, compute_dtype(hidden), chunk_rows, wanted
     )
@@ -337,7 +326,7 @@ class Llama(nn.Module):
         self._settle()  # the table stays float32 in a bfloat16 model, and nothing stays on meta
         return self
 
-    def hidden_states(self, tokens: Tensor, cache: KVCache | StepCache | None = None) -> Tensor:
+    def hidden_states(self, tokens: Tensor, cache: AnyCache | None = None) -> Tensor:
         """The normalised states (B, T, dim) after each of tokens (B, T).
 
         Raises UsageError for more tokens than max_seq_len.
@@ -345,18 +334,16 @@ class Llama(nn.Module):
         width = tokens.shape[1]
         if width > self.config.max_seq_len:
             raise UsageError(f"{width} tokens do not fit max_seq_len {self.config.max_seq_len}")
-        positions, mask = slice(width), None
-        if cache is not None:
-            positions, mask = cache.place(width, tokens.device)
-            if isinstance(positions, Tensor):  # padding may lie beyond the last position
-                positions = positions.clamp(max=self.config.max_seq_len - 1)
+        positions = slice(width) if cache is None else cache.place(width, tokens.device)
+        if isinstance(positions, Tensor):  # padding may lie beyond the last position
+            positions = positions.clamp(max=self.config.max_seq_len - 1)
         table = self.rotary[positions]  # (T or B, T; 1, D/2, 2)
         x = self.dropout(self.tok_embeddings(tokens))
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, table, use_reentrant=False)
             else:
-                x = layer(x, table, cache, mask)
+                x = layer(x, table, cache)
         return self.norm(x)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -448,10 +435,7 @@ class LlamaEmbeddingClassifier(nn.Module):
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """How many tokens at their start all sequences share."""
     columns = zip(*sequences, strict=False)
-    return next(
-        (length for length, column in enumerate(columns) if len(set(column)) > 1),
-        min(map(len, sequences)),
-    )
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 class LlamaZeroShotClassifier(nn.Module):
@@ -474,7 +458,16 @@ class LlamaZeroShotClassifier(nn.Module):
         """
         common = [common_prefix(labels) for labels in sequences]
         starts = common if starts is None else list(starts)
-        self._check(sequences, starts)
+        context = self.llama.config.max_seq_len
+        for labels, start in zip(sequences, starts, strict=True):
+            lengths = [len(text) for text in labels]
+            if max(lengths) > context + 1:
+                raise UsageError(
+                    f"prompt and label have {max(lengths)} tokens where max_seq_len {context} "
+                    f"allows {context + 1}: shorten the text"
+                )
+            if not 0 < start < min(lengths):
+                raise UsageError("a prompt and a label need at least one token each")
         # The last token that a prompt's labels share is read with each: it predicts the next.
         held = [min(pair) - 1 for pair in zip(common, starts, strict=True)]
         ends = [max(map(len, labels)) - 1 for labels in sequences]
@@ -488,18 +481,6 @@ class LlamaZeroShotClassifier(nn.Module):
             scores.append(self._sum(self.llama.extend(cache, tails), texts, starts, held))
         counts = torch.tensor([[len(text) for text in labels] for labels in sequences])
         return torch.stack(scores, dim=1), counts - torch.tensor(starts)[:, None]
-
-    def _check(self, sequences: Any, starts: list[int]) -> None:
-        context = self.llama.config.max_seq_len
-        for labels, start in zip(sequences, starts, strict=True):
-            lengths = [len(text) for text in labels]
-            if max(lengths) > context + 1:
-                raise UsageError(
-                    f"prompt and label have {max(lengths)} tokens where max_seq_len {context} "
-                    f"allows {context + 1}: shorten the text"
-                )
-            if not 0 < start < min(lengths):
-                raise UsageError("a prompt and a label need at least one token each")
 
     def _read(self, prefixes: list[Sequence[int]], room: int) -> KVCache:
         """A cache that holds the prefixes, and has room for `room` more tokens each."""

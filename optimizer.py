@@ -39,20 +39,10 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         correct_bias: bool = True,
     ) -> None:
-        if lr < 0:
-            raise ValueError(f"lr {lr} must be at least 0")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas {betas} must be at least 0 and below 1")
-        if eps < 0:
-            raise ValueError(f"eps {eps} must be at least 0")
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "correct_bias": correct_bias,
-        }
-        super().__init__(params, defaults)
+        if lr < 0 or eps < 0 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"lr {lr} or eps {eps} below 0, or betas {betas} not in [0, 1)")
+        settings = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, settings | {"correct_bias": correct_bias})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
@@ -65,8 +55,17 @@ class AdamW(torch.optim.Optimizer):
             # Parameters of one step count share their bias correction, so one fused call each.
             by_step: dict[int, list[nn.Parameter]] = {}
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    by_step.setdefault(self._next_step(parameter), []).append(parameter)
+                if parameter.grad is None:
+                    continue
+                if parameter.grad.is_sparse:
+                    raise ValueError("AdamW does not take sparse gradients")
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = 0
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+                state["step"] += 1
+                by_step.setdefault(state["step"], []).append(parameter)
             for step, parameters in by_step.items():
                 self._update(parameters, group, step)
         return loss
@@ -79,23 +78,11 @@ class AdamW(torch.optim.Optimizer):
         check_moments(self, state_dict, names={"step", "exp_avg", "exp_avg_sq"})
         super().load_state_dict(state_dict)
 
-    def _next_step(self, parameter: nn.Parameter) -> int:
-        """Count this step of the parameter, whose moments are zero before its first."""
-        if parameter.grad.is_sparse:
-            raise ValueError("AdamW does not take sparse gradients")
-        state = self.state[parameter]
-        if not state:
-            state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        state["step"] += 1
-        return state["step"]
-
     def _update(self, parameters: list[nn.Parameter], group: dict, step: int) -> None:
         beta1, beta2 = group["betas"]
-        gradients = [parameter.grad for parameter in parameters]
-        exp_avg = [self.state[parameter]["exp_avg"] for parameter in parameters]
-        exp_avg_sq = [self.state[parameter]["exp_avg_sq"] for parameter in parameters]
+        gradients = [p.grad for p in parameters]
+        exp_avg = [self.state[p]["exp_avg"] for p in parameters]
+        exp_avg_sq = [self.state[p]["exp_avg_sq"] for p in parameters]
         correction1, correction2 = 1 - beta1**step, math.sqrt(1 - beta2**step)
         step_size = group["lr"]
         if group["correct_bias"]:
@@ -143,42 +130,37 @@ def check_moments(optimizer: torch.optim.Optimizer, state: dict, *, names: set[s
     for index, moments in state["state"].items():
         if not isinstance(moments, dict) or moments.keys() != names:
             raise ValueError(f"the optimizer's state of parameter {index} is incomplete")
+        like = parameters[index]
         for name, value in moments.items():
-            like = parameters[index]
-            sound = isinstance(value, int) and value >= 1
-            if name != "step":
+            if name == "step":
+                sound = isinstance(value, int) and value >= 1
+            else:
                 sound = torch.is_tensor(value) and value.shape == like.shape
                 sound = sound and value.dtype == like.dtype
             if not sound:
                 raise ValueError(f"the optimizer's {name} of parameter {index} does not fit it")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, *, without: str = "") -> list[dict]:
-    """Two groups of the trainable parameters: matrices decay, gains and biases do not.
-
-    `without` leaves out the matrices whose names contain it.
-    """
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in trainable if p.ndim >= 2 and not (without and without in name)]
+def parameter_groups(
+    model: nn.Module, weight_decay: float, *, without: Iterable[nn.Parameter] = ()
+) -> list[dict]:
+    """Two groups of the trainable parameters: matrices decay, gains and biases do not."""
+    excluded = set(map(id, without))
+    trainable = [p for p in model.parameters() if p.requires_grad and id(p) not in excluded]
     groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": [p for _, p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
 
 # ---------------------------------------------------------------------------- Muon
 
-IN_LAYERS = "layers."  # in the names of the parameters that Muon is for
-
 
 def layer_matrices(model: nn.Module) -> list[nn.Parameter]:
     """The trainable matrices inside the layers: not the embedding, nor any head."""
-    return [
-        p
-        for name, p in model.named_parameters()
-        if p.requires_grad and p.ndim == 2 and IN_LAYERS in name
-    ]
+    named = model.named_parameters()
+    return [p for name, p in named if p.requires_grad and p.ndim == 2 and "layers." in name]
 
 
 class MuonAndAdamW:
@@ -189,23 +171,13 @@ class MuonAndAdamW:
     has what a train loop uses of torch.optim.Optimizer.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        lr: float,
-        weight_decay: float,
-        betas: tuple[float, float],
-        eps: float,
-    ) -> None:
+    def __init__(self, model: nn.Module, *, lr: float, weight_decay: float) -> None:
+        matrices = layer_matrices(model)
         muon = torch.optim.Muon(
-            layer_matrices(model),
-            lr=lr,
-            weight_decay=weight_decay,
-            adjust_lr_fn="match_rms_adamw",
+            matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
         )
-        groups = parameter_groups(model, weight_decay, without=IN_LAYERS)
-        self.parts = {"muon": muon, "adamw": AdamW(groups, lr=lr, betas=betas, eps=eps)}
+        groups = parameter_groups(model, weight_decay, without=matrices)
+        self.parts = {"muon": muon, "adamw": AdamW(groups, lr=lr, betas=BETAS, eps=EPS)}
 
     @property
     def param_groups(self) -> list[dict]:
@@ -237,10 +209,9 @@ def make_optimizer(
     model: nn.Module, *, name: str, lr: float, weight_decay: float
 ) -> AdamW | MuonAndAdamW:
     """The optimizer of a model's trainable parameters: `name` is adamw or muon."""
-    settings = {"lr": lr, "betas": BETAS, "eps": EPS}
     if name == "muon":
-        return MuonAndAdamW(model, weight_decay=weight_decay, **settings)
-    return AdamW(parameter_groups(model, weight_decay), **settings)
+        return MuonAndAdamW(model, lr=lr, weight_decay=weight_decay)
+    return AdamW(parameter_groups(model, weight_decay), lr=lr, betas=BETAS, eps=EPS)
 
 
 # ---------------------------------------------------------------------------- learning rate
@@ -263,14 +234,10 @@ def learning_rate(
     if step < warmup_steps:
         return peak_lr * (WARMUP_START + (1 - WARMUP_START) * step / warmup_steps)
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    if scheduler == "constant":
-        share = 1.0
-    elif scheduler == "linear":
-        share = 1 - progress
-    elif scheduler == "cosine":
-        share = 0.5 * (1 + math.cos(math.pi * progress))
-    elif scheduler == "wsd":
-        share = min(1.0, (1 - progress) / WSD_DECAY)
-    else:
-        raise ValueError(f"scheduler {scheduler!r} is not cosine, linear, constant or wsd")
-    return min_lr + (peak_lr - min_lr) * share
+    shares = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "wsd": min(1.0, (1 - progress) / WSD_DECAY),
+    }
+    return min_lr + (peak_lr - min_lr) * shares[scheduler]

@@ -1,12 +1,6 @@
 """Pretrain a small Llama from scratch, then finetune, prompt and generate with it.
 
-    python run_llama.py --option pretrain
-    python run_llama.py --option finetune
-    python run_llama.py --option prompt
-    python run_llama.py --option generate --prompt "Once upon a time"
-    python run_llama.py --help
-
-What each option does, read from top to bottom; the parts are in the other modules.
+What each `--option` does, read from top to bottom; the parts are in the other modules.
 """
 
 from __future__ import annotations
@@ -35,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import IGNORE_INDEX, Options, find_idle_flags
+from config import IGNORE_INDEX, LlamaConfig, Options, find_idle_flags
 from llama import (
     Llama,
     LlamaEmbeddingClassifier,
@@ -66,30 +60,16 @@ from minllama.prompting import Prompts, score_labels
 from minllama.pt_file import load_pt
 from minllama.ranks import Ranks, check_runs_alone, exit_at_once, is_lost_peer
 from minllama.record import loss_curve_svg, read_records
-from minllama.session import (
-    GLOBAL_BATCH,
-    Session,
-    list_files,
-    make_plan,
-    open_session,
-    print_next,
-    say_interrupted,
-)
-from minllama.sharding import distribute, full_state_dict, is_sharded, load_state, no_gradients
+from minllama.session import Session, open_session, print_results, say_interrupted
+from minllama.sharding import full_state_dict, is_sharded, load_state, no_gradients
 from minllama.signals import LAUNCHER_REPEATS, StopRequest
-from minllama.task import Batch, Task, share_batches
-from minllama.text import TextSource, find_text_files
+from minllama.task import Batch, Task
+from minllama.text import find_text_files, read_lines
 from minllama.training import Run, autocast, train
 from minllama.writer import PROMPT_TEMPERATURE, Writer, sample_text
 from optimizer import layer_matrices
 from tokenizer import Tokenizer
-from utils import (
-    LlamaDataset,
-    PretrainDataset,
-    batch_indices,
-    bucketed_batches,
-    count_chunks,
-)
+from utils import LlamaDataset, PretrainDataset, batch_indices, bucketed_batches
 
 CURVE_POINTS = 2000  # of the training loss in its picture
 
@@ -105,30 +85,19 @@ def pretrain(options: Options, stop: StopRequest, ranks: Ranks) -> int:
         tokenizer = Tokenizer(tokenizer_model=options.tokenizer_model)
         config = options.llama_config(tokenizer.n_words)
         texts = load_texts(options, tokenizer, stop=stop, ranks=ranks)
-        plan = plan_pretraining(
-            options,
-            world_size=ranks.world_size,
-            device=session.device.type,
-            dtype=session.dtype,
-            vocab_size=tokenizer.n_words,
-            tokens=len(texts.train.stream),
-        )
         identity = {
             "--pretrain_data, --tokenizer_model or how the text is read: key": texts.key,
             "training tokens (--val_fraction, --val_data)": len(texts.train.stream),
             "model shape": config.to_model_args() | {"dropout": 0.0},
             "--max_seq_len": options.max_seq_len,
-            GLOBAL_BATCH: options.global_batch_size,
-            "--seed": options.seed,
-            "--optimizer": options.optimizer,
         }
-        session.settle(plan, identity, noun="chunks")
+        session.settle(identity, **pretraining_sizes(options, config, texts))
         if options.plan:
             return 0
         keep_freed_memory()
         model = Llama(config)
         model.vocabulary = tokenizer.model_bytes
-        run = Run(session, plan, Pretraining(session, plan, texts, model), identity=identity)
+        run = Run(session, Pretraining(session, texts, model))
         run.start()
         if train(run):
             return say_interrupted(session, run.progress.step)
@@ -138,37 +107,21 @@ def pretrain(options: Options, stop: StopRequest, ranks: Ranks) -> int:
 class Pretraining(Task):
     """Next-token prediction on chunks of text, in the order of (seed, epoch)."""
 
-    def __init__(self, session: Session, plan: TrainingPlan, texts: Texts, model: Llama) -> None:
-        self.session, self.plan, self.texts = session, plan, texts
-        self.llama = self.model = model
-        options = session.options
-        model.activation_checkpointing = options.activation_checkpointing
-        self.next_token_loss = NextTokenLoss(model)
-        self.parallel = distribute(
-            self.next_token_loss,
-            model.layers,
-            ranks=session.ranks,
-            parallel=options.parallel,
-            device=session.device,
-            dtype=session.dtype,
+    def __init__(self, session: Session, texts: Texts, model: Llama) -> None:
+        self.texts, self.next_token_loss = texts, NextTokenLoss(model)
+        super().__init__(
+            session, model, model, module=self.next_token_loss, dtype=session.dtype, dynamic=False
         )
-        self.compiled = self.parallel
-        if options.compile == "on":
-            self.compiled = torch.compile(self.parallel, dynamic=False)
         self.goal = "loss" if texts.val is None else "val_loss"
-        self.best_interval = options.best_model_interval
-        self.eval_interval = options.eval_interval
+        self.best_interval = session.options.best_model_interval
+        self.eval_interval = session.options.eval_interval
 
-    def batches(self, step: int) -> list[Batch]:
-        options, chunks = self.session.options, self.texts.train
-        epoch, index = divmod(step, self.plan.steps_per_epoch)
-        chosen = batch_indices(
-            len(chunks), self.plan.sequences_per_step, options.seed, epoch, index
-        )
-        size = options.pretrain_batch_size
-        parts = [chosen[i : i + size] for i in range(0, len(chosen), size)]
-        make = functools.partial(text_batch, chunks, device=self.session.device)
-        return share_batches(parts, self.session.ranks, make)
+    def sequences(self, epoch: int, index: int) -> np.ndarray:
+        options, chunks = self.session.options, len(self.texts.train)
+        return batch_indices(chunks, options.global_batch_size, options.seed, epoch, index)
+
+    def batch(self, numbers: np.ndarray) -> Batch:
+        return text_batch(self.texts.train, numbers, self.session.device)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         # An epoch's short last batch is not worth another half minute of compiling.
@@ -194,15 +147,7 @@ def text_batch(dataset: PretrainDataset, indices: Sequence[int], device: torch.d
     """Chunks as a micro-batch on the device."""
     tokens, targets = dataset.batch(indices)
     real = int((targets != IGNORE_INDEX).sum())
-    inputs = (to_device(tokens, device), to_device(targets, device))
-    return Batch(inputs, targets=real, tokens=real, numbers=indices)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device; to a GPU from pinned memory, without waiting."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    return Batch.on(device, (tokens, targets), targets=real, tokens=real, numbers=indices)
 
 
 def evaluate_text(
@@ -216,17 +161,15 @@ def evaluate_text(
     ranks, device, size = session.ranks, session.device, session.options.pretrain_batch_size
     sums = np.zeros((2, -(-len(dataset) // size)))  # each batch's loss and targets
     next_token_loss.eval()
-    try:
-        with no_gradients(next_token_loss), autocast(device, session.dtype):
-            numbers = list(ranks.split_evenly(sums.shape[1]))
-            for number, counts in tqdm(numbers, desc="validating", leave=False, disable=None):
-                ranks.check_stop(session.stop)
-                indices = range(number * size, min((number + 1) * size, len(dataset)))
-                batch = text_batch(dataset, indices, device)
-                loss = next_token_loss(*batch.inputs)[0].item()
-                sums[:, number] = (loss, batch.targets) if counts else (0, 0)
-    finally:
-        next_token_loss.train()
+    with no_gradients(next_token_loss), autocast(device, session.dtype):
+        numbers = list(ranks.split_evenly(sums.shape[1]))
+        for number, counts in tqdm(numbers, desc="validating", leave=False, disable=None):
+            ranks.check_stop(session.stop)
+            indices = range(number * size, min((number + 1) * size, len(dataset)))
+            batch = text_batch(dataset, indices, device)
+            loss = next_token_loss(*batch.inputs)[0].item()
+            sums[:, number] = (loss, batch.targets) if counts else (0, 0)
+    next_token_loss.train()
     loss_sum, targets = (sum(row) for row in ranks.sum_array(sums).tolist())
     metrics = {"val_loss": loss_sum / max(1, targets)}
     metrics["val_perplexity"] = math.exp(min(metrics["val_loss"], 700.0))
@@ -246,50 +189,35 @@ def finish_pretraining(run: Run, tokenizer: Tokenizer) -> int:
         for record in read_records(folder.file("metrics.jsonl"))
         if record["step"] % every_nth == 0 or record.get("val_loss") is not None
     ]
-    picture = loss_curve_svg(records, f"{folder.path}")
+    picture = loss_curve_svg(records, str(folder.path))
     checkpoints.save_file(curve, lambda: write_text(curve, picture))
     checkpoints.finish()
     if not run.ranks.is_main:
         return 0
     model = load_pretrained(final) if is_sharded(run.task.model) else run.task.llama.eval()
     print("\na sample of what it writes:")
-    print(sample_text(model, tokenizer))
-    print()
+    print(f"{sample_text(model, tokenizer)}\n")
     last = records[-1] if records else {}
     if last.get("val_perplexity") is not None and progress.first is not None:
         print(
             f"validation perplexity {math.exp(progress.first):,.1f} before training, "
             f"{last['val_perplexity']:.2f} after {progress.step:,} steps"
         )
-    list_files(folder)
-    print_next(final, "One day", "generate", "finetune")
+    print_results(folder, final, "One day", "generate", "finetune")
     return 0
 
 
-def plan_pretraining(
-    options: Options,
-    *,
-    world_size: int,
-    device: str,
-    dtype: torch.dtype,
-    vocab_size: int,
-    tokens: int,
-) -> TrainingPlan:
-    """The plan of a pretraining on `tokens` tokens."""
-    config = options.llama_config(vocab_size)
-    return make_plan(
-        options,
-        world_size=world_size,
-        device=device,
-        dtype=dtype,
-        config=config,
-        trainable_parameters=sum(config.parameter_counts().values()),
-        muon_parameters=options.muon_parameters(config),
-        sequences=count_chunks(tokens, options.max_seq_len),
-        tokens=tokens,
-        sequence_length=options.max_seq_len,
-        logits_width=config.vocab_size,
-    )
+def pretraining_sizes(options: Options, config: LlamaConfig, texts: Texts) -> dict[str, Any]:
+    """What the plan of a pretraining has to know of its model and text."""
+    return {
+        "config": config,
+        "trainable_parameters": sum(config.parameter_counts().values()),
+        "muon_parameters": options.muon_parameters(config),
+        "sequences": len(texts.train),
+        "tokens": len(texts.train.stream),
+        "sequence_length": options.max_seq_len,
+        "logits_width": config.vocab_size,
+    }
 
 
 def plan_for_gpus(options: Options, stop: StopRequest) -> int:
@@ -298,17 +226,11 @@ def plan_for_gpus(options: Options, stop: StopRequest) -> int:
     texts = load_texts(options, tokenizer, stop=stop, ranks=Ranks())
     options = options.with_global_batch(options.world_size)
     gpu = GPUS[options.gpu.upper()]
-    plan = plan_pretraining(
-        options,
-        world_size=options.world_size,
-        device="cuda",
-        dtype=torch.bfloat16 if options.dtype == "auto" else getattr(torch, options.dtype),
-        vocab_size=tokenizer.n_words,
-        tokens=len(texts.train.stream),
-    )
+    dtype = "bfloat16" if options.dtype == "auto" else options.dtype
+    sizes = pretraining_sizes(options, options.llama_config(tokenizer.n_words), texts)
+    plan = TrainingPlan(options, options.world_size, "cuda", dtype, **sizes)
     memory = int(gpu.memory_gb * 1e9)
-    lines = plan.lines(noun="chunks", save_dtype=options.save_dtype, available=memory)
-    print("\n".join([*lines, *Cluster(gpu).lines(plan)]))
+    print("\n".join([*plan.lines(memory), *Cluster(gpu).lines(plan)]))
     warn_of_plan(plan, memory)
     return 0
 
@@ -332,23 +254,29 @@ def finetune(options: Options, stop: StopRequest, ranks: Ranks) -> int:
             hidden_dropout_prob=options.hidden_dropout_prob,
             freeze_backbone=options.freeze_backbone,
         ).to(session.device)
-        plan = plan_finetuning(session, model, splits["train"])
         identity = {
-            "--train": hashlib.sha256(files.train.read_bytes()).hexdigest()[:16],
+            "--train": hashlib.sha256(files.paths["train"].read_bytes()).hexdigest()[:16],
             "model shape": llama.config.to_model_args(),
             "--tokenizer_model": tokenizer.fingerprint,
-            GLOBAL_BATCH: options.global_batch_size,
             "--max_sentence_len": options.max_sentence_len,
             "--freeze_backbone": options.freeze_backbone,
             "--lora_rank": options.lora_rank,
-            "--seed": options.seed,
-            "--optimizer": options.optimizer,
         }
-        session.settle(plan, identity, noun="sentences")
+        muon = layer_matrices(model) if options.optimizer == "muon" else []
+        lengths = splits["train"].lengths
+        session.settle(
+            identity,
+            config=llama.config,
+            trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            muon_parameters=sum(p.numel() for p in muon),
+            sequences=len(lengths),
+            tokens=int(lengths.sum()),
+            sequence_length=int(lengths.max()),
+            logits_width=len(files.label_names),
+        )
         if options.plan:
             return 0
-        task = Finetuning(session, plan, files, splits, model)
-        run = Run(session, plan, task, identity=identity)
+        run = Run(session, Finetuning(session, files, splits, model))
         run.start()
         if train(run):
             return say_interrupted(session, run.progress.step)
@@ -359,38 +287,16 @@ def load_splits(
     files: LabelledFiles, options: Options, tokenizer: Tokenizer, *, context: int
 ) -> dict[str, LlamaDataset]:
     """The encoded sentences of train, dev and, where there is one, test; says what was loaded."""
-    room = min(options.max_sentence_len or math.inf, context - 1)
+    room = min(options.max_sentence_len or context, context - 1)
+    n_labels = len(files.label_names)
     splits = {
-        split: LlamaDataset(
-            path, tokenizer, n_labels=len(files.label_names), max_sentence_len=int(room)
-        )
-        for split, path in (("train", files.train), ("dev", files.dev), ("test", files.test))
-        if path is not None
+        split: LlamaDataset(path, tokenizer, n_labels=n_labels, max_sentence_len=room)
+        for split, path in files.paths.items()
     }
     for split, dataset in splits.items():
-        cut = f", {dataset.cut} of them cut to {int(room)} tokens" if dataset.cut else ""
+        cut = f", {dataset.cut} of them cut to {room} tokens" if dataset.cut else ""
         print(f"Loaded {len(dataset)} sentences from {dataset.path} ({split}){cut}")
     return splits
-
-
-def plan_finetuning(
-    session: Session, model: LlamaEmbeddingClassifier, train_set: LlamaDataset
-) -> TrainingPlan:
-    """The plan of a finetuning."""
-    muon = session.options.optimizer == "muon"
-    return make_plan(
-        session.options,
-        world_size=session.ranks.world_size,
-        device=session.device.type,
-        dtype=session.dtype,
-        config=model.llama.config,
-        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        muon_parameters=muon * sum(p.numel() for p in layer_matrices(model)),
-        sequences=len(train_set),
-        tokens=int(train_set.lengths.sum()),
-        sequence_length=int(train_set.lengths.max()),
-        logits_width=model.classifier_head.out_features,
-    )
 
 
 class Finetuning(Task):
@@ -399,45 +305,31 @@ class Finetuning(Task):
     def __init__(
         self,
         session: Session,
-        plan: TrainingPlan,
         files: LabelledFiles,
         splits: dict[str, LlamaDataset],
         model: LlamaEmbeddingClassifier,
     ) -> None:
-        self.session, self.plan, self.files = session, plan, files
-        self.train_set, self.dev_set = splits["train"], splits["dev"]
-        self.llama, self.model = model.llama, model
-        options = session.options
-        self.llama.activation_checkpointing = options.activation_checkpointing
-        self.parallel = distribute(
-            model,
-            self.llama.layers,
-            ranks=session.ranks,
-            parallel=options.parallel,
-            device=session.device,
-            dtype=torch.float32,  # predictions are made in it; training's dtype is autocast's
+        # Predictions are made in float32; training's dtype is autocast's.
+        super().__init__(
+            session, model.llama, model, module=model, dtype=torch.float32, dynamic=True
         )
-        self.classify = self.parallel
-        if options.compile == "on":
-            self.classify = torch.compile(self.parallel, dynamic=True)
+        self.files, self.train_set, self.dev_set = files, splits["train"], splits["dev"]
         self.higher_is_better = not is_unlabelled(self.dev_set.examples)
         self.goal = "dev_accuracy" if self.higher_is_better else "loss"
-        self.patience = options.early_stopping
+        self.patience = session.options.early_stopping
+        size, seed = session.options.global_batch_size, session.options.seed
         self.epoch_batches = functools.lru_cache(maxsize=1)(
-            lambda epoch: bucketed_batches(
-                self.train_set.lengths, options.global_batch_size, options.seed, epoch
-            )
+            functools.partial(bucketed_batches, self.train_set.lengths, size, seed)
         )
 
-    def batches(self, step: int) -> list[Batch]:
-        epoch, index = divmod(step, self.plan.steps_per_epoch)
-        batch, size = self.epoch_batches(epoch)[index], self.session.options.batch_size
-        parts = np.split(batch, range(size, len(batch), size))
-        make = functools.partial(labelled_batch, self.train_set, device=self.session.device)
-        return share_batches(parts, self.session.ranks, make)
+    def sequences(self, epoch: int, index: int) -> np.ndarray:
+        return self.epoch_batches(epoch)[index]
+
+    def batch(self, numbers: np.ndarray) -> Batch:
+        return labelled_batch(self.train_set, numbers, self.session.device)
 
     def loss(self, tokens: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
-        return nn.functional.nll_loss(self.classify(tokens, lengths), labels, reduction="sum")
+        return nn.functional.nll_loss(self.compiled(tokens, lengths), labels, reduction="sum")
 
     def evaluate(self) -> dict[str, float]:
         if not self.higher_is_better:
@@ -469,19 +361,14 @@ class Finetuning(Task):
         load_state(self.model.classifier_head, payload["classifier_head"])
 
     def locate(self, number: int) -> str:
-        return f"{self.files.train}, sentence {number + 1:,}"
+        return f"{self.train_set.path}, sentence {number + 1:,}"
 
 
 def labelled_batch(dataset: LlamaDataset, indices: Sequence[int], device: torch.device) -> Batch:
     """Labelled sentences as a micro-batch on the device."""
     batch = dataset.collate(indices)
-    inputs = (batch.tokens, batch.lengths, batch.labels)
-    return Batch(
-        tuple(to_device(tensor, device) for tensor in inputs),
-        targets=len(indices),
-        tokens=int(batch.lengths.sum()),
-        numbers=indices,
-    )
+    tokens = int(batch.lengths.sum())
+    return Batch.on(device, batch, targets=len(indices), tokens=tokens, numbers=indices)
 
 
 def predict(model: LlamaEmbeddingClassifier, dataset: LlamaDataset, session: Session) -> list[int]:
@@ -492,7 +379,6 @@ def predict(model: LlamaEmbeddingClassifier, dataset: LlamaDataset, session: Ses
     """
     ranks = session.ranks
     predictions = np.zeros(len(dataset), np.int64)
-    was_training = model.training
     model.eval()
     with no_gradients(model):
         batches = dataset.length_sorted_batches(session.options.batch_size)
@@ -502,7 +388,7 @@ def predict(model: LlamaEmbeddingClassifier, dataset: LlamaDataset, session: Ses
             batch = labelled_batch(dataset, batches[number], session.device)
             found = model(*batch.inputs[:2]).argmax(dim=-1).cpu().numpy()
             predictions[batches[number]] = counts * found
-    model.train(was_training)
+    model.train()
     return ranks.sum_array(predictions).tolist()
 
 
@@ -514,22 +400,13 @@ def finish_finetuning(run: Run, files: LabelledFiles, splits: dict[str, LlamaDat
     epoch = run.progress.best_step / run.plan.steps_per_epoch
     print(f"\nbest model: {best}, after step {run.progress.best_step:,} (epoch {epoch:.3g})")
     try:
-        for split, out in (("dev", files.dev_out), ("test", files.test_out)):
-            if split in splits:
-                predictions = predict(run.task.model, splits[split], run.session)
-                report = functools.partial(
-                    report_predictions,
-                    split,
-                    splits[split].examples,
-                    predictions,
-                    names=files.label_names,
-                    out=out,
-                )
-                run.ranks.on_main(report)
+        for split, out in files.outs.items():
+            predictions = predict(run.task.model, splits[split], run.session)
+            report = (split, splits[split].examples, predictions, files.label_names, out)
+            run.ranks.on_main(functools.partial(report_predictions, *report))
     except Interrupted:
         return say_interrupted(run.session, run.progress.step)
-    list_files(run.folder)
-    print_next(best, "This film", "generate")
+    print_results(run.folder, best, "This film", "generate")
     return 0
 
 
@@ -539,10 +416,11 @@ def finish_finetuning(run: Run, files: LabelledFiles, splits: dict[str, LlamaDat
 def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     """Classify sentences by the label that the model finds likeliest after a question."""
     files = find_labelled_files(options, "prompting")
-    examples = read_labelled(files.train) if options.shots else []
+    train = files.paths["train"]
+    examples = read_labelled(train) if options.shots else []
     if options.shots > len(examples):
         raise UsageError(
-            f"--shots {options.shots}: --train {files.train} has {len(examples)} examples to show"
+            f"--shots {options.shots}: --train {train} has {len(examples)} examples to show"
         )
     device, note = choose_device(options.use_gpu)
     print(f"device       {note}")
@@ -557,13 +435,8 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     ).with_shots(examples, options.shots, options.seed)
     # Without any sentence: what `pmi` subtracts; and a question that is too long shows at once.
     base = score_labels(model, prompts, [""], "sum")
-    for split, path, out in (
-        ("dev", files.dev, files.dev_out),
-        ("test", files.test, files.test_out),
-    ):
-        if path is None:
-            continue
-        dataset = LlamaDataset(path, tokenizer, n_labels=len(files.label_names))
+    for split, out in files.outs.items():
+        dataset = LlamaDataset(files.paths[split], tokenizer, n_labels=len(files.label_names))
         predictions = np.zeros(len(dataset), np.int64)
         batches = dataset.length_sorted_batches(options.batch_size)
         for indices in tqdm(batches, desc=f"prompting {split}", dynamic_ncols=True):
@@ -576,9 +449,7 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
         cut = sum(example.sentence in prompts.cut for example in dataset.examples)
         if cut:
             print(f"{split}: {cut} of {len(dataset)} sentences were cut to fit with the question")
-        report_predictions(
-            split, dataset.examples, predictions.tolist(), names=files.label_names, out=out
-        )
+        report_predictions(split, dataset.examples, predictions.tolist(), files.label_names, out)
     return 0
 
 
@@ -596,7 +467,7 @@ def generate(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     prompts = list(options.prompt)
     if options.prompt_file is not None:
         path = find_text_files([options.prompt_file], flag="--prompt_file")[0]
-        prompts += [line for _, line in TextSource(path).lines() if line.strip()]
+        prompts += [line for _, line in read_lines(path) if line.strip()]
         if not prompts:
             raise UsageError(f"--prompt_file {path}: is empty; it takes a prompt a line")
     outputs = []
@@ -605,9 +476,8 @@ def generate(options: Options, stop: StopRequest, ranks: Ranks) -> int:
             (0.0, options.generated_sentence_low_temp_out),
             (1.0, options.generated_sentence_high_temp_out),
         ]
-        flags = ("--generated_sentence_low_temp_out", "--generated_sentence_high_temp_out")
-        for flag, (_, path) in zip(flags, outputs, strict=True):
-            check_writable_file(path, flag)
+        for name, (_, path) in zip(("low", "high"), outputs, strict=True):
+            check_writable_file(path, f"--generated_sentence_{name}_temp_out")
     device, note = choose_device(options.use_gpu)
     if options.compile == "on":
         check_compiler(device)
@@ -652,12 +522,7 @@ def converse(writer: Writer, temperature: float) -> int:
 # ---------------------------------------------------------------------------- entry
 
 
-RUN_OPTION = {
-    "pretrain": pretrain,
-    "finetune": finetune,
-    "prompt": prompt,
-    "generate": generate,
-}
+RUN_OPTION = {"pretrain": pretrain, "finetune": finetune, "prompt": prompt, "generate": generate}
 
 
 def main(options: Options, stop: StopRequest | None = None) -> int:

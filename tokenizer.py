@@ -22,18 +22,12 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import sentencepiece
 
 from config import DATA_DIR, fingerprint
-from minllama.command_line import (
-    OneLineParser,
-    print_error,
-    protect_output,
-    with_underscores,
-)
+from minllama.command_line import OneLineParser, number_reader, print_error, protect_output
 from minllama.errors import UsageError
 from minllama.files import atomic_write, check_regular
 from minllama.text import (
@@ -46,7 +40,6 @@ from minllama.text import (
 )
 
 EMBEDDED_VOCABULARY = DATA_DIR / "stories-vocabulary.model"
-LLAMA2_PIECES = 32000
 SPACE = "\u2581"  # SentencePiece's visible sign for a space
 MODEL_BYTES = 64 << 20  # a vocabulary file is at most some megabytes
 
@@ -107,42 +100,37 @@ class Tokenizer:
 
     def token_byte_lengths(self) -> np.ndarray:
         """(n_words,) int64: bytes of UTF-8 of each token's text; 0 for control tokens."""
-        sp = self.sp_model
-        return np.array(
-            [
-                0 if sp.is_control(i) else 1 if sp.is_byte(i) else _piece_bytes(sp.id_to_piece(i))
-                for i in range(self.n_words)
-            ],
-            dtype=np.int64,
-        )
+        sp, lengths = self.sp_model, np.zeros(self.n_words, np.int64)
+        for i in range(self.n_words):
+            if not sp.is_control(i):
+                lengths[i] = 1 if sp.is_byte(i) else len(_piece_text(sp.id_to_piece(i)))
+        return lengths
 
     def spelt_in_bytes(self, tokens: np.ndarray) -> float:
         """The share of the bytes of some tokens' text that have a byte token each, from 0 to 1.
 
         Such tokens spell characters that the vocabulary has no piece for.
         """
-        counts = np.bincount(tokens, minlength=self.n_words)
-        bytes_of = counts * self.token_byte_lengths()
-        alone = [i for i in range(self.n_words) if self.sp_model.is_byte(i)]
-        return float(bytes_of[alone].sum() / max(1, bytes_of.sum()))
+        sizes = np.bincount(tokens, minlength=self.n_words) * self.token_byte_lengths()
+        alone = [self.sp_model.is_byte(i) for i in range(self.n_words)]
+        return float(sizes[alone].sum() / max(1, sizes.sum()))
 
 
 def vocabulary_remedy(size: int) -> str:
     """What to do about a model file without its vocabulary of `size` pieces."""
     remedy = f"name its SentencePiece file of {size:,} pieces with --tokenizer_model"
-    if size == LLAMA2_PIECES:
+    if size == 32000:
         remedy += "; Llama-2's is fetched by: python data/download.py tokenizer"
     return remedy
 
 
-def _piece_bytes(piece: str) -> int:
-    return len(piece.replace(SPACE, " ").encode())
+def _piece_text(piece: str) -> bytes:
+    return piece.replace(SPACE, " ").encode()
 
 
 def _read_model(path: Path) -> bytes:
     if not path.exists():
-        hint = download_hint(path)
-        raise UsageError(f"--tokenizer_model {path}: no such file" + (f"; {hint}" if hint else ""))
+        raise UsageError(f"--tokenizer_model {path}: no such file{download_hint(path)}")
     check_regular(path)
     try:
         with path.open("rb") as file:
@@ -157,10 +145,8 @@ def _load_model(data: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
         processor.LoadFromSerializedProto(data)
         if processor.vocab_size() < 1:
             raise ValueError("no pieces")
-        for i in range(
-            processor.vocab_size()
-        ):  # one damaged byte may leave a piece that is no text
-            processor.id_to_piece(i)
+        # One damaged byte may leave a piece that is no text.
+        processor.id_to_piece(list(range(processor.vocab_size())))
     except (RuntimeError, ValueError, TypeError, OSError):
         raise UsageError(f"{name}: not a SentencePiece model ({len(data):,} bytes)") from None
     return processor
@@ -178,22 +164,16 @@ def train_vocabulary(
     *,
     vocab_size: int,
     character_coverage: float = 0.9995,
-    text_field: str = "text",
-    encoding_errors: str = "strict",
-    sentences_only: bool = False,
+    reading: Reading | None = None,
     max_bytes: int = TRAINING_BYTES,
-    seed: int = 0,
 ) -> None:
     """Train a byte-fallback BPE vocabulary with Llama-2's conventions and publish it at `output`.
 
     The same inputs and options give the same bytes: the file holds no path and no date. At most
-    `max_bytes` of text are used, sampled by `seed`. Raises UsageError, naming the largest (or the
+    `max_bytes` of text are used, sampled evenly. Raises UsageError, naming the largest (or the
     smallest) size that works, when `vocab_size` does not fit the corpus.
     """
-    reading = Reading(
-        text_field=text_field, encoding_errors=encoding_errors, sentences_only=sentences_only
-    )
-    sentences = _sample_sentences(inputs, reading, max_bytes=max_bytes, seed=seed)
+    sentences = _sample_sentences(inputs, reading or Reading(), max_bytes)
     if not sentences:
         raise UsageError(f"{', '.join(map(str, inputs))}: no text to train a vocabulary on")
     model = io.BytesIO()
@@ -219,35 +199,21 @@ def train_vocabulary(
             minloglevel=2,
         )
     except RuntimeError as error:
-        _raise_training_error(str(error), vocab_size)
+        problem = f"SentencePiece could not train ({error})"
+        if largest := re.search(r"value <= (\d+)", str(error)):
+            problem = f"too large: this text gives at most {largest[1]}"
+        elif least := re.search(r"\d+ vs (\d+)", str(error)):  # its characters and 256 bytes
+            problem = f"too small: at least {least[1]}, or a lower --character_coverage"
+        raise UsageError(f"--vocab_size {vocab_size}: {problem}") from None
     _write(output, model.getvalue())
 
 
-def _raise_training_error(message: str, vocab_size: int) -> NoReturn:
-    given = f"--vocab_size {vocab_size}"
-    if largest := re.search(r"value <= (\d+)", message):
-        raise UsageError(
-            f"{given}: too large for this text, which gives at most {largest[1]}; use a smaller "
-            "one or more text"
-        )
-    if smallest := re.search(r"\d+ vs (\d+)", message):
-        raise UsageError(
-            f"{given}: too small for this text's characters and the 256 bytes: at least "
-            f"{smallest[1]}, or a lower --character_coverage"
-        )
-    raise UsageError(f"{given}: SentencePiece could not train ({message})")
-
-
-def _sample_sentences(
-    inputs: Sequence[Path], reading: Reading, *, max_bytes: int, seed: int
-) -> list[str]:
+def _sample_sentences(inputs: Sequence[Path], reading: Reading, max_bytes: int) -> list[str]:
     """Lines of the inputs, each kept with the same probability, of about `max_bytes` in all."""
     # A .gz unpacks to about four times its size; what a wrong guess adds, the hard limit ends.
     sizes = (p.stat().st_size * (4 if p.suffix.lower() == ".gz" else 1) for p in inputs)
     share = max_bytes / max(1, sum(sizes))
-    coin = random.Random(seed)
-    kept: list[str] = []
-    room = max_bytes * 5 // 4
+    coin, kept, room = random.Random(0), [], max_bytes * 5 // 4
     for path in inputs:
         for sentence in _sentences(read_documents(path, reading)):
             if share < 1 and coin.random() >= share:
@@ -288,14 +254,14 @@ def export_tokenizer_bin(tokenizer: Tokenizer, path: Path) -> None:
     sp = tokenizer.sp_model
     named = {tokenizer.bos_id: "\n<s>\n", tokenizer.eos_id: "\n</s>\n"}
     names = [named.get(i, sp.id_to_piece(i)) for i in range(tokenizer.n_words)]
-    tokens = [name.replace(SPACE, " ").encode() for name in names]
-    entries = [
-        struct.pack("<fi", sp.get_score(i), len(token)) + token for i, token in enumerate(tokens)
-    ]
-    _write(path, struct.pack("<I", max(map(len, tokens))) + b"".join(entries))
+    tokens = [_piece_text(name) for name in names]
+    data = bytearray(struct.pack("<I", max(map(len, tokens))))
+    for i, token in enumerate(tokens):
+        data += struct.pack("<fi", sp.get_score(i), len(token)) + token
+    _write(path, data)
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes | bytearray) -> None:
     try:
         with atomic_write(path) as file:
             file.write(data)
@@ -310,22 +276,19 @@ def _build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="tokenizer.py", description="Train or export a vocabulary.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
     train = commands.add_parser("train", help="train a SentencePiece vocabulary on text")
-    train.add_argument(
-        "--input", nargs="+", required=True, help="files, folders and globs: .txt, .jsonl, .gz"
-    )
+    train.add_argument("--input", nargs="+", required=True, help="text files, folders, globs")
     train.add_argument("--output", type=Path, required=True, help="the model file to write")
-    train.add_argument("--vocab_size", type=int, default=4096, help="tokens (default 4096)")
-    train.add_argument(
+    size, share = number_reader(int, at_least=1), number_reader(float, at_least=0.98, at_most=1)
+    train.add_argument("--vocab_size", type=size, default=4096, help="tokens (default 4096)")
+    train.add_argument(  # within SentencePiece's own limits
         "--character_coverage",
-        type=float,
+        type=share,
         default=0.9995,
         help="share of characters that get tokens; the rest are spelt in bytes (default 0.9995)",
     )
     train.add_argument("--text_field", default="text", help="of .jsonl files (default text)")
     train.add_argument("--encoding_errors", choices=("strict", "replace"), default="strict")
-    train.add_argument(
-        "--sentences_only", action="store_true", help="only the sentences of labelled files"
-    )
+    train.add_argument("--sentences_only", action="store_true", help="of labelled files")
     export = commands.add_parser("export", help="write llama2.c's tokenizer.bin")
     export.add_argument("--tokenizer_model", type=Path, help="default: the embedded vocabulary")
     export.add_argument("--output", type=Path, required=True, help="the file to write")
@@ -334,31 +297,24 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train_command(args: argparse.Namespace) -> None:
-    if args.vocab_size < 1:
-        raise UsageError(f"--vocab_size {args.vocab_size}: must be at least 1")
-    if not 0.98 <= args.character_coverage <= 1:  # SentencePiece's own limits
-        raise UsageError(f"--character_coverage {args.character_coverage}: must be from 0.98 to 1")
-    train_vocabulary(
-        find_text_files(args.input, flag="--input"),
-        args.output,
-        vocab_size=args.vocab_size,
-        character_coverage=args.character_coverage,
-        text_field=args.text_field,
-        encoding_errors=args.encoding_errors,
-        sentences_only=args.sentences_only,
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0, or 2 after one line about bad input."""
-    given = sys.argv[1:] if argv is None else argv
     try:
-        args = _build_parser().parse_args([with_underscores(argument) for argument in given])
+        args = _build_parser().parse_args(argv)
         if args.output.exists() and not args.overwrite:
             raise UsageError(f"--output {args.output}: is there already; --overwrite replaces it")
         if args.command == "train":
-            _train_command(args)
+            train_vocabulary(
+                find_text_files(args.input, flag="--input"),
+                args.output,
+                vocab_size=args.vocab_size,
+                character_coverage=args.character_coverage,
+                reading=Reading(
+                    text_field=args.text_field,
+                    encoding_errors=args.encoding_errors,
+                    sentences_only=args.sentences_only,
+                ),
+            )
             tokenizer = Tokenizer(tokenizer_model=args.output)
         else:
             tokenizer = Tokenizer(tokenizer_model=args.tokenizer_model)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from config import IGNORE_INDEX
 from minllama.errors import UsageError
@@ -25,20 +27,17 @@ from tokenizer import Tokenizer
 # ---------------------------------------------------------------------------- holding out
 
 
+@dataclass(eq=False)
 class TokenStream:
-    """Stretches of a token array read as one, without a copy of it all."""
+    """Stretches of a token array, from `starts` to `stops`, read as one without a copy of all."""
 
-    def __init__(
-        self,
-        tokens: np.ndarray,
-        starts: np.ndarray,
-        stops: np.ndarray,
-        *,
-        utf8_bytes: int | None = None,
-    ) -> None:
-        self.tokens, self.starts = tokens, np.asarray(starts, np.int64)
-        self.offsets = np.concatenate([[0], np.cumsum(np.asarray(stops, np.int64) - self.starts)])
-        self.utf8_bytes = utf8_bytes  # of the text, for bits per byte; None: not known
+    tokens: np.ndarray
+    starts: np.ndarray
+    stops: np.ndarray
+    utf8_bytes: int | None = None  # of the text, for bits per byte; None: not known
+
+    def __post_init__(self) -> None:
+        self.offsets = np.concatenate([[0], np.cumsum(self.stops - self.starts)])
 
     def __len__(self) -> int:
         return int(self.offsets[-1])
@@ -101,9 +100,7 @@ def _documents_stream(cache: TokenCache, chosen: np.ndarray) -> TokenStream:
     edges = np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8))
     first, last = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1) - 1
     starts, stops = cache.document_starts[first], cache.document_stops()[last]
-    return TokenStream(
-        cache.tokens, starts, stops, utf8_bytes=int(cache.document_bytes[chosen].sum())
-    )
+    return TokenStream(cache.tokens, starts, stops, int(cache.document_bytes[chosen].sum()))
 
 
 def _split_last_chunks(
@@ -124,7 +121,7 @@ def _split_last_chunks(
         )
     return (
         TokenStream(cache.tokens, np.array([0]), np.array([cut])),
-        TokenStream(cache.tokens, np.array([cut]), np.array([size]), utf8_bytes=val_bytes),
+        TokenStream(cache.tokens, np.array([cut]), np.array([size]), val_bytes),
     )
 
 
@@ -139,11 +136,10 @@ def count_chunks(n_tokens: int, chunk_length: int) -> int:
 class PretrainDataset:
     """A token stream cut into chunks of `chunk_length` inputs; the last one may be short.
 
-    Chunk i predicts tokens i*T+1 .. (i+1)*T from tokens i*T .. (i+1)*T-1. The length cuts the
-    stream and never truncates the text: the old bug was to tokenize a file with max_len=1024, which
-    made "1 chunk" of any file. A document's BOS, of id `bos_id`, is no target: it always follows
-    EOS, and to predict it would only make the loss look lower. Raises UsageError for fewer than two
-    tokens.
+    Chunk i predicts tokens i*T+1 .. (i+1)*T from tokens i*T .. (i+1)*T-1: the length cuts the
+    stream and never truncates the text. A document's BOS, of id `bos_id`, is no target: it always
+    follows EOS, and to predict it would only make the loss look lower. Raises UsageError for fewer
+    than two tokens.
     """
 
     def __init__(
@@ -166,12 +162,10 @@ class PretrainDataset:
         chunk_length: int,
         *,
         cache_dir: Path,
-        reading: Reading | None = None,
-        progress: bool = False,
     ) -> PretrainDataset:
         """The chunks of text files, for those who import this class directly."""
         files = find_text_files(patterns)
-        cache = build_or_load(files, tokenizer, reading or Reading(), cache_dir, progress=progress)
+        cache = build_or_load(files, tokenizer, Reading(), cache_dir, progress=False)
         return cls(whole_stream(cache), chunk_length, bos_id=tokenizer.bos_id)
 
     def __len__(self) -> int:
@@ -189,16 +183,12 @@ class PretrainDataset:
 
         Tokens are padded with 0; causal attention lets no real position see them.
         """
-        chunks = [self.chunk(int(index)) for index in indices]
-        longest = max(len(chunk) for chunk in chunks) - 1
-        tokens = np.zeros((len(chunks), longest), np.int64)
-        targets = np.full((len(chunks), longest), IGNORE_INDEX, np.int64)
-        for row, chunk in enumerate(chunks):
-            tokens[row, : len(chunk) - 1] = chunk[:-1]
-            targets[row, : len(chunk) - 1] = chunk[1:]
+        chunks = [torch.from_numpy(self.chunk(int(i)).astype(np.int64)) for i in indices]
+        tokens = pad_sequence([chunk[:-1] for chunk in chunks], True)
+        targets = pad_sequence([chunk[1:] for chunk in chunks], True, IGNORE_INDEX)
         if self.bos_id is not None:
             targets[targets == self.bos_id] = IGNORE_INDEX
-        return torch.from_numpy(tokens), torch.from_numpy(targets)
+        return tokens, targets
 
 
 @functools.lru_cache(maxsize=4)
@@ -214,16 +204,12 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-def count_batches(n: int, batch_size: int) -> int:
-    """Batches of an epoch, the short last one included."""
-    return -(-n // batch_size)
-
-
 def batch_indices(n: int, batch_size: int, seed: int, epoch: int, index: int) -> np.ndarray:
     """Chunk numbers of batch `index` of an epoch, (up to batch_size,) int64; the last is short."""
-    if not 0 <= index < count_batches(n, batch_size):
-        raise IndexError(f"batch {index} of {count_batches(n, batch_size)}")
-    return epoch_order(n, seed, epoch)[index * batch_size : (index + 1) * batch_size]
+    first = index * batch_size
+    if not 0 <= first < n:
+        raise IndexError(f"batch {index} of {-(-n // batch_size)}")
+    return epoch_order(n, seed, epoch)[first : first + batch_size]
 
 
 # ---------------------------------------------------------------------------- labelled sentences
@@ -237,7 +223,6 @@ class LabelledBatch(NamedTuple):
     tokens: torch.Tensor  # (B, T) int64
     lengths: torch.Tensor  # (B,) int64
     labels: torch.Tensor  # (B,) int64, UNLABELLED where there is none
-    indices: torch.Tensor  # (B,) int64, places in the file
 
 
 class LlamaDataset:
@@ -270,14 +255,10 @@ class LlamaDataset:
     def collate(self, indices: Sequence[int] | np.ndarray) -> LabelledBatch:
         """The examples at `indices` as one batch, padded to its longest."""
         lengths = torch.from_numpy(self.lengths[np.asarray(indices)])
-        tokens = torch.zeros(len(indices), int(lengths.max()), dtype=torch.int64)
-        for row, index in enumerate(indices):
-            tokens[row, : len(self.ids[index])] = torch.tensor(self.ids[index])
+        tokens = pad_sequence([torch.tensor(self.ids[index]) for index in indices], True)
         labels = [self.examples[index].label for index in indices]
         labels = [UNLABELLED if label is None else label for label in labels]
-        return LabelledBatch(
-            tokens, lengths, torch.tensor(labels), torch.tensor([int(i) for i in indices])
-        )
+        return LabelledBatch(tokens, lengths, torch.tensor(labels))
 
 
 def bucketed_batches(

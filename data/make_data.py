@@ -437,13 +437,13 @@ def make_files(output: Path, *, seed: int = SEED, stories: int = STORIES) -> lis
 
 def make_vocabulary(output: Path) -> Path:
     """Train the vocabulary on the training parts of the stories and the reviews in `output`."""
-    from tokenizer import train_vocabulary  # here, so that `--help` needs no packages
+    from minllama.text import Reading  # here, so that `--help` needs no packages
+    from tokenizer import train_vocabulary
 
     path = output / "stories-vocabulary.model"
     texts = [output / "stories-train.jsonl", output / "reviews-train.txt"]
-    train_vocabulary(
-        texts, path, vocab_size=VOCAB_SIZE, character_coverage=1.0, sentences_only=True
-    )
+    reading = Reading(sentences_only=True)
+    train_vocabulary(texts, path, vocab_size=VOCAB_SIZE, character_coverage=1.0, reading=reading)
     return path
 
 

@@ -9,27 +9,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama import Llama
-from minllama.errors import UsageError
 
 
 class LoRALinear(nn.Linear):
     """A frozen linear layer plus a trained product of two thin matrices (arXiv:2106.09685).
 
-    y = W x + alpha / rank * B A dropout(x); B starts at zero, so training starts at W.
+    y = W x + alpha / rank * B A x; B starts at zero, so training starts at W.
     """
 
-    def __init__(self, linear: nn.Linear, *, rank: int, alpha: float, dropout: float) -> None:
+    def __init__(self, linear: nn.Linear, *, rank: int, alpha: float) -> None:
         nn.Module.__init__(self)  # not nn.Linear's: the weight is there already
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, None
         self.scaling = alpha / rank
-        self.dropout = nn.Dropout(dropout)
         self.lora_a = nn.Parameter(self.weight.new_empty(rank, linear.in_features))
         self.lora_b = nn.Parameter(self.weight.new_zeros(linear.out_features, rank))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        thin = F.linear(self.dropout(x), self.lora_a) * self.scaling
+        thin = F.linear(x, self.lora_a) * self.scaling
         return F.linear(x, self.weight) + F.linear(thin, self.lora_b)
 
     def merged(self) -> nn.Linear:
@@ -41,19 +39,13 @@ class LoRALinear(nn.Linear):
         return linear
 
 
-def add_lora(model: Llama, *, rank: int, alpha: float, dropout: float = 0.0) -> None:
-    """Freeze the model and give every linear layer except the head an adapter to train.
-
-    Raises UsageError for a rank below 1.
-    """
-    if rank < 1:
-        raise UsageError(f"--lora_rank {rank}: must be at least 1")
+def add_lora(model: Llama, *, rank: int, alpha: float) -> None:
+    """Freeze the model and give every linear layer except the head an adapter to train."""
     model.requires_grad_(False)
     for parent in [module for layer in model.layers for module in layer.children()]:
         for name, linear in list(parent.named_children()):
             if isinstance(linear, nn.Linear):
-                adapter = LoRALinear(linear, rank=rank, alpha=alpha, dropout=dropout)
-                setattr(parent, name, adapter)
+                setattr(parent, name, LoRALinear(linear, rank=rank, alpha=alpha))
 
 
 def merge_lora(model: Llama) -> None:

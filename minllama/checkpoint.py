@@ -8,13 +8,15 @@ number of ranks reads either kind.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from minllama.errors import UsageError
-from minllama.pt_file import load_pt, verify_seal
+from minllama.files import remove
+from minllama.pt_file import load_pt
 
 STATE_FILE = "state.pt"  # of a sharded checkpoint
 RESUMABLE = ("model", "optimizer", "scaler", "rng", "progress", "identity")  # each a dict
@@ -23,7 +25,7 @@ RESUMABLE = ("model", "optimizer", "scaler", "rng", "progress", "identity")  # e
 class Summary(NamedTuple):
     """What a checkpoint says of itself, unverified."""
 
-    run_id: str | None
+    run_id: str
     step: int
     skipped: int  # updates that were skipped in a row, up to this step
     complete: bool  # the step's record was evaluated and written
@@ -40,32 +42,66 @@ def load_checkpoint(path: Path, *, verify: bool = True) -> dict[str, Any]:
     Of a sharded checkpoint every tensor is the list of its shards, which `sharding.join_shards`
     joins. Raises UsageError naming the file that is missing, damaged or holds no such state.
     """
-    if not path.exists():
-        raise UsageError(f"--resume {path}: no such file")
-    payload = load_pt(state_file(path), verify=verify)
-    check_resumable(path, payload)
+    payload = _load_plain(path, verify=verify)
     if not path.is_dir():
         return payload
-    files = payload.get("shards")
-    if not isinstance(files, dict) or not files:
-        raise UsageError(f"{path / STATE_FILE}: lists no shards, so it is no sharded checkpoint")
-    shards = [_load_shard(path, name, digest, verify) for name, digest in files.items()]
+    shards = [
+        load_pt(path / name, verify=verify, digest=digest)
+        for name, digest in _listed_shards(path, payload).items()
+    ]
     try:
         return payload | {key: _lists(*(s[key] for s in shards)) for key in ("model", "optimizer")}
     except (KeyError, TypeError, AttributeError):
         raise UsageError(f"{path}: its shards do not belong together") from None
 
 
-def _load_shard(folder: Path, name: Any, digest: Any, verify: bool) -> dict[str, Any]:
-    if not isinstance(name, str) or Path(name).name != name:
-        raise UsageError(f"{folder / STATE_FILE}: {name!r} is not the name of a shard's file")
-    path = folder / name
-    try:
-        if verify and verify_seal(path) != digest:
-            raise UsageError(f"{path} is damaged: its bytes do not match its SHA-256")
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror})") from None
-    return load_pt(path, verify=False)
+def summarize(path: Path) -> Summary:
+    """Read a checkpoint's plain values and none of its tensors. Raises UsageError."""
+    payload = _load_plain(path, verify=False)
+    progress, run_id = payload["progress"], payload.get("run_id")
+    step, skipped = progress.get("step"), progress.get("skipped", 0)
+    if not isinstance(step, int) or not isinstance(skipped, int) or not isinstance(run_id, str):
+        raise UsageError(f"{path} is damaged: its step is {str(step)[:20]!r}")
+    return Summary(run_id, step, skipped, progress.get("pending") is None)
+
+
+def remove_unnamed(folder: Path) -> None:
+    """Delete the shards that the checkpoint in a folder does not name; all, where there is none.
+
+    So one of the same step stays whole until another takes its place. Best effort.
+    """
+    with contextlib.suppress(OSError, UsageError):
+        if not (folder / STATE_FILE).exists():
+            remove(folder)
+            return
+        named = _listed_shards(folder, _load_plain(folder, verify=False))
+        for path in [*folder.glob("shard-*"), *folder.glob(".*.tmp")]:
+            if path.name not in named:
+                with contextlib.suppress(OSError):
+                    remove(path)
+
+
+def _load_plain(path: Path, *, verify: bool) -> dict[str, Any]:
+    """The content of `state_file(path)`; raises UsageError where that is no state of a run."""
+    payload = load_pt(state_file(path), verify=verify)
+    missing = sorted(set(RESUMABLE) - payload.keys())
+    if missing or not all(isinstance(payload[name], dict) for name in RESUMABLE):
+        raise UsageError(
+            f"{path} is a weights file and holds no state to resume "
+            f"({', '.join(missing) or 'other types'}): name a -epoch-N.pt or -step-N.pt file"
+        )
+    return payload
+
+
+def _listed_shards(folder: Path, payload: dict[str, Any]) -> dict[str, str]:
+    """The SHA-256 of each file of shards by its name, which leads out of no folder."""
+    shards = payload.get("shards")
+    if not isinstance(shards, dict) or not shards:
+        raise UsageError(f"{folder / STATE_FILE}: lists no shards, so it is no sharded checkpoint")
+    for name, digest in shards.items():
+        if not (isinstance(name, str) and isinstance(digest, str) and Path(name).name == name):
+            raise UsageError(f"{folder / STATE_FILE}: {name!r} is not the name of a shard's file")
+    return shards
 
 
 def _lists(*nodes: Any) -> Any:
@@ -76,24 +112,3 @@ def _lists(*nodes: Any) -> Any:
     if isinstance(first, dict):
         return {key: _lists(*(node[key] for node in nodes)) for key in first}
     return first
-
-
-def check_resumable(path: Path, payload: dict[str, Any]) -> None:
-    """Raise UsageError where a sound file is no state of a run."""
-    missing = sorted(set(RESUMABLE) - payload.keys())
-    if missing or not all(isinstance(payload[name], dict) for name in RESUMABLE):
-        raise UsageError(
-            f"{path} is a weights file and holds no state to resume "
-            f"({', '.join(missing) or 'other types'}): name a -epoch-N.pt or -step-N.pt file"
-        )
-
-
-def summarize(path: Path) -> Summary:
-    """Read a checkpoint's plain values and none of its tensors. Raises UsageError."""
-    payload = load_pt(state_file(path), verify=False)
-    check_resumable(path, payload)
-    progress, run_id = payload["progress"], payload.get("run_id")
-    step, skipped = progress.get("step"), progress.get("skipped", 0)
-    if not isinstance(step, int) or not isinstance(skipped, int) or not isinstance(run_id, str):
-        raise UsageError(f"{path} is damaged: its step is {str(step)[:20]!r}")
-    return Summary(run_id, step, skipped, progress.get("pending") is None)

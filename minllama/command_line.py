@@ -15,17 +15,26 @@ import shlex
 import subprocess
 import sys
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TextIO, TypeVar
 
 from minllama.errors import UsageError
 
 Parsed = TypeVar("Parsed")
+BOUNDS = {"at_least": ge, "above": gt, "at_most": le, "below": lt}
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse that raises UsageError instead of printing its usage above the message."""
+    """argparse that raises UsageError instead of printing its usage above the message.
+
+    Flags may be typed with `-` for `_`.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([with_underscores(word) for word in words], namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message.removeprefix("argument "))
@@ -36,32 +45,22 @@ def with_underscores(word: str) -> str:
     return re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word)
 
 
-def number_reader(
-    kind: type,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-) -> Callable[[str], Any]:
-    """A `type` for argparse: reads an int or float within the bounds."""
+def number_reader(kind: type, **bounds: float) -> Callable[[str], Any]:
+    """A `type` for argparse: reads an int or float within the bounds, named as in BOUNDS."""
     noun = "a whole number" if kind is int else "a number"
-    checks = {
-        "at least": (at_least, lambda value: value >= at_least),
-        "above": (above, lambda value: value > above),
-        "below": (below, lambda value: value < below),
-    }
 
     def read(text: str) -> Any:
         try:
             value = kind(text)
-        except ValueError:
-            glued = re.match(r"(.+?)(--\w.*)", text)
-            remedy = f"; a space is missing before {glued[2]}" if glued else ""
+            if not math.isfinite(value):
+                raise ValueError
+        except (ValueError, OverflowError):
+            glued = re.match(r".+?(--\w.*)", text)
+            remedy = f"; a space is missing before {glued[1]}" if glued else ""
             raise argparse.ArgumentTypeError(f"{text!r} is not {noun}{remedy}") from None
-        if not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {noun}")
-        for words, (bound, holds) in checks.items():
-            if bound is not None and not holds(value):
+        for name, bound in bounds.items():
+            if not BOUNDS[name](value, bound):
+                words = name.replace("_", " ")
                 raise argparse.ArgumentTypeError(f"{text} must be {words} {bound:g}")
         return value
 
@@ -84,36 +83,24 @@ def section(
         default: Any,
         help: str,
         *,
-        at_least: float | None = None,
-        above: float | None = None,
-        below: float | None = None,
         many: bool = False,  # takes several values at once, else the flag is repeated
         metavar: str | None = None,
         alone: str | None = None,  # what a flag of choices means when it is typed without one
         instead: str | None = None,  # the flag that the other options have for the same thing
+        **bounds: float,
     ) -> Any:
-        metadata = {
-            "help": help,
-            "section": title,
-            "read_by": read_by,
-            "bounds": {"at_least": at_least, "above": above, "below": below},
-            "many": many,
-            "metavar": metavar,
-            "alone": alone,
-            "instead": instead,
-            "on_resume": on_resume,
-        }
-        return dataclasses.field(default=default, metadata=metadata)
+        own = dict(help=help, many=many, metavar=metavar, alone=alone, instead=instead)
+        of_all = dict(section=title, read_by=read_by, on_resume=on_resume, bounds=bounds)
+        return dataclasses.field(default=default, metadata=own | of_all)
 
     return flag
 
 
 def without_none(annotation: Any) -> tuple[Any, bool]:
     """A flag's type without `| None`, and whether None is one of its values."""
-    kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
-    if type(None) in typing.get_args(annotation):
-        return kinds[0], True
-    return annotation, False
+    kinds = typing.get_args(annotation)
+    optional = type(None) in kinds
+    return kinds[0] if optional else annotation, optional
 
 
 def read_stored(field: dataclasses.Field, annotation: Any, value: Any) -> Any:
@@ -139,10 +126,8 @@ def read_stored(field: dataclasses.Field, annotation: Any, value: Any) -> Any:
 def add_flag(group: Any, field: dataclasses.Field, annotation: Any) -> None:
     """Add one row of the table to an argparse group."""
     (kind, _), metadata = without_none(annotation), field.metadata
-    text = metadata["help"]
-    if field.default not in (None, (), False):
-        text += f" (default: {field.default})"
-    settings: dict[str, Any] = {"dest": field.name, "default": field.default, "help": text}
+    shown = "" if field.default in (None, (), False) else f" (default: {field.default})"
+    settings = {"default": field.default, "help": metadata["help"] + shown}
     if kind is bool:
         settings["action"] = "store_true"
     elif typing.get_origin(kind) is Literal:
@@ -151,13 +136,12 @@ def add_flag(group: Any, field: dataclasses.Field, annotation: Any) -> None:
             settings |= {"nargs": "?", "const": metadata["alone"]}
     elif typing.get_origin(kind) is tuple:
         settings |= {"nargs": "+"} if metadata["many"] else {"action": "append"}
-        settings["metavar"] = metadata["metavar"] or "PATH"
-        settings["default"] = None  # argparse would append to a default
+        settings |= {"metavar": metadata["metavar"] or "PATH", "default": None}  # else appended to
     else:
         numeric = kind in (int, float)
-        settings["type"] = number_reader(kind, **metadata["bounds"]) if numeric else kind
         words = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
         settings["metavar"] = metadata["metavar"] or words[kind]
+        settings["type"] = number_reader(kind, **metadata["bounds"]) if numeric else kind
     group.add_argument(f"--{field.name}", **settings)
 
 
@@ -205,23 +189,19 @@ class _Droppable:
 
     def write(self, text: str) -> int:
         """Write, or drop the text."""
-        with self._dropping():
-            self.stream.write(text)
+        self._try(self.stream.write, text)
         return len(text)
 
     def flush(self) -> None:
         """Flush, or drop what is buffered."""
-        with self._dropping():
-            self.stream.flush()
+        self._try(self.stream.flush)
 
-    @contextlib.contextmanager
-    def _dropping(self) -> Iterator[None]:
+    def _try(self, action: Callable[..., object], *arguments: str) -> None:
         try:
-            yield
+            action(*arguments)
         except OSError:  # what is buffered would fail again at exit: it goes to nowhere, too
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.stream.fileno())
-            os.close(nowhere)
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
 
 
 def print_error(program: str, error: Exception | str) -> None:

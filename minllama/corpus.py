@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +33,11 @@ class Texts:
 
 
 def load_texts(options: Options, tokenizer: Tokenizer, *, stop: StopRequest, ranks: Ranks) -> Texts:
-    """Tokenize the text, or find it tokenized, and hold some of it out. Every rank must call this.
+    """The text, tokenized now or earlier, some of it held out. Every rank must call this.
 
     Raises UsageError.
     """
-    length, val_data = options.max_seq_len, options.val_data
-    patterns = options.pretrain_data
+    length, patterns, val_data = options.max_seq_len, options.pretrain_data, options.val_data
     if not patterns:
         patterns = (str(DATA_DIR / "stories-train.jsonl"),)
         if not val_data and options.val_fraction:
@@ -65,13 +65,8 @@ def load_texts(options: Options, tokenizer: Tokenizer, *, stop: StopRequest, ran
         text = tokenizer.decode(train.read(chunk * length, chunk * length + 8)[:8].tolist())
         return f"{files[file]}, token {token:,} ({text!r})"
 
-    bos_id = tokenizer.bos_id
-    return Texts(
-        PretrainDataset(train, length, bos_id=bos_id),
-        None if val is None else PretrainDataset(val, length, bos_id=bos_id),
-        cache.key.hex()[:16],
-        locate,
-    )
+    cut = functools.partial(PretrainDataset, chunk_length=length, bos_id=tokenizer.bos_id)
+    return Texts(cut(train), None if val is None else cut(val), cache.key.hex()[:16], locate)
 
 
 def without_validation(files: Sequence[Path], val_files: Sequence[Path]) -> Sequence[Path]:
@@ -101,13 +96,11 @@ def load_cache(
         encoding_errors=options.encoding_errors,
         sentences_only=options.sentences_only,
     )
-
-    def build() -> TokenCache:
-        return build_or_load(
+    cache = ranks.first_on_node(
+        lambda: build_or_load(
             files, tokenizer, reading, options.cache_dir, should_stop=lambda: stop.requested
         )
-
-    cache = ranks.first_on_node(build)
+    )
     if cache.rebuilt_because not in (None, "there was none"):
         print(f"tokenized again: the cache in {options.cache_dir}: {cache.rebuilt_because}")
     lines = []
@@ -139,10 +132,10 @@ def remarks(path: Path, reading: Reading) -> list[str]:
 def warn_of_vocabulary(share: float, files: Sequence[Path]) -> None:
     """Say so where `share` of the text is encoded byte by byte, and how to train a vocabulary."""
     if share > MOSTLY:
-        train = ["tokenizer.py", "train", "--input", *files[:SHOWN_FILES], "--vocab_size", "8000"]
+        train = ["--input", *files[:SHOWN_FILES], "--vocab_size", "8000", "--output", "my.model"]
         print(
             f"warning: {share:.0%} of the text is encoded byte by byte, since the vocabulary has "
             "no pieces for its characters: the model would learn slowly and see little at a time. "
             "Train a vocabulary on the text, then name it with --tokenizer_model my.model:\n"
-            f"  {quoted('python', *train, '--output', 'my.model')}"
+            f"  {quoted('python', 'tokenizer.py', 'train', *train)}"
         )

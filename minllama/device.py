@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
 import sys
-import time
+import timeit
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,28 +46,26 @@ def choose_device(use_gpu: bool, *, local_rank: int | None = None) -> tuple[torc
     Of several processes, number `local_rank` of this machine takes a GPU of its own; raises
     UsageError where there are too few. None: alone.
     """
-    gpu = None
-    if torch.cuda.is_available():
-        gpu = torch.device("cuda")
-        if local_rank is not None and use_gpu:
-            if local_rank >= torch.cuda.device_count():
-                raise UsageError(
-                    f"--use_gpu: process {local_rank + 1} of this machine has no GPU of its own: "
-                    f"start at most --nproc_per_node {torch.cuda.device_count()}"
-                )
-            gpu = torch.device("cuda", local_rank)
-            torch.cuda.set_device(gpu)
-    elif torch.backends.mps.is_available() and local_rank is None:  # MPS has no collectives
-        gpu = torch.device("mps")
-    if gpu is not None and use_gpu:
-        name = torch.cuda.get_device_name() if gpu.type == "cuda" else "Apple GPU (MPS)"
-        return gpu, name
-    note = f"CPU, {torch.get_num_threads()} threads"
-    if use_gpu:
-        note += "; --use_gpu: no GPU that torch can use was found, so the CPU is used"
-    elif gpu is not None:
-        note += "; this machine has a GPU: --use_gpu uses it"
-    return torch.device("cpu"), note
+    cuda = torch.cuda.is_available()
+    mps = torch.backends.mps.is_available() and local_rank is None  # it has no collectives
+    if not use_gpu or not (cuda or mps):
+        note = f"CPU, {torch.get_num_threads()} threads"
+        if use_gpu:
+            note += "; --use_gpu: no GPU that torch can use was found, so the CPU is used"
+        elif cuda or mps:
+            note += "; this machine has a GPU: --use_gpu uses it"
+        return torch.device("cpu"), note
+    if not cuda:
+        return torch.device("mps"), "Apple GPU (MPS)"
+    if local_rank is None:
+        return torch.device("cuda"), torch.cuda.get_device_name()
+    if local_rank >= torch.cuda.device_count():
+        raise UsageError(
+            f"--use_gpu: process {local_rank + 1} of this machine has no GPU of its own: "
+            f"start at most --nproc_per_node {torch.cuda.device_count()}"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank), torch.cuda.get_device_name()
 
 
 def describe_device(device: torch.device) -> str:
@@ -112,9 +111,7 @@ def keep_freed_memory() -> None:
     By default it returns large blocks to the system, which has to zero their pages again at every
     step: a seventh of a step's time. The peak does not change, nor do other systems' allocators.
     """
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        import ctypes
-
+    if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)  # no block gets pages of its own, however large
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # and the heap never shrinks
@@ -132,14 +129,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         for key, gpu in GPUS.items():
             if re.search(rf"\b{key}\b", name):
                 return gpu.tflops * 1e12
-    size = 1024
-    a = torch.ones(size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()  # .item() waits for the device
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
+    a = torch.ones(1024, 1024, device=device, dtype=dtype)
+    # .item() waits for the device.
+    seconds = timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=5)
+    return 2 * 1024**3 / min(seconds)
 
 
 def available_memory(device: torch.device) -> int | None:
@@ -152,19 +145,12 @@ def available_memory(device: torch.device) -> int | None:
             return int(re.search(r"MemAvailable:\s+(\d+)", text)[1]) * 1024
         if sys.platform == "darwin":
             return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return windows_available_memory()
+        status = (ctypes.c_uint64 * 8)()  # MEMORYSTATUSEX: length and load, then seven sizes
+        status[0] = ctypes.sizeof(status)
+        ctypes.windll.kernel32.GlobalMemoryStatusEx(status)
+        return status[2]  # of free physical memory
     except (OSError, ValueError, TypeError, AttributeError):
         return None
-
-
-def windows_available_memory() -> int:
-    """Bytes of free physical memory, from GlobalMemoryStatusEx."""
-    import ctypes
-
-    status = (ctypes.c_uint64 * 8)()  # MEMORYSTATUSEX: length and load, then seven sizes
-    status[0] = ctypes.sizeof(status)
-    ctypes.windll.kernel32.GlobalMemoryStatusEx(status)
-    return status[2]
 
 
 def used_memory(device: torch.device) -> int | None:

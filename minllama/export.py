@@ -5,10 +5,8 @@ Everything written is read back and compared before it gets its name.
 
 from __future__ import annotations
 
-import functools
 import json
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +18,10 @@ from llama import Llama, load_pretrained, model_payload
 from minllama.errors import UsageError
 from minllama.files import atomic_folder, atomic_write
 from minllama.formats import (
+    HUGGING_FACE_CONFIG,
     LLAMA2C_MAGIC,
+    LLAMA2C_SHAPE,
+    LLAMA_ALONE,
     hugging_face_name,
     llama2c_order,
     to_half_split,
@@ -63,16 +64,16 @@ def export(
                 check_token_ids(tokenizer, folder)
         return [output]
     if target == "pt":
-        payload = model_payload(model, getattr(torch, dtype)) | extra
         want = as_stored(model, dtype)
-        write: Callable[[BinaryIO], None] = functools.partial(write_sealed, payload=payload)
     else:
         require_llama2c(model.config)
-        write, want = functools.partial(write_bin, model), model.state_dict()
-        if target == "bin-int8":
-            write, want = functools.partial(write_bin_int8, model), dequantized(model)
+        group = group_size(model.config) if target == "bin-int8" else None
+        want = dequantized(model, group) if group else model.state_dict()
     with atomic_write(output, verify=lambda path: check_read_back(path, want)) as file:
-        write(file)
+        if target == "pt":
+            write_sealed(file, model_payload(model, getattr(torch, dtype)) | extra)
+        else:
+            write_bin(model, file, group)
     if target == "pt" or tokenizer is None:
         return [output]
     vocabulary = output.with_name(TOKENIZER_BIN)
@@ -97,28 +98,22 @@ def check_read_back(path: Path, want: dict[str, Tensor]) -> None:
 # ---------------------------------------------------------------------------- llama2.c's files
 
 
-def header(config: LlamaConfig, *, signed: bool) -> bytes:
-    """The seven int32 of a .bin file; version 0 signs an untied head in the vocabulary size."""
-    sign = -1 if signed and not config.tie_word_embeddings else 1
-    return struct.pack(
-        "<7i",
-        *(config.dim, config.hidden_dim, config.n_layers, config.n_heads, config.n_kv_heads),
-        *(sign * config.vocab_size, config.max_seq_len),
-    )
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().contiguous().numpy()).cast("B")
-
-
-def write_bin(model: Llama, file: BinaryIO) -> None:
-    """llama2.c's version 0, for run.c: float32, rotary tables included."""
-    file.write(header(model.config, signed=True))
+def write_bin(model: Llama, file: BinaryIO, group: int | None) -> None:
+    """llama2.c's version 0, float32 for run.c; with a group size version 2, int8 for runq."""
+    config, tied = model.config, model.config.tie_word_embeddings
+    numbers = {name: getattr(config, name) for name in LLAMA2C_SHAPE}
+    if group:
+        head = struct.pack("<Ii7iBi", LLAMA2C_MAGIC, 2, *numbers.values(), tied, group)
+        file.write(head.ljust(256, b"\0"))
+    else:
+        numbers["vocab_size"] *= 1 if tied else -1  # all that says so
+        file.write(struct.pack("<7i", *numbers.values()))
     cos, sin = model.rotary[:, 0].unbind(-1)
     state = {**model.state_dict(), "freqs_cos": cos, "freqs_sin": sin}
-    tied = model.config.tie_word_embeddings
-    for name in llama2c_order(model.config.n_layers, version=0, tied=tied):
-        file.write(tensor_bytes(state[name]))
+    for name in llama2c_order(config.n_layers, version=2 if group else 0, tied=tied):
+        in_int8 = group and state[name].dim() == 2
+        for part in quantize(state[name], group) if in_int8 else (state[name],):
+            file.write(part.contiguous().numpy())
 
 
 def group_size(config: LlamaConfig) -> int:
@@ -134,34 +129,19 @@ def group_size(config: LlamaConfig) -> int:
 
 def quantize(tensor: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """int8 numbers and a float32 scale for each group of them, symmetric about zero."""
-    grouped = tensor.detach().float().reshape(-1, group)
+    grouped = tensor.reshape(-1, group)
     scales = grouped.abs().amax(dim=1) / 127
     divisors = torch.where(scales > 0, scales, 1.0)  # a group of zeros stays one
     return torch.round(grouped / divisors[:, None]).to(torch.int8), scales
 
 
-def write_bin_int8(model: Llama, file: BinaryIO) -> None:
-    """llama2.c's version 2, for runq: matrices in int8 groups, norms in float32."""
-    config, group = model.config, group_size(model.config)
-    head = struct.pack("<Ii", LLAMA2C_MAGIC, 2) + header(config, signed=False)
-    head += struct.pack("<Bi", config.tie_word_embeddings, group)
-    file.write(head.ljust(256, b"\0"))
-    state = model.state_dict()
-    for name in llama2c_order(config.n_layers, version=2, tied=config.tie_word_embeddings):
-        parts = (state[name],) if state[name].dim() == 1 else quantize(state[name], group)
-        for part in parts:
-            file.write(tensor_bytes(part))
-
-
-def dequantized(model: Llama) -> dict[str, Tensor]:
+def dequantized(model: Llama, group: int) -> dict[str, Tensor]:
     """What a reader of the int8 file must find."""
-    group = group_size(model.config)
-    found = {}
-    for name, tensor in model.state_dict().items():
+    found = model.state_dict()
+    for name, tensor in found.items():
         if tensor.dim() == 2:
             numbers, scales = quantize(tensor, group)
-            tensor = (numbers * scales[:, None]).view(tensor.shape)
-        found[name] = tensor
+            found[name] = (numbers * scales[:, None]).view(tensor.shape)
     return found
 
 
@@ -180,18 +160,8 @@ def hugging_face_config(config: LlamaConfig, dtype: str, tokenizer: Tokenizer | 
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "intermediate_size": config.hidden_dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": config.layer_norm_eps,
+        **LLAMA_ALONE,
+        **{key: getattr(config, ours) for key, ours in HUGGING_FACE_CONFIG.items()},
         "rope_theta": config.rope_theta,  # where transformers 4 looks; 5 looks one line below
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "tie_word_embeddings": config.tie_word_embeddings,
@@ -201,12 +171,12 @@ def hugging_face_config(config: LlamaConfig, dtype: str, tokenizer: Tokenizer | 
     }
 
 
-def merges(pieces: dict[str, float]) -> list[list[str]]:
+def merges(tokenizer: Tokenizer) -> list[list[str]]:
     """The pairs that make each piece, best pieces first: what `tokenizers` calls BPE merges."""
-    ranked = sorted(pieces, key=lambda piece: -pieces[piece])
+    pieces = normal_pieces(tokenizer)
     return [
         [piece[:cut], piece[cut:]]
-        for piece in ranked
+        for piece in sorted(pieces, key=pieces.get, reverse=True)
         for cut in range(1, len(piece))
         if piece[:cut] in pieces and piece[cut:] in pieces
     ]
@@ -271,7 +241,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
             "byte_fallback": True,
             "ignore_merges": False,
             "vocab": {name: i for i, name in enumerate(names)},
-            "merges": merges(normal_pieces(tokenizer)),
+            "merges": merges(tokenizer),
         },
     }
 
@@ -283,7 +253,7 @@ def require_plain_bpe(tokenizer: Tokenizer) -> None:
             f"vocabulary {tokenizer.fingerprint}: only BPE vocabularies that leave the text as it "
             "is, as tokenizer.py trains them, can be exported for transformers"
         )
-    made = {"".join(pair) for pair in merges(normal_pieces(tokenizer))}
+    made = {"".join(pair) for pair in merges(tokenizer)}
     unmade = [p for p in normal_pieces(tokenizer) if len(p) > 1 and p not in made]
     if unmade:
         raise UsageError(

@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,8 +51,8 @@ def atomic_write(
             yield file
             file.flush()
             os.fsync(file.fileno())
-            if verify is not None:
-                forget_cached(file)
+            if verify is not None and hasattr(os, "posix_fadvise"):  # it shall read from the disk
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if verify is not None:
             verify(temporary)
         replace(temporary, path)
@@ -133,15 +134,13 @@ def remove(path: Path) -> None:
 
 def replace(source: Path, target: Path) -> None:
     """os.replace, tried again where Windows says that a scanner or indexer holds the target."""
-    for pause in (0.05, 0.2, 0.5, 1.0):
+    for pause in (0.05, 0.2, 0.5, 1.0, None):
         try:
-            os.replace(source, target)
-            return
+            return os.replace(source, target)
         except PermissionError:
-            if os.name != "nt":
+            if os.name != "nt" or pause is None:
                 raise
             time.sleep(pause)
-    os.replace(source, target)
 
 
 def sync_folder(folder: Path) -> None:
@@ -158,12 +157,6 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def forget_cached(file: BinaryIO) -> None:
-    """Drop a flushed file from the page cache, so that the next read comes from the disk."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 # ---------------------------------------------------------------------------- before writing
 
 
@@ -171,16 +164,14 @@ def check_writable(folder: Path, flag: str) -> None:
     """Make `folder` and write a byte into it; raises UsageError that names the flag."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = _temporary_beside(folder / "probe")
-        with probe.open("xb") as file:
-            file.write(b"\0")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"\0")
     except OSError as error:
         raise UsageError(f"{flag} {folder}: cannot write there ({error.strerror})") from None
 
 
 def check_writable_file(path: Path, flag: str) -> None:
-    """Raise UsageError, naming the flag, where a file cannot be written at the end of a run."""
+    """Raise UsageError, naming the flag, where a run could not write the file at its end."""
     if path.is_dir():
         raise UsageError(f"{flag} {path}: is a folder; name a file")
     check_writable(path.parent, flag)
@@ -200,8 +191,7 @@ def free_disk(folder: Path) -> int:
 
 def size_on_disk(path: Path) -> int:
     """Bytes of a file, or of all files in a folder."""
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return sum(file.stat().st_size for file in files)
+    return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
 
 
 def check_regular(path: Path) -> None:
@@ -221,15 +211,13 @@ def read_json(path: Path) -> Any:
         with path.open("rb") as file:
             data = file.read(JSON_BYTES + 1)
         if len(data) > JSON_BYTES:
-            raise UsageError(f"{path}: larger than {JSON_BYTES:,} bytes: no JSON file of a model")
+            raise ValueError(f"larger than {JSON_BYTES:,} bytes")
         return json.loads(data.decode("utf-8-sig"))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 (byte {error.start:,})") from None
     except (ValueError, RecursionError) as error:
-        if isinstance(error, UsageError):
-            raise
         raise UsageError(f"{path}: not JSON ({error})") from None
 
 

@@ -30,6 +30,15 @@ LLAMA2C_NAMES = {  # llama2.c's and Meta's names of what the original renamed
     "attention.wv": "attention.compute_value",
     "attention.wo": "attention.compute_output",
 }
+LLAMA2C_SHAPE = (
+    "dim",
+    "hidden_dim",
+    "n_layers",
+    "n_heads",
+    "n_kv_heads",
+    "vocab_size",
+    "max_seq_len",
+)
 HUGGING_FACE_NAMES = {
     "tok_embeddings": "model.embed_tokens",
     "norm": "model.norm",
@@ -44,6 +53,22 @@ HUGGING_FACE_NAMES = {
     "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
 }
+HUGGING_FACE_CONFIG = {  # a config.json's keys, in the order they are written in, and ours
+    "vocab_size": "vocab_size",
+    "hidden_size": "dim",
+    "intermediate_size": "hidden_dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "head_dim": "head_dim",
+    "max_position_embeddings": "max_seq_len",
+    "rms_norm_eps": "layer_norm_eps",
+}
+LLAMA_ALONE = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+}  # else another model
 
 
 # ---------------------------------------------------------------------------- any format
@@ -57,8 +82,12 @@ class StoredModel(NamedTuple):
     vocabulary: bytes | None  # the SentencePiece model, where the file carries one
 
 
-def read_model(path: Path) -> StoredModel:
-    """Read a model of any of the formats; UsageError, naming file and tensor, for anything else."""
+def read_model(path: Path, *, adapters: bool = False) -> StoredModel:
+    """Read a model of any of the formats; UsageError, naming file and tensor, for anything else.
+
+    `adapters` passes over those of a LoRA finetuning's checkpoint: what is left is the model that
+    it began with.
+    """
     if path.is_dir():
         return _read_hugging_face(path)
     check_regular(path)
@@ -67,7 +96,7 @@ def read_model(path: Path) -> StoredModel:
             head = file.read(2)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-    return (_read_pt if is_pt(head) else _read_llama2c)(path)
+    return _read_pt(path, adapters) if is_pt(head) else _read_llama2c(path)
 
 
 def _checked(
@@ -78,9 +107,7 @@ def _checked(
     *,
     spell: Callable[[str], str] = str,
 ) -> StoredModel:
-    """The model; UsageError, naming file and tensor, if these are not the tensors of its config."""
-    if config.n_layers > len(weights):
-        raise UsageError(f"{path}: {len(weights)} tensors cannot be {config.n_layers} layers")
+    """UsageError, naming file and tensor, if these are not the tensors of the config."""
     shapes = parameter_shapes(config)
     missing = [spell(name) for name in shapes if name not in weights]
     surplus = [name for name in weights if name not in shapes]
@@ -110,10 +137,10 @@ def _config(path: Path, args: dict[str, Any]) -> LlamaConfig:
         raise UsageError(f"{path}: invalid Llama shape: {error}") from None
 
 
-def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each of one layer's tensors, by its name inside the layer."""
+def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every tensor of a weights file, a tied head under both names."""
     dim, hidden, kv_dim = config.dim, config.hidden_dim, config.n_kv_heads * config.head_dim
-    return {
+    in_layer = {
         "attention_norm": (dim,),
         "attention.compute_query": (dim, dim),
         "attention.compute_key": (kv_dim, dim),
@@ -124,44 +151,43 @@ def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         "feed_forward.w2": (dim, hidden),
         "feed_forward.w3": (hidden, dim),
     }
-
-
-def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every tensor of a weights file, a tied head under both names."""
-    table = (config.vocab_size, config.dim)
-    shapes = {"tok_embeddings.weight": table}
+    shapes = {"tok_embeddings.weight": (config.vocab_size, dim)}
     for layer in range(config.n_layers):
-        for name, shape in layer_shapes(config).items():
+        for name, shape in in_layer.items():
             shapes[f"layers.{layer}.{name}.weight"] = shape
-    return {**shapes, "norm.weight": (config.dim,), "output.weight": table}
+    return shapes | {"norm.weight": (dim,), "output.weight": (config.vocab_size, dim)}
 
 
 # ---------------------------------------------------------------------------- .pt files
 
 
-def _read_pt(path: Path) -> StoredModel:
+def own_name(name: str) -> str:
+    """Our name of a .pt file's tensor: wrappers' prefixes dropped, llama2.c's names translated."""
+    name = name.removeprefix("_orig_mod.").removeprefix("module.").removeprefix("llama.")
+    for other, ours in LLAMA2C_NAMES.items():
+        name = name.replace(f".{other}.", f".{ours}.")
+    return name
+
+
+def _read_pt(path: Path, adapters: bool) -> StoredModel:
     payload = load_pt(path)
-    args = payload.get("model_args")
-    if not isinstance(args, dict):
+    if not isinstance(payload.get("model_args"), dict):
         raise UsageError(f"{path}: no dict 'model_args', which gives the shape of the model")
-    weights = {}
-    for name, tensor in payload["model"].items():
-        name = name.removeprefix("_orig_mod.").removeprefix("module.").removeprefix("llama.")
-        for other, ours in LLAMA2C_NAMES.items():
-            name = name.replace(f".{other}.", f".{ours}.")
-        # llama2.c's rotary tables are computed here; a classifier's head is not the Llama's.
-        if name not in ("freqs_cos", "freqs_sin") and not name.startswith("classifier_head."):
-            weights[name] = tensor
-    args = dict(args)
+    args = dict(payload["model_args"])
+    weights = {
+        own_name(name): tensor
+        for name, tensor in payload["model"].items()
+        if not (adapters and ".lora_" in name)
+    }
+    # llama2.c's rotary tables are computed here; a classifier's head is not the Llama's.
+    for name in ("freqs_cos", "freqs_sin", "classifier_head.weight", "classifier_head.bias"):
+        weights.pop(name, None)
     gate = weights.get("layers.0.feed_forward.w1.weight")
     if args.get("hidden_dim") is None and gate is not None and gate.dim() == 2:
         args["hidden_dim"] = gate.shape[0]
-    if "tie_word_embeddings" not in args and {"tok_embeddings.weight", "output.weight"} <= {
-        *weights
-    }:
-        args["tie_word_embeddings"] = torch.equal(
-            weights["tok_embeddings.weight"], weights["output.weight"]
-        )
+    table, head = weights.get("tok_embeddings.weight"), weights.get("output.weight")
+    if table is not None and head is not None:
+        args.setdefault("tie_word_embeddings", torch.equal(table, head))
     return _checked(path, _config(path, args), weights, _vocabulary(path, payload))
 
 
@@ -192,16 +218,12 @@ def llama2c_order(n_layers: int, *, version: int, tied: bool) -> list[str]:
 
     attention = each(*LLAMA2C_NAMES.values())
     feed_forward = each("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
-    embedding, norm, head = (
-        "tok_embeddings.weight",
-        "norm.weight",
-        [] if tied else ["output.weight"],
-    )
+    table, norm, head = "tok_embeddings.weight", "norm.weight", [] if tied else ["output.weight"]
     if version == 0:
         layers = [*each("attention_norm"), *attention, *each("ffn_norm"), *feed_forward]
-        return [embedding, *layers, norm, "freqs_cos", "freqs_sin", *head]
+        return [table, *layers, norm, "freqs_cos", "freqs_sin", *head]
     norms = [*each("attention_norm", "ffn_norm"), norm]
-    return [*norms, embedding, *attention, *feed_forward, *head]
+    return [*norms, table, *attention, *feed_forward, *head]
 
 
 def _read_llama2c(path: Path) -> StoredModel:
@@ -215,39 +237,27 @@ def _read_llama2c(path: Path) -> StoredModel:
         known = version in (0, 1) or (version == 2 and group > 0 == numbers[0] % group)
         if not known or 0 in numbers or max(map(abs, numbers)) >= 2**26:  # text looks like that
             raise UsageError(f"{path}: not a model file: neither a .pt file nor llama2.c's .bin")
-        names = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size")
-        args = dict(zip(names, (*numbers[:5], abs(numbers[5])), strict=True))
-        args |= {"max_seq_len": numbers[6], "tie_word_embeddings": tied}
+        args = dict(zip(LLAMA2C_SHAPE, numbers, strict=True))
+        args |= {"vocab_size": abs(args["vocab_size"]), "tie_word_embeddings": tied}
         config = _config(path, args)
-        _check_llama2c_size(path, config, start=start, group=group)
         shapes = parameter_shapes(config)
         shapes["freqs_cos"] = shapes["freqs_sin"] = (config.max_seq_len, config.head_dim // 2)
+        order = llama2c_order(config.n_layers, version=version, tied=tied)
+        want, size = start, path.stat().st_size
+        for shape in map(shapes.get, order):
+            count = math.prod(shape)
+            want += count + 4 * (count // group) if group and len(shape) == 2 else 4 * count
+        if size != want:  # found before anything of the claimed size is made
+            raise UsageError(
+                f"{path}: {size:,} bytes where a llama2.c file with this header has {want:,}: "
+                "it is cut off or no model file"
+            )
         file.seek(start)
-        weights = {
-            name: _read_tensor(file, shapes[name], group)
-            for name in llama2c_order(config.n_layers, version=version, tied=tied)
-        }
-    weights.pop("freqs_cos", None), weights.pop("freqs_sin", None)  # computed here
+        weights = {name: _read_tensor(file, shapes[name], group) for name in order}
+    for name in ("freqs_cos", "freqs_sin"):  # computed here
+        weights.pop(name, None)
     weights.setdefault("output.weight", weights["tok_embeddings.weight"])
     return _checked(path, config, weights)
-
-
-def _check_llama2c_size(path: Path, config: LlamaConfig, *, start: int, group: int) -> None:
-    """Refuse a .bin file that is not exactly as long as its header asks, before reading on."""
-
-    def size(*shape: int) -> int:
-        count = math.prod(shape)
-        return count + 4 * (count // group) if group and len(shape) == 2 else 4 * count
-
-    layer = sum(size(*shape) for shape in layer_shapes(config).values())
-    tables = size(config.vocab_size, config.dim) * (1 if config.tie_word_embeddings else 2)
-    rotary = size(config.max_seq_len, config.head_dim) if start == 28 else 0  # version 0 only
-    want = start + config.n_layers * layer + tables + size(config.dim) + rotary
-    if path.stat().st_size != want:
-        raise UsageError(
-            f"{path}: {path.stat().st_size:,} bytes where a llama2.c file with this header has "
-            f"{want:,}: it is cut off or no model file"
-        )
 
 
 def _read_tensor(file: BinaryIO, shape: tuple[int, ...], group: int) -> Tensor:
@@ -283,9 +293,8 @@ def to_adjacent_pairs(weight: Tensor, n_heads: int) -> Tensor:
 
 def _rope(file: Path, theirs: dict[str, Any]) -> dict[str, Any]:
     """What a config.json says of rotary positions, in transformers 5's place, 4's, or both."""
-    found: dict[str, Any] = {}
-    if theirs.get("rope_theta") is not None:
-        found["rope_theta"] = theirs["rope_theta"]
+    theta = theirs.get("rope_theta")
+    found: dict[str, Any] = {} if theta is None else {"rope_theta": theta}
     for key in ("rope_parameters", "rope_scaling"):
         said = theirs.get(key) or {}
         if not isinstance(said, dict):
@@ -302,12 +311,9 @@ def _rope(file: Path, theirs: dict[str, Any]) -> dict[str, Any]:
 def _hugging_face_config(path: Path) -> LlamaConfig:
     file, theirs = path / "config.json", read_json_object(path / "config.json")
     rope = _rope(file, theirs)
-    heads = theirs.get("num_attention_heads")
     asked = {  # what would compute something else than Llama here does, and what it must be
         "model_type": (theirs.get("model_type"), "llama"),
-        "hidden_act": (theirs.get("hidden_act", "silu"), "silu"),
-        "attention_bias": (theirs.get("attention_bias", False), False),
-        "mlp_bias": (theirs.get("mlp_bias", False), False),
+        **{key: (theirs.get(key, only), only) for key, only in LLAMA_ALONE.items()},
         "quantization_config": (theirs.get("quantization_config"), None),
         "rope_scaling": (rope.get("rope_type", "default"), "default"),
         "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), 1.0),
@@ -315,18 +321,10 @@ def _hugging_face_config(path: Path) -> LlamaConfig:
     for key, (value, must_be) in asked.items():
         if value != must_be:
             raise UsageError(f"{file}: {key} {value!r} is not supported, only {must_be!r}")
-    args = {
-        "vocab_size": theirs.get("vocab_size"),
-        "dim": theirs.get("hidden_size"),
-        "n_layers": theirs.get("num_hidden_layers"),
-        "n_heads": heads,
-        "n_kv_heads": theirs.get("num_key_value_heads"),
-        "hidden_dim": theirs.get("intermediate_size"),
-        "max_seq_len": theirs.get("max_position_embeddings", 2048),
-        "layer_norm_eps": theirs.get("rms_norm_eps", 1e-6),
-        "rope_theta": rope.get("rope_theta", 10000.0),
-        "tie_word_embeddings": theirs.get("tie_word_embeddings", False),
-    }
+    theirs = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6} | theirs  # their defaults
+    args = {ours: theirs.get(key) for key, ours in HUGGING_FACE_CONFIG.items()}
+    args["rope_theta"] = rope.get("rope_theta", 10000.0)
+    args["tie_word_embeddings"] = theirs.get("tie_word_embeddings", False)
     config = _config(file, args)
     if theirs.get("head_dim") not in (None, config.head_dim):
         raise UsageError(
@@ -375,20 +373,19 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
 
 def _read_hugging_face(path: Path) -> StoredModel:
     config = _hugging_face_config(path)
-    stored = read_safetensors(path)
-    if config.n_layers > len(stored):
-        raise UsageError(f"{path}: {len(stored)} tensors cannot be {config.n_layers} layers")
     ours = {hugging_face_name(name): name for name in parameter_shapes(config)}
-    weights = {ours.get(name, name): tensor for name, tensor in stored.items()}
-    weights = {key: w for key, w in weights.items() if not key.endswith("rotary_emb.inv_freq")}
+    weights = {
+        ours.get(name, name): tensor
+        for name, tensor in read_safetensors(path).items()
+        if not name.endswith("rotary_emb.inv_freq")  # computed here
+    }
     if config.tie_word_embeddings and "tok_embeddings.weight" in weights:
         weights.setdefault("output.weight", weights["tok_embeddings.weight"])
     vocabulary = path / "tokenizer.model"
     vocabulary = vocabulary.read_bytes() if vocabulary.is_file() else None
     model = _checked(path, config, weights, vocabulary, spell=hugging_face_name)
-    for name, tensor in model.weights.items():
-        if name.endswith("compute_query.weight"):
-            model.weights[name] = to_adjacent_pairs(tensor, config.n_heads)
-        elif name.endswith("compute_key.weight"):
-            model.weights[name] = to_adjacent_pairs(tensor, config.n_kv_heads)
+    for i in range(config.n_layers):
+        for kind, heads in (("query", config.n_heads), ("key", config.n_kv_heads)):
+            name = f"layers.{i}.attention.compute_{kind}.weight"
+            weights[name] = to_adjacent_pairs(weights[name], heads)
     return model

@@ -6,6 +6,7 @@ T tokens, D numbers per head, H heads (H_kv key/value heads), V vocabulary, S pl
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
     from llama import Llama
 
 FIRST_LIKELIEST = 256  # of the vocabulary, looked at first for top_p
+# Private operators of torch, which read a CPU's memory faster than the public ones.
+_MKLDNN_LINEAR = None  # torch without oneDNN, as on Apple's computers, may have just its name
+if torch.backends.mkldnn.is_available():
+    _MKLDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_INT8_LINEAR = getattr(torch, "_weight_int8pack_mm", None)
+INT8_WIDTH = 16  # of whose multiples a row must be: else that reads what lies behind, or crashes
+FEW_ROWS = 32  # up to which weight @ x.T is faster than x @ weight.T on a CPU: twice at 16
 
 # ---------------------------------------------------------------------------- the cache
 
@@ -37,26 +45,25 @@ class KVCache:
         self.capacity = capacity
         self.layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layers
 
-    def place(self, width: int, device: torch.device) -> tuple[slice | Tensor, Tensor | None]:
-        """Decide where the next `width` tokens of each row go.
+    def place(self, width: int, device: torch.device) -> slice | Tensor:
+        """Where the next `width` tokens of each row go: a slice, or positions (B, T).
 
-        Returns their positions (a slice, or (B, T) where rows differ) and the mask of what each
-        of them may see ((B or 1, 1, T, S); None: causal attention needs none).
+        Sets `mask` (B or 1, 1, T, S), what they may see; None: causal attention needs none.
         """
         start, self.end = min(self.lengths), max(self.lengths) + width
+        self.mask = None
         if start == max(self.lengths):
             positions = slice(start, self.end)
             self.index: tuple[Any, ...] = (slice(None), positions)
             if start == 0 or width == 1:
-                return positions, None
+                return positions
             rows = torch.arange(start, self.end, device=device)[None]
         else:
             held = torch.tensor(self.lengths, device=device)
-            rows = held[:, None] + torch.arange(width, device=device)
+            positions = rows = held[:, None] + torch.arange(width, device=device)
             self.index = (torch.arange(len(held), device=device)[:, None], rows)
-            positions = rows
-        seen = torch.arange(self.end, device=device) <= rows[..., None]
-        return positions, seen[:, None]
+        self.mask = (torch.arange(self.end, device=device) <= rows[..., None])[:, None]
+        return positions
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store new (B, T, H_kv, D) at the decided place; return all of the layer's so far."""
@@ -84,12 +91,12 @@ class StepCache:
     def __init__(self, layers: list[tuple[Tensor, Tensor]], positions: Tensor) -> None:
         self.layers, self.positions = layers, positions
 
-    def place(self, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The tokens' positions (B, 1) and the mask of what they may see (B, 1, 1, S)."""
+    def place(self, width: int, device: torch.device) -> Tensor:
+        """The tokens' positions (B, 1); `mask` (B, 1, 1, S) is then what they may see."""
         self.index = (torch.arange(len(self.positions), device=device), self.positions)
         places = torch.arange(self.layers[0][0].shape[1], device=device)
-        seen = places <= self.positions[:, None]
-        return self.positions[:, None], seen[:, None, None]
+        self.mask = (places <= self.positions[:, None])[:, None, None]
+        return self.positions[:, None]
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store new (B, 1, H_kv, D) at their positions; return all places of the layer."""
@@ -115,9 +122,8 @@ def single_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tens
 def pack_weights(model: Llama, dtype: torch.dtype = torch.float32) -> None:
     """Store every matrix of a Llama for generation, in float32, bfloat16 or int8; irreversible.
 
-    Multiplying a matrix by a single row, of which decoding consists, is bound by memory: fewer
-    bytes are faster, and PackedLinear reads them at a higher bandwidth than nn.Linear. Matrices
-    that multiply the same input become one, for fewer and longer products.
+    Decoding multiplies matrices by single rows, which memory's bandwidth bounds: fewer bytes are
+    faster. Matrices that multiply the same input become one, for fewer and longer products.
     """
 
     def pack(*linears: nn.Linear) -> PackedLinear:
@@ -157,41 +163,23 @@ class PackedLinear(nn.Module):
         self.register_buffer("ones", ones)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and x.numel() == x.shape[-1]:
-            # A single row: one loop, which reads the weight as it is stored at memory's full speed.
-            product = (self.weight.float() * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
-        elif self.scale is not None:
-            product = _int8_product(x, self.weight, self.ones).float()
+        rows, weight, on_cpu = x.flatten(0, -2), self.weight, x.device.type == "cpu"
+        in_int8 = self.scale is not None
+        if torch.compiler.is_compiling() and len(rows) == 1:
+            # One loop, which reads the weight as it is stored at memory's full speed.
+            product = (weight.float() * rows).sum(-1)
+        elif in_int8 and (not on_cpu or _INT8_LINEAR is None or weight.shape[1] % INT8_WIDTH):
+            product = F.linear(rows, weight.to(x.dtype))
+        elif in_int8:
+            product = _INT8_LINEAR(rows.bfloat16(), weight, self.ones)  # fast with bfloat16 alone
+        elif not on_cpu or len(rows) > FEW_ROWS:
+            product = F.linear(rows.to(weight.dtype), weight)
+        elif len(rows) == 1 and weight.dtype == torch.float32 and _MKLDNN_LINEAR is not None:
+            product = _MKLDNN_LINEAR(rows, weight, None, "none", [], "")
         else:
-            product = _product(x.to(self.weight.dtype), self.weight).float()
-        return product if self.scale is None else product * self.scale
-
-
-# Private operators of torch, which read a CPU's memory faster than the public ones.
-_MKLDNN_LINEAR = None  # torch without oneDNN, as on Apple's computers, may have just its name
-if torch.backends.mkldnn.is_available():
-    _MKLDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-_INT8_LINEAR = getattr(torch, "_weight_int8pack_mm", None)
-INT8_WIDTH = 16  # of whose multiples a row must be: else that reads what lies behind, or crashes
-FEW_ROWS = 32  # up to which weight @ x.T is faster than x @ weight.T on a CPU: twice at 16
-
-
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., in) @ weight (out, in).T, of one dtype."""
-    rows = x.numel() // x.shape[-1]
-    if x.device.type != "cpu" or rows > FEW_ROWS:
-        return F.linear(x, weight)
-    if rows == 1 and weight.dtype == torch.float32 and _MKLDNN_LINEAR is not None:
-        return _MKLDNN_LINEAR(x, weight, None, "none", [], "")
-    return (weight @ x.flatten(0, -2).t()).t().contiguous().view(*x.shape[:-1], -1)
-
-
-def _int8_product(x: Tensor, weight: Tensor, ones: Tensor) -> Tensor:
-    """x (..., in) @ weight (out, in).T without the weight's scales."""
-    if x.device.type != "cpu" or _INT8_LINEAR is None or weight.shape[1] % INT8_WIDTH:
-        return F.linear(x, weight.to(x.dtype))
-    rows = x.flatten(0, -2).bfloat16()  # fast with bfloat16 alone
-    return _INT8_LINEAR(rows, weight, ones).view(*x.shape[:-1], -1)
+            product = (weight @ rows.to(weight.dtype).t()).t().contiguous()
+        product = product.float().view(*x.shape[:-1], -1)
+        return product * self.scale if in_int8 else product
 
 
 class PackedEmbedding(nn.Module):
@@ -248,11 +236,8 @@ def logits_to_probs(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def _likeliest(probs: Tensor, mass: Tensor) -> Tensor:
-    """The likeliest probabilities of each row, descending, as many as make up `mass` (B, 1).
-
-    A few of a large vocabulary mostly do, and to find these takes a tenth of sorting them all.
-    """
-    count = FIRST_LIKELIEST
+    """The likeliest probabilities of each row, descending, as many as make up `mass` (B, 1)."""
+    count = FIRST_LIKELIEST  # mostly enough, and found in a tenth of the time of sorting them all
     while count < probs.shape[-1]:
         likeliest = probs.topk(count).values
         if (likeliest.sum(-1, True) >= mass).all():
@@ -294,15 +279,20 @@ def decode_step(
     """Logits (B, V) after one more token of each row, tokens (B,) at positions (B,).
 
     `layers` are a KVCache's tensors, which take it in. Everything has a fixed shape: this is what
-    compile_step compiles. `key` names the model: since no guard looks at modules, this one keeps a
-    step that was compiled for one model from running on another.
+    compile_step compiles. `key` is the model's `layout`: since no guard looks at modules, this one
+    keeps a step that was compiled for one kind of model from running on another.
     """
     assert key  # read, so that it is guarded
     return model.output(model.hidden_states(tokens[:, None], StepCache(layers, positions))[:, 0])
 
 
+def layout(model: Llama) -> str:
+    """Equal for models that one compiled step serves: their shape, and each tensor's dtype."""
+    return f"{model.config} {[(name, t.dtype) for name, t in model.state_dict().items()]}"
+
+
 def compile_step() -> Callable[..., Tensor]:
-    """decode_step under torch.compile, once for each number of rows and capacity of the cache."""
+    """decode_step under torch.compile, once for each layout, number of rows and capacity."""
     options = {
         "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,  # none changes
         "cpp.enable_floating_point_contract_flag": "fast",  # x * y + z in one: a tenth faster
@@ -324,13 +314,11 @@ def generate_tokens(
 ) -> Iterator[list[int | None]]:
     """Continue prompts of any lengths; yields the next token of each row as it comes.
 
-    A row gives what it gives alone: it has its own positions and, where `seeds` has a number for
-    each row, its own random numbers (None: torch's global ones). A row ends before a token of
-    stop_ids and is None from then on; all ends when no row is left, after max_new_tokens, or when
-    should_stop() is true. Past max_seq_len a row sees its last max_seq_len tokens, recomputed for
-    every token, since all their states depend on where the window begins. `step` is what
-    compile_step returned, to read single tokens with while all rows fit the window. Raises
-    UsageError for an empty prompt.
+    A row gives what it gives alone: its random numbers come from its own seed of `seeds` (None:
+    torch's global generator). It ends before a token of stop_ids and is None from then on; all ends
+    when no row is left or should_stop() is true. Past max_seq_len a row sees its last max_seq_len
+    tokens, recomputed for every token, since their states depend on where the window begins. `step`
+    is what compile_step returned. Raises UsageError for an empty prompt.
     """
     if not all(prompts):
         raise UsageError("an empty prompt: generation needs at least one token to continue")
@@ -339,12 +327,13 @@ def generate_tokens(
     needed = max(map(len, texts), default=0) + max_new_tokens
     if step is not None:  # powers of two, since each capacity is compiled for
         needed = 1 << max(64, needed - 1).bit_length()
+        step = functools.partial(step, model, key=layout(model))
     cache = KVCache(model.config.n_layers, len(texts), min(window, needed))
     alive = cached = list(range(len(texts)))
     for _ in range(max_new_tokens):
         if should_stop is not None and should_stop():
             return
-        if step is not None and any(len(texts[row]) > window for row in alive):
+        if any(len(texts[row]) > window for row in alive):
             step = None
         if step is None:  # a compiled step keeps its rows: those that have ended run along
             fit = [i for i, r in enumerate(cached) if r in alive and len(texts[r]) <= window]
@@ -361,34 +350,30 @@ def generate_tokens(
             generators=[generators[row] for row in rows],
             histories=[texts[row] for row in rows],
         )
-        new: list[int | None] = [None] * len(texts)
-        for row, token in zip(rows, tokens, strict=True):
-            if token not in stop_ids:
-                new[row] = token
-                texts[row].append(token)
-        alive = [row for row in rows if new[row] is not None]
+        new = {r: t for r, t in zip(rows, tokens, strict=True) if t not in stop_ids}
+        for row, token in new.items():
+            texts[row].append(token)
+        alive = list(new)
         if not alive:
             return
-        yield new
+        yield [new.get(row) for row in range(len(texts))]
 
 
 def _next_logits(
     model: Llama, cache: KVCache, texts: list[list[int]], step: Callable[..., Tensor] | None
 ) -> Tensor:
     """Logits (B, V) after each text; the first of them have their beginnings in the cache."""
-    in_cache, states = len(cache.lengths), []
+    in_cache, states, device = len(cache.lengths), [], model.rotary.device
     if step is not None and all(cache.lengths):  # all are read but for the last token of each
         cache.lengths = [len(text) for text in texts]
-        device = model.rotary.device
         tokens = torch.tensor([text[-1] for text in texts], device=device)
         positions = torch.tensor(cache.lengths, device=device) - 1
-        return step(model, tokens, positions, cache.layers, f"model {id(model)}")
+        return step(tokens, positions, cache.layers)
     if in_cache:
         new = [text[held:] for text, held in zip(texts, cache.lengths, strict=False)]
         hidden = model.extend(cache, new)
         states.append(hidden[range(in_cache), [len(tokens) - 1 for tokens in new]])
     if len(texts) > in_cache:
         windows = [text[-model.config.max_seq_len :] for text in texts[in_cache:]]
-        tokens = torch.tensor(windows, device=model.rotary.device)
-        states.append(model.hidden_states(tokens)[:, -1])
+        states.append(model.hidden_states(torch.tensor(windows, device=device))[:, -1])
     return model.output(torch.cat(states))

@@ -16,7 +16,7 @@ import numpy as np
 from config import DATA_DIR, Options
 from minllama.errors import UsageError
 from minllama.files import check_writable_file, read_json, write_text
-from minllama.text import TextSource, find_text_files, split_labelled
+from minllama.text import find_text_files, read_lines, split_labelled
 
 UNLABELLED = -1  # the label of a sentence without one, in files and in batches
 MAX_LABELS = 1000  # without names; each gets a row of the classifier's head
@@ -41,7 +41,7 @@ def read_labelled(path: Path, *, n_labels: int | None = None) -> list[LabelledEx
     """
     examples = [
         LabelledExample(_parse_label(label, f"{path}:{number}", n_labels), sentence)
-        for number, line in TextSource(path).lines()
+        for number, line in read_lines(path)
         if line.strip()
         for label, sentence in [split_labelled(path, number, line)]
     ]
@@ -89,11 +89,8 @@ class LabelledFiles:
 
     name: str
     label_names: list[str]
-    train: Path
-    dev: Path
-    test: Path | None
-    dev_out: Path
-    test_out: Path
+    paths: dict[str, Path]  # of train, dev and, where there is one, test
+    outs: dict[str, Path]  # for the predictions on dev and, likewise, test
 
 
 def find_labelled_files(options: Options, suffix: str) -> LabelledFiles:
@@ -108,19 +105,20 @@ def find_labelled_files(options: Options, suffix: str) -> LabelledFiles:
     test = options.test if options.train else DATA_DIR / "reviews-test.txt"
     if dev is None:
         raise UsageError(f"--dev is not given: --train {train} needs a file to be measured on")
-    for flag, path in (("--train", train), ("--dev", dev), ("--test", test)):
-        if path is not None:
-            find_text_files([path], flag=flag)
-    out = [
-        options.dev_out or Path(f"{name}-dev-{suffix}-output.txt"),
-        options.test_out or Path(f"{name}-test-{suffix}-output.txt"),
-    ]
-    taken = {path.resolve() for path in (train, dev, test) if path is not None}
-    for flag, path in zip(("--dev_out", "--test_out"), out, strict=True):
+    paths = {"train": train, "dev": dev} | ({"test": test} if test else {})
+    for split, path in paths.items():
+        find_text_files([path], flag=f"--{split}")
+    outs = {
+        "dev": options.dev_out or Path(f"{name}-dev-{suffix}-output.txt"),
+        "test": options.test_out or Path(f"{name}-test-{suffix}-output.txt"),
+    }
+    outs = {split: path for split, path in outs.items() if split in paths}
+    taken = {path.resolve() for path in paths.values()}
+    for split, path in outs.items():
         if path.resolve() in taken:
-            raise UsageError(f"{flag} {path}: is another of the files named; give a new one")
+            raise UsageError(f"--{split}_out {path}: is another of the files named; give a new one")
         taken.add(path.resolve())
-        check_writable_file(path, flag)
+        check_writable_file(path, f"--{split}_out")
     names = read_label_names(options.label_names, train.with_name(f"{name}-label-mapping.json"))
     labels = {example.label for example in read_labelled(train, n_labels=len(names) or None)}
     if None in labels:
@@ -131,7 +129,7 @@ def find_labelled_files(options: Options, suffix: str) -> LabelledFiles:
             f"({', '.join(map(str, sorted(labels)))}): give names and lines for the same labels"
         )
     names = names or [str(label) for label in range(max(labels) + 1)]
-    return LabelledFiles(name, names, train, dev, test, *out)
+    return LabelledFiles(name, names, paths, outs)
 
 
 def read_label_names(given: Path | None, beside: Path) -> list[str]:
@@ -201,7 +199,6 @@ def report_predictions(
     split: str,
     examples: Sequence[LabelledExample],
     predictions: Sequence[int],
-    *,
     names: Sequence[str],
     out: Path,
 ) -> None:

@@ -29,28 +29,25 @@ def load_model(options: Options, device: torch.device) -> tuple[Llama, Tokenizer
 def find_model(options: Options) -> Path:
     """The model file or folder to use, as named or the first default that is there; says which.
 
-    Of a run's folder that is its model. Raises UsageError where it has several, or none.
+    Of a run's folder that is its final model, else the only best one. Raises UsageError where it
+    has several, or none.
     """
     path = options.pretrained_model_path
-    if path is not None:
-        of_a_run = path.is_dir() and not (path / "config.json").is_file()  # not Hugging Face's
-        files = sorted(path.glob("*.pt")) if of_a_run else []
-        return model_of_run(path, files) if files else path
-    defaults = (Path("checkpoints/final-model.pt"), Path("stories42M.pt"), SHIPPED_MODEL)
-    path = next((path for path in defaults if path.exists()), SHIPPED_MODEL)
-    print(f"--pretrained_model_path is not given: using {path}")
-    return path
-
-
-def model_of_run(folder: Path, files: list[Path]) -> Path:
-    """The final model among a run folder's .pt files, else the only best one; says which."""
-    final = [path for path in files if path.name == "final-model.pt"]
-    best = [path for path in files if path.name.endswith("best-model.pt")]
+    if path is None:
+        defaults = (Path("checkpoints/final-model.pt"), Path("stories42M.pt"), SHIPPED_MODEL)
+        path = next((path for path in defaults if path.exists()), SHIPPED_MODEL)
+        print(f"--pretrained_model_path is not given: using {path}")
+        return path
+    files = sorted(path.glob("*.pt"))
+    if not files or (path / "config.json").is_file():  # a file, or Hugging Face's folder
+        return path
+    final = [file for file in files if file.name == "final-model.pt"]
+    best = [file for file in files if file.name.endswith("best-model.pt")]
     found = final or best
     if len(found) != 1:
-        named = ", ".join(str(path) for path in (best or files)[:SHOWN_FILES])
-        raise UsageError(f"--pretrained_model_path {folder}: is a folder; name one of {named}")
-    print(f"--pretrained_model_path {folder} is a folder: using {found[0]}")
+        named = ", ".join(str(file) for file in (best or files)[:SHOWN_FILES])
+        raise UsageError(f"--pretrained_model_path {path}: is a folder; name one of {named}")
+    print(f"--pretrained_model_path {path} is a folder: using {found[0]}")
     return found[0]
 
 
@@ -59,32 +56,29 @@ def find_vocabulary(llama: Llama, path: Path, options: Options) -> Tokenizer:
 
     Raises UsageError, naming both fingerprints or sizes, for a vocabulary that is not the model's.
     """
-    given = options.tokenizer_model
+    given, size = options.tokenizer_model, llama.config.vocab_size
     if llama.vocabulary is not None:
         tokenizer = Tokenizer(tokenizer_model=llama.vocabulary)
-        if given is not None:
-            named = Tokenizer(tokenizer_model=given)
-            if named.fingerprint != tokenizer.fingerprint:
-                raise UsageError(
-                    f"--tokenizer_model {given} has the fingerprint {named.fingerprint}, and "
-                    f"{path} was trained with {tokenizer.fingerprint}: leave the flag out"
-                )
-        if tokenizer.n_words != llama.config.vocab_size:
+        named = tokenizer if given is None else Tokenizer(tokenizer_model=given)
+        if named.fingerprint != tokenizer.fingerprint:
+            raise UsageError(
+                f"--tokenizer_model {given} has the fingerprint {named.fingerprint}, and {path} "
+                f"was trained with {tokenizer.fingerprint}: leave the flag out"
+            )
+        if tokenizer.n_words != size:
             raise UsageError(
                 f"{path}: the vocabulary in it has {tokenizer.n_words:,} pieces and the model "
-                f"{llama.config.vocab_size:,}: they do not belong together: the file is damaged"
+                f"{size:,}: they do not belong together: the file is damaged"
             )
         return tokenizer
     beside = Path("tokenizer.model")
     if given is None and not beside.exists():
-        raise UsageError(
-            f"{path} carries no vocabulary: {vocabulary_remedy(llama.config.vocab_size)}"
-        )
+        raise UsageError(f"{path} carries no vocabulary: {vocabulary_remedy(size)}")
     tokenizer = Tokenizer(tokenizer_model=given or beside)
-    if tokenizer.n_words != llama.config.vocab_size:
+    if tokenizer.n_words != size:
         raise UsageError(
             f"--tokenizer_model {given or beside} has {tokenizer.n_words:,} pieces (fingerprint "
-            f"{tokenizer.fingerprint}) and {path} was trained with "
-            f"{llama.config.vocab_size:,}: name the vocabulary it was trained with"
+            f"{tokenizer.fingerprint}) and {path} was trained with {size:,}: name the vocabulary "
+            "it was trained with"
         )
     return tokenizer

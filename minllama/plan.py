@@ -1,13 +1,13 @@
 """The plan of a run: steps, memory, files and time, by arithmetic alone.
 
-Pure Python. Nothing here trains or looks at the machine; `session` prints it before every run.
+Nothing here trains or looks at the machine; `session` prints it before every run.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from config import DTYPE_BYTES, LlamaConfig
+from config import DTYPE_BYTES, LlamaConfig, Options
 from llama import LOGITS_CHUNK_BYTES, SCORES_KEPT
 from minllama.device import Gpu
 from minllama.units import human_size, human_time
@@ -15,11 +15,9 @@ from minllama.units import human_size, human_time
 # What a process takes before it has a model: Python and torch with their kernels, CUDA's context.
 PROCESS_BYTES = {"cpu": 400 * 10**6, "cuda": 500 * 10**6, "mps": 400 * 10**6}
 
-
 # Assumed for --plan --world_size, and printed: what computing alone reaches of a GPU's peak, and
 # the GB/s each way between two machines, all their network adapters together.
 GPUS_PER_NODE, ASSUMED_MFU, INTER_NODE_GB_S = 8, 0.4, 400
-
 
 # What --compile auto assumes of a CPU: operations per second and thread of an eager step, the share
 # of its time that a compiled one saves (4 to 15 %), and seconds that compiling takes.
@@ -29,59 +27,51 @@ COMPILED_SAVES, COMPILING_TAKES = 0.08, 35
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a training run will do and need, by arithmetic alone.
+    """What a training run will do and need. Memory is that of one process, in bytes."""
 
-    A step trains on `micro_batch_size * accumulation_steps * world_size` sequences of at most
-    `sequence_length` tokens. Memory is that of one process, in bytes.
-    """
-
+    options: Options  # with the global batch settled
+    world_size: int
+    device: str  # cpu, cuda or mps
+    dtype: str
     config: LlamaConfig
     trainable_parameters: int
     muon_parameters: int  # of those: Muon keeps one number for each, AdamW two
     sequences: int  # to train on: chunks of text, or labelled sentences
     tokens: int  # in those sequences
-    sequence_length: int
+    sequence_length: int  # of the longest
     logits_width: int  # logits per target: the vocabulary's size, or the number of labels
-    micro_batch_size: int
-    accumulation_steps: int
-    world_size: int
-    epochs: int
-    max_steps: int | None
-    warmup_steps_given: int | None
-    dtype: str
-    device: str  # cpu, cuda or mps
-    activation_checkpointing: bool
-    keep_last: int
-    checkpoint_interval: int
-    checkpoints_kept: int  # those of epochs, which are not deleted
-    parallel: str = "ddp"  # ddp: a whole model per process; fsdp: a shard of every block
 
     @property
-    def sequences_per_step(self) -> int:
-        """Sequences of one optimizer step, over all ranks."""
-        return self.micro_batch_size * self.accumulation_steps * self.world_size
+    def accumulation_steps(self) -> int:
+        """Micro-batches of one optimizer step on each rank."""
+        at_once = self.options.micro_batch_size * self.world_size
+        return self.options.global_batch_size // at_once
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps per pass over the data, a last short one included: at least 1."""
-        return max(1, -(-self.sequences // self.sequences_per_step))
+        return max(1, -(-self.sequences // self.options.global_batch_size))
 
     @property
     def schedule_steps(self) -> int:
         """Steps that the learning rate's schedule spans: all epochs."""
-        return self.epochs * self.steps_per_epoch
+        return self.options.epochs * self.steps_per_epoch
 
     @property
     def last_step(self) -> int:
-        """Steps after which the run ends: `max_steps` may come before the schedule's end."""
-        return min(self.max_steps or self.schedule_steps, self.schedule_steps)
+        """Steps after which the run ends: --max_steps may come before the schedule's end."""
+        return min(self.options.max_steps or self.schedule_steps, self.schedule_steps)
 
     @property
     def warmup_steps(self) -> int:
         """Steps of linear warmup: as given, else 5 % of the schedule."""
-        if self.warmup_steps_given is not None:
-            return self.warmup_steps_given
-        return round(0.05 * self.schedule_steps)
+        given = self.options.warmup_steps
+        return round(0.05 * self.schedule_steps) if given is None else given
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens of a micro-batch of the longest sequences."""
+        return self.options.micro_batch_size * self.sequence_length
 
     def activation_bytes(self) -> int:
         """What a micro-batch keeps for the backward pass, for attention that keeps no scores."""
@@ -92,9 +82,9 @@ class TrainingPlan:
         if self.device == "cpu" and self.sequence_length <= SCORES_KEPT:
             layer += compute * config.n_heads * self.sequence_length
         layers = config.n_layers * layer
-        if self.activation_checkpointing:
+        if self.options.activation_checkpointing:
             layers = config.n_layers * residual + layer
-        return self.micro_batch_size * self.sequence_length * (layers + 3 * residual)
+        return self.micro_tokens * (layers + 3 * residual)
 
     def flops_per_token(self) -> float:
         """Operations to train on one token; of finetuning, as if all weights were trained."""
@@ -115,7 +105,7 @@ class TrainingPlan:
     @property
     def shards(self) -> int:
         """Processes that divide up weights, gradients and the optimizer's moments."""
-        return self.world_size if self.parallel == "fsdp" else 1
+        return self.world_size if self.options.parallel == "fsdp" else 1
 
     def gathered_bytes(self) -> int:
         """What a process holds of the weights beside its own float32 shard of them.
@@ -132,10 +122,9 @@ class TrainingPlan:
 
     def memory(self) -> dict[str, int]:
         """Bytes by part while training."""
-        weights = 4 * sum(self.config.parameter_counts().values())
-        logits = 4 * self.micro_batch_size * self.sequence_length * self.logits_width
+        logits = 4 * self.micro_tokens * self.logits_width
         return {
-            "weights": weights // self.shards,
+            "weights": self.weights_file_bytes("float32") // self.shards,
             "gradients": 4 * self.trainable_parameters // self.shards,
             "optimizer": self.optimizer_bytes() // self.shards,
             "copies": self.gathered_bytes(),
@@ -150,32 +139,40 @@ class TrainingPlan:
 
     def checkpoint_bytes(self) -> int:
         """A resumable checkpoint: float32 weights and the optimizer's moments."""
-        return 4 * sum(self.config.parameter_counts().values()) + self.optimizer_bytes()
+        return self.weights_file_bytes("float32") + self.optimizer_bytes()
 
-    def weights_file_bytes(self, save_dtype: str) -> int:
-        """A weights file: the weights alone, a tied embedding once."""
-        return DTYPE_BYTES[save_dtype] * sum(self.config.parameter_counts().values())
+    def weights_file_bytes(self, dtype: str) -> int:
+        """The weights alone, a tied embedding once."""
+        return DTYPE_BYTES[dtype] * sum(self.config.parameter_counts().values())
 
-    def disk_bytes(self, save_dtype: str) -> int:
+    def disk_bytes(self) -> int:
         """Everything the run will have written, a file being replaced counted twice."""
-        by_step = self.last_step // self.checkpoint_interval if self.checkpoint_interval else 0
-        by_step = min(by_step, self.keep_last) if self.keep_last else by_step
-        checkpoints = self.checkpoints_kept + by_step + 1
-        return checkpoints * self.checkpoint_bytes() + 3 * self.weights_file_bytes(save_dtype)
+        options, by_step = self.options, 0
+        if options.checkpoint_interval:
+            by_step = self.last_step // options.checkpoint_interval
+        if options.keep_last:
+            by_step = min(by_step, options.keep_last)
+        checkpoints = options.epochs // options.save_interval + 1 + by_step + 1
+        weights = self.weights_file_bytes(options.save_dtype)
+        return checkpoints * self.checkpoint_bytes() + 3 * weights
 
-    def lines(self, *, noun: str, save_dtype: str, available: int | None) -> list[str]:
-        """The plan as a person reads it; `noun` is what a sequence is called."""
-        counts, memory = self.config.parameter_counts(), self.memory()
-        config = self.config
+    def lines(self, available: int | None) -> list[str]:
+        """The plan as a person reads it, with the bytes of memory that are available."""
+        config, options, memory = self.config, self.options, self.memory()
+        noun = "chunks" if options.option == "pretrain" else "sentences"
+        counts = config.parameter_counts()
         parts = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
         needs = ", ".join(f"{name} {human_size(size)}" for name, size in memory.items() if size)
         have = f"; {human_size(available)} available" if available else ""
-        processes = f" x {self.world_size} processes" if self.world_size > 1 else ""
-        moments = "moments" if self.muon_parameters else "two moments of each"
-        ends = ""
+        processes = per_process = ends = ""
+        if self.world_size > 1:
+            processes = f" x {self.world_size} processes"
+            per_process = f" per process ({options.parallel})"
         if self.last_step < self.schedule_steps:
             ends = f", ended after {self.last_step:,} by --max_steps"
-        per_process = f" per process ({self.parallel})" if self.world_size > 1 else ""
+        moments = "moments" if self.muon_parameters else "two moments of each"
+        weights = human_size(self.weights_file_bytes(options.save_dtype))
+        checkpoint = human_size(self.checkpoint_bytes())
         return [
             f"model        {sum(counts.values()):,} parameters: {parts}",
             f"             dim {config.dim}, {config.n_layers} layers, {config.n_heads} heads "
@@ -183,21 +180,20 @@ class TrainingPlan:
             f"context {config.max_seq_len:,}",
             f"data         {self.tokens:,} tokens in {self.sequences:,} {noun} of up to "
             f"{self.sequence_length:,}",
-            f"steps        {self.steps_per_epoch:,} per epoch x {self.epochs:,} epochs = "
-            f"{self.schedule_steps:,}, of {self.sequences_per_step:,} {noun} "
-            f"({self.micro_batch_size} x {self.accumulation_steps} accumulated{processes}); "
+            f"steps        {self.steps_per_epoch:,} per epoch x {options.epochs:,} epochs = "
+            f"{self.schedule_steps:,}, of {options.global_batch_size:,} {noun} "
+            f"({options.micro_batch_size} x {self.accumulation_steps} accumulated{processes}); "
             f"warmup {self.warmup_steps:,}{ends}",
             f"memory       {human_size(sum(memory.values()))} in {self.dtype}{per_process}: "
             f"{needs}{have}",
-            f"files        weights {human_size(self.weights_file_bytes(save_dtype))} "
-            f"({save_dtype}), resumable checkpoint {human_size(self.checkpoint_bytes())} "
-            f"(float32 weights and the optimizer's {moments})",
+            f"files        weights {weights} ({options.save_dtype}), resumable checkpoint "
+            f"{checkpoint} (float32 weights and the optimizer's {moments})",
         ]
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Machines of eight GPUs of one kind, and what training on them takes, by arithmetic alone.
+    """Machines of eight GPUs of one kind, and what training on them takes.
 
     Collectives go round a ring of all GPUs at the pace of its slowest link: NVLink (or PCIe)
     within a machine, all network adapters of a machine together between machines.
@@ -205,16 +201,11 @@ class Cluster:
 
     gpu: Gpu
 
-    @property
-    def flops(self) -> float:
-        """A GPU's peak, per second."""
-        return self.gpu.tflops * 1e12
-
     def compute_seconds(self, plan: TrainingPlan) -> float:
         """An optimizer step's computing on one GPU."""
-        tokens = plan.sequences_per_step // plan.world_size * plan.sequence_length
-        again = 4 / 3 if plan.activation_checkpointing else 1  # the forward pass, a third, twice
-        return tokens * plan.flops_per_token() * again / (self.flops * ASSUMED_MFU)
+        tokens = plan.accumulation_steps * plan.micro_tokens
+        again = 4 / 3 if plan.options.activation_checkpointing else 1  # the forward third twice
+        return tokens * plan.flops_per_token() * again / (self.gpu.tflops * 1e12 * ASSUMED_MFU)
 
     def communicated_bytes(self, plan: TrainingPlan) -> float:
         """Bytes that each GPU sends, and receives, per optimizer step.
@@ -225,7 +216,7 @@ class Cluster:
         """
         share = (plan.world_size - 1) / plan.world_size
         blocks, around = plan.config.block_parameters()
-        if plan.parallel == "ddp":
+        if plan.options.parallel == "ddp":
             return 2 * share * 4 * (blocks + around)
         per_block = 2 * DTYPE_BYTES[plan.dtype] + 4
         return plan.accumulation_steps * share * (per_block * blocks + 8 * around)
@@ -244,8 +235,8 @@ class Cluster:
         """
         compute, communication = self.compute_seconds(plan), self.communication_seconds(plan)
         overlap = compute
-        if plan.parallel == "ddp":
-            backward = 3 / 4 if plan.activation_checkpointing else 2 / 3
+        if plan.options.parallel == "ddp":
+            backward = 3 / 4 if plan.options.activation_checkpointing else 2 / 3
             overlap = backward * compute / plan.accumulation_steps
         return compute + max(0.0, communication - overlap)
 
@@ -253,17 +244,17 @@ class Cluster:
         """Traffic, speed and time as a person reads them."""
         step, compute = self.step_seconds(plan), self.compute_seconds(plan)
         communication = self.communication_seconds(plan)
-        tokens = plan.sequences_per_step * plan.sequence_length
+        tokens = plan.options.global_batch_size * plan.sequence_length
         rate = tokens / step
-        reached = rate * plan.flops_per_token() / (plan.world_size * self.flops)
+        reached = rate * plan.flops_per_token() / (plan.world_size * self.gpu.tflops * 1e12)
         nodes = -(-plan.world_size // GPUS_PER_NODE)
         return [
             f"cluster      {plan.world_size:,} GPUs in {nodes:,} node{'s' * (nodes > 1)}, "
-            f"{self.flops / 1e12:,.0f} TFLOP/s each; assumed: computing reaches {ASSUMED_MFU:.0%} "
+            f"{self.gpu.tflops:,.0f} TFLOP/s each; assumed: computing reaches {ASSUMED_MFU:.0%} "
             f"of that, links have {self.gpu.link_gb_s:,.0f} GB/s within a node and "
             f"{INTER_NODE_GB_S:,.0f} GB/s between nodes",
             f"traffic      {human_size(self.communicated_bytes(plan))} per GPU and step "
-            f"({plan.parallel}): {communication:.3g} s",
+            f"({plan.options.parallel}): {communication:.3g} s",
             f"step         {tokens:,} tokens: computing {compute:.3g} s; {step:.3g} s with all the "
             f"overlap there can be, {compute + communication:.3g} s with none",
             f"speed        {rate:,.0f} tokens/s, {rate / plan.world_size:,.0f} per GPU, "
@@ -277,7 +268,7 @@ def warn_of_plan(plan: TrainingPlan, available: int | None) -> None:
     """Say what of a plan will not fit, or cannot do what it is there for."""
     needed = sum(plan.memory().values())
     if available is not None and needed > available:
-        sharded = ", --parallel fsdp" if plan.world_size > 1 and plan.parallel == "ddp" else ""
+        sharded = ", --parallel fsdp" if plan.world_size > plan.shards else ""
         print(
             f"warning: about {human_size(needed)} of memory are needed and {human_size(available)} "
             f"are free: try --activation_checkpointing{sharded}, a smaller batch with more "
@@ -288,8 +279,8 @@ def warn_of_plan(plan: TrainingPlan, available: int | None) -> None:
             f"warning: warmup takes {plan.warmup_steps:,} steps (--warmup_steps) and the run ends "
             f"after {plan.last_step:,}: the full learning rate is never reached"
         )
-    if plan.sequences < plan.sequences_per_step:
+    if plan.sequences < plan.options.global_batch_size:
         print(
-            f"note: a step takes up to {plan.sequences_per_step:,} sequences and there are "
+            f"note: a step takes up to {plan.options.global_batch_size:,} sequences and there are "
             f"{plan.sequences:,}: each epoch is one step on all of them"
         )

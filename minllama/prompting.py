@@ -36,12 +36,9 @@ class Prompts:
 
     def text(self, sentence: str) -> str:
         """The prompt without shots: the template filled in."""
-        names = self.label_names
-        labels = (
-            " or ".join(names) if len(names) == 2 else f"{', '.join(names[:-1])}, or {names[-1]}"
-        )
-        filled = self.template.replace("{labels}", labels)
-        return filled.replace("{sentence}", sentence).strip()
+        *others, last = self.label_names
+        labels = f"{others[0]} or {last}" if len(others) == 1 else f"{', '.join(others)}, or {last}"
+        return self.template.replace("{labels}", labels).replace("{sentence}", sentence).strip()
 
     def sequences(self, sentence: str) -> tuple[list[list[int]], int]:
         """Each label's ids after the prompt, tokenized jointly, and where the labels begin.

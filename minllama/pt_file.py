@@ -6,6 +6,7 @@ program reads it too. Knows nothing of what the tensors are for.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import pickle
@@ -37,33 +38,32 @@ class SealingFile:
     def write(self, data: bytes | memoryview) -> int:
         """Write all but the last two bytes so far."""
         view = memoryview(data).cast("B")
-        if len(view) < 2:
-            view = memoryview(self.held + bytes(view))
-        else:
-            self._pass_on(self.held)
+        held = self.held + bytes(view[-2:])
+        self._pass_on(held[:-2])
         self._pass_on(view[:-2])
-        self.held = bytes(view[-2:])
+        self.held = held[-2:]
         return len(data)
 
     def flush(self) -> None:
         """For torch.save; whoever opened the file flushes it."""
 
-    def seal(self) -> None:
-        """Write the rest and the checksum."""
+    def seal(self) -> str:
+        """Write the rest and the checksum, which is returned."""
         assert self.held == b"\0\0", "torch.save ended its archive with a comment of its own"
         self._pass_on(struct.pack("<H", len(SEAL) + 64))
         self.file.write(SEAL + self.sum.hexdigest().encode())
+        return self.sum.hexdigest()
 
     def _pass_on(self, data: bytes | memoryview) -> None:
         self.sum.update(data)
         self.file.write(data)
 
 
-def write_sealed(file: BinaryIO, payload: dict[str, Any]) -> None:
-    """Write tensors and plain values, and behind them the SHA-256 of every byte."""
+def write_sealed(file: BinaryIO, payload: dict[str, Any]) -> str:
+    """Write tensors and plain values, and behind them the SHA-256 of every byte; returns it."""
     sealing = SealingFile(file)
     torch.save(payload | {"format_version": FORMAT_VERSION}, sealing)
-    sealing.seal()
+    return sealing.seal()
 
 
 def verify_seal(path: Path) -> str | None:
@@ -92,20 +92,16 @@ def save_pt(path: Path, payload: dict[str, Any]) -> str:
 
     Raises OSError, and then `path` is as it was.
     """
-    digest: str | None = None
 
     def verify(temporary: Path) -> None:
-        nonlocal digest
-        try:
-            digest = verify_seal(temporary)
-        except UsageError:
-            digest = None
-        if digest is None:
-            raise OSError(errno.EIO, "what was read back is not what was written", str(path))
+        with contextlib.suppress(UsageError):
+            if verify_seal(temporary) == digest:
+                return
+        raise OSError(errno.EIO, "what was read back is not what was written", str(path))
 
     try:
         with atomic_write(path, verify=verify) as file:
-            write_sealed(file, payload)
+            digest = write_sealed(file, payload)
     except RuntimeError as error:  # torch's writer hides what the file raised
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
@@ -118,12 +114,12 @@ def is_pt(head: bytes) -> bool:
     return head[:2] in (b"PK", b"\x80\x02")
 
 
-def load_pt(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
+def load_pt(path: str | Path, *, verify: bool = True, digest: str | None = None) -> dict[str, Any]:
     """Everything a .pt file holds, its tensors mapped from the disk, with no code run.
 
-    `verify` reads every byte of a file that carries checksums. Raises UsageError for one that is
-    damaged or of another format version, and unless it is a dict with a dict of tensors under
-    'model', each of them held whole by the file.
+    `verify` reads every byte of a file that carries checksums, and compares with `digest` if that
+    is given. Raises UsageError for one that is damaged or of another format version, and unless it
+    is a dict with a dict of tensors under 'model', each of them held whole by the file.
     """
     path = Path(path)
     check_regular(path)
@@ -131,12 +127,15 @@ def load_pt(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
         with path.open("rb") as file:
             if not is_pt(file.read(2)):
                 raise UsageError(f"{path}: no .pt file, neither a weights file nor a checkpoint")
-        sealed = verify and verify_seal(path) is not None
+        found = verify_seal(path) if verify else None
+        if verify and digest not in (None, found):
+            raise UsageError(f"{path} is damaged: its bytes do not match its SHA-256")
+        unsealed = verify and found is None
         archive = zipfile.is_zipfile(path)  # else torch's format before 2020, or cut off
         if archive:
-            _check_archive(path, checksums=verify and not sealed)
+            _check_archive(path, checksums=unsealed)
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
-        _check_payload(path, payload, sealed=sealed or not verify)
+        _check_payload(path, payload, unsealed=unsealed)
     except UsageError:
         raise
     except pickle.UnpicklingError as error:
@@ -147,20 +146,38 @@ def load_pt(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
     except Exception as error:  # torch.load raises what the damage happens to hit
         if isinstance(error, OSError) and error.errno in (errno.EIO, errno.EACCES, errno.EPERM):
             raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
-        remedy = "it is damaged or cut off; copy it again"
-        raise UsageError(f"{path}: {remedy} ({type(error).__name__})") from None
+        raise UsageError(
+            f"{path}: it is damaged or cut off; copy it again ({type(error).__name__})"
+        ) from None
     return payload
 
 
-def _check_payload(path: Path, payload: Any, *, sealed: bool) -> None:
+def _check_payload(path: Path, payload: Any, *, unsealed: bool) -> None:
     weights = payload.get("model") if isinstance(payload, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(w, Tensor) for name, w in weights.items()
+    ):
         raise UsageError(f"{path}: no tensors under the key 'model': not a weights file of a Llama")
-    if not all(isinstance(name, str) for name in weights):
-        raise UsageError(f"{path}: names a tensor by other than a text: not a weights file")
-    _check_version(path, payload.get("format_version"), sealed=sealed)
+    version = payload.get("format_version")
+    if version == 1:
+        raise UsageError(
+            f"{path}: has format version 1, which an early MinLlama wrote and only that reads"
+        )
+    if version not in (None, FORMAT_VERSION):  # None: of another program
+        raise UsageError(
+            f"{path}: has the format version {str(version)[:20]}, and this program reads "
+            f"{FORMAT_VERSION}: update it"
+        )
+    if version is not None and unsealed:
+        raise UsageError(
+            f"{path} is damaged: its checksum is gone; it was cut off, or saved by another program"
+        )
     for name, tensor in tensors_in(payload):
-        _check_tensor(path, name, tensor)
+        # What a small file can claim: an expanded, sparse or meta tensor has no bytes in it.
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            raise UsageError(f"{path}: tensor {name} is not a plain array of numbers")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UsageError(f"{path}: tensor {name} is larger than what the file holds")
 
 
 def tensors_in(node: Any, name: str = "") -> list[tuple[str, Tensor]]:
@@ -177,14 +194,6 @@ def tensors_in(node: Any, name: str = "") -> list[tuple[str, Tensor]]:
     ]
 
 
-def _check_tensor(path: Path, name: str, tensor: Tensor) -> None:
-    """Refuse what a small file can claim: an expanded, sparse or meta tensor has no bytes in it."""
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-        raise UsageError(f"{path}: tensor {name} is not a plain array of numbers")
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise UsageError(f"{path}: tensor {name} is larger than what the file holds")
-
-
 def _check_archive(path: Path, *, checksums: bool) -> None:
     """Refuse an archive that would unpack to more than the file holds, before it does.
 
@@ -199,22 +208,3 @@ def _check_archive(path: Path, *, checksums: bool) -> None:
         broken = archive.testzip() if checksums else None
     if broken is not None:
         raise UsageError(f"{path} is damaged: the checksum of {broken} is wrong; copy it again")
-
-
-def _check_version(path: Path, version: Any, *, sealed: bool) -> None:
-    """`version` is None in files of other programs, which carry no seal."""
-    if version is None:
-        return
-    if version == 1:
-        raise UsageError(
-            f"{path}: has format version 1, which an early MinLlama wrote and only that reads"
-        )
-    if version != FORMAT_VERSION:
-        raise UsageError(
-            f"{path}: has the format version {str(version)[:20]}, and this program reads "
-            f"{FORMAT_VERSION}: update it"
-        )
-    if not sealed:
-        raise UsageError(
-            f"{path} is damaged: its checksum is gone; it was cut off, or saved by another program"
-        )

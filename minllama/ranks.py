@@ -154,8 +154,6 @@ class Ranks:
 
     def sum(self, *values: float) -> list[float]:
         """The sum of each number over all ranks."""
-        if self.world_size == 1:
-            return list(values)
         return self.sum_array(np.array(values, np.float64)).tolist()
 
     def sum_array(self, values: np.ndarray) -> np.ndarray:
@@ -231,7 +229,7 @@ class Ranks:
         return results[0] if results else work()
 
     def lead(self, name: str, work: Callable[[], T]) -> T:
-        """Do the work that others wait for, with a sign of life every second."""
+        """Do the work that others follow, with a sign of life every second."""
         store, done = run_store(), threading.Event()
 
         def give_signs() -> None:
@@ -241,15 +239,13 @@ class Ranks:
         thread = threading.Thread(target=give_signs, daemon=True)
         thread.start()
         try:
-            value, error = attempt(work)
+            outcome = attempt(work)
         finally:
             done.set()
             thread.join()
         # Pickled between the processes of one run, as torch's own collectives do; never in a file.
-        store.set(f"{name} ends", pickle.dumps((value, error)))
-        if error is not None:
-            raise error
-        return value
+        store.set(f"{name} ends", pickle.dumps(outcome))
+        return self.follow(name)
 
     def follow(self, name: str) -> Any:
         """Wait for the work that another rank leads; returns or raises what that did."""
@@ -347,12 +343,8 @@ def launch_name() -> str | None:
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     if run_id != "none":  # torchrun's word for: none was given
         return run_id
-    return json.dumps([os.getppid(), platform.node(), _process_began(os.getppid())])
-
-
-def _process_began(pid: int) -> str | None:
-    """When a process began: another of the same number began at another time. None: unknown."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[19]
-    except (OSError, IndexError):
-        return None
+    began = None  # another process of the same number began at another time
+    with contextlib.suppress(OSError, IndexError):  # only Linux tells
+        stat = Path(f"/proc/{os.getppid()}/stat").read_text(encoding="utf-8")
+        began = stat.rsplit(")", 1)[1].split()[19]
+    return json.dumps([os.getppid(), platform.node(), began])

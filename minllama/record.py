@@ -8,10 +8,10 @@ from __future__ import annotations
 import contextlib
 import gzip
 import html
+import itertools
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -80,7 +80,7 @@ class MetricsLog:
                 tqdm.write(f"warning: {self.path} was not flushed to the disk ({error})")
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; another record opens it again."""
         if self.file is not None:
             with contextlib.suppress(OSError):  # closing flushes: a full disk fails again here
                 self.file.close()
@@ -90,7 +90,7 @@ class MetricsLog:
         data = "".join(json.dumps(record) + "\n" for record in self.unwritten).encode()
         try:
             if self.file is None:
-                flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+                flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
                 flags |= getattr(os, "O_NOFOLLOW", 0)  # a link that somebody left is not followed
                 self.file = os.fdopen(os.open(self.path, flags, 0o666), "ab")
                 self.file.truncate(self.end)  # cuts off what a failed write or a crash left
@@ -105,21 +105,14 @@ class MetricsLog:
 
 
 class NoLog:
-    """The log of ranks that write none."""
+    """The log of the ranks that write none."""
 
     records: Sequence[dict[str, Any]] = ()
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Rank 0 writes it."""
+    def append(self, _: Any = None) -> None:
+        """Do nothing: rank 0 does it."""
 
-    def rewind(self, last_step: int) -> None:
-        """Rank 0 does it."""
-
-    def sync(self) -> None:
-        """Rank 0 does it."""
-
-    def close(self) -> None:
-        """Nothing is open."""
+    rewind = sync = close = append
 
 
 def _whole_records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
@@ -153,12 +146,12 @@ def loss_curve_svg(records: list[dict[str, Any]], title: str) -> str:
     low, high = min(y for _, y in points), max(y for _, y in points)
     span = (high - low) or 1.0
 
-    def place(step: float, loss: float) -> str:
+    def place(step: float, loss: float) -> tuple[str, str]:
         x = left + plot_width * step / max(1, last_step)
-        return f"{x:.1f},{top + plot_height * (high - loss) / span:.1f}"
+        return f"{x:.1f}", f"{top + plot_height * (high - loss) / span:.1f}"
 
     def line(series: list[tuple[float, float]], color: str) -> str:
-        path = " ".join(place(*point) for point in series)
+        path = " ".join(",".join(place(*point)) for point in series)
         return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6"/>'
 
     parts = [
@@ -169,20 +162,16 @@ def loss_curve_svg(records: list[dict[str, Any]], title: str) -> str:
     ]
     for i in range(6):
         loss, step = low + span * i / 5, last_step * i / 5
-        x, y = place(step, loss).split(",")
+        x, y = place(step, loss)
         parts += [
             f'<line x1="{left}" x2="{left + plot_width}" y1="{y}" y2="{y}" stroke="#ddd"/>',
             f'<text x="{left - 8}" y="{y}" dy="4" text-anchor="end">{loss:.2f}</text>',
             f'<text x="{x}" y="{height - 38}" text-anchor="middle">{step:,.0f}</text>',
         ]
+    parts += [line(train, "#4477aa"), line(val, "#cc3311")]
+    for x, y in itertools.starmap(place, val):
+        parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="#cc3311"/>')
     parts += [
-        line(train, "#4477aa"),
-        line(val, "#cc3311"),
-        *(
-            f'<circle cx="{place(*p).split(",")[0]}" cy="{place(*p).split(",")[1]}" r="3" '
-            'fill="#cc3311"/>'
-            for p in val
-        ),
         f'<text x="{left + plot_width / 2}" y="{height - 12}" text-anchor="middle">'
         "optimizer step</text>",
         f'<text x="{left + plot_width - 210}" y="28" fill="#4477aa">training loss</text>',
@@ -209,58 +198,50 @@ def note_spike(record: dict[str, Any], earlier: Iterable[dict[str, Any]]) -> Non
 # ---------------------------------------------------------------------------- telemetry
 
 
-class GpuTelemetry:
-    """Memory, utilisation, power and energy of an NVIDIA GPU through NVML; silent without one."""
+def gpu_telemetry(device: torch.device) -> Callable[[], dict[str, float]]:
+    """What samples an NVIDIA GPU through NVML: bytes in use, % busy, watts, joules since now.
 
-    def __init__(self, device: torch.device) -> None:
-        self.handle = None
-        if device.type != "cuda":
-            return
+    The sample is an empty dict where these are unknown.
+    """
+    if device.type != "cuda":
+        return dict  # called, it makes an empty one
+    try:
+        import pynvml as nvml
+
+        nvml.nvmlInit()
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        gpu = nvml.nvmlDeviceGetHandleByUUID(uuid)
+        energy = nvml.nvmlDeviceGetTotalEnergyConsumption(gpu)
+    except Exception:  # no driver, no permission, a GPU without the counter
+        return dict
+
+    def sample() -> dict[str, float]:
         try:
-            import pynvml
-
-            pynvml.nvmlInit()
-            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-            self.nvml, self.handle = pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid)
-            self.start_energy = pynvml.nvmlDeviceGetTotalEnergyConsumption(self.handle)
-        except Exception:  # no driver, no permission, a GPU without the counter: no telemetry
-            self.handle = None
-
-    def sample(self) -> dict[str, float]:
-        """Bytes in use, % busy, watts, joules since the start; an empty dict where unknown."""
-        if self.handle is None:
-            return {}
-        try:
-            energy = self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle)
+            used = nvml.nvmlDeviceGetTotalEnergyConsumption(gpu) - energy
             return {
-                "gpu_memory_used": self.nvml.nvmlDeviceGetMemoryInfo(self.handle).used,
-                "gpu_utilization": self.nvml.nvmlDeviceGetUtilizationRates(self.handle).gpu,
-                "gpu_power_watts": self.nvml.nvmlDeviceGetPowerUsage(self.handle) / 1000,
-                "gpu_energy_joules": (energy - self.start_energy) / 1000,
+                "gpu_memory_used": nvml.nvmlDeviceGetMemoryInfo(gpu).used,
+                "gpu_utilization": nvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
+                "gpu_power_watts": nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
+                "gpu_energy_joules": used / 1000,
             }
-        except self.nvml.NVMLError:
+        except nvml.NVMLError:
             return {}
+
+    return sample
 
 
 def environment() -> dict[str, Any]:
     """Versions and machine of this run, for run.json."""
-    commit = (
-        subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        ).stdout.strip()
-        if shutil.which("git")
-        else ""
-    )
+    commit = None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, no repository
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "platform": platform.platform(),
-        "git_commit": commit or None,
+        "git_commit": commit,
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
@@ -286,10 +267,10 @@ def profiled(
         return
 
     def report(profiler: torch.profiler.profile) -> None:
-        table = profile_table(profiler, device)
-        if table is not None:
+        if profiler.step_num > UNPROFILED_STEPS:  # else it ended within its first step
             save(path, lambda: write_trace(path, profiler))
-            tqdm.write(f"{table}\n  {path}: the trace, for chrome://tracing or ui.perfetto.dev")
+            tqdm.write(profile_table(profiler, device))
+            tqdm.write(f"  {path}: the trace, for chrome://tracing or ui.perfetto.dev")
 
     steps = torch.profiler.schedule(
         wait=UNPROFILED_STEPS - 1, warmup=1, active=PROFILED_STEPS, repeat=1
@@ -300,15 +281,13 @@ def profiled(
         tqdm.write(f"--profile: a run of {UNPROFILED_STEPS} steps or fewer has none to profile")
 
 
-def profile_table(profiler: torch.profiler.profile, device: torch.device) -> str | None:
-    """Where the profiled steps' time went; None of a run that ended during the warm-up."""
+def profile_table(profiler: torch.profiler.profile, device: torch.device) -> str:
+    """Where the profiled steps' time went."""
     events = {
         event.key: event
         for event in profiler.key_averages()
         if not event.key.startswith(("ProfilerStep*", "Optimizer.step#"))  # brackets around others
     }
-    if PHASES[0] not in events:
-        return None
     phases = {name: events.pop(name) for name in PHASES}
     steps = phases["data"].count
     total = sum(event.cpu_time_total for event in phases.values())  # in microseconds
@@ -331,8 +310,7 @@ def profile_table(profiler: torch.profiler.profile, device: torch.device) -> str
 
 def write_trace(path: Path, profiler: torch.profiler.profile) -> None:
     """Write a profile as compressed Chrome JSON."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, atomic_write(path) as file:
         plain = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(plain))
-        with atomic_write(path) as file:
-            file.write(gzip.compress(plain.read_bytes()))
+        file.write(gzip.compress(plain.read_bytes()))

@@ -13,12 +13,12 @@ import platform
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minllama.checkpoint import STATE_FILE, Summary, load_checkpoint, summarize
+from minllama.checkpoint import STATE_FILE, Summary, load_checkpoint, remove_unnamed, summarize
 from minllama.errors import UsageError
 from minllama.files import (
     check_regular,
@@ -53,14 +53,9 @@ class RunFolder:
     path: Path
     prefix: str
 
-    @property
-    def records_prefix(self) -> str:
-        """What precedes the names of models and records: nothing for pretraining."""
-        return "" if self.prefix == "pretrain" else f"{self.prefix}-"
-
     def file(self, name: str) -> Path:
-        """One of the run's files by its plain name, e.g. final-model.pt or metrics.jsonl."""
-        return self.path / f"{self.records_prefix}{name}"
+        """A model or record by its plain name; pretraining's have no prefix."""
+        return self.path / (name if self.prefix == "pretrain" else f"{self.prefix}-{name}")
 
     def own_files(self) -> list[Path]:
         """The files of this run, or an earlier one of the same prefix, that are here now."""
@@ -95,31 +90,26 @@ class RunFolder:
         Raises UsageError that names the run that is in the folder, and where the other ranks do
         not see the lock: they are on machines that do not share the folder.
         """
-        path, content = self.file("run.lock"), f"{os.getpid()} {platform.node()} {uuid.uuid4().hex}"
+        path = self.file("run.lock")
         with contextlib.ExitStack() as held:
-
-            def take() -> str:
-                held.enter_context(_lock(path, content))
-                return content
-
-            content = ranks.on_main(take)
-            ranks.on_all(lambda: self._check_shared(path, content, ranks))
+            content = ranks.on_main(lambda: held.enter_context(_lock(path)))
+            if ranks.nodes > 1:
+                ranks.on_all(lambda: self._check_shared(path, content, ranks.node))
             yield
 
-    def _check_shared(self, path: Path, content: str, ranks: Ranks) -> None:
-        for _ in range(100 if ranks.nodes > 1 else 0):  # a network file system shows it late
+    def _check_shared(self, path: Path, content: str, node: int) -> None:
+        for _ in range(100):  # a network file system shows it late
             with contextlib.suppress(OSError):
                 if path.read_text(encoding="utf-8", errors="replace") == content:
                     return
             time.sleep(0.1)
-        if ranks.nodes > 1:
-            raise UsageError(
-                f"--save_dir {self.path}: machine {ranks.node} ({platform.node()}) does not see "
-                "what rank 0 wrote there: name a folder that all machines share"
-            )
+        raise UsageError(
+            f"--save_dir {self.path}: machine {node} ({platform.node()}) does not see what rank 0 "
+            "wrote there: name a folder that all machines share"
+        )
 
     def check_free(self, *, resume: bool, overwrite: bool) -> None:
-        """Raise UsageError if the folder holds a run that is neither resumed nor removed."""
+        """Raise UsageError where the folder holds a run that is neither resumed nor removed."""
         present = self.own_files()
         if present and not resume and not overwrite:
             raise UsageError(
@@ -137,29 +127,25 @@ class RunFolder:
         names = [re.escape(self.file(name).name) for name in RUN_FILES]
         names.append(re.escape(self.prefix) + CHECKPOINT_NAME)
         remove_temporaries(self.path, "|".join(names))
-        for path in {*self._named_as_checkpoints()} - {*self.checkpoints()}:
-            with contextlib.suppress(OSError):
-                remove(path)
+        for path in self._named_as_checkpoints():
+            if path.is_dir():
+                remove_unnamed(path)
 
     def add_start(self, record: dict[str, Any]) -> None:
         """Add one start of the run, the first or a resume, to run.json."""
-        path = self.file("run.json")
-        starts = self.starts()
-        if starts is None:
+        path, starts = self.file("run.json"), self.starts()
+        if not starts and path.exists():
             replace(path, path.with_name(f"{path.name}.damaged"))
             print(f"note: {path} was damaged; it is kept as {path.name}.damaged")
-        write_text(path, json.dumps({"starts": [*(starts or []), record]}, indent=2) + "\n")
+        write_text(path, json.dumps({"starts": [*starts, record]}, indent=2) + "\n")
 
-    def starts(self) -> list[dict[str, Any]] | None:
-        """The starts in run.json; none where there is no such file, None where it is damaged."""
-        path = self.file("run.json")
-        if not path.exists():
-            return []
+    def starts(self) -> list[dict[str, Any]]:
+        """The starts in run.json; none where there is no such file, or it is damaged."""
         with contextlib.suppress(UsageError):
-            starts = read_json_object(path).get("starts")
+            starts = read_json_object(self.file("run.json")).get("starts")
             if isinstance(starts, list) and all(isinstance(start, dict) for start in starts):
                 return starts
-        return None
+        return []
 
     # ------------------------------------------------------------------------ checkpoints
 
@@ -171,13 +157,12 @@ class RunFolder:
         """
         if resume != "auto":
             return Path(resume), load_checkpoint(Path(resume))
-        found = self.checkpoints()
-        for path, _ in self._newest_first(found):
+        for path, _ in self._newest_first():
             try:
                 return path, load_checkpoint(path)
             except UsageError as error:
                 print(f"skipped: {error}")
-        if found:
+        if self.checkpoints():
             raise UsageError(
                 f"--resume auto: no whole {self.prefix} checkpoint in {self.path}; start without "
                 "it, with --overwrite"
@@ -186,8 +171,8 @@ class RunFolder:
 
     def last_good(self, run_id: str, step: int) -> tuple[Path, dict[str, Any]] | None:
         """The newest whole checkpoint of a run before `step` that followed no skipped update."""
-        for path, of in self._newest_first(self.checkpoints(), quiet=True):
-            if of.run_id == run_id and of.step < step and not of.skipped:
+        for path, of in self._newest_first(run_id):
+            if of.step < step and not of.skipped:
                 with contextlib.suppress(UsageError):
                     return path, load_checkpoint(path)
         return None
@@ -197,8 +182,7 @@ class RunFolder:
 
         Else `--resume auto` would return to a future that was given up.
         """
-        later = [p for p, of in self._newest_first(self.checkpoints(), quiet=True)
-                 if of.run_id == run_id and of.step > step]  # fmt: skip
+        later = [path for path, of in self._newest_first(run_id) if of.step > step]
         for path in later:
             aside = path.with_name(path.name + ABANDONED)
             if aside.exists():  # by an earlier resume, at the same step
@@ -216,24 +200,24 @@ class RunFolder:
         """
         if not keep_last:
             return
-        own = [p for p, of in self._newest_first(self.checkpoints(), quiet=True)
-               if "-step-" in p.name and of.run_id == run_id and of.step <= step]  # fmt: skip
-        for path in own[keep_last:]:
+        own = [path for path, of in self._newest_first(run_id) if of.step <= step]
+        of_steps = [path for path in own if path.name.startswith(f"{self.prefix}-step-")]
+        for path in of_steps[keep_last:]:
             with contextlib.suppress(OSError):
                 if path.is_dir():  # without this file it is no checkpoint: no half of one is left
                     (path / STATE_FILE).unlink()
                 remove(path)
 
-    def _newest_first(
-        self, paths: Sequence[Path], *, quiet: bool = False
-    ) -> list[tuple[Path, Summary]]:
-        """Checkpoints by training step; those too damaged to tell theirs are left out."""
+    def _newest_first(self, run_id: str | None = None) -> list[tuple[Path, Summary]]:
+        """The checkpoints of a run, by default of all, that are sound enough to tell their step."""
         found = []
-        for path in paths:
+        for path in self.checkpoints():
             try:
-                found.append((path, summarize(path)))
+                of = summarize(path)
+                if run_id in (None, of.run_id):
+                    found.append((path, of))
             except UsageError as error:
-                if not quiet:
+                if run_id is None:
                     print(f"skipped: {error}")
         # Of two of the same step the one whose record is complete is the later.
         return sorted(found, key=lambda pair: (pair[1].step, pair[1].complete), reverse=True)
@@ -243,22 +227,13 @@ def read_on_ranks(
     ranks: Ranks, find: Callable[[], tuple[Path, dict[str, Any]] | None]
 ) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint that rank 0 finds and verifies, read by every rank, which all call this."""
-    found = None
-
-    def find_path() -> Path | None:
-        nonlocal found
-        found = find()
-        return found and found[0]
-
-    path = ranks.on_main(find_path)
-    if path is None:
-        return None
-    return ranks.on_all(lambda: found or (path, load_checkpoint(path, verify=False)))
+    path = ranks.on_main(lambda: (find() or (None,))[0])
+    return path and ranks.on_all(lambda: (path, load_checkpoint(path, verify=False)))
 
 
 @contextlib.contextmanager
-def _lock(path: Path, content: str) -> Iterator[None]:
-    """Hold an exclusive lock on a file, which says who holds it; the file stays.
+def _lock(path: Path) -> Iterator[str]:
+    """Hold an exclusive lock on a file, and yield its content, which says who; the file stays.
 
     A lock on an open file, not the existence of one: no process that dies can leave it behind.
     """
@@ -289,7 +264,8 @@ def _lock(path: Path, content: str) -> Iterator[None]:
             ) from None
         except OSError as error:  # some network file systems have no locks
             print(f"note: {path} cannot be locked ({error.strerror}): let no other run write there")
+        content = f"{os.getpid()} {platform.node()} {uuid.uuid4().hex}"
         file.truncate(0)
         file.write(content.encode())
         file.flush()
-        yield
+        yield content

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import secrets
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,10 +19,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from minllama.checkpoint import STATE_FILE
-from minllama.errors import RunFailed, UsageError
-from minllama.files import remove
-from minllama.pt_file import load_pt, save_pt
+from minllama.checkpoint import STATE_FILE, remove_unnamed
+from minllama.errors import RunFailed
+from minllama.pt_file import save_pt
 from minllama.ranks import Ranks, attempt
 from minllama.run_folder import RunFolder
 
@@ -62,7 +62,7 @@ class Checkpoints:
         self.waiting: dict[str, Retry] = {}
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future[None] | None = None  # the sharded checkpoint being written
-        self.saves = 0
+        self.numbers = itertools.count(1)  # of sharded checkpoints
 
     def save(self, path: Path | None = None) -> None:
         """Write a resumable checkpoint, by default named after its step, and prune older ones.
@@ -73,14 +73,15 @@ class Checkpoints:
 
     def save_weights(self, name: str, payload: dict[str, Any]) -> None:
         """Write one of the run's weights files. Tried again, it has these same weights."""
+        path = self.folder.file(name)
 
         def save(payload: dict[str, Any]) -> None:
-            self.ranks.on_main(lambda: save_pt(self.folder.file(name), payload))
+            self.ranks.on_main(lambda: save_pt(path, payload))
 
         def later() -> Callable[[], None]:  # the payload may be the model's own memory
             return functools.partial(save, copy.deepcopy(payload))
 
-        self._try(self.folder.file(name).name, functools.partial(save, payload), later=later)
+        self._try(path.name, functools.partial(save, payload), later=later)
 
     def save_file(self, path: Path, write: Callable[[], None]) -> None:
         """Write another file on rank 0, which alone may call this."""
@@ -148,11 +149,16 @@ class Checkpoints:
         self._await_shards()
         state = self.make_state()
         path = path or self.folder.step_checkpoint(state["progress"]["step"])
-        if self.sharded:
-            self._begin_shards(path.with_name(f"{path.stem}-sharded"), state)
-        else:
+        if not self.sharded:
             self.ranks.on_main(lambda: save_pt(path, state))
             self._prune(state)
+            return
+        folder = path.with_name(f"{path.stem}-sharded")
+        self.ranks.on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
+        # Copies on the CPU, for the training changes these tensors while they are written.
+        own = copy.deepcopy({key: state.pop(key) for key in ("model", "optimizer")})
+        name = f"checkpoint {next(self.numbers)}"
+        self.pending = self.thread.submit(self._write_shards, folder, own, state, name)
 
     def _prune(self, state: dict[str, Any]) -> None:
         progress = state["progress"]
@@ -166,14 +172,6 @@ class Checkpoints:
         if self.pending is not None:
             written, self.pending = self.pending, None
             written.result()
-
-    def _begin_shards(self, folder: Path, state: dict[str, Any]) -> None:
-        self.ranks.on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
-        # Copies on the CPU, for the training changes these tensors while they are written.
-        own = copy.deepcopy({key: state.pop(key) for key in ("model", "optimizer")})
-        self.saves += 1
-        name = f"checkpoint {self.saves}"
-        self.pending = self.thread.submit(self._write_shards, folder, own, state, name)
 
     def _write_shards(
         self, folder: Path, own: dict[str, Any], state: dict[str, Any], name: str
@@ -207,18 +205,3 @@ class Checkpoints:
         finally:
             remove_unnamed(folder)
         self._prune(state)
-
-
-def remove_unnamed(folder: Path) -> None:
-    """Delete the shards that the checkpoint in a folder does not name; all, where there is none.
-
-    So one of the same step stays whole until another takes its place. Best effort.
-    """
-    with contextlib.suppress(OSError, UsageError):
-        if not (folder / STATE_FILE).exists():
-            remove(folder)
-            return
-        named = {STATE_FILE, *load_pt(folder / STATE_FILE, verify=False)["shards"]}
-        for path in {*folder.iterdir()} - {folder / name for name in named}:
-            with contextlib.suppress(OSError):
-                remove(path)

@@ -1,7 +1,7 @@
 """A session: the folder, devices and processes of a run, and what happens before it trains.
 
 Opening one takes the folder's lock, finds the checkpoint to resume, and chooses device and dtype;
-then the plan is made, compared with the checkpoint and printed. Also what is said at the end.
+settling it makes and prints the plan. Also what is said at the end.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from config import TYPED_ON_RESUME, Options, find_problems
+from config import TYPED_ON_RESUME, Options, check_options
 from minllama.checkpoint import state_file
 from minllama.command_line import quoted
 from minllama.device import (
@@ -47,24 +47,28 @@ class Session:
     stop: StopRequest
     device: torch.device
     dtype: torch.dtype  # the compute dtype
-    checkpoint: dict[str, Any] | None = None  # to resume from
+    checkpoint: dict[str, Any] | None  # to resume from
+    plan: TrainingPlan = field(init=False)
+    identity: dict[str, Any] = field(init=False)  # what a resumed run must share with its first one
 
-    def take_checkpoint(self) -> dict[str, Any] | None:
-        """The checkpoint, which the session forgets, so that its memory can be freed."""
-        checkpoint, self.checkpoint = self.checkpoint, None
-        return checkpoint
+    def settle(self, identity: dict[str, Any], **sizes: Any) -> None:
+        """Make and print the plan, compare with the checkpoint, and decide --compile auto.
 
-    def settle(self, plan: TrainingPlan, identity: dict[str, Any], *, noun: str) -> None:
-        """Compare with the checkpoint, print the plan, and decide --compile auto.
-
-        `noun` is what a sequence is called. Raises UsageError where the run cannot be resumed so,
-        or its files do not fit on the disk.
+        `sizes` are the plan's of the task's model and data. Raises UsageError where the run cannot
+        be resumed so, or its files do not fit on the disk.
         """
+        options, dtype = self.options, dtype_name(self.dtype)
+        self.identity = identity | {
+            GLOBAL_BATCH: options.global_batch_size,
+            "--seed": options.seed,
+            "--optimizer": options.optimizer,
+        }
         if self.checkpoint is not None:
-            check_identity(self.checkpoint, identity)
-        self.ranks.on_main(lambda: print_plan(self.options, plan, self.device, self.folder, noun))
-        if self.options.option == "pretrain":
-            self.options = settle_compile(self.options, plan)
+            check_identity(self.checkpoint["identity"], self.identity)
+        self.plan = TrainingPlan(options, self.ranks.world_size, self.device.type, dtype, **sizes)
+        self.ranks.on_main(lambda: print_plan(self.plan, self.device, self.folder))
+        if options.option == "pretrain":
+            self.options = settle_compile(options, self.plan)
 
 
 @contextlib.contextmanager
@@ -86,24 +90,25 @@ def open_session(
         if options.compile == "on":
             check_compiler(device)
         dtype = choose_dtype(options.dtype, device)
-        yield Session(options, folder, ranks, stop, device, dtype, checkpoint)
+        session = Session(options, folder, ranks, stop, device, dtype, checkpoint)
+        del checkpoint  # the session alone holds it, until the run has taken it over
+        yield session
 
 
 # ---------------------------------------------------------------------------- resuming
 
 
 def use_checkpoint_folder(options: Options) -> Options:
-    """A run resumed from a file continues in that file's folder. Raises UsageError for another."""
+    """A run resumed from a file continues in that file's folder; raises UsageError for another."""
     if options.resume in (None, "auto"):
         return options
-    if Path(options.resume).is_dir() and not state_file(Path(options.resume)).is_file():
-        raise UsageError(
-            f"--resume {options.resume}: is a folder; --save_dir {options.resume} --resume auto "
-            "continues the run in it"
-        )
-    if not state_file(Path(options.resume)).is_file():
-        raise UsageError(f"--resume {options.resume}: no such file; auto takes the newest")
-    folder = Path(options.resume).parent
+    path = Path(options.resume)
+    if not state_file(path).is_file():
+        problem = "no such file; auto takes the newest"
+        if path.is_dir():
+            problem = f"is a folder; --save_dir {path} --resume auto continues the run in it"
+        raise UsageError(f"--resume {options.resume}: {problem}")
+    folder = path.parent
     if "save_dir" in options.given and options.save_dir.resolve() != folder.resolve():
         raise UsageError(
             f"--resume {options.resume} lies outside --save_dir {options.save_dir}: a run "
@@ -115,12 +120,12 @@ def use_checkpoint_folder(options: Options) -> Options:
 def find_start(
     options: Options, folder: RunFolder, ranks: Ranks
 ) -> tuple[Options, dict[str, Any] | None]:
-    """Check that the run may write its folder, and find the checkpoint to resume, if any.
+    """The options, as the checkpoint has what was not typed, and the checkpoint to resume, if any.
 
-    Returns it with the options: what was not typed is as the checkpoint has it, and the global
-    batch is settled. A run that its launcher restarts is resumed, whatever the command says.
+    The global batch is settled. A run that its launcher restarts is resumed, whatever the command
+    says. Raises UsageError, also where the folder holds another run.
     """
-    if ranks.on_main(lambda: any(map(ranks.is_launch_of, (folder.starts() or [])[-1:]))):
+    if ranks.on_main(lambda: any(map(ranks.is_launch_of, folder.starts()[-1:]))):
         print(
             "restarted: the run of this --rdzv-id is resumed"
             + (", and --overwrite is ignored; a new id starts over" if options.overwrite else "")
@@ -129,11 +134,12 @@ def find_start(
     resume, overwrite = options.resume, options.overwrite
     if not options.plan:
         ranks.on_main(lambda: folder.check_free(resume=resume is not None, overwrite=overwrite))
-    if resume is None:
-        return options.with_global_batch(ranks.world_size), None
-    found = read_on_ranks(ranks, lambda: folder.find_checkpoint(resume))
+    found = None
+    if resume is not None:
+        found = read_on_ranks(ranks, lambda: folder.find_checkpoint(resume))
+        if found is None:
+            print(f"--resume auto: no checkpoint in {folder.path} yet: starting from the beginning")
     if found is None:
-        print(f"--resume auto: no checkpoint in {folder.path} yet: starting from the beginning")
         return options.with_global_batch(ranks.world_size), None
     path, checkpoint = found
     print(f"resuming     {path}, made after step {checkpoint['progress']['step']:,}")
@@ -142,9 +148,7 @@ def find_start(
         raise UsageError(f"{path} is damaged: its options are no dict")
     whole_batch = {"global_batch_size": checkpoint["identity"].get(GLOBAL_BATCH)}
     options = options.resumed(before | whole_batch)
-    problems = find_problems(options)  # among flags typed now and those the checkpoint brings
-    if problems:
-        raise UsageError("\n".join(problems))
+    check_options(options)  # the flags typed now with those that the checkpoint brings
     options = options.with_global_batch(ranks.world_size)
     now = options.to_plain()
     for name in sorted(options.given - TYPED_ON_RESUME):
@@ -159,11 +163,11 @@ GLOBAL_BATCH = (
 )
 
 
-def check_identity(checkpoint: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Raise UsageError, a line each, for what a checkpoint was made with and this run is not."""
+def check_identity(earlier: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raise UsageError, a line for each thing in which a run differs from its checkpoint."""
     problems = []
     for name, value in identity.items():
-        before = checkpoint["identity"].get(name)
+        before = earlier.get(name)
         if before == value:
             continue
         if isinstance(value, dict) and isinstance(before, dict):  # of a shape, what differs
@@ -181,47 +185,20 @@ def check_identity(checkpoint: dict[str, Any], identity: dict[str, Any]) -> None
 # ---------------------------------------------------------------------------- the plan
 
 
-def make_plan(
-    options: Options, *, world_size: int, device: str, dtype: torch.dtype, **sizes: Any
-) -> TrainingPlan:
-    """The plan of a run: what the flags say, and the sizes of the task's model and data."""
-    return TrainingPlan(
-        micro_batch_size=options.micro_batch_size,
-        accumulation_steps=options.global_batch_size // (options.micro_batch_size * world_size),
-        world_size=world_size,
-        epochs=options.epochs,
-        max_steps=options.max_steps,
-        warmup_steps_given=options.warmup_steps,
-        dtype=dtype_name(dtype),
-        device=device,
-        activation_checkpointing=options.activation_checkpointing,
-        keep_last=options.keep_last,
-        checkpoint_interval=options.checkpoint_interval,
-        checkpoints_kept=1 + options.epochs // options.save_interval,
-        parallel=options.parallel,
-        **sizes,
-    )
-
-
-def print_plan(
-    options: Options, plan: TrainingPlan, device: torch.device, folder: RunFolder, noun: str
-) -> None:
+def print_plan(plan: TrainingPlan, device: torch.device, folder: RunFolder) -> None:
     """Print the plan and warn of what will not fit; raises UsageError if the disk is too small."""
     available = available_memory(device)
-    for line in plan.lines(noun=noun, save_dtype=options.save_dtype, available=available):
-        print(line)
+    print("\n".join(plan.lines(available)))
     warn_of_plan(plan, available)
-    if options.plan:
+    if plan.options.plan:
         return
-    needed = plan.disk_bytes(options.save_dtype)
-    own = sum(
-        map(size_on_disk, folder.own_files())
-    )  # replaced, resumed or pruned: not needed twice
-    free = free_disk(options.save_dir)
-    if needed > free + own:
+    # What the folder holds is replaced, resumed or pruned: it is not needed twice.
+    needed = plan.disk_bytes() - sum(map(size_on_disk, folder.own_files()))
+    free = free_disk(folder.path)
+    if needed > free:
         raise UsageError(
-            f"--save_dir {options.save_dir}: {human_size(free)} are free on that disk and the "
-            f"run's files take {human_size(needed - own)} more; name a folder on a larger one"
+            f"--save_dir {folder.path}: {human_size(free)} are free on that disk and the run's "
+            f"files take {human_size(needed)} more; name a folder on a larger one"
         )
 
 
@@ -236,8 +213,7 @@ def settle_compile(options: Options, plan: TrainingPlan) -> Options:
     if options.compile != "auto" or plan.device != "cpu":
         return options
     pays, reason = plan.compiling_pays(torch.get_num_threads())
-    problem = compiler_problem(torch.device("cpu")) if pays else None
-    if problem is not None:
+    if pays and (problem := compiler_problem(torch.device("cpu"))) is not None:
         pays, reason = False, f"{reason}, but torch cannot compile here ({problem})"
     settled = "on" if pays else "off"
     print(f"compile      {settled}: {reason}")
@@ -245,7 +221,6 @@ def settle_compile(options: Options, plan: TrainingPlan) -> Options:
 
 
 # ---------------------------------------------------------------------------- the end
-
 
 # Typed flags that the command which resumes a run has of its own.
 NOT_REPEATED = {"option", "save_dir", "resume", "overwrite", "plan", "profile"}
@@ -268,17 +243,13 @@ def say_interrupted(session: Session, step: int) -> int:
     return session.stop.exit_status
 
 
-def print_next(model: Path, prompt: str, *options: str) -> None:
-    """Print the commands that a new model is for."""
+def print_results(folder: RunFolder, model: Path, prompt: str, *options: str) -> None:
+    """Print the run's files with their sizes, and the commands that its new model is for."""
+    print("files:")
+    for path in folder.own_files():
+        print(f"  {human_size(size_on_disk(path)):>8}  {path}")
     print("next:")
     for option in options:
         words = ["python", sys.argv[0], "--option", option, "--pretrained_model_path", model]
         print(" ", quoted(*words, *(["--prompt", prompt] if option == "generate" else [])))
     print(" ", quoted("python", Path(sys.argv[0]).with_name("check_model_precision.py"), model))
-
-
-def list_files(folder: RunFolder) -> None:
-    """Print the run's files and their sizes."""
-    print("files:")
-    for path in folder.own_files():
-        print(f"  {human_size(size_on_disk(path)):>8}  {path}")

@@ -154,25 +154,19 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
     """Load whole or sharded moments, of which each rank takes its shard.
 
     Learning rate, decay and the like stay those of the optimizer, not the checkpoint's. Every rank
-    must call this. Raises what the optimizer raises for a state that is not its own.
+    must call this. Raises LookupError, TypeError, ValueError or AttributeError for a state that is
+    not this optimizer's.
     """
     groups = optimizer.param_groups
     settings = [{key: group[key] for key in group if key != "params"} for group in groups]
-    if "param_groups" in state and isinstance(state.get("state"), dict):
-        parameters = [p for group in groups for p in group["params"]]
-        own = {
-            index: {
-                key: shard_like(value, parameters[index]) if is_moment(value) else value
-                for key, value in of_one.items()
-            }
-            for index, of_one in state["state"].items()
-        }
+    parameters = [p for group in groups for p in group["params"]]
+    if "state" in state:  # else Muon's, which is never sharded
+        own = {index: dict(of_one) for index, of_one in state["state"].items()}
+        for index, of_one in own.items():
+            for key, value in of_one.items():
+                if isinstance(value, Tensor | list):
+                    of_one[key] = shard_like(value, parameters[index])
         state = state | {"state": own}
     optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
-
-
-def is_moment(value: Any) -> bool:
-    """Whether an entry of an optimizer's state is a tensor, or the list of its shards."""
-    return torch.is_tensor(value) or isinstance(value, list)
+    for group, before in zip(optimizer.param_groups, settings, strict=True):
+        group.update(before)

@@ -65,8 +65,7 @@ class StopRequest:
 
         for name in HANDLED:
             number = getattr(signal, name, None)
-            nohup = name == "SIGHUP" and number and signal.getsignal(number) is signal.SIG_IGN
-            if number is not None and not nohup:
+            if number and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
                 self.previous[number] = signal.signal(number, handle)
         try:
             yield self

@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from config import IGNORE_INDEX
 from llama import Llama
-from minllama.ranks import Ranks
+from minllama.session import Session
+from minllama.sharding import distribute
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,13 @@ class Batch:
     targets: int
     tokens: int
     numbers: Sequence[int] = ()  # the sequences' places in the data set
+
+    @classmethod
+    def on(cls, device: torch.device, inputs: Iterable[torch.Tensor], **fields: Any) -> Batch:
+        """A batch with its inputs copied to the device, to a GPU without waiting."""
+        gpu = device.type == "cuda"  # which takes them so from pinned memory only
+        pinned = [tensor.pin_memory() if gpu else tensor for tensor in inputs]
+        return cls(tuple(tensor.to(device, non_blocking=gpu) for tensor in pinned), **fields)
 
     def parts(self, count: int) -> list[tuple[torch.Tensor, ...]]:
         """The inputs in `count` parts of about as many rows, fewer where there are fewer rows."""
@@ -41,34 +50,64 @@ class Batch:
         return Batch((*inputs, torch.full_like(targets, IGNORE_INDEX)), targets=0, tokens=0)
 
 
-def share_batches(
-    parts: Sequence[Sequence[int]], ranks: Ranks, make: Callable[[Sequence[int]], Batch]
-) -> list[Batch]:
-    """This rank's micro-batches of a window's, as many on every rank.
-
-    A rank with one fewer than others gets one without targets: all take part in every pass.
-    """
-    return [
-        make(parts[number]) if counts else make(parts[number][:1]).without_targets()
-        for number, counts in ranks.split_evenly(len(parts))
-    ]
-
-
 class Task(ABC):
     """What pretraining and finetuning do not share: model, batches, loss, evaluation."""
 
-    llama: Llama  # its shape and vocabulary travel with every file
-    model: nn.Module  # whose parameters are trained and checkpointed: the Llama, or around it
-    parallel: nn.Module  # what `loss` calls: the model as `distribute` returned it
     goal: str  # the metric that chooses the best model
     higher_is_better: bool = False
     best_interval: int = 1  # epochs between looks for a new best
     eval_interval: int = 0  # optimizer steps between evaluations; 0: at the ends of epochs only
     patience: int | None = None  # epochs without a new best after which to stop
 
-    @abstractmethod
+    def __init__(
+        self,
+        session: Session,
+        llama: Llama,
+        model: nn.Module,
+        *,
+        module: nn.Module,
+        dtype: torch.dtype,
+        dynamic: bool,
+    ) -> None:
+        """`model`, the Llama or around it, is what is trained; `module` is what `loss` calls.
+
+        `dtype` is that of FSDP's gathered weights; `dynamic`: sequences differ in length.
+        """
+        options, self.session = session.options, session
+        self.llama, self.model = llama, model  # the Llama's shape travels with every file
+        llama.activation_checkpointing = options.activation_checkpointing
+        self.parallel = distribute(
+            module,
+            llama.layers,
+            ranks=session.ranks,
+            parallel=options.parallel,
+            device=session.device,
+            dtype=dtype,
+        )
+        self.compiled = self.parallel
+        if options.compile == "on":
+            self.compiled = torch.compile(self.parallel, dynamic=dynamic)
+
     def batches(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of optimizer step `step`, equally many on all ranks."""
+        """This rank's micro-batches of optimizer step `step`, equally many on all ranks.
+
+        A rank with one fewer than others gets one without targets: all take part in every pass.
+        """
+        numbers = self.sequences(*divmod(step, self.session.plan.steps_per_epoch))
+        size = self.session.options.micro_batch_size
+        parts = np.split(numbers, range(size, len(numbers), size))
+        return [
+            self.batch(parts[part]) if counts else self.batch(parts[part][:1]).without_targets()
+            for part, counts in self.session.ranks.split_evenly(len(parts))
+        ]
+
+    @abstractmethod
+    def sequences(self, epoch: int, index: int) -> np.ndarray:
+        """The numbers of the sequences of an epoch's step `index`, the same on all ranks."""
+
+    @abstractmethod
+    def batch(self, numbers: np.ndarray) -> Batch:
+        """These sequences of the training data as a micro-batch."""
 
     @abstractmethod
     def loss(self, *inputs: torch.Tensor) -> torch.Tensor:

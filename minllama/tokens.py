@@ -26,14 +26,12 @@ import numpy as np
 from tqdm import tqdm
 
 from minllama.errors import Interrupted, UsageError
-from minllama.files import atomic_write, remove_temporaries
+from minllama.files import READ_BYTES, atomic_write, remove_temporaries
 from minllama.text import Block, Reading, read_documents
 from tokenizer import SPACE, Tokenizer
 
 # ---------------------------------------------------------------------------- encoding
 
-PART_CHARS = 1 << 16  # longer documents are cut into parts of about this many characters
-BATCH_CHARS = 1 << 21  # encoded at a time: enough work for the threads, little memory
 WORD_CACHE_SPEED = 2.5  # characters per second, relative to one thread of SentencePiece
 WORD_CACHE_ENTRIES = 1 << 19
 WORD_CACHE_CHARS = 64  # a longer word hardly comes twice
@@ -72,13 +70,13 @@ class DocumentEncoder:
         tokenizer: Tokenizer,
         *,
         threads: int | None = None,
-        part_chars: int = PART_CHARS,
-        batch_chars: int = BATCH_CHARS,
+        part_chars: int = 1 << 16,  # longer documents are cut into parts of about this many
+        batch_chars: int = 1 << 21,  # encoded at a time: work for the threads, little memory
     ) -> None:
         sp = self.sp_model = tokenizer.sp_model
         self.threads = threads or os.cpu_count() or 1
         self.part_chars, self.batch_chars = part_chars, batch_chars
-        self.dtype = np.dtype(np.uint16 if tokenizer.n_words <= 1 << 16 else np.uint32)
+        self.dtype = np.dtype("<u2" if tokenizer.n_words <= 1 << 16 else "<u4")
         pieces = [sp.id_to_piece(i) for i in range(tokenizer.n_words) if not sp.is_byte(i)]
         self.has_safe_cuts = tokenizer.is_plain_bpe and not any(
             ("\n" in piece and piece != "\n") or SPACE in piece.lstrip(SPACE) for piece in pieces
@@ -130,10 +128,11 @@ class DocumentEncoder:
             looked_up = int(np.searchsorted(ends, share * ends[-1], side="right"))
         rest = helper.submit(self._encode_parts, parts[looked_up:])
         arrays = self._look_up(parts[:looked_up]) + rest.result()
-        return [
-            EncodedPart(ids, _utf8_bytes(part), not part.cut_at, part.ends)
-            for part, ids in zip(parts, arrays, strict=True)
-        ]
+        encoded = []
+        for part, ids in zip(parts, arrays, strict=True):
+            size = len(part.text.encode()) + (part.cut_at == " ")  # with the space it was cut at
+            encoded.append(EncodedPart(ids, size, not part.cut_at, part.ends))
+        return encoded
 
     def _encode_parts(self, parts: list[_Part]) -> list[np.ndarray]:
         threads = max(1, self.threads - self.has_safe_cuts)
@@ -144,8 +143,6 @@ class DocumentEncoder:
         ]
 
     def _look_up(self, parts: list[_Part]) -> list[np.ndarray]:
-        if not parts:
-            return []
         texts = [part.text if part.cut_at == "\n" else f" {part.text}" for part in parts]
         # Many short documents without newlines become one text: a call per document costs more.
         joined = len(texts) > 1 and not any("\n" in text for text in texts)
@@ -154,7 +151,11 @@ class DocumentEncoder:
         self._learn(missing)
         look_up = self.words.__getitem__
         arrays = [np.frombuffer(b"".join(map(look_up, w)), dtype=self.dtype)[1:] for w in split]
-        self._trim_cache(missing)
+        if len(self.words) > WORD_CACHE_ENTRIES:
+            self.words.clear()
+        for word in missing:
+            if len(word) > WORD_CACHE_CHARS:
+                self.words.pop(word, None)
         return self._split_lines(arrays[0]) if joined else arrays
 
     def _split_lines(self, ids: np.ndarray) -> list[np.ndarray]:
@@ -163,23 +164,14 @@ class DocumentEncoder:
 
     def _learn(self, words: list[str]) -> None:
         # As the lines of a few texts: one call per word would cost as much as the encoding.
-        newline = self.dtype.type(self.newline_id).tobytes()
-        count = 4 * self.threads
-        groups = [group for i in range(count) if (group := words[i::count])]
+        newline = np.array(self.newline_id, self.dtype).tobytes()
+        groups = [words[i :: 4 * self.threads] for i in range(min(len(words), 4 * self.threads))]
         texts = ["".join(w if w[:1] == "\n" else f"\n {w}" for w in group) for group in groups]
         encoded = _encode_many(self.sp_model, texts, self.threads)
         for group, ids in zip(groups, encoded, strict=True):
             lines = self._split_lines(ids.astype(self.dtype))[1:]
             for word, line in zip(group, lines, strict=True):
                 self.words[word] = newline * (word[:1] == "\n") + line.tobytes()
-
-    def _trim_cache(self, new: list[str]) -> None:
-        if len(self.words) > WORD_CACHE_ENTRIES:
-            self.words.clear()
-            return
-        for word in new:
-            if len(word) > WORD_CACHE_CHARS:
-                del self.words[word]
 
 
 def _split_words(text: str) -> list[str]:
@@ -193,14 +185,7 @@ def _split_words(text: str) -> list[str]:
     return f"\n{text}".replace("\n", " \n").split(" ")[1:]
 
 
-def _utf8_bytes(part: _Part) -> int:
-    text = part.text
-    return (len(text) if text.isascii() else len(text.encode())) + (part.cut_at == " ")
-
-
 def _encode_many(sp_model, texts: list[str], threads: int) -> list[np.ndarray]:
-    if not texts:
-        return []
     if hasattr(sp_model, "EncodeAsNumpy"):  # since 0.2.2: no Python object per token
         return sp_model.encode(texts, num_threads=threads, return_type="numpy")
     return [np.array(ids, np.int32) for ids in sp_model.encode(texts, num_threads=threads)]
@@ -217,7 +202,6 @@ HEADER = struct.Struct("<8sIIQQQ32s32sI")
 # How shortly before it is read a file may change again without another time stamp: those of most
 # file systems advance every few milliseconds, FAT's every two seconds.
 FINE_NS, COARSE_NS = 20_000_000, 2_000_000_000
-READ_BYTES = 1 << 20
 LARGE_BYTES = 1 << 30  # of a cache: checking it takes a second or more
 
 
@@ -245,23 +229,32 @@ class TokenCache:
         self.path = path
         self.rebuilt_because: str | None = None
         self.token_byte_lengths: np.ndarray | None = None  # set by build_or_load
-        header, size = _read_header(path)
-        magic, version, width, n_tokens, n_documents, n_files, self.key, made_of, _ = header
+        if not path.is_file():
+            raise BadCache("there was none")
+        try:
+            with path.open("rb") as file:
+                data, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise BadCache(f"it cannot be read ({error.strerror})") from None
+        if len(data) < HEADER.size or zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
+            raise BadCache("it is damaged (its header is wrong)")
+        fields = HEADER.unpack(data)
+        magic, version, width, n_tokens, n_documents, n_files, self.key, made_of, _ = fields
         if magic != MAGIC or version != CACHE_VERSION or width not in (2, 4):
             raise BadCache("it is not a token cache of this version")
         if signature not in (None, made_of):
-            changed = "the text, the vocabulary or the reading options changed"
-            raise BadCache(
-                changed if any(made_of) else "the text had just been changed when it was read"
-            )
-        documents_at = _aligned(HEADER.size + width * n_tokens)
+            if any(made_of):
+                raise BadCache("the text, the vocabulary or the reading options changed")
+            raise BadCache("the text had just been changed when it was read")
+        tokens_end = HEADER.size + width * n_tokens
+        documents_at = tokens_end + -tokens_end % 8
         files_at = documents_at + 16 * n_documents
         if size != files_at + 16 * n_files:
             raise BadCache("it is damaged (its size is wrong)")
         if verify and _payload_digest(path, should_stop) != self.key:
             raise BadCache("it is damaged (its checksum is wrong)")
         raw = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
-        self.tokens = raw[HEADER.size : HEADER.size + width * n_tokens].view(f"<u{width}")
+        self.tokens = raw[HEADER.size : tokens_end].view(f"<u{width}")
         documents = raw[documents_at:files_at].view("<i8").reshape(-1, 2)
         files = raw[files_at:].view("<i8").reshape(-1, 2)
         self.document_starts, self.document_bytes = documents[:, 0], documents[:, 1]
@@ -281,20 +274,6 @@ class TokenCache:
         return file, position - int(ends[file] - self.file_tokens[file])
 
 
-def _read_header(path: Path) -> tuple[tuple, int]:
-    if not path.is_file():
-        raise BadCache("there was none")
-    try:
-        with path.open("rb") as file:
-            data = file.read(HEADER.size)
-            size = os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise BadCache(f"it cannot be read ({error.strerror})") from None
-    if len(data) < HEADER.size or zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
-        raise BadCache("it is damaged (its header is wrong)")
-    return HEADER.unpack(data), size
-
-
 def _payload_digest(path: Path, should_stop: Callable[[], bool]) -> bytes:
     digest, size = hashlib.sha256(), path.stat().st_size
     with path.open("rb") as file, _byte_bar("checking", size, size > LARGE_BYTES) as bar:
@@ -307,70 +286,60 @@ def _payload_digest(path: Path, should_stop: Callable[[], bool]) -> bytes:
     return digest.digest()
 
 
-def _aligned(offset: int) -> int:
-    return -(-offset // 8) * 8
+def _write_cache(
+    file: BinaryIO,
+    table: BinaryIO,
+    batches: Iterable[list[EncodedPart]],
+    file_documents: list[int],
+    marks: np.ndarray,
+    signature: bytes,
+    should_stop: Callable[[], bool],
+) -> None:
+    """Stream a cache's tokens into a file, then its tables and header.
 
+    `table` is a temporary file for the document table, which follows the tokens: that of a corpus
+    with a document per line has gigabytes. `file_documents` grows with the `batches`; `marks` are
+    BOS and EOS, (2, 1), in the dtype of the tokens.
+    """
+    digest, n_tokens, open_bytes = hashlib.sha256(), 0, 0
 
-class _CacheWriter:
-    """Streams a cache's tokens, then its tables and header, into a file."""
+    def write(data: bytes) -> None:
+        digest.update(data)
+        file.write(data)
 
-    def __init__(
-        self, file: BinaryIO, table: BinaryIO, dtype: np.dtype, ids: Sequence[int]
-    ) -> None:
-        """`table` is a temporary file for the document table, which follows the tokens: that of a
-        corpus with a document per line has gigabytes. `ids` are those of BOS and EOS."""
-        self.file, self.table, self.dtype = file, table, dtype.newbyteorder("<")
-        self.bos, self.eos = np.array(ids, self.dtype).reshape(2, 1)
-        self.n_tokens = self.n_documents = self.open_bytes = 0
-        self.digest = hashlib.sha256()
-        file.write(bytes(HEADER.size))
-
-    def add(self, parts: Iterable[EncodedPart]) -> None:
+    file.write(bytes(HEADER.size))
+    for parts in batches:
         arrays, rows = [], []
         for part in parts:
             if part.starts:
-                arrays.append(self.bos)
-                rows.append(self.n_tokens)
-                self.n_tokens, self.open_bytes = self.n_tokens + 1, 0
+                arrays.append(marks[0])
+                rows.append(n_tokens)
+                open_bytes = 0
             arrays.append(part.ids)
-            self.n_tokens += len(part.ids)
-            self.open_bytes += part.utf8_bytes
+            open_bytes += part.utf8_bytes
             if part.ends:
-                arrays.append(self.eos)
-                rows.append(self.open_bytes)
-                self.n_tokens, self.n_documents = self.n_tokens + 1, self.n_documents + 1
-        self._write(np.concatenate(arrays).astype(self.dtype, copy=False).tobytes())
-        self.table.write(np.array(rows, "<i8").tobytes())
-
-    def finish(self, signature: bytes, file_documents: Sequence[int]) -> None:
-        """Write the tables and the header."""
-        self._write(bytes(_aligned(self.file.tell()) - self.file.tell()))
-        files = self._file_table(file_documents).astype("<i8").tobytes()
-        self.table.seek(0)
-        while data := self.table.read(READ_BYTES):
-            self._write(data)
-        self._write(files)
-        counts = (self.n_tokens, self.n_documents, len(file_documents))
-        key = self.digest.digest()
-        fields = (MAGIC, CACHE_VERSION, self.dtype.itemsize, *counts, key, signature, 0)
-        header = HEADER.pack(*fields)[:-4]
-        self.file.seek(0)
-        self.file.write(header + zlib.crc32(header).to_bytes(4, "little"))
-
-    def _write(self, data: bytes) -> None:
-        self.digest.update(data)
-        self.file.write(data)
-
-    def _file_table(self, file_documents: Sequence[int]) -> np.ndarray:
-        starts, first = [], 0
-        for count in [*file_documents, 0]:
-            start = self.n_tokens
-            if first < self.n_documents:
-                self.table.seek(16 * first)
-                start = int.from_bytes(self.table.read(8), "little")
-            starts.append(start)
-            first += count
-        return np.stack([np.diff(starts), np.asarray(file_documents)], axis=1)
+                arrays.append(marks[1])
+                rows.append(open_bytes)
+            n_tokens += part.starts + len(part.ids) + part.ends
+        write(np.concatenate(arrays, dtype=marks.dtype).tobytes())
+        table.write(np.array(rows, "<i8").tobytes())
+        if should_stop():
+            raise Interrupted
+    write(bytes(-file.tell() % 8))
+    starts = []  # of each file, and the end
+    for first in np.cumsum([0, *file_documents]).tolist():
+        table.seek(16 * first)
+        start = table.read(8)  # nothing after the last document
+        starts.append(int.from_bytes(start, "little") if start else n_tokens)
+    table.seek(0)
+    while data := table.read(READ_BYTES):
+        write(data)
+    write(np.stack([np.diff(starts), file_documents], axis=1).astype("<i8").tobytes())
+    counts = (n_tokens, sum(file_documents), len(file_documents))
+    fields = (MAGIC, CACHE_VERSION, marks.itemsize, *counts, digest.digest(), signature, 0)
+    header = HEADER.pack(*fields)[:-4]
+    file.seek(0)
+    file.write(header + zlib.crc32(header).to_bytes(4, "little"))
 
 
 def build_or_load(
@@ -394,28 +363,24 @@ def build_or_load(
     try:
         cache = TokenCache(path, signature=wanted, should_stop=should_stop)
     except BadCache as bad:
-        started = time.time_ns()
+        encoder, file_documents = DocumentEncoder(tokenizer, threads=threads), []
+        marks = np.array([[tokenizer.bos_id], [tokenizer.eos_id]], encoder.dtype)
+        made_of = bytes(32) if _is_racy(files) else wanted
         try:
-            encoder = DocumentEncoder(tokenizer, threads=threads)
-            ids = (tokenizer.bos_id, tokenizer.eos_id)
             remove_temporaries(cache_dir, r".*\.tokens", older_than=86400)
             with (
                 atomic_write(path) as file,
                 tempfile.TemporaryFile(dir=cache_dir) as table,
                 _byte_bar("tokenizing", sum(_stat(f).st_size for f in files), progress) as bar,
             ):
-                writer, file_documents = _CacheWriter(file, table, encoder.dtype, ids), []
                 blocks = _all_blocks(files, reading, bar.update, file_documents)
-                for batch in encoder.encode(blocks):
-                    writer.add(batch)
-                    if should_stop():
-                        raise Interrupted
-                if not writer.n_documents:
-                    named = ", ".join(map(str, files[:3])) + (", ..." if len(files) > 3 else "")
-                    raise UsageError(f"{named}: empty, there is no text to train on")
+                batches = encoder.encode(blocks)
+                _write_cache(file, table, batches, file_documents, marks, made_of, should_stop)
+                if not any(file_documents):
+                    others = " and the others" if len(files) > 1 else ""
+                    raise UsageError(f"{files[0]}{others}: empty, there is no text to train on")
                 if _signature(files, tokenizer, reading) != wanted:
                     raise UsageError(f"{files[0]} or another file changed while it was read")
-                writer.finish(bytes(32) if _is_racy(files, started) else wanted, file_documents)
         except OSError as error:
             reason = error.strerror or error
             raise UsageError(f"--cache_dir {cache_dir}: cannot be written ({reason})") from None
@@ -437,11 +402,12 @@ def _signature(files: Sequence[Path], tokenizer: Tokenizer, reading: Reading) ->
     return hashlib.sha256(json.dumps([of_files, vocabulary, asdict(reading)]).encode()).digest()
 
 
-def _is_racy(files: Sequence[Path], started: int) -> bool:
-    """Whether a file changed so shortly before `started` that a later change may not show."""
+def _is_racy(files: Sequence[Path]) -> bool:
+    """Whether a file changed so shortly before now that a later change may not show."""
+    now = time.time_ns()
     # Where there is a time of change that no program sets, the other may be of any year.
     times = [s.st_mtime_ns if os.name == "nt" else s.st_ctime_ns for s in map(_stat, files)]
-    return any(time + (FINE_NS if time % 10**9 else COARSE_NS) >= started for time in times)
+    return any(at + (FINE_NS if at % 10**9 else COARSE_NS) >= now for at in times)
 
 
 def _stat(path: Path) -> os.stat_result:

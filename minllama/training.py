@@ -12,8 +12,8 @@ import math
 import sys
 import time
 import uuid
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, get_type_hints
 
 import torch
 from torch import nn
@@ -23,16 +23,15 @@ from tqdm import tqdm
 from llama import model_payload
 from minllama.device import describe_device, dtype_name, peak_flops, used_memory
 from minllama.errors import Interrupted, RunFailed, UsageError
-from minllama.plan import TrainingPlan
 from minllama.random_state import random_state, rank_seed, restore_random_state, seed_everything
 from minllama.ranks import is_lost_peer
 from minllama.record import (
     PHASES,
     SPIKE_WINDOW,
-    GpuTelemetry,
     MetricsLog,
     NoLog,
     environment,
+    gpu_telemetry,
     note_spike,
     profiled,
 )
@@ -57,6 +56,8 @@ MEASURED_STEPS = 10  # after which the time left is told
 MAX_SKIPPED = 10  # updates in a row that may be skipped for numbers that are not finite
 MAX_ROLLBACKS = 4  # each halves the learning rate
 SHOWN_PLACES = 4  # of the sequences of a skipped step
+# What loading another program's state raises.
+STRANGE_STATE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 # ---------------------------------------------------------------------------- a run
 
@@ -73,28 +74,22 @@ class Progress:
     first: float | None = None  # the goal before training
     best: float | None = None  # the goal's best value
     best_step: int = 0
-    pending: dict[str, Any] | None = None  # the last step's record, not yet evaluated and written
+    pending: dict | None = None  # the last step's record, not yet evaluated and written
 
     def load(self, plain: dict[str, Any]) -> None:
         """Take over the values of a checkpoint. Raises ValueError for other names or types."""
-        for field in fields(self):
-            value = plain.get(field.name, field.default)
-            kinds: tuple[type, ...] = (int,) if "int" in str(field.type) else (int, float)
-            kinds = (dict,) if field.name == "pending" else kinds
-            optional = "None" in str(field.type)
-            if not (isinstance(value, kinds) or (value is None and optional)):
-                raise ValueError(f"its {field.name} is {str(value)[:20]!r}")
-            setattr(self, field.name, value)
+        for name, kind in get_type_hints(Progress).items():
+            value = plain.get(name, getattr(Progress, name))
+            if not isinstance(value, kind):
+                raise ValueError(f"its {name} is {str(value)[:20]!r}")
+            setattr(self, name, value)
 
 
 class Run:
     """Everything the train loop works on."""
 
-    def __init__(
-        self, session: Session, plan: TrainingPlan, task: Task, *, identity: dict[str, Any]
-    ) -> None:
-        """`identity` is what a resumed run must share with the one it continues."""
-        self.session, self.plan, self.task, self.identity = session, plan, task, identity
+    def __init__(self, session: Session, task: Task) -> None:
+        self.session, self.task, self.plan = session, task, session.plan
         self.options, self.folder = session.options, session.folder
         self.ranks, self.stop = session.ranks, session.stop
         self.device, self.dtype = session.device, session.dtype
@@ -131,7 +126,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "rng": random_states[0],
             "progress": asdict(self.progress),
-            "identity": self.identity,
+            "identity": self.session.identity,
             "run_id": self.run_id,
             "options": self.options.to_plain(),
         }
@@ -152,14 +147,7 @@ class Run:
                 restore_random_state(random_states[self.ranks.rank])
             else:
                 self.seed_rank()
-        except (
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except STRANGE_STATE as error:
             if is_lost_peer(error):
                 raise
             reason = str(error).strip().split("\n")[0]
@@ -174,7 +162,8 @@ class Run:
 
     def start(self) -> None:
         """Take over the session's checkpoint or clear the folder, and record what will run."""
-        ranks, checkpoint = self.ranks, self.session.take_checkpoint()
+        ranks, checkpoint = self.ranks, self.session.checkpoint
+        self.session.checkpoint = None  # its memory can be freed, and its file replaced
         if checkpoint is not None:
             ranks.on_all(lambda: self.restore(checkpoint))
             ranks.on_main(lambda: self.folder.set_aside_later(self.run_id, self.progress.step))
@@ -185,7 +174,7 @@ class Run:
             if checkpoint is None and self.options.overwrite:
                 self.folder.clear()
             self.folder.remove_incomplete()
-            record = {
+            start = {
                 "options": self.options.to_plain(),
                 "environment": environment(),
                 "device": describe_device(self.device),
@@ -194,7 +183,7 @@ class Run:
                 "launch": ranks.launch,
                 "resumed_at_step": self.progress.step,
             }
-            self.folder.add_start(record)
+            self.folder.add_start(start)
             return self.folder.file("best-model.pt").is_file()
 
         has_best = ranks.on_main(begin)
@@ -258,7 +247,7 @@ def train(run: Run) -> bool:
     """
     plan, task, options, progress = run.plan, run.task, run.options, run.progress
     ranks, stop, checkpoints = run.ranks, run.stop, run.checkpoints
-    telemetry = GpuTelemetry(run.device)
+    sample_gpu = gpu_telemetry(run.device)
     peak = ranks.world_size * peak_flops(run.device, run.dtype)
     flops = plan.flops_per_token()
     done = progress.step - bool(progress.pending)  # steps whose record is complete
@@ -303,7 +292,7 @@ def train(run: Run) -> bool:
             progress.pending = None
             record["mfu"] = record["tokens_per_second"] * flops / peak
             note_spike(record, log.records)
-            log.append(record | telemetry.sample())
+            log.append(record | sample_gpu())
             show(bar, record)
             if progress.step == first_step + 1:  # the first one compiles, or warms up
                 started = time.perf_counter()
@@ -315,12 +304,10 @@ def train(run: Run) -> bool:
             if choose_best and run.note_best(record):
                 checkpoints.save_weights("best-model.pt", task.weights())
             ends_run |= run.out_of_patience()
-            if ends_epoch and (ends_run or epoch % options.save_interval == 0):
+            is_kept = ends_epoch and (ends_run or epoch % options.save_interval == 0)
+            if is_kept or ends_run or every(options.checkpoint_interval, progress.step):
                 log.sync()
-                checkpoints.save(run.folder.epoch_checkpoint(epoch))
-            elif ends_run or every(options.checkpoint_interval, progress.step):
-                log.sync()
-                checkpoints.save()
+                checkpoints.save(run.folder.epoch_checkpoint(epoch) if is_kept else None)
         stopped = ranks.agree_to_stop(stop)
         if stopped:
             log.sync()
@@ -414,9 +401,8 @@ def warm_up_gradient_sync(run: Run) -> None:
 def backward_in_parts(run: Run, batches: list[Batch], targets: float) -> float:
     """`backward`, with micro-batches halved as often as it takes to fit the memory.
 
-    The window's sequences, their order and the update stay the same: what was one micro-batch is
-    accumulated from its parts, in this and all later steps. Raises RunFailed where one sequence
-    alone does not fit, and with several ranks at once: one cannot repeat a step alone.
+    The window's sequences, their order and the update stay the same. Raises RunFailed where one
+    sequence alone does not fit, and with several ranks at once: one cannot repeat a step alone.
     """
     random_before = random_state()  # a step tried again draws the dropout of the first attempt
     while True:
@@ -441,9 +427,8 @@ def backward_in_parts(run: Run, batches: list[Batch], targets: float) -> float:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out: on a GPU, or on the CPU, where torch has no exception for it."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return any(words in str(error) for words in ("not enough memory", "out of memory"))
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or any(word in str(error) for word in ("not enough memory", "out of memory"))
 
 
 def halve_micro_batch(progress: Progress, rows: int) -> None:
@@ -462,16 +447,16 @@ def halve_micro_batch(progress: Progress, rows: int) -> None:
 
 def update(run: Run, batches: list[Batch], loss: float, grad_norm: float) -> None:
     """Update the weights, or skip the update where a number is not finite, and say where."""
-    finite = math.isfinite(loss) and math.isfinite(grad_norm)
     # Gradients that overflow float16: the scaler skips the update and halves its scale. At a scale
     # below 1 it is not their size that is wrong.
-    overflow = math.isfinite(loss) and not finite and run.scaler.is_enabled()
-    overflow = overflow and run.scaler.get_scale() > 1
-    if finite or overflow:
+    is_sound = math.isfinite(loss) and (
+        math.isfinite(grad_norm) or (run.scaler.is_enabled() and run.scaler.get_scale() > 1)
+    )
+    if is_sound:
         run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    if finite or overflow:
+    if is_sound:
         run.progress.skipped = 0
         return
     run.progress.skipped += 1
@@ -524,22 +509,19 @@ def every(interval: int, step: int) -> bool:
 
 
 def finite_or_none(value: float) -> float | None:
-    """JSON has no NaN."""
+    """The value as JSON can hold it, which has no NaN."""
     return value if math.isfinite(value) else None
 
 
 def show(bar: tqdm, record: dict[str, Any]) -> None:
     """Put a step's figures behind the progress bar, an evaluation on a line of its own."""
-    shown = {"loss": record["loss"] or math.nan, "lr": record["lr"]}
-    bar.set_postfix_str(
-        f"loss {shown['loss']:.3f}, lr {shown['lr']:.2e}, {record['tokens_per_second']:,.0f} tok/s",
-        refresh=False,
-    )
+    loss, rate = record["loss"] or math.nan, record["tokens_per_second"]
+    bar.set_postfix_str(f"loss {loss:.3f}, lr {record['lr']:.2e}, {rate:,.0f} tok/s", refresh=False)
     bar.update()
-    metrics = {key: record[key] for key in EVALUATED if record.get(key) is not None}
-    if metrics:
-        figures = ", ".join(
-            f"{key.replace('_', ' ')} {value:,.{0 if value >= 1000 else 4}f}"
-            for key, value in metrics.items()
-        )
-        bar.write(f"epoch {record['epoch']}, step {record['step']:,}: {figures}")
+    figures = [
+        f"{key.replace('_', ' ')} {record[key]:,.{0 if record[key] >= 1000 else 4}f}"
+        for key in EVALUATED
+        if record.get(key) is not None
+    ]
+    if figures:
+        bar.write(f"epoch {record['epoch']}, step {record['step']:,}: {', '.join(figures)}")

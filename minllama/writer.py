@@ -18,6 +18,7 @@ from minllama.units import human_time
 from tokenizer import Tokenizer
 
 PROMPT_TEMPERATURE = 0.8  # where --prompt is given and --temperature is not
+SAMPLE_TOKENS = 120  # of the text shown after a pretraining
 
 
 class Continuation:
@@ -68,8 +69,7 @@ class Writer:
     ) -> list[str]:
         """Prompt and continuation of each prompt, `--num_samples` times.
 
-        The prompts are those from number `first` on, of `of` in all. A text that is alone is shown
-        as it comes, several when they are whole.
+        The prompts are those from number `first` on, of `of` in all.
         """
         options, samples = self.options, self.options.num_samples
         rows = [
@@ -102,14 +102,9 @@ class Writer:
         streamed = of * samples == 1
         if streamed:
             print(prompts[0], end="", flush=True)
+        penalty = options.repetition_penalty
         steps = generate_steps(
-            sampling=Sampling(
-                temperature,
-                options.top_k,
-                options.top_p,
-                options.min_p,
-                options.repetition_penalty,
-            ),
+            sampling=Sampling(temperature, options.top_k, options.top_p, options.min_p, penalty),
             # A sample's number alone seeds it, so a prompt gives alone what it gives in company.
             seeds=[options.seed + number for _ in prompts for number in range(samples)],
             stop_ids=[self.tokenizer.eos_id],
@@ -131,17 +126,15 @@ class Writer:
         return texts
 
 
-def sample_text(model: Llama, tokenizer: Tokenizer, max_new_tokens: int = 120) -> str:
-    """A document begun from nothing, at temperature 0.8."""
-    ids = [tokenizer.bos_id]
-    for (token,) in generate_tokens(
+def sample_text(model: Llama, tokenizer: Tokenizer) -> str:
+    """A document begun from nothing."""
+    steps = generate_tokens(
         model,
-        [ids[:]],
-        max_new_tokens=min(max_new_tokens, model.config.max_seq_len - 1),
-        sampling=Sampling(temperature=0.8),
+        [[tokenizer.bos_id]],
+        max_new_tokens=min(SAMPLE_TOKENS, model.config.max_seq_len - 1),
+        sampling=Sampling(PROMPT_TEMPERATURE),
         seeds=[0],
         stop_ids=[tokenizer.eos_id],
-    ):
-        if token is not None:
-            ids.append(token)
-    return tokenizer.decode(ids)
+    )
+    ids = [token for (token,) in steps if token is not None]
+    return tokenizer.decode([tokenizer.bos_id, *ids])

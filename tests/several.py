@@ -21,10 +21,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-os.environ["TQDM_DISABLE"] = "1"
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 import torch
 import torch.distributed as dist
 
@@ -34,6 +30,8 @@ from llama import Llama
 from minllama import training
 from minllama.ranks import Ranks, exit_at_once
 
+TESTS = Path(__file__).resolve().parent
+PATHS = os.pathsep.join((str(TESTS.parent), str(TESTS)))  # for a process that imports this first
 # What ranks import that are started by fork: what a rank needs, with shards seconds of importing.
 PRELOADED = ["several", "torch._dynamo", "torch.distributed.fsdp"]
 CONTEXT = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
@@ -94,7 +92,7 @@ def start_process(target: Callable, *args: Any) -> Any:
         # The server starts with the first process, and finds what to import by this alone.
         from multiprocessing import forkserver
 
-        with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT / "tests")):
+        with mock.patch.dict(os.environ, PYTHONPATH=PATHS):
             forkserver.ensure_running()
     process = CONTEXT.Process(target=target, args=args, daemon=True)
     process.start()

@@ -13,7 +13,8 @@ import torch
 from oracles import make_model
 
 import check_model_precision as C
-from llama import load_pretrained, model_payload
+from llama import LlamaEmbeddingClassifier, load_pretrained, model_payload
+from minllama.adapters import add_lora
 from minllama.pt_file import save_pt
 from tokenizer import EMBEDDED_VOCABULARY, Tokenizer
 
@@ -122,7 +123,7 @@ def test_verify_finds_one_flipped_bit(saved: Path, capsys, sealed: bool):
     saved.write_bytes(content)
     assert C.main([str(saved)]) == 0
     assert C.main([str(saved), "--verify"]) == 1
-    assert "checksum" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("BAD") == 1
 
 
 def test_verify_of_a_file_that_would_not_load(tmp_path: Path, capsys):
@@ -131,6 +132,29 @@ def test_verify_of_a_file_that_would_not_load(tmp_path: Path, capsys):
     torch.save(payload, tmp_path / "a.pt")
     assert C.main([str(tmp_path / "a.pt"), "--verify"]) == 1
     assert "tensor norm.weight missing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", [None, "layers.1.attention.compute_key.weight", "lora_b"])
+def test_verify_of_a_lora_finetunings_checkpoint(tmp_path: Path, capsys, damage: str | None):
+    """Adapters are part of it, and were once called damage; what is damaged is still found."""
+    model = make_model()
+    add_lora(model, rank=2, alpha=4.0)
+    state = LlamaEmbeddingClassifier(model, num_labels=3).state_dict()
+    payload = model_payload(model, state=state) | {"optimizer": {}}
+    if damage == "lora_b":
+        payload["model"]["llama.layers.0.attention.compute_key.lora_b"][0] = float("nan")
+    elif damage:
+        del payload["model"][f"llama.{damage}"]
+    save_pt(tmp_path / "a.pt", payload)
+    assert C.main([str(tmp_path / "a.pt"), "--verify"]) == bool(damage)
+    out = capsys.readouterr().out
+    assert "a.pt: resumable checkpoint with adapters\n" in out
+    assert "tied: one tensor under two names" in out
+    assert ("verified: " in out) == (damage is None) and ("BAD" in out) == bool(damage)
+    assert damage is None or damage in out
+    del payload["optimizer"]  # of a file that is to be used as a model, nobody would merge them
+    save_pt(tmp_path / "a.pt", payload)
+    assert C.main([str(tmp_path / "a.pt"), "--verify"]) == 1
 
 
 def test_compare_finds_the_largest_difference(

@@ -175,7 +175,7 @@ def test_bad_input_names_flag_value_and_remedy(line, words):
 def test_all_contradictions_are_told_at_once():
     """A user should not find them one run at a time."""
     with pytest.raises(UsageError) as error:
-        words = "--option finetune --resume auto --overwrite --top_p 2"
+        words = "--option finetune --resume auto --overwrite --min_lr 2"
         parse_options([*words.split(), *"--freeze_backbone --lora_rank 2".split()])
     assert len(str(error.value).splitlines()) == 3
 

@@ -68,7 +68,7 @@ def test_precision_of_what_is_written(tmp_path: Path, tokenizer: Tokenizer, name
 
 def test_a_failing_self_check_publishes_nothing(tmp_path: Path, monkeypatch):
     model = make_model()
-    monkeypatch.setattr(E, "write_bin", lambda model, file: file.write(b"half a file"))
+    monkeypatch.setattr(E, "write_bin", lambda model, file, group: file.write(b"half a file"))
     with pytest.raises(UsageError, match="not a model file"):
         write(model, "bin", tmp_path / "a.bin")
     real = E.to_half_split

@@ -111,9 +111,6 @@ def test_links_are_not_followed(same_name):
     Path(f".new.{same_name}.tmp").symlink_to("victim")
     with pytest.raises(FileExistsError):
         write_text(Path("new"), "x")
-    Path(f".probe.{same_name}.tmp").symlink_to("victim")
-    with pytest.raises(UsageError, match="--flag"):
-        check_writable(Path(), "--flag")
     Path(f".exported.{same_name}.tmp").symlink_to(".")
     with pytest.raises(FileExistsError), atomic_folder(Path("exported")):
         pass
@@ -331,7 +328,7 @@ def test_size_on_disk():
         (b"{", "not JSON"),
         (b"", "not JSON"),
         (b"9" * 10_000, "not JSON"),
-        (b'"' + b"x" * 20_000 + b'"', "larger than 10,000 bytes"),
+        (b'"' + b"x" * 20_000 + b'"', r"not JSON \(larger than 10,000 bytes\)"),
         (b'{"a": "\xff"}', r"not UTF-8 \(byte 7\)"),
     ],
     ids=["nested", "nested open", "cut", "empty", "long number", "large", "not UTF-8"],

@@ -116,13 +116,10 @@ def test_the_files_that_flags_name(toy: str) -> None:
     """Names of labels beside the training file; predictions named as the assignment has them."""
     files = find_labelled_files(options_of(toy), "finetuning")
     assert (files.name, files.label_names) == ("toy", NAMES)
-    assert (files.train, files.dev, files.test) == tuple(
-        Path(f"toy-{split}.txt") for split in ("train", "dev", "test")
-    )
-    assert files.dev_out == Path("toy-dev-finetuning-output.txt")
-    assert files.test_out == Path("toy-test-finetuning-output.txt")
+    assert files.paths == {s: Path(f"toy-{s}.txt") for s in ("train", "dev", "test")}
+    assert files.outs == {s: Path(f"toy-{s}-finetuning-output.txt") for s in ("dev", "test")}
     given = find_labelled_files(options_of(f"{toy} --dev_out a/b.txt"), "finetuning")
-    assert given.dev_out == Path("a/b.txt")
+    assert given.outs["dev"] == Path("a/b.txt")
     Path("toy-label-mapping.json").unlink()
     assert find_labelled_files(options_of(toy), "prompting").label_names == ["0", "1", "2"]
     assert not list(Path().glob("*output*"))
@@ -133,7 +130,8 @@ def test_the_embedded_reviews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     files = find_labelled_files(options_of("--option finetune"), "finetuning")
     assert files.name == "reviews" and len(files.label_names) >= 2
-    for path in (files.train, files.dev, files.test):
+    assert [*files.paths] == ["train", "dev", "test"]
+    for path in files.paths.values():
         assert read_labelled(path, n_labels=len(files.label_names))
 
 
@@ -256,7 +254,7 @@ def test_predictions_are_written_in_the_order_of_the_file(
     CFIMDB's test file has 0 on all lines: an accuracy against it was once printed.
     """
     out, examples = tmp_path / "a" / "out.txt", examples_of(*labels)
-    report_predictions(split, examples, [0, 1, 0, 1], names=["bad", "good"], out=out)
+    report_predictions(split, examples, [0, 1, 0, 1], ["bad", "good"], out)
     printed = capsys.readouterr().out
     assert printed.startswith(said) and f"wrote {out}" in printed
     assert ("label \\ predicted" in printed) == ("accuracy 0." in printed)

@@ -201,7 +201,7 @@ def test_only_matrices_decay():
 
 
 def muon_of(model: nn.Module) -> MuonAndAdamW:
-    return MuonAndAdamW(model, lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+    return MuonAndAdamW(model, lr=0.01, weight_decay=0.1)
 
 
 def muon_steps(model: Llama, optimizer: MuonAndAdamW, seeds: range) -> None:
@@ -234,7 +234,7 @@ def test_muon_updates_have_the_size_of_adamws(tiny_config: LlamaConfig):
     """One learning rate fits both: an update's root mean square is about 0.2 of it."""
     model = Llama(tiny_config)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = MuonAndAdamW(model, lr=0.01, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = MuonAndAdamW(model, lr=0.01, weight_decay=0.0)
     muon_steps(model, optimizer, range(1))
     for name, parameter in model.named_parameters():
         if "layers." in name and parameter.ndim == 2:

@@ -14,6 +14,7 @@ from minllama.units import human_size, human_time
 
 
 def plan_of(**changes) -> TrainingPlan:
+    """stories42M on SST, with other options or other sizes."""
     settings = {
         "config": LlamaConfig(),
         "trainable_parameters": 41_689_600,
@@ -22,25 +23,24 @@ def plan_of(**changes) -> TrainingPlan:
         "tokens": 254_455,
         "sequence_length": 1024,
         "logits_width": 32000,
-        "micro_batch_size": 8,
-        "accumulation_steps": 1,
         "world_size": 1,
-        "epochs": 100,
-        "max_steps": None,
-        "warmup_steps_given": None,
         "dtype": "float32",
         "device": "cpu",
-        "activation_checkpointing": False,
-        "keep_last": 2,
-        "checkpoint_interval": 1000,
-        "checkpoints_kept": 3,
     }
-    return TrainingPlan(**settings | changes)
+    sizes = {name: changes.pop(name, value) for name, value in settings.items()}
+    options = dataclasses.replace(
+        parse_options(["--option", "pretrain", "--epochs", "100"]), **changes
+    )
+    return TrainingPlan(options.with_global_batch(sizes["world_size"]), **sizes)
+
+
+def changed(plan: TrainingPlan, **changes) -> TrainingPlan:
+    return dataclasses.replace(plan, options=dataclasses.replace(plan.options, **changes))
 
 
 def test_an_epoch_has_at_least_one_step():
     """The old ZeroDivisionError: a batch larger than the data made an epoch of no batches."""
-    assert plan_of(sequences=1, micro_batch_size=32).steps_per_epoch == 1
+    assert plan_of(sequences=1, pretrain_batch_size=32).steps_per_epoch == 1
     assert plan_of(sequences=249).steps_per_epoch == 32  # 31 full steps and a short one
 
 
@@ -48,8 +48,8 @@ def test_steps_of_a_run():
     """--max_steps ends the run early and leaves the schedule as it is."""
     plan = plan_of(max_steps=50)
     assert (plan.schedule_steps, plan.last_step, plan.warmup_steps) == (3200, 50, 160)
-    assert plan_of(accumulation_steps=4, world_size=2).sequences_per_step == 64
-    assert plan_of(warmup_steps_given=10).warmup_steps == 10
+    assert plan_of(gradient_accumulation_steps=4, world_size=2).options.global_batch_size == 64
+    assert plan_of(warmup_steps=10).warmup_steps == 10
     assert plan_of(max_steps=10**6).last_step == 3200
 
 
@@ -72,9 +72,9 @@ def test_muon_keeps_one_number_where_adamw_keeps_two():
 )
 def test_the_plan_counts_every_file_there_will_be(changes, checkpoints):
     """The disk is looked at before the run, not when it is full."""
-    plan = plan_of(**changes)
+    plan = plan_of(**changes, save_dtype="float16")
     expected = checkpoints * plan.checkpoint_bytes() + 3 * plan.weights_file_bytes("float16")
-    assert plan.disk_bytes("float16") == expected
+    assert plan.disk_bytes() == expected
 
 
 def test_why_a_checkpoint_is_larger_than_a_model():
@@ -83,17 +83,17 @@ def test_why_a_checkpoint_is_larger_than_a_model():
     assert human_size(plan.weights_file_bytes("float32")) == "167 MB"
     assert human_size(plan.weights_file_bytes("bfloat16")) == "83.4 MB"
     assert human_size(plan.checkpoint_bytes()) == "500 MB"
-    text = "\n".join(plan.lines(noun="chunks", save_dtype="float32", available=8 << 30))
+    text = "\n".join(plan.lines(8 << 30))
     for word in ("41,689,600 parameters", "249 chunks", "32 per epoch", "167 MB", "8.59 GB"):
         assert word in text
-    early = plan_of(max_steps=50).lines(noun="chunks", save_dtype="float32", available=None)
+    early = plan_of(max_steps=50).lines(None)
     assert "ended after 50 by --max_steps" in "\n".join(early)
 
 
 def test_what_recomputing_saves():
     """Of all layers' activations one layer's and the residual stream between them are left."""
     plan = plan_of()
-    less = dataclasses.replace(plan, activation_checkpointing=True)
+    less = changed(plan, activation_checkpointing=True)
     layers = plan.config.n_layers
     assert less.activation_bytes() < plan.activation_bytes() / (layers / 2)
     assert less.memory()["weights"] == plan.memory()["weights"]
@@ -114,7 +114,7 @@ def test_compiling_is_for_long_runs():
         ({}, 10**9, "1 GB are free: try --activation_checkpointing, a smaller batch"),
         ({"world_size": 2}, 10**9, "--parallel fsdp"),
         ({"max_steps": 100}, None, "warmup takes 160 steps (--warmup_steps)"),
-        ({"micro_batch_size": 500}, None, "up to 500 sequences and there are 249"),
+        ({"pretrain_batch_size": 500}, None, "up to 500 sequences and there are 249"),
         ({}, 10**12, ""),
         ({}, None, ""),
     ],
@@ -147,14 +147,16 @@ def plan_of_preset(name: str, **changes) -> TrainingPlan:
 
 def test_ddp_on_one_node_by_hand():
     """1.1B on 8 GPUs: a ring's all-reduce of float32 gradients, hidden behind the backward pass."""
-    plan = plan_of_preset("1.1B", world_size=8, micro_batch_size=8, accumulation_steps=2)
+    plan = plan_of_preset(
+        "1.1B", world_size=8, pretrain_batch_size=8, gradient_accumulation_steps=2
+    )
     assert CLUSTER.communicated_bytes(plan) == pytest.approx(2 * 7 / 8 * 4 * 1_100_048_384)
     assert CLUSTER.communication_seconds(plan) == pytest.approx(7.700e9 / 400e9, rel=1e-3)
     per_token = 6 * (1_100_048_384 - 65_536_000 - 45 * 2048) + 6 * 22 * 2048 * 2048
     compute = 8 * 2 * 2048 * per_token / 0.5e15
     assert CLUSTER.compute_seconds(plan) == pytest.approx(compute)
     assert CLUSTER.step_seconds(plan) == pytest.approx(compute)  # 0.44 s, against 0.02 of traffic
-    again = dataclasses.replace(plan, activation_checkpointing=True)
+    again = changed(plan, activation_checkpointing=True)
     assert CLUSTER.compute_seconds(again) == pytest.approx(compute * 4 / 3)
     text = "\n".join(CLUSTER.lines(plan))
     assert f"{8 * 8 * 2 * 2048 / compute:,.0f} tokens/s" in text and "MFU 50.0%" in text
@@ -163,14 +165,16 @@ def test_ddp_on_one_node_by_hand():
 def test_ddp_waits_for_what_the_last_backward_pass_does_not_hide():
     """Slow links: two thirds of the last micro-batch's time hide the traffic, no more."""
     slow = Cluster(Gpu(tflops=1000, memory_gb=80, link_gb_s=10))
-    plan = plan_of_preset("1.1B", world_size=2, micro_batch_size=1, accumulation_steps=4)
+    plan = plan_of_preset(
+        "1.1B", world_size=2, pretrain_batch_size=1, gradient_accumulation_steps=4
+    )
     compute, traffic = slow.compute_seconds(plan), 4 * 1_100_048_384 / 10e9
     assert slow.step_seconds(plan) == pytest.approx(compute + traffic - compute / 4 * 2 / 3)
 
 
 def test_fsdp_on_eight_nodes_by_hand():
     """7B on 64: bfloat16 weights twice and float32 gradients once, for every micro-batch."""
-    plan = plan_of_preset("7B", parallel="fsdp", world_size=64, accumulation_steps=2)
+    plan = plan_of_preset("7B", parallel="fsdp", world_size=64, gradient_accumulation_steps=2)
     around = 2 * 32000 * 4096 + 4096  # embedding, head and last norm: float32, once each way
     blocks = 6_738_415_616 - around
     each = 63 / 64 * ((2 + 2 + 4) * blocks + (4 + 4) * around)
@@ -182,7 +186,7 @@ def test_fsdp_on_eight_nodes_by_hand():
     sharded = memory["weights"] + memory["gradients"] + memory["optimizer"]
     assert sharded == pytest.approx(16 * 6_738_415_616 / 64, abs=8)
     assert memory["copies"] == blocks // 32 * (2 + 2 + 2 + 4) + around * (4 + 4)
-    whole = dataclasses.replace(plan, parallel="ddp").memory()
+    whole = changed(plan, parallel="ddp").memory()
     assert whole["weights"] + whole["optimizer"] == 12 * 6_738_415_616
 
 

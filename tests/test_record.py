@@ -6,7 +6,10 @@ import errno
 import io
 import json
 import random
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 from xml.etree import ElementTree
 
 import pytest
@@ -14,9 +17,9 @@ import torch
 
 from minllama.record import (
     SPIKE_LEAST,
-    GpuTelemetry,
     MetricsLog,
     environment,
+    gpu_telemetry,
     loss_curve_svg,
     note_spike,
     profiled,
@@ -153,7 +156,23 @@ def test_a_loss_spike_is_said_and_recorded(capsys: pytest.CaptureFixture) -> Non
 
 def test_no_telemetry_without_a_gpu() -> None:
     """Nothing is sampled and nothing is said."""
-    assert GpuTelemetry(CPU).sample() == {}
+    assert gpu_telemetry(CPU)() == {}
+
+
+def test_telemetry_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Watts, and joules since the start, from NVML's milliwatts and millijoules; no error."""
+    nvml = mock.MagicMock(NVMLError=ZeroDivisionError)
+    nvml.nvmlDeviceGetTotalEnergyConsumption.side_effect = [5000, 7500, ZeroDivisionError]
+    nvml.nvmlDeviceGetPowerUsage.return_value = 300_000
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="7"))
+    sample = gpu_telemetry(torch.device("cuda"))
+    nvml.nvmlDeviceGetHandleByUUID.assert_called_once_with("GPU-7")
+    found = sample()
+    assert (found["gpu_power_watts"], found["gpu_energy_joules"]) == (300, 2.5)
+    assert sample() == {}
+    nvml.nvmlInit.side_effect = ZeroDivisionError
+    assert gpu_telemetry(torch.device("cuda"))() == {}
 
 
 def test_the_environment_can_be_written_as_json() -> None:

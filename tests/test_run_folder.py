@@ -234,6 +234,21 @@ def test_what_a_killed_run_left_half_written_is_removed(folder):
     assert names(folder) == {*others, "pretrain-step-3-sharded"}
 
 
+def test_what_a_killed_second_save_of_a_step_left_is_removed(folder):
+    """New shards and temporaries beside those that state.pt names, gigabytes for each kill."""
+    path = add_sharded(folder, 3)
+    sound = {file.name for file in path.iterdir()}
+    left = ["shard-0-01234567.pt", ".shard-1-01234567.pt.89abcdef.tmp", ".state.pt.01234567.tmp"]
+    for name in [*left, "notes.txt"]:
+        (path / name).write_bytes(b"half")
+    folder.remove_incomplete()
+    assert {file.name for file in path.iterdir()} == sound | {"notes.txt"}
+    assert folder.find_checkpoint("auto")[0] == path
+    (path / STATE_FILE).write_bytes(b"damaged")  # what it named is not known
+    folder.remove_incomplete()
+    assert (path / "shard-0.pt").exists()
+
+
 def test_every_start_is_on_record(folder):
     """The first and all that resume."""
     assert folder.starts() == []
@@ -249,7 +264,7 @@ def test_a_damaged_run_json_is_kept_aside(folder, content, capsys):
     """It ended every resume in an error, though nothing in it is needed."""
     path = folder.file("run.json")
     path.write_text(content, encoding="utf-8")
-    assert folder.starts() is None
+    assert folder.starts() == []
     folder.add_start({"number": 1})
     assert folder.starts() == [{"number": 1}]
     assert Path("run", "run.json.damaged").read_text(encoding="utf-8") == content
@@ -431,5 +446,4 @@ def test_every_rank_reads_what_rank_0_found(folder):
     assert path == folder.step_checkpoint(3)
     assert content_digest(state["model"]) == content_digest(small_payload(3)["model"])
     assert read_on_ranks(Ranks(), lambda: None) is None
-    found = path, state
-    assert read_on_ranks(Ranks(), lambda: found)[1] is state
+    assert read_on_ranks(Ranks(), lambda: (path, state))[0] == path

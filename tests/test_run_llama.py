@@ -465,7 +465,7 @@ def test_packed_weights_and_a_compiled_step_are_what_is_generated_with(model, mo
     pack, step = run_llama.pack_weights, run_llama.compile_step.__globals__["decode_step"]
 
     def compile_step():
-        return lambda *args: calls.append(len(args[1])) or step(*args)
+        return lambda *args, **key: calls.append(len(args[1])) or step(*args, **key)
 
     monkeypatch.setattr(run_llama, "compile_step", compile_step)
     monkeypatch.setattr(run_llama, "check_compiler", lambda device: None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,11 +20,13 @@ from running import (
     write_stories,
 )
 
+import run_llama
 from config import parse_options
 from minllama import session as sessions
 from minllama.errors import UsageError
 from minllama.plan import TrainingPlan
-from minllama.session import GLOBAL_BATCH, check_identity, print_next, settle_compile
+from minllama.run_folder import RunFolder
+from minllama.session import GLOBAL_BATCH, check_identity, print_results, settle_compile
 
 
 @pytest.fixture(autouse=True)
@@ -149,12 +152,27 @@ def test_identity_shows_only_what_differs():
     """Of a shape the entries that are not the same; every line ends with the remedy."""
     now = {"--seed": 1, "model shape": {"dim": 16, "n_layers": 2}, GLOBAL_BATCH: 8}
     before = {"--seed": 1, "model shape": {"dim": 32, "n_layers": 2}, GLOBAL_BATCH: 8}
-    check_identity({"identity": now}, now)
+    check_identity(now, now)
     with pytest.raises(UsageError) as raised:
-        check_identity({"identity": before}, now)
+        check_identity(before, now)
     assert str(raised.value).startswith("model shape dim 16 differs from the checkpoint's 32:")
     with pytest.raises(UsageError, match="--seed 1 differs from the checkpoint's None"):
-        check_identity({"identity": {**now, "--seed": None}}, now)
+        check_identity({**now, "--seed": None}, now)
+
+
+def test_a_resumed_run_lets_go_of_the_checkpoint(monkeypatch):
+    """It is as large as three models, and was once held in memory to the end."""
+    assert pretrain("--max_steps 1").status == 0
+    held, seen, read, train = [], [], sessions.read_on_ranks, run_llama.train
+
+    def watched(*arguments):
+        path, state = read(*arguments)
+        held.append(weakref.ref(next(iter(state["model"].values()))))
+        return path, state
+
+    monkeypatch.setattr(sessions, "read_on_ranks", watched)
+    monkeypatch.setattr(run_llama, "train", lambda run: seen.append(held[0]()) or train(run))
+    assert command(f"{RESUME} --max_steps 2").status == 0 and seen == [None]
 
 
 # ---------------------------------------------------------------------------- the plan
@@ -260,10 +278,14 @@ def test_the_printed_command_has_a_folder_with_a_space(monkeypatch):
 
 def test_what_to_do_next_is_printed_as_commands(capsys):
     """With the model's path, which may need quotes."""
-    print_next(Path("my run/final-model.pt"), "One day", "generate", "finetune")
-    lines = capsys.readouterr().out.splitlines()
+    model = Path("my run/final-model.pt")
+    model.parent.mkdir()
+    model.write_bytes(b"12345")
+    print_results(RunFolder(model.parent, "pretrain"), model, "One day", "generate", "finetune")
+    files, name, *lines = capsys.readouterr().out.splitlines()
+    assert (files, name.split(maxsplit=2)) == ("files:", ["5", "B", str(model)])
     assert lines[0] == "next:" and len(lines) == 4
     words = [shlex.split(line) for line in lines[1:]]
     assert words[0][-2:] == ["--prompt", "One day"]
-    assert all(str(Path("my run/final-model.pt")) in line for line in words)
+    assert all(str(model) in line for line in words)
     assert Path(words[2][1]).name == "check_model_precision.py"

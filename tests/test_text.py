@@ -15,10 +15,11 @@ from minllama import text as text_module
 from minllama.errors import UsageError
 from minllama.text import (
     Reading,
-    TextSource,
     find_text_files,
     is_labelled,
+    read_blocks,
     read_documents,
+    read_lines,
     split_labelled,
 )
 
@@ -185,10 +186,10 @@ def test_blocks_are_python_s_own_decoding(
         except UnicodeDecodeError as error:
             line = error.object[: error.start].count(b"\n") + 1
             with pytest.raises(UsageError, match=f"decoded.txt:{line}: byte"):
-                list(TextSource(path).blocks())
+                list(read_blocks(path))
             return
-        assert "".join(TextSource(path).blocks()) == expected
-        lines = [line for _, line in TextSource(path).lines()]
+        assert "".join(read_blocks(path)) == expected
+        lines = [line for _, line in read_lines(path)]
         assert "\n".join(lines) == expected.removesuffix("\n")
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from vocabularies import FRAGMENTS, OTHERS, PLAIN, corpus_lines, train, vocabulary
 
 from minllama.errors import UsageError
+from minllama.text import Reading
 from tokenizer import (
     SPACE,
     Tokenizer,
@@ -151,7 +152,7 @@ def test_training_is_reproducible_and_names_no_path(corpus_file: Path, tmp_path:
 
 def test_vocab_size_that_does_not_fit(corpus_file: Path, tmp_path: Path) -> None:
     """The size that the message names does work."""
-    for size, words in [(100_000, "too large .* at most (\\d+)"), (259, "at least (\\d+)")]:
+    for size, words in [(100_000, "too large: .* at most (\\d+)"), (259, "at least (\\d+)")]:
         with pytest.raises(UsageError, match=words) as error:
             train_vocabulary([corpus_file], tmp_path / "a.model", vocab_size=size)
         assert not (tmp_path / "a.model").exists()
@@ -164,7 +165,9 @@ def test_training_reads_what_is_asked(tmp_path: Path) -> None:
     """A line longer than SentencePiece's limit was dropped in silence; sampling bounds the rest."""
     long_line = tmp_path / "a.jsonl"
     long_line.write_text(json.dumps({"t": "zebra " * 20_000}), encoding="utf-8")
-    train_vocabulary([long_line], tmp_path / "a.model", vocab_size=270, text_field="t")
+    train_vocabulary(
+        [long_line], tmp_path / "a.model", vocab_size=270, reading=Reading(text_field="t")
+    )
     zebra = Tokenizer(tokenizer_model=tmp_path / "a.model").encode("zebra", False, False)
     assert len(zebra) == 1
     (tmp_path / "b.txt").write_text("\n", encoding="utf-8")
@@ -213,9 +216,12 @@ def test_command_line(corpus_file: Path, tmp_path: Path, capsys: pytest.CaptureF
     bad = [
         (train, "--overwrite replaces it"),
         (export, "--overwrite replaces it"),
-        ([*train, "--overwrite", "--vocab_size", "0"], "--vocab_size 0"),
+        ([*train, "--overwrite", "--vocab_size", "0"], "--vocab_size: 0 must be at least 1"),
         ([*train, "--overwrite", "--input", "absent.txt"], "--input absent.txt: no such file"),
-        ([*train, "--overwrite", "--character_coverage", "2"], "--character_coverage 2.0"),
+        (
+            [*train, "--overwrite", "--character_coverage", "2"],
+            "--character_coverage: 2 must be at most 1",
+        ),
         (["train", "--input", "a.txt"], "--output"),
         (["tain"], "invalid choice"),
         ([*export, "--overwrite", "--tokenizer_model", str(corpus_file)], "not a SentencePiece"),

@@ -130,9 +130,9 @@ def test_a_compiled_step_writes_the_same(model, tokenizer, monkeypatch, capsys):
     """It is compiled before the text is shown, by writing two tokens that nobody sees."""
     calls = []
 
-    def step(*arguments):
+    def step(*arguments, **key):
         calls.append(len(arguments[1]))
-        return decode_step(*arguments)
+        return decode_step(*arguments, **key)
 
     (plain,) = write(model, tokenizer, ["One day"], temperature=0.0)
     capsys.readouterr()
