@@ -246,7 +246,7 @@ class Options:
     )
     val_data: tuple[str, ...] = flag((), "the same, held out for validation", many=True)
     val_fraction: float = flag(
-        0.05, "share of the text held out where --val_data is unset; 0: none", at_least=0, below=1
+        0.05, "share of the text held out without --val_data; 0: none", at_least=0, at_most=0.5
     )
     document_per_line: bool = flag(False, "every line of a text file is a document of its own")
     text_field: str = flag("text", "field of a .jsonl line that holds the text; a.b goes deeper")
@@ -577,6 +577,8 @@ def find_problems(options: Options) -> Iterator[str]:
         yield "--optimizer muon needs whole matrices, and --parallel fsdp shards them: give one"
     if finetune and options.parallel == "fsdp" and options.lora_rank:
         yield "--lora_rank leaves --parallel fsdp little to shard: leave --parallel out"
+    if options.interactive and (options.prompt or options.prompt_file):
+        yield "--interactive asks for prompts: leave --prompt and --prompt_file out"
     if options.resume and options.overwrite:
         yield "--resume continues a run, --overwrite removes it: give one"
     fields = {*re.findall(r"\{\w*\}", options.prompt_template)}

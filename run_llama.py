@@ -65,7 +65,7 @@ from minllama.sharding import full_state_dict, is_sharded, load_state, no_gradie
 from minllama.signals import LAUNCHER_REPEATS, StopRequest
 from minllama.task import Batch, Task
 from minllama.text import find_text_files, read_lines
-from minllama.training import Run, autocast, train
+from minllama.training import Run, autocast, is_out_of_memory, train
 from minllama.writer import PROMPT_TEMPERATURE, Writer, sample_text
 from optimizer import layer_matrices
 from tokenizer import Tokenizer
@@ -499,10 +499,11 @@ def generate(options: Options, stop: StopRequest, ranks: Ranks) -> int:
         return converse(writer, temperature)
     if not outputs:
         prompts = prompts or [PREFIX]
-        for start in range(0, len(prompts), options.batch_size):
+        size = max(1, options.batch_size // options.num_samples)
+        for start in range(0, len(prompts), size):
             if stop.requested:
                 break
-            chosen = prompts[start : start + options.batch_size]
+            chosen = prompts[start : start + size]
             writer.continue_texts(chosen, temperature, first=start, of=len(prompts))
     return stop.exit_status if stop.requested else 0
 
@@ -559,11 +560,13 @@ def main(options: Options, stop: StopRequest | None = None) -> int:
             if ranks.is_main:
                 print("stopped; there was nothing to save yet")
             return stop.exit_status
-        except RuntimeError as error:
-            if ranks.world_size == 1 or not is_lost_peer(error):
-                raise
-            said = ranks.lost_peer()
-            return fail(said, 1) if said else 1
+        except (MemoryError, RuntimeError) as error:
+            if ranks.world_size > 1 and is_lost_peer(error):
+                said = ranks.lost_peer()
+                return fail(said, 1) if said else 1
+            if is_out_of_memory(error):
+                return fail("out of memory: give a smaller batch or model, or --dtype bfloat16", 1)
+            raise
         except KeyboardInterrupt:
             return 130
 

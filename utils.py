@@ -76,7 +76,7 @@ def split_documents(
     if val_fraction <= 0:
         return whole_stream(cache), None
     sizes = cache.document_stops() - cache.document_starts
-    target = min(val_fraction, 0.5) * len(cache)
+    target = val_fraction * len(cache)
     order = np.argsort(_scrambled(len(sizes), seed), kind="stable")
     order = order[sizes[order] <= target]  # one huge document must not be the whole hold-out
     if not len(order):

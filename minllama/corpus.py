@@ -103,12 +103,10 @@ def load_cache(
     )
     if cache.rebuilt_because not in (None, "there was none"):
         print(f"tokenized again: the cache in {options.cache_dir}: {cache.rebuilt_because}")
-    lines = []
-    for path, tokens in zip(files, cache.file_tokens, strict=True):
+    for path, tokens in list(zip(files, cache.file_tokens, strict=True))[:SHOWN_FILES]:
         chunks = count_chunks(int(tokens), options.max_seq_len)
-        lines += [f"Loaded {chunks} chunks from {path}", *remarks(path, reading)]
-    print("\n".join(lines[:SHOWN_FILES]))
-    if len(lines) > SHOWN_FILES:
+        print("\n".join([f"Loaded {chunks} chunks from {path}", *remarks(path, reading)]))
+    if len(files) > SHOWN_FILES:
         chunks = count_chunks(len(cache), options.max_seq_len)
         print(f"... {len(files):,} files in all, {chunks:,} chunks")
     return cache

@@ -341,8 +341,8 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
     """
     if (folder / STATE_FILE).is_file():
         raise UsageError(
-            f"{folder}: is a sharded checkpoint: --resume {folder}, which one process can do, "
-            "ends in an ordinary final-model.pt"
+            f"{folder}: is a sharded checkpoint: resume it (--resume {folder}, one process is "
+            "enough) to get final-model.pt"
         )
     try:
         from safetensors.torch import load_file

@@ -21,14 +21,14 @@ from minllama.errors import UsageError
 if TYPE_CHECKING:
     from llama import Llama
 
-FIRST_LIKELIEST = 256  # of the vocabulary, looked at first for top_p
+LOWEST_TEMPERATURE = 1e-6  # below it the likeliest token is as good as certain
 # Private operators of torch, which read a CPU's memory faster than the public ones.
 _MKLDNN_LINEAR = None  # torch without oneDNN, as on Apple's computers, may have just its name
 if torch.backends.mkldnn.is_available():
     _MKLDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _INT8_LINEAR = getattr(torch, "_weight_int8pack_mm", None)
-INT8_WIDTH = 16  # of whose multiples a row must be: else that reads what lies behind, or crashes
-FEW_ROWS = 32  # up to which weight @ x.T is faster than x @ weight.T on a CPU: twice at 16
+INT8_WIDTH = 16  # a row's length must be a multiple of it: else the kernel reads out of bounds
+FEW_ROWS = 32  # on a CPU, weight @ x.T is faster than x @ weight.T up to this many rows
 
 # ---------------------------------------------------------------------------- the cache
 
@@ -215,37 +215,6 @@ def penalize(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor:
     return logits.index_copy(0, seen, torch.where(scores > 0, scores / penalty, scores * penalty))
 
 
-def logits_to_probs(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities (B, V) of the next token from its logits, filters applied in field order."""
-
-    def keep(floor: Tensor) -> Tensor:
-        return torch.where(probs >= floor, probs, 0)
-
-    logits = logits.float()
-    probs = torch.softmax((logits - logits.amax(-1, True)) / sampling.temperature, dim=-1)
-    if sampling.top_k is not None and sampling.top_k < probs.shape[-1]:
-        probs = keep(probs.topk(sampling.top_k).values[:, -1:])
-    if sampling.top_p is not None and sampling.top_p < 1:
-        mass = sampling.top_p * probs.sum(-1, True)
-        likeliest = _likeliest(probs, mass)
-        short = (likeliest.cumsum(-1) < mass).sum(-1, True)  # prefixes that fall short of it
-        probs = keep(likeliest.gather(-1, short.clamp(max=likeliest.shape[-1] - 1)))
-    if sampling.min_p is not None:
-        probs = keep(sampling.min_p * probs.amax(-1, True))
-    return probs / probs.sum(-1, True)
-
-
-def _likeliest(probs: Tensor, mass: Tensor) -> Tensor:
-    """The likeliest probabilities of each row, descending, as many as make up `mass` (B, 1)."""
-    count = FIRST_LIKELIEST  # mostly enough, and found in a tenth of the time of sorting them all
-    while count < probs.shape[-1]:
-        likeliest = probs.topk(count).values
-        if (likeliest.sum(-1, True) >= mass).all():
-            return likeliest
-        count *= 8
-    return probs.sort(-1, descending=True).values
-
-
 def sample_rows(
     logits: Tensor,
     sampling: Sampling,
@@ -255,22 +224,46 @@ def sample_rows(
 ) -> list[int]:
     """Draw the next token of each row from its logits (B, V); `histories` are the texts so far.
 
-    A row takes one number from its CPU generator (None: torch's global one), on every device, so
-    that it draws alone what it draws in company. Raises UsageError where the logits are NaN.
+    Filters apply in the order of Sampling's fields, but top_p without its sorting: a token is
+    drawn before top_p and min_p apply, and where they would not keep it, again from those likelier
+    than it. All that they keep are among these, so each keeps its share.
+
+    Uses a row's CPU generator (None: torch's global one) on every device: one number, and one more
+    for each time that it draws again. Raises UsageError where the logits are NaN.
     """
     penalty = sampling.repetition_penalty
     if penalty != 1:
         pairs = zip(logits, histories, strict=True)
         logits = torch.stack([penalize(row, history, penalty) for row, history in pairs])
-    if sampling.temperature == 0:
+    if sampling.temperature < LOWEST_TEMPERATURE:
         return logits.argmax(-1).tolist()
     # On the CPU: Apple's GPU has no float64, which keeps the sum of many small numbers exact.
-    cumulated = logits_to_probs(logits, sampling).cpu().cumsum(-1, dtype=torch.float64)
-    total = cumulated[:, -1:]
-    if not (total > 0).all():
-        raise UsageError("the model's logits are not numbers: its training diverged")
-    draws = [torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators]
-    return torch.searchsorted(cumulated, torch.stack(draws) * total, right=True)[:, 0].tolist()
+    logits = logits.float().cpu()
+    probs = torch.softmax((logits - logits.amax(-1, True)) / sampling.temperature, dim=-1)
+    if sampling.top_k is not None and sampling.top_k < probs.shape[-1]:
+        probs = torch.where(probs >= probs.topk(sampling.top_k).values[:, -1:], probs, 0)
+    mass = (1.0 if sampling.top_p is None else sampling.top_p) * probs.sum(-1, True)
+    least = (sampling.min_p or 0) * probs.amax(-1, True)
+    tokens, rows = [0] * len(probs), list(range(len(probs)))  # rows: those still to be drawn
+    while rows:
+        cumulated = probs.cumsum(-1, dtype=torch.float64)
+        total = cumulated[:, -1:]
+        if not (total > 0).all():
+            raise UsageError("the model's logits are not numbers: its training diverged")
+        draws = [torch.rand(1, generator=generators[row], dtype=torch.float64) for row in rows]
+        drawn = torch.searchsorted(cumulated, torch.stack(draws) * total, right=True)
+        for row, token in zip(rows, drawn[:, 0].tolist(), strict=True):
+            tokens[row] = token
+        chosen = probs.gather(-1, drawn)
+        # probs where they are above chosen, else 0; torch.where takes four times as long
+        likelier = torch.gt(probs, chosen, out=torch.empty_like(probs)).mul_(probs)
+        again = chosen < least
+        if sampling.top_p is not None:
+            again |= likelier.sum(-1, True, dtype=torch.float64) >= mass
+        left = again[:, 0].nonzero()[:, 0]
+        probs, mass, least = likelier[left], mass[left], least[left]
+        rows = [rows[i] for i in left.tolist()]
+    return tokens
 
 
 def decode_step(

@@ -100,7 +100,8 @@ def find_labelled_files(options: Options, suffix: str) -> LabelledFiles:
     `sst-dev-finetuning-output.txt`. Raises UsageError.
     """
     train = options.train or DATA_DIR / "reviews-train.txt"
-    name = re.sub(r"[-_.]?train$", "", train.stem) or train.stem
+    stem = train.name.removesuffix(".gz").rpartition(".")[0] or train.name
+    name = re.sub(r"[-_.]?train$", "", stem) or stem
     dev = options.dev if options.train else DATA_DIR / "reviews-dev.txt"
     test = options.test if options.train else DATA_DIR / "reviews-test.txt"
     if dev is None:
@@ -123,6 +124,8 @@ def find_labelled_files(options: Options, suffix: str) -> LabelledFiles:
     labels = {example.label for example in read_labelled(train, n_labels=len(names) or None)}
     if None in labels:
         raise UsageError(f"--train {train}: has lines without a label, which cannot be learnt from")
+    if len(labels) < 2:
+        raise UsageError(f"--train {train}: has one label on all lines: there is nothing to learn")
     if names and len(labels) != len(names):
         raise UsageError(
             f"--label_names names {len(names)} labels and --train {train} has {len(labels)} "

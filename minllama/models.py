@@ -8,6 +8,7 @@ import torch
 
 from config import SHIPPED_MODEL, Options
 from llama import Llama, load_pretrained
+from minllama.checkpoint import STATE_FILE
 from minllama.errors import UsageError
 from tokenizer import Tokenizer, vocabulary_remedy
 
@@ -29,8 +30,8 @@ def load_model(options: Options, device: torch.device) -> tuple[Llama, Tokenizer
 def find_model(options: Options) -> Path:
     """The model file or folder to use, as named or the first default that is there; says which.
 
-    Of a run's folder that is its final model, else the only best one. Raises UsageError where it
-    has several, or none.
+    Of a run's folder that is final-model.pt, else best-model.pt if there is exactly one. Raises
+    UsageError where there is none or more.
     """
     path = options.pretrained_model_path
     if path is None:
@@ -39,6 +40,11 @@ def find_model(options: Options) -> Path:
         print(f"--pretrained_model_path is not given: using {path}")
         return path
     files = sorted(path.glob("*.pt"))
+    if (path / STATE_FILE).is_file():
+        raise UsageError(
+            f"{path}: is a sharded checkpoint: resume it (--resume {path}, one process is enough) "
+            "to get final-model.pt"
+        )
     if not files or (path / "config.json").is_file():  # a file, or Hugging Face's folder
         return path
     final = [file for file in files if file.name == "final-model.pt"]

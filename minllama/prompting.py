@@ -69,7 +69,10 @@ class Prompts:
 def score_labels(
     model: LlamaZeroShotClassifier, prompts: Prompts, sentences: Sequence[str], norm: str
 ) -> torch.Tensor:
-    """Scores (B, n_labels): log-probabilities of the labels, per `norm`: sum, token or byte."""
+    """Log-probabilities (B, n_labels) of the labels: their sum, or per token or byte, as `norm`.
+
+    For pmi, of the sum the caller subtracts what a label has without any sentence.
+    """
     sequences, starts = zip(*(prompts.sequences(sentence) for sentence in sentences), strict=True)
     scores, counts = model.score(sequences, starts)
     if norm == "token":

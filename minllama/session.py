@@ -68,7 +68,19 @@ class Session:
         self.plan = TrainingPlan(options, self.ranks.world_size, self.device.type, dtype, **sizes)
         self.ranks.on_main(lambda: print_plan(self.plan, self.device, self.folder))
         if options.option == "pretrain":
-            self.options = settle_compile(options, self.plan)
+            self.options = self.ranks.on_main(lambda: settle_compile(options, self.plan))
+        self._check_ranks_agree(dtype)
+
+    def _check_ranks_agree(self, dtype: str) -> None:
+        """Raise UsageError where machines have other text or arithmetic: they would train apart."""
+        decided = self.ranks.gather(self.identity | {"--dtype": dtype})
+        for rank, of_rank in enumerate(decided):
+            for name, value in of_rank.items():
+                if value != decided[0][name]:
+                    raise UsageError(
+                        f"{name} is {value} on rank {rank} and {decided[0][name]} on rank 0: give "
+                        "all machines the same files and flags"
+                    )
 
 
 @contextlib.contextmanager
@@ -90,6 +102,8 @@ def open_session(
         if options.compile == "on":
             check_compiler(device)
         dtype = choose_dtype(options.dtype, device)
+        # Checkpoints keep what `auto` was: a resumed run has to compute as before.
+        options = dataclasses.replace(options, dtype=dtype_name(dtype))
         session = Session(options, folder, ranks, stop, device, dtype, checkpoint)
         del checkpoint  # the session alone holds it, until the run has taken it over
         yield session

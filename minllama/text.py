@@ -15,7 +15,6 @@ import runpy
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -220,9 +219,9 @@ def _json_text(path: Path, number: int, line: str, reading: Reading) -> str:
 
 def is_labelled(path: Path) -> bool:
     """Whether the first lines all read `label ||| sentence`, the format of labelled files."""
-    lines = (line for _, line in read_lines(path, "replace") if line.strip())
-    first = next(lines, "")
-    return all(map(LABELLED_LINE.match, chain([first], islice(lines, 19))))
+    start = next(iter(read_blocks(path, "replace")), "")  # a line may be as long as the file
+    lines = [line for line in start.split("\n") if line.strip()][:20]
+    return bool(lines) and all(map(LABELLED_LINE.match, lines))
 
 
 def split_labelled(path: Path, number: int, line: str) -> tuple[str, str]:

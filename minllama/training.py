@@ -23,6 +23,7 @@ from tqdm import tqdm
 from llama import model_payload
 from minllama.device import describe_device, dtype_name, peak_flops, used_memory
 from minllama.errors import Interrupted, RunFailed, UsageError
+from minllama.pt_file import load_pt
 from minllama.random_state import random_state, rank_seed, restore_random_state, seed_everything
 from minllama.ranks import is_lost_peer
 from minllama.record import (
@@ -140,7 +141,8 @@ class Run:
         try:
             load_state(self.task.model, state["model"])
             load_optimizer_state(self.optimizer, state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
+            if state["scaler"]:  # else the run was not one in float16
+                self.scaler.load_state_dict(state["scaler"])
             self.progress.load(state["progress"])
             random_states = state.get("rng_of_ranks", [state["rng"]])
             if len(random_states) == self.ranks.world_size:
@@ -170,7 +172,7 @@ class Run:
         elif not ranks.is_main:
             self.seed_rank()
 
-        def begin() -> bool:
+        def begin() -> None:
             if checkpoint is None and self.options.overwrite:
                 self.folder.clear()
             self.folder.remove_incomplete()
@@ -184,20 +186,35 @@ class Run:
                 "resumed_at_step": self.progress.step,
             }
             self.folder.add_start(start)
-            return self.folder.file("best-model.pt").is_file()
 
-        has_best = ranks.on_main(begin)
-        progress = self.progress
-        if progress.first is None:
-            progress.first = self.task.evaluate().get(self.task.goal)
+        ranks.on_main(begin)
+        if self.progress.first is None:
+            self.progress.first = self.task.evaluate().get(self.task.goal)
         if checkpoint is not None and not self.has_more():
             self._say_nothing_is_left()
-        if progress.best is not None and not has_best:
-            progress.best = None  # its file was lost, or the disk never took it
-            print("best-model.pt is missing: from here on a new best model is chosen")
-            if not self.has_more():  # then these weights are the best there are
-                self.note_best(self.task.evaluate())
-                self.checkpoints.save_weights("best-model.pt", self.task.weights())
+        self.check_best()
+        if checkpoint is not None and self.progress.best is None and not self.has_more():
+            self.note_best(self.task.evaluate())  # these weights are the best there are
+            self.save_best()
+
+    def check_best(self) -> None:
+        """Forget the best value where best-model.pt is lost, or of steps that were given up."""
+
+        def is_there() -> bool:
+            with contextlib.suppress(UsageError):
+                best = load_pt(self.folder.file("best-model.pt"), verify=False)
+                step = best.get("step")
+                return isinstance(step, int) and step <= self.progress.step
+            return False
+
+        if self.progress.best is not None and not self.ranks.on_main(is_there):
+            self.progress.best = None
+            tqdm.write("best-model.pt is missing, or of other steps: a new best model is chosen")
+
+    def save_best(self) -> None:
+        """Write best-model.pt, with the step that it is of."""
+        weights = self.task.weights() | {"step": self.progress.best_step}
+        self.checkpoints.save_weights("best-model.pt", weights)
 
     def _say_nothing_is_left(self) -> None:
         """Of a resumed run that had ended: what would let it continue."""
@@ -286,7 +303,8 @@ def train(run: Run) -> bool:
             choose_best |= ends_epoch and epoch % task.best_interval == 0
             if ends_epoch or choose_best:
                 try:
-                    record |= task.evaluate()
+                    found = task.evaluate()
+                    record |= {name: finite_or_none(value) for name, value in found.items()}
                 except Interrupted:
                     break  # the checkpoint keeps the record, so the resumed run evaluates it
             progress.pending = None
@@ -302,7 +320,7 @@ def train(run: Run) -> bool:
                 bar.write(f"about {left} left (excluding validation)")
             checkpoints.next_step(progress.step)
             if choose_best and run.note_best(record):
-                checkpoints.save_weights("best-model.pt", task.weights())
+                run.save_best()
             ends_run |= run.out_of_patience()
             is_kept = ends_epoch and (ends_run or epoch % options.save_interval == 0)
             if is_kept or ends_run or every(options.checkpoint_interval, progress.step):
@@ -494,6 +512,8 @@ def roll_back(run: Run) -> None:
     if found is None:
         raise RunFailed(f"{bad}, and there is no earlier checkpoint to go back to: {remedy}")
     run.restore(found[1])
+    run.ranks.on_main(lambda: run.folder.set_aside_later(run.run_id, progress.step))
+    run.check_best()
     progress.lr_scale = lr_scale
     tqdm.write(f"{bad}: back to step {progress.step:,}, with {lr_scale:g} of the learning rate")
 

@@ -23,7 +23,9 @@ from minllama import corpus, labelled, training
 ROOT = Path(__file__).resolve().parents[1]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # more would only get in each other's way here
 SHORTER = {
-    "pretrain": ["--max_steps", "2"],
+    "pretrain": (
+        "--max_steps 2 --dim 32 --n_layers 1 --n_heads 2 --max_seq_len 192 --pretrain_batch_size 4"
+    ).split(),
     "finetune": ["--max_steps", "2", "--batch_size", "80"],
     "prompt": ["--batch_size", "80"],
     "generate": ["--max_new_tokens", "8"],
@@ -48,7 +50,9 @@ def folder(tmp_path_factory) -> Path:
         lines = reviews.read_text(encoding="utf-8").splitlines(keepends=True)
         reviews.write_text("".join(lines[:40]), encoding="utf-8", newline="\n")
     stories = (ROOT / "data" / "stories-train.jsonl").read_text(encoding="utf-8").splitlines()
-    (path / "my_text.txt").write_text("\n".join(stories[:150]), encoding="utf-8")
+    for name, count in (("stories-train.jsonl", 150), ("stories-val.jsonl", 10)):
+        (path / "data" / name).write_text("\n".join(stories[:count]) + "\n", encoding="utf-8")
+    (path / "my_text.txt").write_text("\n".join(stories[:50]), encoding="utf-8")
     characters = [chr(0x4E00 + i) for i in range(3000)]
     chinese = random.Random(0).choices(characters, k=60000)
     sentences = ["".join(chinese[i : i + 20]) + "。" for i in range(0, len(chinese), 20)]
@@ -59,11 +63,16 @@ def folder(tmp_path_factory) -> Path:
 
 
 def start(line: str) -> int:
-    """Run one line, in this process unless it starts several; returns its exit status."""
+    """Run one line, in this process; returns its exit status.
+
+    Of those that start several processes only one does, the others' words are run by one.
+    """
     program, script, *words = shlex.split(line)
     if program == "torchrun":
         before, after = line.removeprefix("torchrun ").split("run_llama.py")
-        words = [*before.split(), str(ROOT / "run_llama.py"), *after.split()]
+        script, words = "run_llama.py", after.split()
+    if program == "torchrun" and "--max_restarts" in before:
+        words = [*before.split(), str(ROOT / script), *words]
         words += SHORTER[words[words.index("--option") + 1]]
         launcher = [sys.executable, "-m", "torch.distributed.run"]
         return subprocess.run([*launcher, *words], env=os.environ | ONE_THREAD).returncode
