@@ -35,8 +35,8 @@ def fingerprint(model_bytes: bytes) -> str:
 
 # ---------------------------------------------------------------------------- the model's shape
 
-# Least and largest value of each number, of its type. Files claim shapes, too: nothing is made of a
-# claim that no model of today's has.
+# Least and largest value of each number, whose type is the bounds'. Files can claim any shape:
+# absurd ones are refused before anything is allocated.
 SHAPE_BOUNDS: dict[str, tuple[float, float]] = {
     "vocab_size": (1, 2**24),
     "dim": (1, 2**17),

@@ -1,6 +1,6 @@
 """The parts of MinLlama that the course script never had: a room to a theme.
 
-Imports go one way, from the top of this list to its bottom:
+A module imports only modules that are listed above it:
 
     errors, units        messages for the user; sizes and durations
     command_line         argparse with one-line errors; flags from a dataclass

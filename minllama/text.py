@@ -31,8 +31,8 @@ JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json
 def find_text_files(patterns: Sequence[str | Path], *, flag: str = "--pretrain_data") -> list[Path]:
     """The files that names, folders and globs in `patterns` match: in order, none twice.
 
-    A folder means its .txt, .jsonl and .gz files at any depth, sorted. Raises UsageError, naming
-    `flag`, for a pattern that matches nothing or something that is not a file.
+    A folder means its .txt and .jsonl files, also .gz, at any depth, sorted. Raises UsageError,
+    naming `flag`, for a pattern that matches nothing or something that is not a file.
     """
     found: dict[Path, Path] = {}
     for pattern in patterns:

@@ -172,6 +172,21 @@ def test_bad_input_names_flag_value_and_remedy(line, words):
     assert str(error.value).count("\n") == (line == "--sav_dir x")  # the x is strange, too
 
 
+@pytest.mark.parametrize("words", ["--prompt a", "--prompt_file prompts.txt"])
+def test_prompts_beside_interactive_are_refused(words):
+    """They were ignored: the program asked for prompts all the same, and never said so."""
+    with pytest.raises(UsageError, match="--interactive .*leave --prompt and --prompt_file out"):
+        parse_options(["--interactive", *words.split()])
+    assert parse_options(["--interactive"]).interactive
+
+
+def test_no_more_than_half_of_the_text_is_held_out():
+    """0.9 held out 0.5 of several documents without a word, and 0.9 of a single one."""
+    with pytest.raises(UsageError, match="--val_fraction.*0.9.*at most 0.5"):
+        parse_options("--option pretrain --val_fraction 0.9".split())
+    assert parse_options("--option pretrain --val_fraction 0.5".split()).val_fraction == 0.5
+
+
 def test_all_contradictions_are_told_at_once():
     """A user should not find them one run at a time."""
     with pytest.raises(UsageError) as error:

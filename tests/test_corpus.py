@@ -9,6 +9,7 @@ import pytest
 from running import pretrain, write_stories
 
 from config import Options, parse_options
+from minllama import corpus
 from minllama.corpus import Texts, load_texts
 from minllama.errors import Interrupted, UsageError
 from minllama.ranks import Ranks
@@ -144,6 +145,23 @@ def test_of_many_files_a_few_are_named(capsys):
     load("--pretrain_data texts")
     out = capsys.readouterr().out
     assert out.count("chunks from") == 10 and "... 30 files in all" in out
+
+
+def test_only_files_that_are_named_are_looked_at(monkeypatch, capsys):
+    """Every file of a corpus was opened at each start, to see whether there is a remark to make.
+
+    Remarks counted as files, too: of those with a remark each, only five were named.
+    """
+    looked, look = [], corpus.is_labelled
+    monkeypatch.setattr(corpus, "is_labelled", lambda path: looked.append(path) or look(path))
+    names = [f"{number:02}.md" for number in range(12)]
+    for name in names:
+        Path(name).write_text("One day. " * 10, encoding="utf-8")
+    load(f"--val_fraction 0 --pretrain_data {' '.join(names)}")
+    out = capsys.readouterr().out
+    assert [path.name for path in looked] == names[:10]
+    assert out.count("chunks from") == out.count("  read as plain text") == 10
+    assert "... 12 files in all" in out
 
 
 def test_ctrl_c_while_tokenizing_leaves_no_cache():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -183,6 +184,35 @@ def test_a_set_to_be_measured_on_is_asked_for(toy: str) -> None:
     """Of one's own training file the embedded reviews are no measure."""
     with pytest.raises(UsageError, match="--dev is not given"):
         find_labelled_files(options_of("--option finetune --train toy-train.txt"), "finetuning")
+
+
+def test_one_label_alone_is_nothing_to_learn(toy: str) -> None:
+    """A classifier with a single class was trained without a word, and could not be wrong."""
+    Path("toy-label-mapping.json").unlink()
+    written(Path("toy-train.txt"), "0 ||| a\n0 ||| b\n")
+    with pytest.raises(UsageError, match="--train toy-train.txt: has one label on all lines"):
+        find_labelled_files(options_of(toy), "finetuning")
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("x-train.txt.gz", "x"),
+        ("x-train.txt", "x"),
+        ("x.y_train.tsv.gz", "x.y"),
+        ("train.txt", "train"),
+        ("x-train", "x"),
+    ],
+)
+def test_the_name_of_a_set(toy: str, file: str, name: str) -> None:
+    """`x-train.txt.gz` was the set `x-train.txt`, and the names of its labels were not found."""
+    data = Path("toy-train.txt").read_bytes()
+    Path(file).write_bytes(gzip.compress(data) if file.endswith(".gz") else data)
+    written(Path(f"{name}-label-mapping.json"), json.dumps(NAMES))
+    options = options_of(f"--option finetune --train {file} --dev toy-dev.txt")
+    files = find_labelled_files(options, "finetuning")
+    assert (files.name, files.label_names) == (name, NAMES)
+    assert files.outs["dev"] == Path(f"{name}-dev-finetuning-output.txt")
 
 
 def test_label_names_given_and_beside(tmp_path: Path) -> None:

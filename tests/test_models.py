@@ -10,6 +10,7 @@ from running import command, write_model
 
 from config import SHIPPED_MODEL, parse_options
 from llama import Llama, load_pretrained, model_payload
+from minllama.checkpoint import STATE_FILE
 from minllama.errors import UsageError
 from minllama.models import find_model, load_model
 from minllama.pt_file import save_pt
@@ -87,6 +88,18 @@ def test_a_folder_of_hugging_face_is_left_to_its_reader():
     for name in ("config.json", "pytorch_model.pt"):
         Path("hf", name).touch()
     assert find_model(parse_options("--pretrained_model_path hf".split())) == Path("hf")
+
+
+def test_a_sharded_checkpoint_is_not_a_model_yet():
+    """It was said to be a folder with several models, and its shards were named to choose from."""
+    folder = Path("run/pretrain-step-4-sharded")
+    folder.mkdir(parents=True)
+    for name in (STATE_FILE, "shard-0-ab.pt", "shard-1-cd.pt"):
+        (folder / name).touch()
+    done = command(f"--option generate --prompt a --pretrained_model_path {folder}")
+    assert done.status == 2 and done.error.count("\n") == 1
+    assert f"{folder}: is a sharded checkpoint: resume it (--resume {folder}, one" in done.error
+    assert "to get final-model.pt" in done.error and "shard-0" not in done.error
 
 
 @pytest.mark.parametrize("name", ["missing.pt", "empty"])

@@ -33,6 +33,7 @@ import check_model_precision
 import run_llama
 from config import parse_options
 from llama import load_pretrained
+from minllama import writer
 from minllama.pt_file import load_pt
 from minllama.signals import StopRequest
 from tokenizer import Tokenizer
@@ -447,6 +448,27 @@ def test_many_prompts_are_continued_batch_by_batch(model):
     in_parts = command([*base.split(), *prompts, "--batch_size", "2"])
     assert in_parts.status == 0 and in_parts.out == at_once.out
     assert "--- 10 of 10\n" in in_parts.out
+
+
+def test_samples_count_as_rows_of_a_batch(model, monkeypatch):
+    """--batch_size counted prompts alone: eight of them, sampled 20 times, were 160 rows at once.
+
+    The samples of one prompt stay together, however many they are.
+    """
+    rows, real = [], writer.generate_tokens
+
+    def generate_tokens(llama, prompts, **settings):
+        rows.append(len(prompts))
+        return real(llama, prompts, **settings)
+
+    monkeypatch.setattr(writer, "generate_tokens", generate_tokens)
+    prompts = [word for i in range(5) for word in ("--prompt", f"Number {i}")]
+    base = f"--option generate --pretrained_model_path {model} --max_new_tokens 2 --batch_size 4"
+    for samples, batches in ((2, [4, 4, 2]), (3, [3] * 5), (5, [5] * 5), (1, [4, 1])):
+        done = command([*base.split(), *prompts, "--num_samples", str(samples)])
+        assert done.status == 0 and f"--- 1 of {5 * samples}\n" in done.out
+        assert rows == batches
+        rows.clear()
 
 
 def test_typed_prompts_are_continued_until_the_end_of_input(model, monkeypatch):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shlex
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import several
 import torch
 from running import (
     RESUME,
@@ -21,12 +24,15 @@ from running import (
 )
 
 import run_llama
-from config import parse_options
+from config import LlamaConfig, parse_options
 from minllama import session as sessions
+from minllama.checkpoint import load_checkpoint
 from minllama.errors import UsageError
 from minllama.plan import TrainingPlan
+from minllama.ranks import Ranks
 from minllama.run_folder import RunFolder
-from minllama.session import GLOBAL_BATCH, check_identity, print_results, settle_compile
+from minllama.session import GLOBAL_BATCH, Session, check_identity, print_results, settle_compile
+from minllama.signals import StopRequest
 
 
 @pytest.fixture(autouse=True)
@@ -244,6 +250,76 @@ def test_what_compile_auto_chose_is_kept(monkeypatch):
     assert command(f"{RESUME} --max_steps 2").status == 0 and len(compiled) == 2
     done = pretrain("--max_steps 1 --overwrite")
     assert "compile      off: short" in done.out and len(compiled) == 2
+
+
+def test_what_dtype_auto_chose_is_kept(monkeypatch):
+    """Begun on a CPU without bfloat16 and resumed on one that has it, a run changed its dtype."""
+    for fast, words in ((False, "--dtype auto --max_steps 1"), (True, f"{RESUME} --max_steps 2")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
+        done = command(words) if fast else pretrain(words)
+        assert done.status == 0, done.error
+    starts = json.loads(Path("run/run.json").read_text(encoding="utf-8"))["starts"]
+    assert [start["dtype"] for start in starts] == ["float32", "float32"]
+    stored = load_checkpoint(Path("run/pretrain-step-1.pt"))["options"]
+    assert stored["dtype"] == "float32"
+
+
+# ---------------------------------------------------------------------------- ranks
+
+
+def settle_on(ranks: Ranks, *, texts: list[str], dtypes: list[torch.dtype]) -> str:
+    """What --compile is on this rank once its session, with its own text and dtype, is settled."""
+    options = parse_options("--option pretrain --save_dir run".split())
+    session = Session(
+        options.with_global_batch(ranks.world_size),
+        RunFolder(Path("run"), "pretrain"),
+        ranks,
+        StopRequest(),
+        torch.device("cpu"),
+        dtypes[ranks.rank],
+        checkpoint=None,
+    )
+    shape = LlamaConfig(vocab_size=64, dim=16, n_layers=1, n_heads=2, max_seq_len=16)
+    sizes = {"trainable_parameters": 1, "muon_parameters": 0, "sequences": 9, "tokens": 144}
+    sizes |= {"config": shape, "sequence_length": 16, "logits_width": 64}
+    session.settle({"--pretrain_data": texts[ranks.rank]}, **sizes)
+    return session.options.compile
+
+
+@pytest.mark.parametrize(
+    ("texts", "dtypes", "said"),
+    [
+        (["a", "a", "b"], [torch.float32] * 3, "--pretrain_data is b on rank 2 and a on rank 0"),
+        (
+            ["a"] * 3,
+            [torch.bfloat16, torch.float32, torch.bfloat16],
+            "--dtype is float32 on rank 1 and bfloat16 on rank 0",
+        ),
+    ],
+)
+def test_ranks_that_differ_are_refused(texts, dtypes, said):
+    """Machines with another file, or another CPU under --dtype auto, trained apart in silence."""
+    with several.thread_store():
+        errors = several.on_threads(
+            3, lambda ranks: settle_on(ranks, texts=texts, dtypes=dtypes), nodes=3
+        )
+    for error in errors:  # the same on all, so that it is said once
+        assert isinstance(error, UsageError), error
+        assert str(error) == f"{said}: give all machines the same files and flags"
+
+
+def test_compile_is_settled_on_rank_0_for_all(monkeypatch):
+    """Each machine decided for itself, by its own processor: some compiled and others did not."""
+    decisions = iter(["on", "off"])
+
+    def settle(options, plan):
+        return dataclasses.replace(options, compile=next(decisions))
+
+    monkeypatch.setattr(sessions, "settle_compile", settle)
+    alike = {"texts": ["a", "a"], "dtypes": [torch.float32] * 2}
+    with several.thread_store():
+        found = several.on_threads(2, lambda ranks: settle_on(ranks, **alike), nodes=2)
+    assert found == ["on", "on"]
 
 
 # ---------------------------------------------------------------------------- the end

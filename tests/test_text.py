@@ -217,3 +217,20 @@ def test_what_is_labelled(tmp_path: Path) -> None:
         ("", False),
     ):
         assert is_labelled(written(tmp_path / "a.txt", text.encode())) == expected, text
+
+
+def test_what_is_labelled_is_seen_in_the_first_block(tmp_path: Path, monkeypatch) -> None:
+    """A file of one line was read whole: 300 MB at each start, for the first bytes of it."""
+    monkeypatch.setattr(text_module, "READ_BYTES", 100)
+    read = []
+
+    def counted(*arguments: object):
+        for block in read_blocks(*arguments):
+            read.append(len(block))
+            yield block
+
+    monkeypatch.setattr(text_module, "read_blocks", counted)
+    for start, expected in (("0 ||| ", True), ("", False)):
+        path = written(tmp_path / "a.txt", f"{start}{'word ' * 2000}".encode())
+        assert is_labelled(path) == expected and read == [100]
+        read.clear()

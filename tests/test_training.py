@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,13 +28,14 @@ from running import (
 )
 from torch import nn
 
+import optimizer
 import run_llama
 from config import IGNORE_INDEX
 from llama import load_pretrained
 from minllama import training
 from minllama.checkpoint import load_checkpoint
 from minllama.errors import RunFailed
-from minllama.pt_file import save_pt
+from minllama.pt_file import load_pt, save_pt
 from minllama.signals import StopRequest
 from minllama.training import Progress, halve_micro_batch, is_out_of_memory
 
@@ -50,6 +54,21 @@ def finetune() -> str:
     model = write_model(Path.cwd())
     words = f"--option finetune --pretrained_model_path {model} {labelled} --save_dir run"
     return f"{words} --lr 0.01 --epochs 2 --dtype float32"
+
+
+def evaluate_as(patch: pytest.MonkeyPatch, *losses: float) -> None:
+    """Validate without validating: each evaluation finds the next of these losses."""
+    found = iter(losses)
+    patch.setattr(run_llama, "evaluate_text", lambda *_: {"val_loss": next(found)})
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    """A function that takes anything and raises."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
 
 
 # ---------------------------------------------------------------------------- steps
@@ -297,6 +316,17 @@ def test_a_finished_run_says_that_nothing_is_left():
     assert "nothing is left" not in command(f"{RESUME} --max_steps 3").out
 
 
+def test_a_run_may_go_on_in_another_dtype():
+    """A float32 run resumed in float16 was refused: its gradient scaler had left no state."""
+    assert pretrain("--max_steps 2").status == 0
+    for number, dtype in enumerate(("float16", "float32"), start=3):
+        done = command(f"{RESUME} --dtype {dtype} --max_steps {number}")
+        assert done.status == 0 and f"to {dtype}" in done.out, done.error
+        scaler = load_checkpoint(Path(f"run/pretrain-step-{number}.pt"))["scaler"]
+        assert bool(scaler) == (dtype == "float16")
+    assert steps() == [1, 2, 3, 4]
+
+
 def test_progress_takes_only_what_it_wrote():
     """A checkpoint's values have other types only where it is damaged."""
     kept = Progress()
@@ -361,6 +391,35 @@ def test_a_missing_best_model_of_a_run_without_labels_to_measure_on(finetune):
     Path("run/finetune-toy-best-model.pt").unlink()
     assert command(f"{finetune} --resume auto").status == 0
     assert Path("run/finetune-toy-best-model.pt").is_file()
+
+
+def test_a_best_model_of_the_future_is_not_that_of_an_older_checkpoint(monkeypatch):
+    """Resumed at step 3, a run reported its best value of step 3 for the weights of step 9."""
+    evaluate_as(monkeypatch, 9.0, 2.0, 1.0, 0.5)
+    words = "--checkpoint_interval 3 --eval_interval 3 --keep_last 0 --max_steps 9"
+    assert pretrain(words).status == 0 and load_pt("run/best-model.pt")["step"] == 9
+    evaluate_as(monkeypatch, 3.0)
+    words = "--option pretrain --cache_dir cache --resume run/pretrain-step-3.pt --max_steps 5"
+    done = command(words)
+    assert done.status == 0 and "of other steps: a new best model is chosen" in done.out
+    state, best = load_checkpoint(Path("run/pretrain-step-5.pt")), load_pt("run/best-model.pt")
+    assert (state["progress"]["best"], state["progress"]["best_step"]) == (3.0, 5)
+    assert best["step"] == 5
+    assert_same(best["model"]["norm.weight"], state["model"]["norm.weight"])
+
+
+def test_a_best_model_of_the_past_is_kept(monkeypatch):
+    """The file's step tells one of steps that were given up from one that is still the best."""
+    evaluate_as(monkeypatch, 9.0, 1.0, 2.0, 3.0)
+    words = "--checkpoint_interval 3 --eval_interval 3 --keep_last 0 --max_steps 9"
+    assert pretrain(words).status == 0
+    before = Path("run/best-model.pt").read_bytes()
+    evaluate_as(monkeypatch, 4.0)
+    words = "--option pretrain --cache_dir cache --resume run/pretrain-step-6.pt --max_steps 7"
+    done = command(words)
+    assert done.status == 0 and "a new best model is chosen" not in done.out
+    assert Path("run/best-model.pt").read_bytes() == before
+    assert progress("run/pretrain-step-7.pt")["best_step"] == load_pt("run/best-model.pt")["step"]
 
 
 # ---------------------------------------------------------------------------- early stopping
@@ -436,6 +495,68 @@ def test_ten_bad_steps_roll_back_with_half_the_learning_rate(monkeypatch):
     assert rates == [0.01] * 6 + [0.005] * 14
     state = progress("run/pretrain-step-20.pt")
     assert state["lr_scale"] == 0.5 and state["skipped"] == 0
+
+
+def test_a_run_that_rolled_back_does_not_resume_in_the_future_it_left(monkeypatch):
+    """Back at step 6 and stopped at 8, --resume auto took the checkpoint of the abandoned step 15.
+
+    What is resumed has to end as the run that was never stopped.
+    """
+    poison(monkeypatch, range(7, 40))
+    words = "--max_steps 18 --epochs 3 --checkpoint_interval 3 --val_fraction 0"
+    assert pretrain(f"{words} --save_dir whole").status == 0
+    stop, real = StopRequest(), training.optimizer_step
+
+    def optimizer_step(run: training.Run) -> dict[str, Any]:
+        record = real(run)
+        if run.progress.lr_scale < 1 and record["step"] == 8:
+            stop.signal_number = signal.SIGINT
+        return record
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "optimizer_step", optimizer_step)
+        done = pretrain(words, stop=stop)
+    assert done.status == 130 and "back to step 6" in done.out
+    later = [f"pretrain-step-{step}.pt" for step in (15, 12, 9)]
+    assert f"set aside    {', '.join(later)}, made after step 6" in done.out
+    assert {f"{name}.abandoned" for name in later} == {p.name for p in Path("run").glob("*.ab*")}
+    done = command(f"{RESUME} --max_steps 18")
+    assert done.status == 0 and f"resuming     {Path('run/pretrain-step-8.pt')}" in done.out
+    assert steps() == list(range(1, 19))
+    assert_same_run("whole", "run", "pretrain-step-18.pt")
+
+
+def test_a_rollback_forgets_the_best_model_of_the_steps_it_gives_up(monkeypatch):
+    """best-model.pt kept the weights of an abandoned step 8, reported as the best, of step 4.
+
+    Those of step 4 were overwritten: from the rollback on, a new best is chosen.
+    """
+    poison(monkeypatch, range(9, 40))
+    # Before training; at steps 4, 8, 12 and 16; after the rollback at 8, 12, 16 and 18.
+    evaluate_as(monkeypatch, 9.0, 5.0, 3.0, 3.0, 3.0, 7.0, 6.0, 6.5, 8.0)
+    words = "--pretrain_batch_size 1 --checkpoint_interval 6 --eval_interval 4 --max_steps 18"
+    done = pretrain(words)
+    assert done.status == 0 and "back to step 6" in done.out
+    assert "of other steps: a new best model is chosen" in done.out
+    state = progress("run/pretrain-step-18.pt")
+    assert (state["best"], state["best_step"]) == (6.0, 12)
+    assert load_pt("run/best-model.pt")["step"] == 12
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_validation_that_is_not_finite_is_null(value, monkeypatch):
+    """The records had NaN and Infinity, which are Python's own: other readers of JSON refuse them.
+
+    Such a model is not the best one either.
+    """
+    found = {"val_loss": value, "val_perplexity": value, "bits_per_byte": value}
+    monkeypatch.setattr(run_llama, "evaluate_text", lambda *_: dict(found))
+    assert pretrain("--max_steps 2 --eval_interval 1").status == 0
+    lines = Path("run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        record = json.loads(line, parse_constant=raising(ValueError("no JSON")))
+        assert [record[name] for name in found] == [None] * 3
+    assert len(lines) == 2 and not Path("run/best-model.pt").exists()
 
 
 @pytest.mark.parametrize(
@@ -537,6 +658,22 @@ def test_one_sequence_that_does_not_fit(monkeypatch):
     done = pretrain("--max_steps 6")
     assert done.status == 1 and done.error.count("\n") == 1
     assert "one sequence at a time" in done.error and "--max_seq_len" in done.error
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "error"),
+    [
+        (run_llama, "evaluate_text", torch.OutOfMemoryError("CUDA out of memory. Tried to")),
+        (optimizer.AdamW, "step", RuntimeError("DefaultCPUAllocator: not enough memory: you")),
+        (optimizer.AdamW, "step", MemoryError()),
+    ],
+)
+def test_out_of_memory_outside_the_backward_pass(owner, name, error, monkeypatch):
+    """In the first evaluation, or in the optimizer's first step, it ended in a traceback."""
+    monkeypatch.setattr(owner, name, raising(error))
+    done = pretrain("--max_steps 2")
+    assert done.status == 1 and done.error.count("\n") == 1
+    assert done.error.startswith("run_llama.py: error: out of memory: give a smaller batch")
 
 
 def test_other_errors_are_not_taken_for_it():
