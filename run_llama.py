@@ -63,10 +63,10 @@ from minllama.record import loss_curve_svg, read_records
 from minllama.session import Session, open_session, print_results, say_interrupted
 from minllama.sharding import full_state_dict, is_sharded, load_state, no_gradients
 from minllama.signals import LAUNCHER_REPEATS, StopRequest
+from minllama.streaming import PROMPT_TEMPERATURE, Writer, sample_text
 from minllama.task import Batch, Task
 from minllama.text import find_text_files, read_lines
 from minllama.training import Run, autocast, is_out_of_memory, train
-from minllama.writer import PROMPT_TEMPERATURE, Writer, sample_text
 from optimizer import layer_matrices
 from tokenizer import Tokenizer
 from utils import LlamaDataset, PretrainDataset, batch_indices, bucketed_batches
@@ -565,7 +565,7 @@ def main(options: Options, stop: StopRequest | None = None) -> int:
                 said = ranks.lost_peer()
                 return fail(said, 1) if said else 1
             if is_out_of_memory(error):
-                return fail("out of memory: give a smaller batch or model, or --dtype bfloat16", 1)
+                return fail("out of memory: give a smaller batch or a smaller model", 1)
             raise
         except KeyboardInterrupt:
             return 130

@@ -18,7 +18,7 @@ A module imports only modules that are listed above it:
     (llama, optimizer)   the model; AdamW, Muon, schedules
     models, adapters     which model to use, and its vocabulary; LoRA
     export               writing other programs' files
-    prompting, writer    zero-shot scoring; text as it comes
+    prompting, streaming zero-shot scoring; text shown as it comes
     random_state, device random numbers; device, dtype, memory, compiler
     ranks, sharding      several processes; DDP, FSDP2 and shards
     run_folder, saving   a run's folder and lock; writing its files while it trains

@@ -100,7 +100,7 @@ def find_labelled_files(options: Options, suffix: str) -> LabelledFiles:
     `sst-dev-finetuning-output.txt`. Raises UsageError.
     """
     train = options.train or DATA_DIR / "reviews-train.txt"
-    stem = train.name.removesuffix(".gz").rpartition(".")[0] or train.name
+    stem = Path(train.name.removesuffix(".gz")).stem
     name = re.sub(r"[-_.]?train$", "", stem) or stem
     dev = options.dev if options.train else DATA_DIR / "reviews-dev.txt"
     test = options.test if options.train else DATA_DIR / "reviews-test.txt"

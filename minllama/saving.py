@@ -88,6 +88,10 @@ class Checkpoints:
         if self.ranks.is_main:
             self._try(path.name, write)
 
+    def drop(self, name: str) -> None:
+        """Do not try again to write a file, which is of steps that were given up."""
+        self.waiting.pop(name, None)
+
     def next_step(self, step: int) -> None:
         """After each step: try again what is due."""
         self.step = step

@@ -166,7 +166,7 @@ def find_start(
     options = options.with_global_batch(ranks.world_size)
     now = options.to_plain()
     for name in sorted(options.given - TYPED_ON_RESUME):
-        if name in before and before[name] != now[name]:
+        if name in before and now[name] not in (before[name], "auto"):
             print(f"changed      --{name} from {before[name]} to {now[name]}")
     return options, checkpoint
 

@@ -220,7 +220,8 @@ def _json_text(path: Path, number: int, line: str, reading: Reading) -> str:
 def is_labelled(path: Path) -> bool:
     """Whether the first lines all read `label ||| sentence`, the format of labelled files."""
     start = next(iter(read_blocks(path, "replace")), "")  # a line may be as long as the file
-    lines = [line for line in start.split("\n") if line.strip()][:20]
+    lines = start.split("\n")
+    lines = [line for line in lines[:-1] or lines if line.strip()][:20]  # the last may be cut
     return bool(lines) and all(map(LABELLED_LINE.match, lines))
 
 

@@ -177,9 +177,9 @@ class DocumentEncoder:
 def _split_words(text: str) -> list[str]:
     """The words of `text` after a newline put in front of it.
 
-    "a b\\nc" gives ["\\na", "b", "\\nc"]: a word without a newline had a space before it. Of several
-    spaces in a row, which a vocabulary may join, all but the first are spelt as SPACE and belong to
-    the word. By str.split, three times as fast as a regular expression.
+    "a b\\nc" gives ["\\na", "b", "\\nc"]: a word without a newline had a space before it. Of
+    several spaces in a row, which a vocabulary may join, all but the first are spelt as SPACE and
+    belong to the word. By str.split, three times as fast as a regular expression.
     """
     text = text.replace("  ", f" {SPACE}").replace(f"{SPACE} ", 2 * SPACE)
     return f"\n{text}".replace("\n", " \n").split(" ")[1:]

@@ -150,7 +150,7 @@ class Run:
             else:
                 self.seed_rank()
         except STRANGE_STATE as error:
-            if is_lost_peer(error):
+            if is_lost_peer(error) or is_out_of_memory(error):
                 raise
             reason = str(error).strip().split("\n")[0]
             raise UsageError(f"the checkpoint is not one of this program ({reason})") from None
@@ -195,6 +195,7 @@ class Run:
         self.check_best()
         if checkpoint is not None and self.progress.best is None and not self.has_more():
             self.note_best(self.task.evaluate())  # these weights are the best there are
+            self.progress.best_step = self.progress.step
             self.save_best()
 
     def check_best(self) -> None:
@@ -513,6 +514,7 @@ def roll_back(run: Run) -> None:
         raise RunFailed(f"{bad}, and there is no earlier checkpoint to go back to: {remedy}")
     run.restore(found[1])
     run.ranks.on_main(lambda: run.folder.set_aside_later(run.run_id, progress.step))
+    run.checkpoints.drop(run.folder.file("best-model.pt").name)
     run.check_best()
     progress.lr_scale = lr_scale
     tqdm.write(f"{bad}: back to step {progress.step:,}, with {lr_scale:g} of the learning rate")

@@ -198,6 +198,7 @@ def test_one_label_alone_is_nothing_to_learn(toy: str) -> None:
     ("file", "name"),
     [
         ("x-train.txt.gz", "x"),
+        ("x-train.gz", "x"),
         ("x-train.txt", "x"),
         ("x.y_train.tsv.gz", "x.y"),
         ("train.txt", "train"),

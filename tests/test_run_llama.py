@@ -33,7 +33,7 @@ import check_model_precision
 import run_llama
 from config import parse_options
 from llama import load_pretrained
-from minllama import writer
+from minllama import streaming
 from minllama.pt_file import load_pt
 from minllama.signals import StopRequest
 from tokenizer import Tokenizer
@@ -455,13 +455,13 @@ def test_samples_count_as_rows_of_a_batch(model, monkeypatch):
 
     The samples of one prompt stay together, however many they are.
     """
-    rows, real = [], writer.generate_tokens
+    rows, real = [], streaming.generate_tokens
 
     def generate_tokens(llama, prompts, **settings):
         rows.append(len(prompts))
         return real(llama, prompts, **settings)
 
-    monkeypatch.setattr(writer, "generate_tokens", generate_tokens)
+    monkeypatch.setattr(streaming, "generate_tokens", generate_tokens)
     prompts = [word for i in range(5) for word in ("--prompt", f"Number {i}")]
     base = f"--option generate --pretrained_model_path {model} --max_new_tokens 2 --batch_size 4"
     for samples, batches in ((2, [4, 4, 2]), (3, [3] * 5), (5, [5] * 5), (1, [4, 1])):

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from config import LlamaConfig, parse_options
 from llama import Llama
-from minllama import writer as writers
+from minllama import streaming as writers
 from minllama.generation import decode_step, generate_tokens
 from minllama.signals import StopRequest
-from minllama.writer import Continuation, Writer, overlap, sample_text
+from minllama.streaming import Continuation, Writer, overlap, sample_text
 from tokenizer import Tokenizer
 
 
