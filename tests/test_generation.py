@@ -328,8 +328,10 @@ def filtered(logits: torch.Tensor, sampling: G.Sampling) -> torch.Tensor:
     return torch.where(kept, probs, 0) / probs[kept].sum()
 
 
-@pytest.mark.parametrize("size", [40, 3000])
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize(
+    ("sampling", "size"),
+    [*((s, 40) for s in SAMPLINGS), (SAMPLINGS[2], 3000), (SAMPLINGS[-1], 3000)],
+)
 def test_draws_follow_the_probabilities(sampling: G.Sampling, size: int):
     """A chi-square of 10,000 draws lies within five standard deviations; ties are among them."""
     torch.manual_seed(6)

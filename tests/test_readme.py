@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 
 import check_model_precision
 import run_llama
@@ -21,7 +20,6 @@ from config import parse_options
 from minllama import corpus, labelled, training
 
 ROOT = Path(__file__).resolve().parents[1]
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # more would only get in each other's way here
 SHORTER = {
     "pretrain": (
         "--max_steps 2 --dim 32 --n_layers 1 --n_heads 2 --max_seq_len 192 --pretrain_batch_size 4"
@@ -65,17 +63,13 @@ def folder(tmp_path_factory) -> Path:
 def start(line: str) -> int:
     """Run one line, in this process; returns its exit status.
 
-    Of those that start several processes only one does, the others' words are run by one.
+    torchrun's own flags are only parsed: test_distributed.py starts it.
     """
     program, script, *words = shlex.split(line)
     if program == "torchrun":
         before, after = line.removeprefix("torchrun ").split("run_llama.py")
-        script, words = "run_llama.py", after.split()
-    if program == "torchrun" and "--max_restarts" in before:
-        words = [*before.split(), str(ROOT / script), *words]
-        words += SHORTER[words[words.index("--option") + 1]]
-        launcher = [sys.executable, "-m", "torch.distributed.run"]
-        return subprocess.run([*launcher, *words], env=os.environ | ONE_THREAD).returncode
+        parsed = get_args_parser().parse_args([*before.split(), "run_llama.py", *after.split()])
+        script, words = parsed.training_script, parsed.training_script_args
     if script == "run_llama.py":
         option = words[words.index("--option") + 1]
         words = [word for word in words if word != "--compile"]  # half a minute; tested elsewhere

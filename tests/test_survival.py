@@ -58,8 +58,8 @@ def test_two_hundred_kills(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "every"),
     [
-        ("a save", 13),
-        ("a sharded save", 13),
+        ("a save", 23),
+        ("a sharded save", 23),
         ("replacing a folder", 2),
     ],
 )
