@@ -32,6 +32,7 @@ from minllama.errors import Interrupted, RunFailed, UsageError
 from minllama.signals import StopRequest
 
 T = TypeVar("T")
+SAY_WITHIN = 2.0  # seconds in which ranks that miss others say so
 SIGN_OF_LIFE = 1.0  # seconds between the signs that a rank with long work gives
 
 
@@ -284,7 +285,7 @@ class Ranks:
         with contextlib.suppress(RuntimeError, ValueError):  # no launcher, or not any more
             store = run_store()
             store.add(f"misses others {self.rank}", 1)
-            time.sleep(2)  # until those whose fault it is not have said the same
+            time.sleep(SAY_WITHIN)  # until those whose fault it is not have said the same
             if store.add("errors", 0):
                 return None
             names = range(self.world_size)

@@ -240,8 +240,9 @@ def test_a_rank_that_does_not_come_ends_the_wait():
 # ---------------------------------------------------------------------------- errors
 
 
-def test_the_lost_one_is_named_by_those_who_miss_it(store):
+def test_the_lost_one_is_named_by_those_who_miss_it(store, monkeypatch):
     """Unless a rank has said why it ends: then nothing is to be added."""
+    monkeypatch.setattr(room, "SAY_WITHIN", 0.2)
 
     def say(ranks: Ranks) -> str | None:
         return None if ranks.rank == 1 else ranks.lost_peer()
