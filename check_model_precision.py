@@ -19,13 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from config import DTYPE_BYTES
-from minllama.command_line import (
-    OneLineParser,
-    parse_or_exit,
-    print_error,
-    protect_output,
-    with_underscores,
-)
+from minllama.command_line import OneLineParser, parse_or_exit, print_error, protect_output
 from minllama.errors import UsageError
 
 PROGRAM = "check_model_precision.py"
@@ -53,7 +47,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--save_dtype", choices=DTYPE_BYTES, help="precision of pt and hf (default: float32)")
     add("--tokenizer_model", type=Path, metavar="PATH", help="vocabulary for a file without one")
     add("--overwrite", action="store_true", help="let --convert replace what is there")
-    words = [with_underscores(word) for word in arguments]
+    words = list(arguments)
     for i, word in enumerate(words):  # the formats, too, in both spellings
         if i and words[i - 1] == "--convert" or word.startswith("--convert="):
             words[i] = word.replace("_", "-")

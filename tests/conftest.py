@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from config import LlamaConfig
+from tokenizer import Tokenizer
 
 # Models this small gain nothing from threads and, on busy cores, lose most of their time to them.
 torch.set_num_threads(1)
@@ -31,6 +32,18 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip("optional real data: ../shared/data is not there")
     return folder
+
+
+@pytest.fixture
+def empty_folder(tmp_path: Path, monkeypatch) -> None:
+    """The test runs in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    """The embedded vocabulary."""
+    return Tokenizer()
 
 
 @pytest.fixture

@@ -19,11 +19,6 @@ from minllama.pt_file import save_pt
 from tokenizer import EMBEDDED_VOCABULARY, Tokenizer
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer()
-
-
 @pytest.fixture
 def saved(tmp_path: Path, tokenizer: Tokenizer) -> Path:
     path = tmp_path / "model.pt"

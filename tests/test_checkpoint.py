@@ -26,11 +26,7 @@ from minllama.random_state import random_state, restore_random_state
 from minllama.training import Progress
 from optimizer import AdamW, parameter_groups
 
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    """Every test runs in an empty folder."""
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 def test_the_golden_checkpoint_loads_for_ever():

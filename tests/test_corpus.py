@@ -16,11 +16,7 @@ from minllama.ranks import Ranks
 from minllama.signals import StopRequest
 from tokenizer import Tokenizer
 
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    """Every test runs in an empty folder."""
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 def load(line: str = "", *, stop: StopRequest | None = None) -> Texts:

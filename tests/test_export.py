@@ -19,11 +19,6 @@ from minllama.export import export
 from tokenizer import Tokenizer
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer()
-
-
 def write(model: Llama, target: str, output: Path, *, dtype: str = "float32", tokenizer=None):
     return export(model, target, output, dtype=dtype, tokenizer=tokenizer, extra={})
 

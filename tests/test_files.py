@@ -29,11 +29,7 @@ from minllama.files import (
 
 posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such thing")
 
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    """Every test runs in an empty folder."""
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 @pytest.fixture

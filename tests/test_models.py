@@ -16,11 +16,7 @@ from minllama.models import find_model, load_model
 from minllama.pt_file import save_pt
 from tokenizer import Tokenizer, train_vocabulary
 
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    """Every test runs in an empty folder."""
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 def load(line: str) -> tuple[Llama, Tokenizer]:

@@ -23,11 +23,7 @@ from minllama.pt_file import FORMAT_VERSION, SEAL, load_pt, save_pt, tensors_in,
 
 LOADERS = [load_pt, load_pretrained, load_checkpoint, summarize]
 
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    """Every test runs in an empty folder."""
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 # ---------------------------------------------------------------------------- writing

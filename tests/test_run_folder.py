@@ -19,11 +19,7 @@ from minllama.pt_file import save_pt
 from minllama.ranks import Ranks
 from minllama.run_folder import RunFolder, read_on_ranks
 
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    """Every test runs in an empty folder."""
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 @pytest.fixture

@@ -20,11 +20,6 @@ from tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer()
-
-
-@pytest.fixture(scope="module")
 def model(tokenizer) -> Llama:
     torch.manual_seed(0)
     shape = {"dim": 32, "n_layers": 2, "n_heads": 2, "max_seq_len": 64}
