@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import hashlib
 import math
 import re
@@ -21,6 +20,7 @@ from typing import Any, Literal
 
 from minllama.command_line import OneLineParser, add_flag, read_stored, section, with_underscores
 from minllama.errors import UsageError
+from minllama.suggestions import describe_unknown
 
 DATA_DIR = Path(__file__).resolve().parent / "data"
 SHIPPED_MODEL = DATA_DIR / "stories-tiny.pt"
@@ -191,11 +191,19 @@ class Options:
     flag = section("the run", *EVERY, on_resume="typed")
     option: Literal["pretrain", "finetune", "prompt", "generate"] = flag("generate", "what to do")
     use_gpu: bool = flag(False, "train or run on CUDA or Apple's MPS where there is one")
+    save_dir: Path = flag(
+        Path("checkpoints"),
+        "folder of the run's checkpoints and records; typed without --pretrained_model_path, its "
+        "model is the one to finetune, prompt or generate with",
+    )
     flag = section("the run", *TRAINING, on_resume="typed")
     plan: bool = flag(False, "print the plan of the run (sizes, steps, memory) and stop")
-    save_dir: Path = flag(Path("checkpoints"), "folder of the run's checkpoints and records")
     resume: str | None = flag(
-        None, "continue from this checkpoint; auto: the newest in --save_dir", metavar="FILE|auto"
+        None,
+        "continue from this checkpoint, or the newest in this folder; alone or auto: the newest "
+        "in --save_dir",
+        metavar="FILE|auto",
+        alone="auto",
     )
     overwrite: bool = flag(False, "remove the files of an earlier run in --save_dir first")
     max_steps: int | None = flag(None, "end after this many optimizer steps in all", at_least=1)
@@ -236,8 +244,8 @@ class Options:
     flag = section("the model", "finetune", "prompt", "generate")
     pretrained_model_path: Path | None = flag(
         None,
-        "model file or folder to finetune, prompt or generate with; unset: "
-        "./checkpoints/final-model.pt, else ./stories42M.pt, else the shipped model",
+        "model file or folder to finetune, prompt or generate with; unset: that of a --save_dir "
+        "typed, else ./checkpoints/final-model.pt, else ./stories42M.pt, else the shipped model",
     )
 
     flag = section("text to pretrain on", "pretrain")
@@ -477,24 +485,30 @@ class Options:
 FLAGS = {field.name: field for field in dataclasses.fields(Options) if "help" in field.metadata}
 TYPED_ON_RESUME = {n for n, field in FLAGS.items() if field.metadata["on_resume"] == "typed"}
 HINTS = typing.get_type_hints(Options)
+READERS: dict[str, tuple[str, ...]] = {n: f.metadata["read_by"] for n, f in FLAGS.items()}
 
 
 # ---------------------------------------------------------------------------- reading them
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of run_llama.py, generated from the table."""
+def build_parser(option: str | None = None) -> argparse.ArgumentParser:
+    """The command line of run_llama.py, generated from the table.
+
+    Its help shows the flags that `option` reads, by default all.
+    """
     parser = OneLineParser(
         prog="run_llama.py",
         usage="python run_llama.py --option {pretrain,finetune,prompt,generate} [options]",
         description="Pretrain a small Llama from scratch; finetune, prompt and generate with it.",
-        epilog="Every option is accepted with _ and with -, e.g. --save_dir and --save-dir.",
+        epilog="Every option is accepted with _ and with -, e.g. --save_dir and --save-dir. "
+        "`--option pretrain --help` lists what pretraining reads, and likewise the others.",
         allow_abbrev=False,
     )
     titles = dict.fromkeys(field.metadata["section"] for field in FLAGS.values())
     groups = {title: parser.add_argument_group(title) for title in titles}
     for name, field in FLAGS.items():
-        add_flag(groups[field.metadata["section"]], field, HINTS[name])
+        shown = option is None or option in field.metadata["read_by"]
+        add_flag(groups[field.metadata["section"]], field, HINTS[name], shown=shown)
     return parser
 
 
@@ -504,9 +518,13 @@ def parse_options(arguments: Sequence[str]) -> Options:
     Raises UsageError with every problem found, a line each; exits 0 after `--help`.
     """
     words = [with_underscores(word) for word in arguments]
-    namespace, unknown = build_parser().parse_known_args(words)
+    first = OneLineParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--option")
+    named = first.parse_known_args(words)[0].option
+    parser = build_parser(named if named in EVERY else None)
+    namespace, unknown = parser.parse_known_args(words)
     if unknown:
-        raise UsageError("\n".join(map(_unknown_argument, unknown)))
+        raise UsageError("\n".join(describe_unknown(words, unknown, READERS, namespace.option)))
     values = vars(namespace)
     for name, field in FLAGS.items():
         if isinstance(field.default, tuple):
@@ -519,26 +537,16 @@ def parse_options(arguments: Sequence[str]) -> Options:
     return options
 
 
-def _unknown_argument(word: str) -> str:
-    if word in EVERY:
-        return f"{word}: did you mean --option {word}?"
-    flags = ["-h", "--help", *(f"--{name}" for name in FLAGS)]
-    near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
-    remedy = f"did you mean {near[0]}?" if near else "--help lists the options"
-    return f"{word}: no such option; {remedy}"
-
-
 # ---------------------------------------------------------------------------- checking them
 
 
 def find_idle_flags(options: Options) -> list[str]:
     """A note for each flag typed that the option at hand does not read."""
-    readers = {name: field.metadata["read_by"] for name, field in FLAGS.items()}
     notes = []
     for name, field in FLAGS.items():
-        if name in options.given and options.option not in readers[name]:
+        if name in options.given and options.option not in READERS[name]:
             instead = field.metadata["instead"]
-            remedy = f": --{instead} has" if options.option in readers.get(instead, ()) else ""
+            remedy = f": --{instead} has" if options.option in READERS.get(instead, ()) else ""
             notes.append(f"note: --{name} has no effect on --option {options.option}{remedy}")
     return notes
 

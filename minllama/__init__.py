@@ -4,6 +4,7 @@ A module imports only modules that are listed above it:
 
     errors, units        messages for the user; sizes and durations
     command_line         argparse with one-line errors; flags from a dataclass
+    suggestions          what an unknown flag may have meant
     files                files written whole or not at all
     (config)             the model's shape, presets, every flag
     signals              Ctrl-C, SIGTERM, a closed terminal

@@ -85,7 +85,7 @@ def section(
         *,
         many: bool = False,  # takes several values at once, else the flag is repeated
         metavar: str | None = None,
-        alone: str | None = None,  # what a flag of choices means when it is typed without one
+        alone: str | None = None,  # what the flag means when it is typed without a value
         instead: str | None = None,  # the flag that the other options have for the same thing
         **bounds: float,
     ) -> Any:
@@ -123,17 +123,16 @@ def read_stored(field: dataclasses.Field, annotation: Any, value: Any) -> Any:
     raise UsageError(f"the checkpoint's --{field.name} is {str(value)[:80]!r}: it is damaged")
 
 
-def add_flag(group: Any, field: dataclasses.Field, annotation: Any) -> None:
-    """Add one row of the table to an argparse group."""
+def add_flag(group: Any, field: dataclasses.Field, annotation: Any, *, shown: bool = True) -> None:
+    """Add one row of the table to an argparse group; `shown` in its help or not."""
     (kind, _), metadata = without_none(annotation), field.metadata
-    shown = "" if field.default in (None, (), False) else f" (default: {field.default})"
-    settings = {"default": field.default, "help": metadata["help"] + shown}
+    default = "" if field.default in (None, (), False) else f" (default: {field.default})"
+    text = metadata["help"] + default if shown else argparse.SUPPRESS
+    settings = {"default": field.default, "help": text}
     if kind is bool:
         settings["action"] = "store_true"
     elif typing.get_origin(kind) is Literal:
         settings["choices"] = typing.get_args(kind)
-        if metadata["alone"]:
-            settings |= {"nargs": "?", "const": metadata["alone"]}
     elif typing.get_origin(kind) is tuple:
         settings |= {"nargs": "+"} if metadata["many"] else {"action": "append"}
         settings |= {"metavar": metadata["metavar"] or "PATH", "default": None}  # else appended to
@@ -142,6 +141,8 @@ def add_flag(group: Any, field: dataclasses.Field, annotation: Any) -> None:
         words = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
         settings["metavar"] = metadata["metavar"] or words[kind]
         settings["type"] = number_reader(kind, **metadata["bounds"]) if numeric else kind
+    if metadata["alone"]:
+        settings |= {"nargs": "?", "const": metadata["alone"]}
     group.add_argument(f"--{field.name}", **settings)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from config import SHIPPED_MODEL, Options
 from llama import Llama, load_pretrained
 from minllama.checkpoint import STATE_FILE
 from minllama.errors import UsageError
+from minllama.text import download_hint
 from tokenizer import Tokenizer, vocabulary_remedy
 
 SHOWN_FILES = 10  # of many, named one by one
@@ -28,33 +30,74 @@ def load_model(options: Options, device: torch.device) -> tuple[Llama, Tokenizer
 
 
 def find_model(options: Options) -> Path:
-    """The model file or folder to use, as named or the first default that is there; says which.
+    """The model file or folder to use: as named, that of a --save_dir typed, or the first default.
 
-    Of a run's folder that is final-model.pt, else best-model.pt if there is exactly one. Raises
-    UsageError where there is none or more.
+    Says which, where that is not what was typed. Raises UsageError.
     """
-    path = options.pretrained_model_path
-    if path is None:
-        defaults = (Path("checkpoints/final-model.pt"), Path("stories42M.pt"), SHIPPED_MODEL)
-        path = next((path for path in defaults if path.exists()), SHIPPED_MODEL)
-        print(f"--pretrained_model_path is not given: using {path}")
-        return path
-    files = sorted(path.glob("*.pt"))
+    path, run = options.pretrained_model_path, options.save_dir
+    if path is not None:
+        found = model_in(path, "--pretrained_model_path")
+        if found != path:
+            print(f"--pretrained_model_path {path} is a folder: using {found}")
+        return found
+    finetune = options.option == "finetune"  # its own models may be in its folder, or will be
+    if "save_dir" in options.given and not (finetune and pretrained_in(run) is None):
+        found = pretrained_in(run) or model_in(run, "--save_dir")
+        print(f"--pretrained_model_path is not given: using --save_dir's {found}")
+        return found
+    defaults = (Path("checkpoints/final-model.pt"), Path("stories42M.pt"), SHIPPED_MODEL)
+    path = next((path for path in defaults if path.exists()), SHIPPED_MODEL)
+    print(f"--pretrained_model_path is not given: using {path}")
+    return path
+
+
+def pretrained_in(folder: Path) -> Path | None:
+    """The model that a pretraining left in its folder, if it did."""
+    models = (folder / "final-model.pt", folder / "best-model.pt")
+    return next((path for path in models if path.is_file()), None)
+
+
+def model_in(path: Path, flag: str) -> Path:
+    """A model file, a Hugging Face folder, or the model file in a run's folder.
+
+    Of a run's folder that is final-model.pt, else the one best-model.pt, else the one checkpoint.
+    Raises UsageError that names `flag` and what there is instead.
+    """
+    if not path.exists():
+        raise UsageError(f"{flag} {path}: no such file or folder{_there_is(path)}")
     if (path / STATE_FILE).is_file():
         raise UsageError(
             f"{path}: is a sharded checkpoint: resume it (--resume {path}, one process is enough) "
             "to get final-model.pt"
         )
-    if not files or (path / "config.json").is_file():  # a file, or Hugging Face's folder
+    if path.is_file() or (path / "config.json").is_file():
         return path
+    files = sorted(path.glob("*.pt"))
+    if not files:
+        raise UsageError(f"{flag} {path}: the folder holds no model{_there_is(path)}")
     final = [file for file in files if file.name == "final-model.pt"]
     best = [file for file in files if file.name.endswith("best-model.pt")]
-    found = final or best
+    found = final or best or files
     if len(found) != 1:
-        named = ", ".join(str(file) for file in (best or files)[:SHOWN_FILES])
-        raise UsageError(f"--pretrained_model_path {path}: is a folder; name one of {named}")
-    print(f"--pretrained_model_path {path} is a folder: using {found[0]}")
+        raise UsageError(f"{flag} {path}: is a folder; name one of {_named(found)}")
     return found[0]
+
+
+def _there_is(path: Path) -> str:
+    """What to add to the message of a model that is not there: which models are, near by."""
+    if hint := download_hint(path):
+        return hint
+    folder = path if path.is_dir() else path.parent
+    near = sorted(folder.glob("*.pt"))
+    if not near:  # beside a folder whose name is mistyped, or that a run left elsewhere
+        near = sorted({*folder.glob("*/*.pt"), *Path().glob("*.pt"), *Path().glob("*/*.pt")})
+    models = [file for file in near if file.name.endswith("-model.pt")]
+    return f"; there is {_named(models or near)}" if near else ""
+
+
+def _named(files: Sequence[Path]) -> str:
+    more = f" and {len(files) - SHOWN_FILES} more" if len(files) > SHOWN_FILES else ""
+    return ", ".join(map(str, files[:SHOWN_FILES])) + more
 
 
 def find_vocabulary(llama: Llama, path: Path, options: Options) -> Tokenizer:

@@ -88,7 +88,7 @@ def open_session(
     options: Options, prefix: str, *, ranks: Ranks, stop: StopRequest
 ) -> Iterator[Session]:
     """A run's session, with no other run of this kind in its folder; raises UsageError."""
-    options = use_checkpoint_folder(options)
+    options = use_checkpoint_folder(options, prefix)
     folder = RunFolder(options.save_dir, prefix)
     with contextlib.ExitStack() as held:
         if not options.plan:
@@ -112,23 +112,29 @@ def open_session(
 # ---------------------------------------------------------------------------- resuming
 
 
-def use_checkpoint_folder(options: Options) -> Options:
-    """A run resumed from a file continues in that file's folder; raises UsageError for another."""
+def use_checkpoint_folder(options: Options, prefix: str) -> Options:
+    """A run resumed from a file continues in that file's folder, or in the folder that is named.
+
+    Raises UsageError for another --save_dir, and where there is no checkpoint.
+    """
     if options.resume in (None, "auto"):
         return options
     path = Path(options.resume)
-    if not state_file(path).is_file():
-        problem = "no such file; auto takes the newest"
-        if path.is_dir():
-            problem = f"is a folder; --save_dir {path} --resume auto continues the run in it"
-        raise UsageError(f"--resume {options.resume}: {problem}")
-    folder = path.parent
+    in_folder = path.is_dir() and not state_file(path).is_file()
+    if in_folder and not RunFolder(path, prefix).checkpoints():
+        raise UsageError(f"--resume {path}: the folder holds no {prefix} checkpoint")
+    if not in_folder and not state_file(path).is_file():
+        raise UsageError(
+            f"--resume {path}: no such file; --resume alone takes the newest in --save_dir"
+        )
+    folder = path if in_folder else path.parent
     if "save_dir" in options.given and options.save_dir.resolve() != folder.resolve():
         raise UsageError(
             f"--resume {options.resume} lies outside --save_dir {options.save_dir}: a run "
             f"continues where its files are, so leave --save_dir out or give {folder}"
         )
-    return dataclasses.replace(options, save_dir=folder)
+    resume = "auto" if in_folder else options.resume
+    return dataclasses.replace(options, save_dir=folder, resume=resume)
 
 
 def find_start(

@@ -7,6 +7,7 @@ import inspect
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -22,6 +23,7 @@ import run_llama
 from config import (
     FLAGS,
     PRESETS,
+    READERS,
     TYPED_ON_RESUME,
     LlamaConfig,
     Options,
@@ -29,6 +31,7 @@ from config import (
     parse_options,
 )
 from minllama.errors import UsageError
+from minllama.suggestions import NEIGHBOURS, suggest
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = ("pretrain", "finetune", "prompt", "generate")
@@ -143,6 +146,7 @@ def test_compile_is_a_choice_or_a_plain_flag():
         ("--sav_dir x", ["--sav_dir", "did you mean --save_dir?"]),
         ("pretrain", ["did you mean --option pretrain?"]),
         ("--qqq", ["--qqq", "--help lists the options"]),
+        ("--epochs 3 x", ["x: belongs to no option"]),
         ("--option pretrain --dim 100 --n_heads 7", ["--dim 100", "--n_heads 7", "98"]),
         ("--option pretrain --n_heads 4 --n_kv_heads 3", ["--n_heads 4", "--n_kv_heads 3"]),
         ("--option pretrain --dim 12 --n_heads 4", ["--dim 12", "--n_heads 4", "even"]),
@@ -169,7 +173,46 @@ def test_bad_input_names_flag_value_and_remedy(line, words):
         parse_options(line.split())
     for word in words:
         assert word in str(error.value)
-    assert str(error.value).count("\n") == (line == "--sav_dir x")  # the x is strange, too
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "want"),
+    [
+        ("--option pretrain --data a b", "--pretrain_data"),
+        ("--option finetune --data a", "--train"),
+        ("--option pretrain --model tiny", "--model_size"),
+        ("--model x.pt", "--pretrained_model_path"),
+        ("--device cuda", "--use_gpu"),
+        ("--option pretrain --learning_rate 1e-3", "--pretrain_lr"),
+        ("--option finetune --learning-rate=1e-3", "--lr"),
+        ("--option pretrain --batch 4", "--pretrain_batch_size"),
+        ("--option pretrain --ckpt x", "--resume"),
+        ("--option prompt --ckpt x", "--pretrained_model_path"),
+        ("--out_dir x", "--save_dir"),
+        ("--option pretrain --block_size 8", "--max_seq_len"),
+        ("--option pretrain --n_embd 8", "--dim"),
+        ("--option pretrain --max_iters 8", "--max_steps"),
+        ("--temp 0.5", "--temperature"),
+        ("--top 3", "--top_k or --top_p"),
+    ],
+)
+def test_a_neighbours_flag_is_named_in_our_words(line, want):
+    """--temp suggested --test, --device --dev, --data --val_data, --learning_rate nothing.
+
+    And the value behind an unknown flag was a second error.
+    """
+    with pytest.raises(UsageError) as error:
+        parse_options(line.split())
+    assert str(error.value).endswith(f": no such option; did you mean {want}?")
+    assert "\n" not in str(error.value)
+
+
+def test_the_neighbours_names_are_not_ours():
+    """A name of ours is never unknown, and one that is no longer ours helps nobody."""
+    theirs = {name for names in NEIGHBOURS.values() for name in names.split()}
+    assert not theirs & {*FLAGS} and not {*NEIGHBOURS} - {*FLAGS}
+    assert all(suggest(name, READERS, "pretrain") for name in theirs)
 
 
 @pytest.mark.parametrize("words", ["--prompt a", "--prompt_file prompts.txt"])
@@ -229,6 +272,17 @@ def test_help_lists_every_flag_and_needs_no_torch():
     ).stdout
     for name in FLAGS:
         assert f"--{name} " in text or f"--{name}\n" in text
+
+
+@pytest.mark.parametrize("joint", [" ", "="])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_the_help_of_an_option_shows_what_it_reads(option, joint, capsys):
+    """All ninety flags were shown whatever was asked for."""
+    with pytest.raises(SystemExit) as ended:
+        parse_options(f"--help --option{joint}{option}".split())
+    shown = {*re.findall(r"^  --(\w+)", capsys.readouterr().out, flags=re.M)}
+    assert not ended.value.code
+    assert shown == {name for name, read_by in READERS.items() if option in read_by}
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ def test_the_default_is_the_newest_that_is_likely_meant(capsys):
     assert find_model(options) == Path("checkpoints/final-model.pt")
     said = f"--pretrained_model_path is not given: using {Path('checkpoints/final-model.pt')}"
     assert said in capsys.readouterr().out
+    Path("x.pt").touch()
     assert find_model(parse_options(["--pretrained_model_path", "x.pt"])) == Path("x.pt")
 
 
@@ -74,8 +75,48 @@ def test_a_runs_folder_means_its_model(capsys):
     Path("run/best-model.pt").unlink()
     assert find_model(options) == Path("run/finetune-a-best-model.pt")
     Path("run/finetune-a-best-model.pt").unlink()
-    with pytest.raises(UsageError, match="pretrain-epoch-3.pt"):
+    assert find_model(options) == Path("run/pretrain-epoch-3.pt")
+    Path("run/pretrain-epoch-4.pt").touch()
+    with pytest.raises(UsageError, match="name one of .*pretrain-epoch-3.pt"):
         find_model(options)
+
+
+@pytest.mark.parametrize("option", ["generate", "prompt", "finetune"])
+def test_a_save_dir_that_is_typed_chooses_the_model(option, capsys):
+    """`--option generate --save_dir run1` wrote with another run's model, and said only which."""
+    for folder in ("checkpoints", "run1"):
+        Path(folder).mkdir()
+        Path(folder, "final-model.pt").touch()
+    final = Path("run1/final-model.pt")
+    words = ["--option", option, "--save_dir", "run1"]
+    assert find_model(parse_options(words)) == final
+    assert f"using --save_dir's {final}" in capsys.readouterr().out
+    Path("x.pt").touch()
+    assert find_model(parse_options([*words, "--pretrained_model_path", "x.pt"])) == Path("x.pt")
+    final.rename("run1/best-model.pt")
+    Path("run1/finetune-a-best-model.pt").touch()
+    assert find_model(parse_options(words)) == Path("run1/best-model.pt")
+    Path("run1/best-model.pt").unlink()
+    if option == "finetune":  # its run is written there: the model comes from elsewhere
+        assert find_model(parse_options(words)) == Path("checkpoints/final-model.pt")
+    else:
+        assert find_model(parse_options(words)) == Path("run1/finetune-a-best-model.pt")
+
+
+def test_a_model_that_is_not_there_names_those_that_are():
+    """`no such file` left the user to look for what the run had written, and where."""
+    Path("run1").mkdir()
+    for name in ("run1/final-model.pt", "run1/pretrain-step-2.pt"):
+        Path(name).touch()
+    final = Path("run1/final-model.pt")
+    for missing in ("run1/pretrain-epoch-10.pt", "run2/final-model.pt", "nothing.pt"):
+        done = command(f"--pretrained_model_path {missing}")
+        assert f"--pretrained_model_path {Path(missing)}: no such file or folder; " in done.error
+        assert f"there is {final}\n" in done.error
+    Path("empty").mkdir()
+    done = command("--option prompt --save_dir empty")
+    assert f"--save_dir empty: the folder holds no model; there is {final}\n" in done.error
+    assert "download.py stories42M" in command("--pretrained_model_path stories42M.pt").error
 
 
 def test_a_folder_of_hugging_face_is_left_to_its_reader():

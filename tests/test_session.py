@@ -71,12 +71,20 @@ def test_a_run_is_resumed_in_its_own_folder():
     assert Path("b/metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("resume", ["--save_dir run --resume", "--resume run"])
+def test_resume_needs_no_more_than_a_folder(resume):
+    """Bare --resume was "expected one argument", and a folder an error that named another flag."""
+    assert pretrain("--max_steps 2").status == 0
+    done = command(f"--option pretrain --cache_dir cache {resume} --max_steps 3")
+    assert done.status == 0 and steps() == [1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("resume", "words"),
     [
         ("run/final-model.pt", ["final-model.pt", "is a weights file", "-step-N.pt"]),
         ("run/nothing.pt", ["--resume run/nothing.pt", "no such file"]),
-        ("run", ["--resume run", "is a folder", "--save_dir run --resume auto"]),
+        ("cache", ["--resume cache", "the folder holds no pretrain checkpoint"]),
     ],
 )
 def test_what_is_no_checkpoint_is_not_resumed(resume, words):
