@@ -174,8 +174,25 @@ PRESETS: dict[str, Preset] = {
     ),
 }
 
+# Of the rate that suits a size from scratch, what going on from trained weights begins with: enough
+# to learn another text by, and not so much that what was learnt is forgotten first.
+CONTINUED_LR = 0.2
+
+
+def continued_lr(config: LlamaConfig) -> float:
+    """The peak learning rate to go on from weights with, by the preset nearest to their size."""
+    size = sum(config.block_parameters())
+
+    def distance(preset: Preset) -> float:
+        shape = LlamaConfig(vocab_size=config.vocab_size, **preset.shape)
+        return abs(math.log(sum(shape.block_parameters()) / size))
+
+    return CONTINUED_LR * min(PRESETS.values(), key=distance).pretrain_lr
+
+
 # ---------------------------------------------------------------------------- the table of flags
 
+SHAPE_FLAGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim")  # beside --model_size
 EMBEDDED_SEQ_LEN = 256  # of the embedded stories, which are shorter: more steps, sooner done
 TRAINING = ("pretrain", "finetune")
 LABELLED = ("finetune", "prompt")
@@ -241,11 +258,11 @@ class Options:
     tokenizer_model: Path | None = flag(
         None, "SentencePiece vocabulary; unset: the model file's own, or the embedded one"
     )
-    flag = section("the model", "finetune", "prompt", "generate")
     pretrained_model_path: Path | None = flag(
         None,
-        "model file or folder to finetune, prompt or generate with; unset: that of a --save_dir "
-        "typed, else ./checkpoints/final-model.pt, else ./stories42M.pt, else the shipped model",
+        "model file or folder to start from, of this or another program; unset: to pretrain from "
+        "scratch, else that of a --save_dir typed, else ./checkpoints/final-model.pt, else "
+        "./stories42M.pt, else the shipped model",
     )
 
     flag = section("text to pretrain on", "pretrain")
@@ -315,7 +332,11 @@ class Options:
     flag = section("--option pretrain", "pretrain")
     pretrain_batch_size: int = flag(8, "chunks per micro-batch", at_least=1, instead="batch_size")
     pretrain_lr: float | None = flag(
-        None, "peak learning rate; unset: what suits --model_size", above=0, below=1e6, instead="lr"
+        None,
+        "peak learning rate; unset: what suits --model_size, or to go on from a model's weights",
+        above=0,
+        below=1e6,
+        instead="lr",
     )
     eval_interval: int = flag(0, "steps between validations; 0: each epoch's end", at_least=0)
     best_model_interval: int = flag(1, "epochs between looks for a new best-model.pt", at_least=1)
@@ -428,7 +449,7 @@ class Options:
     def llama_config(self, vocab_size: int) -> LlamaConfig:
         """The shape to pretrain: the preset, changed by the single flags."""
         shape = dict(PRESETS[self.model_size].shape)
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim"):
+        for name in SHAPE_FLAGS:
             if getattr(self, name) is not None:
                 shape[name] = getattr(self, name)
         if self.dim is not None and self.hidden_dim is None:
@@ -438,6 +459,34 @@ class Options:
         return LlamaConfig(
             vocab_size=vocab_size, max_seq_len=self.max_seq_len, dropout=self.dropout, **shape
         )
+
+    def check_shape(self, path: Path, config: LlamaConfig) -> None:
+        """Raise UsageError where a flag of the shape was typed that is not the file's."""
+        typed = {n: getattr(self, n) for n in self.given.intersection(SHAPE_FLAGS)}
+        if "model_size" in self.given:
+            preset = LlamaConfig(vocab_size=config.vocab_size, **PRESETS[self.model_size].shape)
+            typed = {n: getattr(preset, n) for n in SHAPE_FLAGS} | typed
+        other = [n for n in SHAPE_FLAGS if typed.get(n, getattr(config, n)) != getattr(config, n)]
+        if other:
+            has = ", ".join(f"{name} {getattr(config, name)} (not {typed[name]})" for name in other)
+            raise UsageError(
+                f"--pretrained_model_path {path} has {has}: a model keeps its shape, so leave "
+                "--model_size, --dim and the like out"
+            )
+
+    def suited_to(self, config: LlamaConfig) -> Options:
+        """These options to go on from a model: chunks within its context, a rate for its size.
+
+        Raises UsageError where the least learning rate is above that one.
+        """
+        changes: dict[str, Any] = {}
+        if "max_seq_len" not in self.given:
+            changes["max_seq_len"] = min(self.max_seq_len, config.max_seq_len)
+        if self.pretrain_lr is None:
+            changes["pretrain_lr"] = continued_lr(config)
+        options = dataclasses.replace(self, **changes)
+        check_options(options)
+        return options
 
     def muon_parameters(self, config: LlamaConfig) -> int:
         """How many parameters of a pretraining Muon updates: those of the layers' matrices."""
@@ -560,7 +609,7 @@ def check_options(options: Options) -> None:
 
 def find_problems(options: Options) -> Iterator[str]:
     """What the options contradict among themselves."""
-    if options.option == "pretrain":
+    if options.option == "pretrain" and not options.pretrained_model_path:
         try:
             options.llama_config(vocab_size=32000)
         except UsageError as error:

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from config import IGNORE_INDEX, LlamaConfig, fingerprint
 from minllama.errors import UsageError
-from minllama.formats import read_model
+from minllama.formats import StoredModel, read_model
 from minllama.generation import (
     KVCache,
     PackedLinear,
@@ -515,13 +515,21 @@ def load_pretrained(path: str | Path) -> Llama:
     Runs no code from the file. Raises UsageError, naming file and tensor, for anything that is not
     a Llama of one of the formats that `minllama.formats` reads.
     """
-    config, weights, vocabulary = read_model(Path(path))
+    return build_model(read_model(Path(path)))
+
+
+def build_model(stored: StoredModel) -> Llama:
+    """A stored model in float32 on the CPU and in eval mode; a copy, whatever becomes of the file.
+
+    Its config may have another `max_seq_len` or `dropout` than it was stored with.
+    """
     with torch.device("meta"):  # no time and no random numbers for weights that are replaced
-        model = Llama(config)
+        model = Llama(stored.config)
+    weights = stored.weights
     state = {name: weights[name].to(torch.float32, copy=True) for name in model.state_dict()}
     model.load_state_dict(state, assign=True)
     model._settle()
-    model.vocabulary = vocabulary
+    model.vocabulary = stored.vocabulary
     return model.eval()
 
 

@@ -54,7 +54,7 @@ from minllama.labelled import (
     read_labelled,
     report_predictions,
 )
-from minllama.models import load_model
+from minllama.models import STARTING_WEIGHTS, find_start_model, load_model
 from minllama.plan import Cluster, TrainingPlan, warn_of_plan
 from minllama.prompting import Prompts, score_labels
 from minllama.pt_file import load_pt
@@ -77,28 +77,33 @@ CURVE_POINTS = 2000  # of the training loss in its picture
 
 
 def pretrain(options: Options, stop: StopRequest, ranks: Ranks) -> int:
-    """Train a Llama from scratch on text files; returns the exit status."""
+    """Train a Llama on text files, from scratch or from given weights; returns the exit status."""
     if options.plan and options.world_size:
         return plan_for_gpus(options, stop)
     with open_session(options, "pretrain", ranks=ranks, stop=stop) as session:
-        options = session.options
-        tokenizer = Tokenizer(tokenizer_model=options.tokenizer_model)
-        config = options.llama_config(tokenizer.n_words)
+        options, start = find_start_model(session.options, session.checkpoint)
+        session.options, config, tokenizer = options, start.config, start.tokenizer
         texts = load_texts(options, tokenizer, stop=stop, ranks=ranks)
         identity = {
             "--pretrain_data, --tokenizer_model or how the text is read: key": texts.key,
             "training tokens (--val_fraction, --val_data)": len(texts.train.stream),
             "model shape": config.to_model_args() | {"dropout": 0.0},
             "--max_seq_len": options.max_seq_len,
+            STARTING_WEIGHTS: start.weights,
         }
         session.settle(identity, **pretraining_sizes(options, config, texts))
         if options.plan:
             return 0
         keep_freed_memory()
-        model = Llama(config)
+        model = start.model or Llama(config)
         model.vocabulary = tokenizer.model_bytes
         run = Run(session, Pretraining(session, texts, model))
         run.start()
+        if run.progress.step == 0 and start.model is not None and run.progress.first is not None:
+            print(
+                f"before the first step: val loss {run.progress.first:.4f}, val perplexity "
+                f"{math.exp(run.progress.first):,.4f}"
+            )
         if train(run):
             return say_interrupted(session, run.progress.step)
         return finish_pretraining(run, tokenizer)
@@ -222,12 +227,12 @@ def pretraining_sizes(options: Options, config: LlamaConfig, texts: Texts) -> di
 
 def plan_for_gpus(options: Options, stop: StopRequest) -> int:
     """Print what a run would need and take on `--world_size` GPUs of the kind `--gpu`."""
-    tokenizer = Tokenizer(tokenizer_model=options.tokenizer_model)
-    texts = load_texts(options, tokenizer, stop=stop, ranks=Ranks())
+    options, start = find_start_model(options, None)
+    texts = load_texts(options, start.tokenizer, stop=stop, ranks=Ranks())
     options = options.with_global_batch(options.world_size)
     gpu = GPUS[options.gpu.upper()]
     dtype = "bfloat16" if options.dtype == "auto" else options.dtype
-    sizes = pretraining_sizes(options, options.llama_config(tokenizer.n_words), texts)
+    sizes = pretraining_sizes(options, start.config, texts)
     plan = TrainingPlan(options, options.world_size, "cuda", dtype, **sizes)
     memory = int(gpu.memory_gb * 1e9)
     print("\n".join([*plan.lines(memory), *Cluster(gpu).lines(plan)]))

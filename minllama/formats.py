@@ -129,10 +129,16 @@ def _checked(
     return StoredModel(config, weights, vocabulary)
 
 
-def _config(path: Path, args: dict[str, Any]) -> LlamaConfig:
-    """The shape that a file asks for; UsageError, naming the file, for an invalid one."""
+def read_shape(path: Path, args: Any, **defaults: Any) -> LlamaConfig:
+    """The shape that a file's `model_args` ask for; `defaults` for what they leave out.
+
+    Raises UsageError, naming the file, for an invalid one.
+    """
+    if not isinstance(args, dict):
+        raise UsageError(f"{path}: no dict 'model_args', which gives the shape of the model")
+    missing = {name: value for name, value in defaults.items() if args.get(name) is None}
     try:
-        return LlamaConfig.from_model_args(args)
+        return LlamaConfig.from_model_args(args | missing)
     except (TypeError, ValueError) as error:  # UsageError is a ValueError
         raise UsageError(f"{path}: invalid Llama shape: {error}") from None
 
@@ -171,9 +177,6 @@ def own_name(name: str) -> str:
 
 def _read_pt(path: Path, adapters: bool) -> StoredModel:
     payload = load_pt(path)
-    if not isinstance(payload.get("model_args"), dict):
-        raise UsageError(f"{path}: no dict 'model_args', which gives the shape of the model")
-    args = dict(payload["model_args"])
     weights = {
         own_name(name): tensor
         for name, tensor in payload["model"].items()
@@ -182,16 +185,19 @@ def _read_pt(path: Path, adapters: bool) -> StoredModel:
     # llama2.c's rotary tables are computed here; a classifier's head is not the Llama's.
     for name in ("freqs_cos", "freqs_sin", "classifier_head.weight", "classifier_head.bias"):
         weights.pop(name, None)
+    defaults: dict[str, Any] = {}
     gate = weights.get("layers.0.feed_forward.w1.weight")
-    if args.get("hidden_dim") is None and gate is not None and gate.dim() == 2:
-        args["hidden_dim"] = gate.shape[0]
+    if gate is not None and gate.dim() == 2:
+        defaults["hidden_dim"] = gate.shape[0]
     table, head = weights.get("tok_embeddings.weight"), weights.get("output.weight")
     if table is not None and head is not None:
-        args.setdefault("tie_word_embeddings", torch.equal(table, head))
-    return _checked(path, _config(path, args), weights, _vocabulary(path, payload))
+        defaults["tie_word_embeddings"] = torch.equal(table, head)
+    config = read_shape(path, payload.get("model_args"), **defaults)
+    return _checked(path, config, weights, read_vocabulary(path, payload))
 
 
-def _vocabulary(path: Path, payload: dict[str, Any]) -> bytes | None:
+def read_vocabulary(path: Path, payload: dict[str, Any]) -> bytes | None:
+    """The vocabulary that a .pt file carries, if any; UsageError for one that is damaged."""
     vocabulary = payload.get("vocabulary")
     if vocabulary is None:
         return None
@@ -239,7 +245,7 @@ def _read_llama2c(path: Path) -> StoredModel:
             raise UsageError(f"{path}: not a model file: neither a .pt file nor llama2.c's .bin")
         args = dict(zip(LLAMA2C_SHAPE, numbers, strict=True))
         args |= {"vocab_size": abs(args["vocab_size"]), "tie_word_embeddings": tied}
-        config = _config(path, args)
+        config = read_shape(path, args)
         shapes = parameter_shapes(config)
         shapes["freqs_cos"] = shapes["freqs_sin"] = (config.max_seq_len, config.head_dim // 2)
         order = llama2c_order(config.n_layers, version=version, tied=tied)
@@ -325,7 +331,7 @@ def _hugging_face_config(path: Path) -> LlamaConfig:
     args = {ours: theirs.get(key) for key, ours in HUGGING_FACE_CONFIG.items()}
     args["rope_theta"] = rope.get("rope_theta", 10000.0)
     args["tie_word_embeddings"] = theirs.get("tie_word_embeddings", False)
-    config = _config(file, args)
+    config = read_shape(file, args)
     if theirs.get("head_dim") not in (None, config.head_dim):
         raise UsageError(
             f"{file}: head_dim {theirs['head_dim']} is not supported, only hidden_size / "

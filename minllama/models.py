@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from config import SHIPPED_MODEL, Options
-from llama import Llama, load_pretrained
+from config import SHIPPED_MODEL, LlamaConfig, Options
+from llama import Llama, build_model, load_pretrained
 from minllama.checkpoint import STATE_FILE
 from minllama.errors import UsageError
+from minllama.formats import StoredModel, read_model, read_shape, read_vocabulary
 from minllama.text import download_hint
 from tokenizer import Tokenizer, vocabulary_remedy
 
@@ -100,14 +105,14 @@ def _named(files: Sequence[Path]) -> str:
     return ", ".join(map(str, files[:SHOWN_FILES])) + more
 
 
-def find_vocabulary(llama: Llama, path: Path, options: Options) -> Tokenizer:
-    """The vocabulary of a loaded model: its own; files without one take a file of the same size.
+def find_vocabulary(model: Llama | StoredModel, path: Path, options: Options) -> Tokenizer:
+    """The vocabulary of a model: its own; files without one take a file of the same size.
 
     Raises UsageError, naming both fingerprints or sizes, for a vocabulary that is not the model's.
     """
-    given, size = options.tokenizer_model, llama.config.vocab_size
-    if llama.vocabulary is not None:
-        tokenizer = Tokenizer(tokenizer_model=llama.vocabulary)
+    given, size = options.tokenizer_model, model.config.vocab_size
+    if model.vocabulary is not None:
+        tokenizer = Tokenizer(tokenizer_model=model.vocabulary)
         named = tokenizer if given is None else Tokenizer(tokenizer_model=given)
         if named.fingerprint != tokenizer.fingerprint:
             raise UsageError(
@@ -131,3 +136,68 @@ def find_vocabulary(llama: Llama, path: Path, options: Options) -> Tokenizer:
             "it was trained with"
         )
     return tokenizer
+
+
+# ---------------------------------------------------------------------------- going on from weights
+
+STARTING_WEIGHTS = "--pretrained_model_path: SHA-256 of its weights"  # in a run's identity
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a pretraining begins with."""
+
+    config: LlamaConfig
+    tokenizer: Tokenizer
+    model: Llama | None = None  # with the weights to go on from; None: from scratch, or resumed
+    weights: str | None = None  # the fingerprint of those weights; None: from scratch
+
+
+def find_start_model(options: Options, checkpoint: dict[str, Any] | None) -> tuple[Options, Start]:
+    """The shape, vocabulary and weights to pretrain from, and the options that suit them.
+
+    Without --pretrained_model_path the shape is the options'. With it shape and vocabulary are the
+    file's, and a larger --max_seq_len makes its context longer. A resumed run finds all of it in
+    its `checkpoint`; a file that is named anew is read to see that it is the one of before. Raises
+    UsageError.
+    """
+    path = options.pretrained_model_path
+    weights = checkpoint and checkpoint["identity"].get(STARTING_WEIGHTS)
+    if path is None and weights is None:
+        tokenizer = Tokenizer(tokenizer_model=options.tokenizer_model)
+        return options, Start(options.llama_config(tokenizer.n_words), tokenizer)
+    reads_file = weights is None or ("pretrained_model_path" in options.given and path.exists())
+    if reads_file:
+        path = find_model(options)
+        stored = read_model(path)
+    else:
+        path = Path("the checkpoint")
+        config = read_shape(path, checkpoint.get("model_args"))
+        stored = StoredModel(config, {}, read_vocabulary(path, checkpoint))
+        if "tokenizer_model" not in options.given:  # its file, too, may be gone
+            options = dataclasses.replace(options, tokenizer_model=None)
+    options.check_shape(path, stored.config)
+    tokenizer = find_vocabulary(stored, path, options)
+    if checkpoint is None:
+        options = options.suited_to(stored.config)
+    context = max(stored.config.max_seq_len, options.max_seq_len)
+    config = dataclasses.replace(stored.config, max_seq_len=context, dropout=options.dropout)
+    model = None
+    if reads_file:
+        model = build_model(stored._replace(config=config))
+        weights = weights_fingerprint(model)
+        longer = f", made longer than its {stored.config.max_seq_len:,}"
+        print(
+            f"goes on from {path}, context {context:,}"
+            f"{longer if context > stored.config.max_seq_len else ''}; learning rate up to "
+            f"{options.peak_lr():g} (--pretrain_lr)"
+        )
+    return options, Start(config, tokenizer, model, weights)
+
+
+def weights_fingerprint(model: Llama) -> str:
+    """Names a model's weights, whatever format they were read from."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():  # in the order of the layers, what is tied once
+        digest.update(parameter.detach().numpy())
+    return digest.hexdigest()[:16]

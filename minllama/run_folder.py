@@ -108,9 +108,17 @@ class RunFolder:
             "wrote there: name a folder that all machines share"
         )
 
-    def check_free(self, *, resume: bool, overwrite: bool) -> None:
-        """Raise UsageError where the folder holds a run that is neither resumed nor removed."""
+    def check_free(self, *, resume: bool, overwrite: bool, model: Path | None = None) -> None:
+        """Raise UsageError where the folder holds a run that is neither resumed nor removed.
+
+        Also where `model`, the file or the run's folder to start from, would be removed with it.
+        """
         present = self.own_files()
+        if overwrite and model and model.resolve() in {p.resolve() for p in (*present, self.path)}:
+            raise UsageError(
+                f"--overwrite would remove --pretrained_model_path {model} with the run in "
+                f"{self.path}: name another --save_dir"
+            )
         if present and not resume and not overwrite:
             raise UsageError(
                 f"--save_dir {self.path} already holds a run ({present[0].name}): add --resume "

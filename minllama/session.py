@@ -153,7 +153,10 @@ def find_start(
         options = dataclasses.replace(options, resume="auto", overwrite=False)
     resume, overwrite = options.resume, options.overwrite
     if not options.plan:
-        ranks.on_main(lambda: folder.check_free(resume=resume is not None, overwrite=overwrite))
+        model = options.pretrained_model_path
+        ranks.on_main(
+            lambda: folder.check_free(resume=resume is not None, overwrite=overwrite, model=model)
+        )
     found = None
     if resume is not None:
         found = read_on_ranks(ranks, lambda: folder.find_checkpoint(resume))
