@@ -23,7 +23,8 @@ from minllama.command_line import OneLineParser, parse_or_exit, print_error, pro
 from minllama.errors import UsageError
 
 PROGRAM = "check_model_precision.py"
-FORMATS = ("pt", *(f"pt-{name}" for name in DTYPE_BYTES), "bin", "bin-int8", "hf")
+FORMATS = ("pt", *(f"pt-{name}" for name in DTYPE_BYTES), "bin", "bin-int8", "gguf", "hf")
+DTYPES = (*DTYPE_BYTES, "q8_0")  # the last: llama.cpp's int8, of GGUF files alone
 
 # ---------------------------------------------------------------------------- command line
 
@@ -44,7 +45,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--json", action="store_true", help="machine-readable output, and nothing else on stdout")
     add("--convert", choices=FORMATS, metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
     add("--output", type=Path, metavar="PATH", help="where --convert writes")
-    add("--save_dtype", choices=DTYPE_BYTES, help="precision of pt and hf (default: float32)")
+    add("--save_dtype", choices=DTYPES, help="precision of pt, gguf and hf (default: float32)")
     add("--tokenizer_model", type=Path, metavar="PATH", help="vocabulary for a file without one")
     add("--overwrite", action="store_true", help="let --convert replace what is there")
     words = list(arguments)
@@ -65,8 +66,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         if args.save_dtype not in (None, named):
             raise UsageError(f"--save_dtype {args.save_dtype}: --convert pt-{named} says otherwise")
         args.save_dtype = named
-    if args.save_dtype and args.convert not in ("pt", "hf"):
-        raise UsageError("--save_dtype is for --convert pt and --convert hf")
+    if args.save_dtype and args.convert not in ("pt", "gguf", "hf"):
+        raise UsageError("--save_dtype is for --convert pt, gguf and hf")
+    if args.save_dtype == "q8_0" and args.convert != "gguf":
+        raise UsageError("--save_dtype q8_0 is for --convert gguf")
     args.save_dtype = args.save_dtype or "float32"
     return args
 
@@ -87,9 +90,10 @@ from torch import Tensor
 
 from config import SHIPPED_MODEL
 from llama import Llama, load_pretrained
-from minllama.export import HUGGING_FACE_FILES, TOKENIZER_BIN, export
+from minllama.export import HUGGING_FACE_FILES, MODELFILE, TOKENIZER_BIN, export
 from minllama.files import check_regular, remove_temporaries, restore_folder, size_on_disk
 from minllama.formats import LLAMA2C_MAGIC, own_name, read_model, read_safetensors
+from minllama.gguf import GGUF_MAGIC, read_gguf
 from minllama.pt_file import is_pt, load_pt, tensors_in
 from minllama.ranks import check_runs_alone
 from minllama.units import human_size
@@ -138,7 +142,11 @@ def stored_bytes(node: Any) -> int:
 
 
 def read_stored(path: Path) -> tuple[str, dict[str, Any]]:
-    """Format, and all that a file holds: under 'model' its tensors as they are stored."""
+    """Format, and all that a file holds: under 'model' its tensors as they are stored.
+
+    Where those are packed and read as float32, 'dtypes' are their own, and 'packed_bytes' their
+    size in the file.
+    """
     if path.is_dir():
         return "Hugging Face folder", {"model": read_safetensors(path)}
     check_regular(path)
@@ -150,9 +158,16 @@ def read_stored(path: Path) -> tuple[str, dict[str, Any]]:
             return "weights file", payload
         adapters = any(".lora_" in name for name in payload["model"])
         return CHECKPOINT_WITH_ADAPTERS if adapters else "resumable checkpoint", payload
+    if head.startswith(GGUF_MAGIC):
+        _, tensors, dtypes, sizes = read_gguf(path)
+        return "GGUF", {"model": tensors, "dtypes": dtypes, "packed_bytes": sum(sizes.values())}
     magic, version = struct.unpack("<Ii", head)
-    kind = f"llama2.c version {version if magic == LLAMA2C_MAGIC else 0}"
-    return kind, {"model": load_pretrained(path).state_dict()}
+    version = version if magic == LLAMA2C_MAGIC else 0
+    payload = {"model": load_pretrained(path).state_dict()}
+    if version == 2:
+        dtypes = {name: "int8" for name, tensor in payload["model"].items() if tensor.dim() == 2}
+        payload |= {"dtypes": dtypes, "packed_bytes": path.stat().st_size - 256}
+    return f"llama2.c version {version}", payload
 
 
 def inspect(path: Path, *, verify: bool = False) -> Report:
@@ -160,12 +175,12 @@ def inspect(path: Path, *, verify: bool = False) -> Report:
     kind, payload = read_stored(path)
     weights, size = payload["model"], size_on_disk(path)
     optimizer = stored_bytes({key: payload.get(key) for key in ("optimizer", "scaler")})
-    packed = kind == "llama2.c version 2"  # int8 in groups, which are read as float32
-    held = size - 256 if packed else stored_bytes(weights)
+    held = payload.get("packed_bytes") or stored_bytes(weights)
+    dtypes = payload.get("dtypes", {})
     tensors = [
         {
             "name": name,
-            "dtype": "int8" if packed and tensor.dim() == 2 else str(tensor.dtype)[6:],
+            "dtype": dtypes.get(name, str(tensor.dtype)[6:]),
             "shape": list(tensor.shape),
         }
         for name, tensor in weights.items()
@@ -190,7 +205,8 @@ def inspect(path: Path, *, verify: bool = False) -> Report:
 def describe_embedding(weights: dict[str, Tensor]) -> str:
     """Whether embedding and head are one table, and whether that is stored once."""
     names = {own_name(name): tensor for name, tensor in weights.items()}
-    table = names.get("tok_embeddings.weight", names.get("model.embed_tokens.weight"))
+    tables = ("tok_embeddings.weight", "model.embed_tokens.weight", "token_embd.weight")
+    table = next((names[name] for name in tables if name in names), None)
     head = names.get("output.weight", names.get("lm_head.weight"))
     if table is None:
         return "none found"
@@ -282,8 +298,11 @@ def convert(path: Path, args: argparse.Namespace) -> list[Path]:
     """Write the model in another format; returns what was written. Raises UsageError."""
     model = load_pretrained(path)
     tokenizer = find_tokenizer(model, args.tokenizer_model)
-    if args.convert.startswith("bin") and tokenizer is not None:
-        check_output(path, args.convert, args.output.with_name(TOKENIZER_BIN), args.overwrite)
+    beside = {"bin": TOKENIZER_BIN, "bin-int8": TOKENIZER_BIN, "gguf": MODELFILE}
+    if args.convert in beside and tokenizer is not None:
+        check_output(
+            path, args.convert, args.output.with_name(beside[args.convert]), args.overwrite
+        )
     stored = read_stored(path)[1]
     extra = {key: stored[key] for key in ("classifier_head", "label_names") if key in stored}
     options = {"dtype": args.save_dtype, "tokenizer": tokenizer, "extra": extra}

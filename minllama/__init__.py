@@ -15,6 +15,7 @@ A module imports only modules that are listed above it:
     (utils)              the data sets and the order of their batches
     pt_file              .pt files with a checksum, read without running code
     checkpoint           a run's state, in one file or in shards
+    gguf                 llama.cpp's files: values, tensors, vocabularies
     formats, generation  reading other programs' files; caches, sampling, packed weights
     (llama, optimizer)   the model; AdamW, Muon, schedules
     models, adapters     which model to use, and its vocabulary; LoRA

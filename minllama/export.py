@@ -1,5 +1,6 @@
-"""Writing models for other programs: llama2.c's .bin, Hugging Face folders. The inverse of formats.
+"""Writing models for other programs: llama2.c's .bin, GGUF, Hugging Face folders.
 
+The inverse of formats.
 Everything written is read back and compared before it gets its name.
 """
 
@@ -16,20 +17,26 @@ from torch import Tensor
 from config import LlamaConfig
 from llama import Llama, load_pretrained, model_payload
 from minllama.errors import UsageError
-from minllama.files import atomic_folder, atomic_write
+from minllama.files import atomic_folder, atomic_write, write_text
 from minllama.formats import (
+    GGUF_CONFIG,
+    GGUF_HEAD_DIM,
     HUGGING_FACE_CONFIG,
     LLAMA2C_MAGIC,
     LLAMA2C_SHAPE,
     LLAMA_ALONE,
+    gguf_name,
     hugging_face_name,
     llama2c_order,
+    read_model,
     to_half_split,
 )
+from minllama.gguf import FORMATS, rounded, vocabulary_values, write_gguf
 from minllama.pt_file import write_sealed
-from tokenizer import Tokenizer, export_tokenizer_bin
+from tokenizer import Tokenizer, export_tokenizer_bin, vocabulary_remedy
 
 TOKENIZER_BIN = "tokenizer.bin"  # llama2.c's vocabulary, beside its model
+MODELFILE = "Modelfile"  # Ollama's recipe, beside the GGUF file
 HUGGING_FACE_FILES = {
     "model.safetensors",
     "config.json",
@@ -51,18 +58,21 @@ def export(
     tokenizer: Tokenizer | None,
     extra: dict[str, Any],
 ) -> list[Path]:
-    """Write a model as `target`: pt, bin, bin-int8 or hf; returns the paths that were written.
+    """Write a model as `target`: pt, bin, bin-int8, gguf or hf; returns the paths written.
 
     `extra` is put into a .pt file beside the model. Raises UsageError for what the format cannot
     hold, and if what was read back is not what was written.
     """
     if target == "hf":
+        want = as_stored(model, dtype)
         with atomic_folder(output) as folder:
             write_hugging_face(model, folder, dtype, tokenizer)
-            check_read_back(folder, as_stored(model, dtype))
+            check_read_back(folder, want)
             if tokenizer is not None:
                 check_token_ids(tokenizer, folder)
         return [output]
+    if target == "gguf":
+        return write_llama_cpp(model, output, dtype, tokenizer)
     if target == "pt":
         want = as_stored(model, dtype)
     else:
@@ -81,10 +91,17 @@ def export(
     return [output, vocabulary]
 
 
-def as_stored(model: Llama, dtype: str) -> dict[str, Tensor]:
-    """The model's tensors after a passage through dtype."""
-    stored = getattr(torch, dtype)
-    return {name: tensor.to(stored).float() for name, tensor in model.state_dict().items()}
+def as_stored(model: Llama, dtype: str, *, gguf: bool = False) -> dict[str, Tensor]:
+    """The model's tensors after a passage through dtype, as GGUF files or as others use it.
+
+    Raises UsageError for a number that is too large for it.
+    """
+    want = {}
+    for name, tensor in model.state_dict().items():
+        want[name] = rounded(tensor, dtype) if gguf else tensor.to(getattr(torch, dtype)).float()
+        if tensor.isfinite().all() and not want[name].isfinite().all():
+            raise UsageError(f"{name} has numbers beyond {dtype}: --save_dtype float32 holds them")
+    return want
 
 
 def check_read_back(path: Path, want: dict[str, Tensor]) -> None:
@@ -150,6 +167,55 @@ def require_llama2c(config: LlamaConfig) -> None:
     for name, only in (("layer_norm_eps", 1e-5), ("rope_theta", 10000.0)):
         if getattr(config, name) != only:
             raise UsageError(f"llama2.c knows only {name} {only:g}, not {getattr(config, name):g}")
+
+
+# ---------------------------------------------------------------------------- llama.cpp and Ollama
+
+
+def write_llama_cpp(
+    model: Llama, output: Path, dtype: str, tokenizer: Tokenizer | None
+) -> list[Path]:
+    """A GGUF file, its vocabulary in it, and Ollama's Modelfile beside it; the paths of both."""
+    config = model.config
+    if tokenizer is None:
+        remedy = vocabulary_remedy(config.vocab_size)
+        raise UsageError(f"--convert gguf: llama.cpp needs a vocabulary in the file: {remedy}")
+    require_plain_bpe(tokenizer)
+    values = {
+        "general.architecture": "llama",
+        "general.file_type": FORMATS[dtype].file_type,
+        **{f"llama.{key}": getattr(config, ours) for key, ours in GGUF_CONFIG.items()},
+        **dict.fromkeys((f"llama.{key}" for key in GGUF_HEAD_DIM), config.head_dim),
+        **vocabulary_values(tokenizer),
+    }
+    state = model.state_dict()
+    if config.tie_word_embeddings:
+        del state["output.weight"]
+    want = as_stored(model, dtype, gguf=True)
+
+    def verify(path: Path) -> None:
+        check_read_back(path, want)
+        rebuilt = Tokenizer(tokenizer_model=read_model(path).vocabulary)
+        for text in SAMPLES:
+            if rebuilt.encode(text, bos=True, eos=True) != tokenizer.encode(text, True, True):
+                raise UsageError(f"self-check: {path} gives other ids for {text!r}")
+
+    with atomic_write(output, verify=verify) as file:
+        write_gguf(file, values, {gguf_name(name): t for name, t in state.items()}, dtype)
+    recipe = output.with_name(MODELFILE)
+    write_text(recipe, modelfile(output, config, tokenizer))
+    return [output, recipe]
+
+
+def modelfile(output: Path, config: LlamaConfig, tokenizer: Tokenizer) -> str:
+    """Ollama's recipe for the file: text in, its continuation out."""
+    lines = [
+        f"FROM ./{output.name}",
+        'TEMPLATE """{{ .Prompt }}"""',  # the text alone: the model only continues it
+        f"PARAMETER num_ctx {config.max_seq_len}",
+        f'PARAMETER stop "{tokenizer.sp_model.id_to_piece(tokenizer.eos_id)}"',
+    ]
+    return "\n".join(lines) + "\n"
 
 
 # ---------------------------------------------------------------------------- Hugging Face folders
@@ -251,14 +317,14 @@ def require_plain_bpe(tokenizer: Tokenizer) -> None:
     if not tokenizer.is_plain_bpe:
         raise UsageError(
             f"vocabulary {tokenizer.fingerprint}: only BPE vocabularies that leave the text as it "
-            "is, as tokenizer.py trains them, can be exported for transformers"
+            "is, as tokenizer.py trains them, can be exported"
         )
     made = {"".join(pair) for pair in merges(tokenizer)}
     unmade = [p for p in normal_pieces(tokenizer) if len(p) > 1 and p not in made]
     if unmade:
         raise UsageError(
             f"vocabulary {tokenizer.fingerprint}: no merge makes its piece {unmade[0]!r}, a symbol "
-            "that its maker defined, so it cannot be exported for transformers"
+            "that its maker defined, so it cannot be exported"
         )
 
 

@@ -1,8 +1,8 @@
 """Model files of this and other programs, read into tensors under our names: format by content.
 
 .pt files of this program, the original and llama2.c; llama2.c's .bin (versions 0 and 1, and 2,
-whose int8 is widened); Hugging Face folders with safetensors. A file is untrusted: no code from it
-runs, and what it claims is compared with its size before anything is made of it.
+whose int8 is widened); GGUF; Hugging Face folders with safetensors. A file is untrusted: no code
+from it runs, and what it claims is compared with its size before anything is made of it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from config import LlamaConfig, fingerprint
 from minllama.checkpoint import STATE_FILE
 from minllama.errors import UsageError
 from minllama.files import check_regular, read_json_object
+from minllama.gguf import GGUF_MAGIC, read_gguf, rebuilt_vocabulary
 from minllama.pt_file import is_pt, load_pt
 
 LLAMA2C_MAGIC = 0x616B3432  # "ak42": llama2.c's versions 1 and 2; version 0 has no magic
@@ -69,6 +70,32 @@ LLAMA_ALONE = {
     "attention_bias": False,
     "mlp_bias": False,
 }  # else another model
+GGUF_NAMES = {
+    "tok_embeddings": "token_embd",
+    "norm": "output_norm",
+    "output": "output",
+    "attention_norm": "attn_norm",
+    "attention.compute_query": "attn_q",
+    "attention.compute_key": "attn_k",
+    "attention.compute_value": "attn_v",
+    "attention.compute_output": "attn_output",
+    "ffn_norm": "ffn_norm",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w2": "ffn_down",
+    "feed_forward.w3": "ffn_up",
+}
+GGUF_CONFIG = {  # keys that begin with `llama.`, and ours
+    "vocab_size": "vocab_size",
+    "context_length": "max_seq_len",
+    "embedding_length": "dim",
+    "block_count": "n_layers",
+    "feed_forward_length": "hidden_dim",
+    "attention.head_count": "n_heads",
+    "attention.head_count_kv": "n_kv_heads",
+    "attention.layer_norm_rms_epsilon": "layer_norm_eps",
+    "rope.freq_base": "rope_theta",
+}
+GGUF_HEAD_DIM = ("rope.dimension_count", "attention.key_length", "attention.value_length")
 
 
 # ---------------------------------------------------------------------------- any format
@@ -93,10 +120,12 @@ def read_model(path: Path, *, adapters: bool = False) -> StoredModel:
     check_regular(path)
     try:
         with path.open("rb") as file:
-            head = file.read(2)
+            head = file.read(4)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-    return _read_pt(path, adapters) if is_pt(head) else _read_llama2c(path)
+    if is_pt(head):
+        return _read_pt(path, adapters)
+    return _read_gguf(path) if head == GGUF_MAGIC else _read_llama2c(path)
 
 
 def _checked(
@@ -127,6 +156,15 @@ def _checked(
     if config.tie_word_embeddings and not same:
         raise UsageError(f"{path}: says that embedding and output are tied, but they differ")
     return StoredModel(config, weights, vocabulary)
+
+
+def _renamed(name: str, names: dict[str, str], layers: str) -> str:
+    """Another program's name of our tensor, by its names of the parts and of their list."""
+    stem = name.removesuffix(".weight")
+    if not stem.startswith("layers."):
+        return f"{names[stem]}.weight"
+    _, layer, part = stem.split(".", 2)
+    return f"{layers}.{layer}.{names[part]}.weight"
 
 
 def read_shape(path: Path, args: Any, **defaults: Any) -> LlamaConfig:
@@ -275,16 +313,51 @@ def _read_tensor(file: BinaryIO, shape: tuple[int, ...], group: int) -> Tensor:
     return (quantized * scales[:, None]).view(shape)
 
 
+# ---------------------------------------------------------------------------- GGUF
+
+
+def gguf_name(name: str) -> str:
+    """What llama.cpp calls our tensor of this name."""
+    return _renamed(name, GGUF_NAMES, "blk")
+
+
+def _gguf_config(path: Path, values: dict[str, Any], vocab_size: int, tied: bool) -> LlamaConfig:
+    """The shape that the values of a GGUF file give; UsageError for what is not computed here."""
+    if values.get("general.architecture") != "llama":
+        found = str(values.get("general.architecture"))[:40]
+        raise UsageError(f"{path}: general.architecture {found!r} is not supported, only 'llama'")
+    said = {"rope.freq_base": 10000.0, "vocab_size": vocab_size}
+    for key, value in values.items():
+        if key.startswith("llama."):  # 1e-05, not the 9.999999747e-06 that float32 makes of it
+            value = float(str(np.float32(value))) if isinstance(value, float) else value
+            said[key.removeprefix("llama.")] = value
+    args = {ours: said.get(key) for key, ours in GGUF_CONFIG.items()}
+    config = read_shape(path, args | {"tie_word_embeddings": tied})
+    for key, value in said.items():
+        must_be = (config.head_dim,) if key in GGUF_HEAD_DIM else (0, "none")
+        known = key in GGUF_CONFIG or key == "tensor_data_layout"
+        if not known and (not isinstance(value, int | float | str) or value not in must_be):
+            raise UsageError(f"{path}: llama.{key} {str(value)[:40]!r} is not supported")
+    return config
+
+
+def _read_gguf(path: Path) -> StoredModel:
+    values, tensors, *_ = read_gguf(path)
+    table = tensors.get("token_embd.weight", torch.empty(0))
+    config = _gguf_config(path, values, len(table), tied="output.weight" not in tensors)
+    ours = {gguf_name(name): name for name in parameter_shapes(config)}
+    weights = {ours.get(name, name): tensor for name, tensor in tensors.items()}
+    weights.setdefault("output.weight", table)
+    vocabulary = rebuilt_vocabulary(path, values)
+    return _checked(path, config, weights, vocabulary, spell=gguf_name)
+
+
 # ---------------------------------------------------------------------------- Hugging Face folders
 
 
 def hugging_face_name(name: str) -> str:
     """What `transformers` calls our tensor of this name."""
-    stem = name.removesuffix(".weight")
-    if not stem.startswith("layers."):
-        return f"{HUGGING_FACE_NAMES[stem]}.weight"
-    _, layer, part = stem.split(".", 2)
-    return f"model.layers.{layer}.{HUGGING_FACE_NAMES[part]}.weight"
+    return _renamed(name, HUGGING_FACE_NAMES, "model.layers")
 
 
 def to_half_split(weight: Tensor, n_heads: int) -> Tensor:

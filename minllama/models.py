@@ -127,7 +127,7 @@ def find_vocabulary(model: Llama | StoredModel, path: Path, options: Options) ->
         return tokenizer
     beside = Path("tokenizer.model")
     if given is None and not beside.exists():
-        raise UsageError(f"{path} carries no vocabulary: {vocabulary_remedy(size)}")
+        raise UsageError(f"{path} carries no SentencePiece vocabulary: {vocabulary_remedy(size)}")
     tokenizer = Tokenizer(tokenizer_model=given or beside)
     if tokenizer.n_words != size:
         raise UsageError(

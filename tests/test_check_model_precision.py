@@ -224,7 +224,7 @@ def test_another_vocabulary_than_the_models_own_is_refused(saved: Path, tmp_path
     assert_refused(capsys, message, *arguments, "--tokenizer_model", other)
 
 
-@pytest.mark.parametrize("target", ["pt", "bin", "bin-int8", "hf"])
+@pytest.mark.parametrize("target", ["pt", "bin", "bin-int8", "gguf", "hf"])
 def test_nothing_is_replaced_without_overwrite(saved: Path, tmp_path: Path, capsys, target: str):
     output = tmp_path / "out" / "it"
     arguments = (saved, "--convert", target, "--output", output)
@@ -314,7 +314,7 @@ def test_bad_input_is_one_line_each(saved: Path, tmp_path: Path, capsys):
         ),
         ("need each other", saved, "--convert", "bin"),
         ("need each other", saved, *out),
-        ("invalid choice: 'gguf'", saved, "--convert", "gguf", *out),
+        ("invalid choice: 'onnx'", saved, "--convert", "onnx", *out),
         ("take one FILE", saved, saved, "--convert", "bin", *out),
         ("--save_dtype is for", saved, "--convert", "bin", "--save-dtype", "float16", *out),
         ("says otherwise", saved, "--convert", "pt-float32", "--save_dtype", "float16", *out),
