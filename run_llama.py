@@ -15,6 +15,7 @@ if __name__ == "__main__":  # --help and bad flags are answered before torch, wh
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until then Ctrl-C ends it without a traceback
     OPTIONS_GIVEN = parse_or_exit(parse_options, "run_llama.py", sys.argv[1:])
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -27,7 +28,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from config import IGNORE_INDEX, LlamaConfig, Options, find_idle_flags
 from llama import (
@@ -40,6 +40,7 @@ from llama import (
 )
 from minllama.adapters import add_lora, merge_lora
 from minllama.command_line import print_error, protect_output
+from minllama.console import progress_bar, say
 from minllama.corpus import Texts, load_texts
 from minllama.device import GPUS, check_compiler, choose_device, keep_freed_memory
 from minllama.errors import Interrupted, RunFailed, UsageError
@@ -168,7 +169,7 @@ def evaluate_text(
     next_token_loss.eval()
     with no_gradients(next_token_loss), autocast(device, session.dtype):
         numbers = list(ranks.split_evenly(sums.shape[1]))
-        for number, counts in tqdm(numbers, desc="validating", leave=False, disable=None):
+        for number, counts in progress_bar(numbers, desc="validating", leave=False, disable=None):
             ranks.check_stop(session.stop)
             indices = range(number * size, min((number + 1) * size, len(dataset)))
             batch = text_batch(dataset, indices, device)
@@ -235,7 +236,7 @@ def plan_for_gpus(options: Options, stop: StopRequest) -> int:
     sizes = pretraining_sizes(options, start.config, texts)
     plan = TrainingPlan(options, options.world_size, "cuda", dtype, **sizes)
     memory = int(gpu.memory_gb * 1e9)
-    print("\n".join([*plan.lines(memory), *Cluster(gpu).lines(plan)]))
+    say(*plan.lines(memory), *Cluster(gpu).lines(plan))
     warn_of_plan(plan, memory)
     return 0
 
@@ -388,7 +389,7 @@ def predict(model: LlamaEmbeddingClassifier, dataset: LlamaDataset, session: Ses
     with no_gradients(model):
         batches = dataset.length_sorted_batches(session.options.batch_size)
         numbers = list(ranks.split_evenly(len(batches)))
-        for number, counts in tqdm(numbers, desc="predicting", leave=False, disable=None):
+        for number, counts in progress_bar(numbers, desc="predicting", leave=False, disable=None):
             ranks.check_stop(session.stop)
             batch = labelled_batch(dataset, batches[number], session.device)
             found = model(*batch.inputs[:2]).argmax(dim=-1).cpu().numpy()
@@ -427,9 +428,10 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
         raise UsageError(
             f"--shots {options.shots}: --train {train} has {len(examples)} examples to show"
         )
-    device, note = choose_device(options.use_gpu)
-    print(f"device       {note}")
-    llama, tokenizer = load_model(options, device)
+    with contextlib.redirect_stdout(sys.stderr):  # what is found is the result
+        device, note = choose_device(options.use_gpu)
+        say(f"device       {note}")
+        llama, tokenizer = load_model(options, device)
     model = LlamaZeroShotClassifier(llama)
     prompts = Prompts(
         tokenizer,
@@ -444,7 +446,7 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
         dataset = LlamaDataset(files.paths[split], tokenizer, n_labels=len(files.label_names))
         predictions = np.zeros(len(dataset), np.int64)
         batches = dataset.length_sorted_batches(options.batch_size)
-        for indices in tqdm(batches, desc=f"prompting {split}", dynamic_ncols=True):
+        for indices in progress_bar(batches, desc=f"prompting {split}"):
             stop.check()
             sentences = [dataset.examples[index].sentence for index in indices]
             scores = score_labels(model, prompts, sentences, options.label_norm)
@@ -453,7 +455,10 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
             predictions[indices] = scores.argmax(dim=-1).cpu().numpy()
         cut = sum(example.sentence in prompts.cut for example in dataset.examples)
         if cut:
-            print(f"{split}: {cut} of {len(dataset)} sentences were cut to fit with the question")
+            print(
+                f"{split}: {cut} of {len(dataset)} sentences were cut to fit with the question",
+                file=sys.stderr,
+            )
         report_predictions(split, dataset.examples, predictions.tolist(), files.label_names, out)
     return 0
 
@@ -486,19 +491,20 @@ def generate(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     device, note = choose_device(options.use_gpu)
     if options.compile == "on":
         check_compiler(device)
-    print(f"device       {note}")
-    llama, tokenizer = load_model(options, device)
+    with contextlib.redirect_stdout(sys.stderr):  # the text is the result
+        say(f"device       {note}")
+        llama, tokenizer = load_model(options, device)
     if device.type == "cpu" or options.weights != "float32":
         pack_weights(llama, getattr(torch, options.weights))
     step = compile_step() if options.compile == "on" else None
     writer = Writer(llama, tokenizer, options, stop, step)
     for temperature, path in outputs:
-        print(f"Temperature is {temperature:g}")
+        print(f"Temperature is {temperature:g}", file=sys.stderr)
         texts = writer.continue_texts([PREFIX], temperature)
-        print("---------------")
+        print("---------------", file=sys.stderr)
         stop.check()
         write_text(path, "\n\n".join(texts))
-        print(f"Wrote generated sentence to {path}.")
+        print(f"Wrote generated sentence to {path}.", file=sys.stderr)
     temperature = PROMPT_TEMPERATURE if options.temperature is None else options.temperature
     if options.interactive:
         return converse(writer, temperature)
@@ -552,7 +558,7 @@ def main(options: Options, stop: StopRequest | None = None) -> int:
                 check_runs_alone(f"--option {options.option}")
             with ranks.connected(use_gpu=options.use_gpu):
                 for note in find_idle_flags(options):
-                    print(note)
+                    print(note, file=sys.stderr)
                 return RUN_OPTION[options.option](options, stop, ranks)
         except UsageError as error:
             return fail(error, 2)
@@ -563,7 +569,7 @@ def main(options: Options, stop: StopRequest | None = None) -> int:
             return fail(f"{where}{error.strerror or error}", 1)
         except Interrupted:
             if ranks.is_main:
-                print("stopped; there was nothing to save yet")
+                print("stopped; there was nothing to save yet", file=sys.stderr)
             return stop.exit_status
         except (MemoryError, RuntimeError) as error:
             if ranks.world_size > 1 and is_lost_peer(error):

@@ -310,7 +310,10 @@ def _progress(part: Path, done: int, total: int | None) -> Any:
     from tqdm import tqdm  # here, so that download_hint works without packages
 
     name = part.name.removesuffix(".part")
-    return tqdm(desc=name, initial=done, total=total, unit="B", unit_scale=True, unit_divisor=1024)
+    seconds = 0.2 if sys.stderr.isatty() else 60  # between two pictures of it: a log stays short
+    intervals = {"mininterval": seconds, "maxinterval": max(10, seconds)}
+    units = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
+    return tqdm(desc=name, initial=done, total=total, dynamic_ncols=True, **intervals, **units)
 
 
 def _size(path: Path) -> int:

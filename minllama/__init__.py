@@ -6,6 +6,7 @@ A module imports only modules that are listed above it:
     command_line         argparse with one-line errors; flags from a dataclass
     suggestions          what an unknown flag may have meant
     files                files written whole or not at all
+    console              progress bars; status lines at the terminal's width
     (config)             the model's shape, presets, every flag
     signals              Ctrl-C, SIGTERM, a closed terminal
     text                 text files as documents

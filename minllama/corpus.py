@@ -9,6 +9,7 @@ from pathlib import Path
 
 from config import DATA_DIR, Options
 from minllama.command_line import quoted
+from minllama.console import say
 from minllama.models import SHOWN_FILES
 from minllama.ranks import Ranks
 from minllama.signals import StopRequest
@@ -56,7 +57,7 @@ def load_texts(options: Options, tokenizer: Tokenizer, *, stop: StopRequest, ran
             print("no validation: the text is too short to hold some of it out; --val_data FILE")
     if val is not None:
         share = len(val) / (len(val) + len(train))
-        print(f"validation   {len(val):,} tokens held out ({share:.1%} of all)")
+        say(f"validation   {len(val):,} tokens held out ({share:.1%} of all)")
     if len(train) <= length:
         print(f"the text is shorter than --max_seq_len {length}: training on one short chunk")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from config import DTYPE_BYTES, LlamaConfig, Options
 from llama import LOGITS_CHUNK_BYTES, SCORES_KEPT
+from minllama.console import say
 from minllama.device import Gpu
 from minllama.units import human_size, human_time
 
@@ -269,18 +270,18 @@ def warn_of_plan(plan: TrainingPlan, available: int | None) -> None:
     needed = sum(plan.memory().values())
     if available is not None and needed > available:
         sharded = ", --parallel fsdp" if plan.world_size > plan.shards else ""
-        print(
+        say(
             f"warning: about {human_size(needed)} of memory are needed and {human_size(available)} "
             f"are free: try --activation_checkpointing{sharded}, a smaller batch with more "
             "--gradient_accumulation_steps, or a smaller model"
         )
     if plan.warmup_steps >= plan.last_step > 1:
-        print(
+        say(
             f"warning: warmup takes {plan.warmup_steps:,} steps (--warmup_steps) and the run ends "
             f"after {plan.last_step:,}: the full learning rate is never reached"
         )
     if plan.sequences < plan.options.global_batch_size:
-        print(
+        say(
             f"note: a step takes up to {plan.options.global_batch_size:,} sequences and there are "
             f"{plan.sequences:,}: each epoch is one step on all of them"
         )

@@ -10,6 +10,7 @@ import gzip
 import html
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -71,6 +72,12 @@ class MetricsLog:
             tqdm.write(f"note: {self.path} lacks {lost:,} of {last_step:,} steps, lost or damaged")
         self._write()
 
+    def elapsed(self) -> float:
+        """Seconds that the run has trained so far, over all its starts."""
+        seconds = self.records[-1].get("elapsed") if self.records else None
+        known = isinstance(seconds, int | float) and math.isfinite(seconds)
+        return max(0.0, seconds) if known else 0.0
+
     def sync(self) -> None:
         """Flush the file to the disk: before a checkpoint, which must not know of lost records."""
         if self.file is not None:
@@ -113,6 +120,10 @@ class NoLog:
         """Do nothing: rank 0 does it."""
 
     rewind = sync = close = append
+
+    def elapsed(self) -> float:
+        """Nothing is on record."""
+        return 0.0
 
 
 def _whole_records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:

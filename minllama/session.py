@@ -19,6 +19,7 @@ import torch
 from config import TYPED_ON_RESUME, Options, check_options
 from minllama.checkpoint import state_file
 from minllama.command_line import quoted
+from minllama.console import say
 from minllama.device import (
     available_memory,
     check_compiler,
@@ -98,7 +99,7 @@ def open_session(
         seed_everything(options.seed)
         local_rank = ranks.local_rank if ranks.world_size > 1 else None
         device, note = choose_device(options.use_gpu, local_rank=local_rank)
-        print(f"device       {note}{ranks.note(options.parallel)}")
+        say(f"device       {note}{ranks.note(options.parallel)}")
         if options.compile == "on":
             check_compiler(device)
         dtype = choose_dtype(options.dtype, device)
@@ -211,7 +212,7 @@ def check_identity(earlier: dict[str, Any], identity: dict[str, Any]) -> None:
 def print_plan(plan: TrainingPlan, device: torch.device, folder: RunFolder) -> None:
     """Print the plan and warn of what will not fit; raises UsageError if the disk is too small."""
     available = available_memory(device)
-    print("\n".join(plan.lines(available)))
+    say(*plan.lines(available))
     warn_of_plan(plan, available)
     if plan.options.plan:
         return
@@ -232,14 +233,14 @@ def settle_compile(options: Options, plan: TrainingPlan) -> Options:
     be bit-equal.
     """
     if options.compile == "on":
-        print("compile      on: before the first step, which takes half a minute or more")
+        say("compile      on: before the first step, which takes half a minute or more")
     if options.compile != "auto" or plan.device != "cpu":
         return options
     pays, reason = plan.compiling_pays(torch.get_num_threads())
     if pays and (problem := compiler_problem(torch.device("cpu"))) is not None:
         pays, reason = False, f"{reason}, but torch cannot compile here ({problem})"
     settled = "on" if pays else "off"
-    print(f"compile      {settled}: {reason}")
+    say(f"compile      {settled}: {reason}")
     return dataclasses.replace(options, compile=settled)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -82,7 +83,8 @@ class Writer:
         if longest > context:
             print(
                 f"note: a prompt has {longest:,} tokens and the model's context is {context:,}: it "
-                "continues the last ones that fit"
+                "continues the last ones that fit",
+                file=sys.stderr,
             )
         generate_steps = functools.partial(
             generate_tokens,
@@ -97,7 +99,7 @@ class Writer:
                 self.stop.check()
             seconds = time.perf_counter() - started
             if seconds >= 1:  # else these shapes were compiled before
-                print(f"compile      took {human_time(seconds)}")
+                print(f"compile      took {human_time(seconds)}", file=sys.stderr)
         of = of or len(prompts)
         streamed = of * samples == 1
         if streamed:

@@ -25,6 +25,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from minllama.console import progress_bar
 from minllama.errors import Interrupted, UsageError
 from minllama.files import READ_BYTES, atomic_write, remove_temporaries
 from minllama.text import Block, Reading, read_documents
@@ -434,7 +435,8 @@ def _all_blocks(
 
 def _byte_bar(what: str, total: int, shown: bool) -> tqdm:
     hidden = None if shown and total else True  # None: hidden where there is no terminal
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False, disable=hidden)
+    units = {"unit": "B", "unit_scale": True}
+    return progress_bar(total=total, desc=what, leave=False, disable=hidden, **units)
 
 
 def _cache_name(files: Sequence[Path], tokenizer: Tokenizer, reading: Reading) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import time
 import uuid
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from torch.profiler import record_function
 from tqdm import tqdm
 
 from llama import model_payload
+from minllama.console import show_record, training_bar
 from minllama.device import describe_device, dtype_name, peak_flops, used_memory
 from minllama.errors import Interrupted, RunFailed, UsageError
 from minllama.pt_file import load_pt
@@ -52,7 +52,6 @@ from minllama.task import Batch, Task
 from minllama.units import human_time
 from optimizer import learning_rate, make_optimizer
 
-EVALUATED = ("val_loss", "val_perplexity", "bits_per_byte", "dev_accuracy", "dev_f1")
 MEASURED_STEPS = 10  # after which the time left is told
 MAX_SKIPPED = 10  # updates in a row that may be skipped for numbers that are not finite
 MAX_ROLLBACKS = 4  # each halves the learning rate
@@ -271,13 +270,7 @@ def train(run: Run) -> bool:
     done = progress.step - bool(progress.pending)  # steps whose record is complete
     path = run.folder.file("metrics.jsonl")
     log = MetricsLog(path, done, window=SPIKE_WINDOW) if ranks.is_main else NoLog()
-    bar = tqdm(
-        total=plan.last_step,
-        initial=progress.step,
-        unit="step",
-        dynamic_ncols=True,
-        mininterval=0.2 if sys.stderr.isatty() else 10,  # seconds; a log needs few lines
-    )
+    bar = training_bar(progress.step, plan.last_step)
     profile = profiled(
         run.folder.file("profile.json.gz"),
         enabled=options.profile and ranks.is_main,
@@ -285,6 +278,7 @@ def train(run: Run) -> bool:
         save=checkpoints.save_file,
     )
     first_step, started = progress.step, time.perf_counter()
+    opened = started - log.elapsed()
     checkpoints.next_step(progress.step)
     task.model.train()
     warm_up_gradient_sync(run)
@@ -310,9 +304,10 @@ def train(run: Run) -> bool:
                     break  # the checkpoint keeps the record, so the resumed run evaluates it
             progress.pending = None
             record["mfu"] = record["tokens_per_second"] * flops / peak
+            record["elapsed"] = round(time.perf_counter() - opened, 3)
             note_spike(record, log.records)
             log.append(record | sample_gpu())
-            show(bar, record)
+            show_record(bar, record)
             if progress.step == first_step + 1:  # the first one compiles, or warms up
                 started = time.perf_counter()
             if progress.step == first_step + 1 + MEASURED_STEPS < plan.last_step:
@@ -533,17 +528,3 @@ def every(interval: int, step: int) -> bool:
 def finite_or_none(value: float) -> float | None:
     """The value as JSON can hold it, which has no NaN."""
     return value if math.isfinite(value) else None
-
-
-def show(bar: tqdm, record: dict[str, Any]) -> None:
-    """Put a step's figures behind the progress bar, an evaluation on a line of its own."""
-    loss, rate = record["loss"] or math.nan, record["tokens_per_second"]
-    bar.set_postfix_str(f"loss {loss:.3f}, lr {record['lr']:.2e}, {rate:,.0f} tok/s", refresh=False)
-    bar.update()
-    figures = [
-        f"{key.replace('_', ' ')} {record[key]:,.{0 if record[key] >= 1000 else 4}f}"
-        for key in EVALUATED
-        if record.get(key) is not None
-    ]
-    if figures:
-        bar.write(f"epoch {record['epoch']}, step {record['step']:,}: {', '.join(figures)}")

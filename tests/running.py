@@ -29,7 +29,8 @@ SMALL = (
     "--dtype float32 --save_dir run --cache_dir cache --pretrain_lr 0.01"
 ).split()
 RESUME = "--option pretrain --save_dir run --cache_dir cache --resume auto"
-TIMED = {"tokens_per_second", "mfu", "memory"}  # in records: what a machine needs, not what it did
+# In records: what a machine needs, not what it did.
+TIMED = {"elapsed", "tokens_per_second", "mfu", "memory"}
 
 
 class Done(NamedTuple):

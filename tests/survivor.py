@@ -53,7 +53,7 @@ SMALL = (
     "--max_seq_len 16 --pretrain_batch_size 4 --dtype float32 --dropout 0.1 --pretrain_lr 0.01 "
     "--cache_dir cache --checkpoint_interval 3 --eval_interval 20 --val_fraction 0.02"
 ).split()
-TIMED = {"tokens_per_second", "mfu", "memory"}
+TIMED = {"elapsed", "tokens_per_second", "mfu", "memory"}
 CONTEXT = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
 
 

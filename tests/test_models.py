@@ -134,7 +134,7 @@ def test_a_sharded_checkpoint_is_not_a_model_yet():
     for name in (STATE_FILE, "shard-0-ab.pt", "shard-1-cd.pt"):
         (folder / name).touch()
     done = command(f"--option generate --prompt a --pretrained_model_path {folder}")
-    assert done.status == 2 and done.error.count("\n") == 1
+    assert done.status == 2 and done.error.count("error: ") == 1
     assert f"{folder}: is a sharded checkpoint: resume it (--resume {folder}, one" in done.error
     assert "to get final-model.pt" in done.error and "shard-0" not in done.error
 
@@ -144,7 +144,7 @@ def test_a_model_that_is_not_there_is_one_line(name):
     """Named as it was typed."""
     Path("empty").mkdir()
     done = command(f"--option generate --prompt a --pretrained_model_path {name}")
-    assert done.status == 2 and name in done.error and done.error.count("\n") == 1
+    assert done.status == 2 and name in done.error and done.error.count("error: ") == 1
 
 
 # ---------------------------------------------------------------------------- its vocabulary

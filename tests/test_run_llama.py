@@ -84,7 +84,7 @@ def test_pretraining_leaves_all_it_promises():
     lines = records()
     assert steps() == list(range(1, 46)) and lines[-1]["epoch"] == 3
     assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["val_loss"] < math.log(2048)
-    wanted = {"epoch", "tokens", "lr", "grad_norm", "tokens_per_second", "mfu", "memory"}
+    wanted = {"epoch", "tokens", "lr", "grad_norm", "tokens_per_second", "mfu", "memory", "elapsed"}
     assert wanted <= lines[0].keys()
     assert lines[-1]["val_perplexity"] == pytest.approx(math.exp(lines[-1]["val_loss"]))
     assert f"{lines[-1]['val_perplexity']:.2f} after 45 steps" in done.out
@@ -208,11 +208,11 @@ def test_bad_input_is_one_clear_line(line, words):
 def test_flags_that_are_not_read_are_said(finetune, model):
     """Before anything long: the run is not what its user thinks it is."""
     done = command(f"{finetune} --dropout 0.2 --plan")
-    assert done.out.startswith("note: --dropout has no effect on --option finetune\n")
+    assert done.error.startswith("note: --dropout has no effect on --option finetune\n")
     words = "--prompt a --max_new_tokens 1 --dtype bfloat16 --epochs 2"
     done = command(f"--option generate --pretrained_model_path {model} {words}")
-    assert "note: --dtype has no effect on --option generate" in done.out
-    assert "note: --epochs has no effect on --option generate" in done.out
+    assert "note: --dtype has no effect on --option generate" in done.error
+    assert "note: --epochs has no effect on --option generate" in done.error
 
 
 @pytest.mark.parametrize("option", ["pretrain", "generate"])
@@ -362,7 +362,7 @@ def test_sentences_that_were_cut_are_counted(model, labelled):
     Path("toy-dev.txt").write_text(long, encoding="utf-8")
     words = f"--pretrained_model_path {model} --train toy-train.txt --dev toy-dev.txt"
     done = command(f"--option prompt {words} --max_sentence_len 20")
-    assert "dev: 1 of 3 sentences were cut" in done.out
+    assert "dev: 1 of 3 sentences were cut" in done.error
     done = command(f"--option finetune --plan {words} --max_sentence_len 20")
     assert "Loaded 3 sentences from toy-dev.txt (dev), 1 of them cut to 20 tokens" in done.out
     assert "cut" not in command(f"--option finetune --plan {words}").out
@@ -382,7 +382,7 @@ def test_labels_and_examples_that_cannot_be(model, labelled, words, message):
     Path("twice.json").write_text('["good", "good", "bad"]', encoding="utf-8")
     Path("folder").mkdir()
     done = command(f"--option prompt --pretrained_model_path {model} {labelled} {words}")
-    assert done.status == 2 and message in done.error and done.error.count("\n") == 1
+    assert done.status == 2 and message in done.error and done.error.count("error: ") == 1
 
 
 def test_a_newline_can_be_typed_in_a_template(model, labelled, monkeypatch):
@@ -400,7 +400,7 @@ def test_interrupted_prompting_leaves_no_half_file(model, labelled):
     """There is nothing to save, and that is said."""
     words = f"--option prompt --pretrained_model_path {model} {labelled}"
     done = command(words, stop=StopRequest(signal_number=signal.SIGINT))
-    assert done.status == 130 and "nothing to save" in done.out
+    assert done.status == 130 and "nothing to save" in done.error
     assert not Path("toy-dev-prompting-output.txt").exists()
 
 
@@ -411,11 +411,14 @@ def test_generate_without_flags_is_the_original(model):
     """Two files, the assignment's prefix, temperature 0 and 1."""
     done = command(f"--option generate --pretrained-model-path {model} --max_new_tokens 9")
     assert done.status == 0
-    assert "Temperature is 0" in done.out and "Temperature is 1" in done.out
+    assert "Temperature is 0" in done.error and "Temperature is 1" in done.error
+    texts = ""
     for number in (0, 1):
         path = Path(f"generated-sentence-temp-{number}.txt")
-        assert path.read_text(encoding="utf-8").startswith(run_llama.PREFIX)
-        assert f"Wrote generated sentence to {path}." in done.out
+        texts += path.read_text(encoding="utf-8") + "\n"
+        assert f"Wrote generated sentence to {path}." in done.error
+    assert texts.count(run_llama.PREFIX) == 2
+    assert done.out == texts  # `> story.txt` once held the device, the model's path and more
 
 
 def test_interrupted_generation_leaves_the_files_as_they_were(model):
@@ -510,7 +513,7 @@ def test_the_shipped_model_writes_stories():
     """What the bare command does in a fresh checkout, with its own vocabulary."""
     words = ["--prompt", "Once upon a time", "--max_new_tokens", "8", "--temperature", "0"]
     done = command(["--option", "generate", *words])
-    assert done.status == 0 and "stories-tiny.pt" in done.out
+    assert done.status == 0 and "stories-tiny.pt" in done.error
     assert len(done.out.splitlines()[-1]) > len("Once upon a time") + 10
 
 

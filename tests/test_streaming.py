@@ -109,10 +109,10 @@ def test_a_continuation_ends_before_a_stop_text(model, tokenizer, capsys):
 def test_a_prompt_beyond_the_context_is_told(model, tokenizer, capsys):
     """The beginning of a long prompt was once left unread without a word."""
     write(model, tokenizer, ["word " * 100], "--max_new_tokens 1")
-    out = capsys.readouterr().out
-    assert "the model's context is 64: it continues the last ones that fit" in out
+    said = capsys.readouterr().err
+    assert "the model's context is 64: it continues the last ones that fit" in said
     write(model, tokenizer, ["word"], "--max_new_tokens 1")
-    assert "that fit" not in capsys.readouterr().out
+    assert "that fit" not in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_a_text_where_it_is(model, tokenizer, capsys):
