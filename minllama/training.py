@@ -98,6 +98,7 @@ class Run:
             name=self.options.optimizer,
             lr=self.options.peak_lr(),
             weight_decay=self.options.decay(),
+            dtype=self.dtype,
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.progress, self.run_id = Progress(), uuid.uuid4().hex
