@@ -193,7 +193,7 @@ def continued_lr(config: LlamaConfig) -> float:
 # ---------------------------------------------------------------------------- the table of flags
 
 SHAPE_FLAGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim")  # beside --model_size
-EMBEDDED_SEQ_LEN = 256  # of the embedded stories, which are shorter: more steps, sooner done
+MAX_CONTEXT = 1024  # of --max_seq_len where none is given, as the original's
 TRAINING = ("pretrain", "finetune")
 LABELLED = ("finetune", "prompt")
 EVERY = ("pretrain", "finetune", "prompt", "generate")
@@ -250,13 +250,18 @@ class Options:
     n_heads: int | None = flag(None, "attention heads per layer", at_least=1)
     n_kv_heads: int | None = flag(None, "key/value heads; fewer than --n_heads: GQA", at_least=1)
     hidden_dim: int | None = flag(None, "width of the feed-forward network", at_least=1)
-    max_seq_len: int = flag(
-        1024, "context in tokens; text is cut into chunks of it; the stories: 256", at_least=1
+    max_seq_len: int | None = flag(
+        None,
+        "context in tokens; text is cut into chunks of it; unset: 1024, halved down to 128 until "
+        "the schedule has about a thousand steps",
+        at_least=1,
     )
     dropout: float = flag(0.0, "dropout of the model while training", at_least=0, below=1)
     flag = section("the model", *EVERY)
     tokenizer_model: Path | None = flag(
-        None, "SentencePiece vocabulary; unset: the model file's own, or the embedded one"
+        None,
+        "SentencePiece vocabulary; unset: the model file's own; to pretrain: one trained on your "
+        "text, the embedded one for the stories",
     )
     pretrained_model_path: Path | None = flag(
         None,
@@ -457,7 +462,10 @@ class Options:
         if self.n_heads is not None and self.n_kv_heads is None:
             shape.pop("n_kv_heads", None)
         return LlamaConfig(
-            vocab_size=vocab_size, max_seq_len=self.max_seq_len, dropout=self.dropout, **shape
+            vocab_size=vocab_size,
+            max_seq_len=self.max_seq_len or MAX_CONTEXT,
+            dropout=self.dropout,
+            **shape,
         )
 
     def check_shape(self, path: Path, config: LlamaConfig) -> None:
@@ -475,16 +483,13 @@ class Options:
             )
 
     def suited_to(self, config: LlamaConfig) -> Options:
-        """These options to go on from a model: chunks within its context, a rate for its size.
+        """These options to go on from a model, with a learning rate for its size.
 
         Raises UsageError where the least learning rate is above that one.
         """
-        changes: dict[str, Any] = {}
-        if "max_seq_len" not in self.given:
-            changes["max_seq_len"] = min(self.max_seq_len, config.max_seq_len)
-        if self.pretrain_lr is None:
-            changes["pretrain_lr"] = continued_lr(config)
-        options = dataclasses.replace(self, **changes)
+        if self.pretrain_lr is not None:
+            return self
+        options = dataclasses.replace(self, pretrain_lr=continued_lr(config))
         check_options(options)
         return options
 
@@ -580,8 +585,6 @@ def parse_options(arguments: Sequence[str]) -> Options:
             values[name] = tuple(values[name] or ())
     typed = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
     options = Options(**values, given=frozenset(typed & {*values}))
-    if options.option == "pretrain" and not options.pretrain_data and "max_seq_len" not in typed:
-        options = dataclasses.replace(options, max_seq_len=EMBEDDED_SEQ_LEN)
     check_options(options)
     return options
 

@@ -17,6 +17,7 @@ if __name__ == "__main__":  # --help and bad flags are answered before torch, wh
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import hashlib
 import math
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config import IGNORE_INDEX, LlamaConfig, Options, find_idle_flags
+from config import IGNORE_INDEX, MAX_CONTEXT, LlamaConfig, Options, find_idle_flags
 from llama import (
     Llama,
     LlamaEmbeddingClassifier,
@@ -41,7 +42,7 @@ from llama import (
 from minllama.adapters import add_lora, merge_lora
 from minllama.command_line import print_error, protect_output
 from minllama.console import progress_bar, say
-from minllama.corpus import Texts, load_texts
+from minllama.corpus import Texts, find_texts, load_texts
 from minllama.device import GPUS, check_compiler, choose_device, keep_freed_memory
 from minllama.errors import Interrupted, RunFailed, UsageError
 from minllama.files import check_writable_file, write_text
@@ -55,7 +56,7 @@ from minllama.labelled import (
     read_labelled,
     report_predictions,
 )
-from minllama.models import STARTING_WEIGHTS, find_start_model, load_model
+from minllama.models import STARTING_WEIGHTS, Start, find_start_model, load_model
 from minllama.plan import Cluster, TrainingPlan, warn_of_plan
 from minllama.prompting import Prompts, score_labels
 from minllama.pt_file import load_pt
@@ -68,6 +69,7 @@ from minllama.streaming import PROMPT_TEMPERATURE, Writer, sample_text
 from minllama.task import Batch, Task
 from minllama.text import find_text_files, read_lines
 from minllama.training import Run, autocast, is_out_of_memory, train
+from minllama.vocabulary import choose_vocabulary
 from optimizer import layer_matrices
 from tokenizer import Tokenizer
 from utils import LlamaDataset, PretrainDataset, batch_indices, bucketed_batches
@@ -82,32 +84,53 @@ def pretrain(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     if options.plan and options.world_size:
         return plan_for_gpus(options, stop)
     with open_session(options, "pretrain", ranks=ranks, stop=stop) as session:
-        options, start = find_start_model(session.options, session.checkpoint)
-        session.options, config, tokenizer = options, start.config, start.tokenizer
-        texts = load_texts(options, tokenizer, stop=stop, ranks=ranks)
+        options, config, texts, start = prepare_pretraining(
+            session.options, session.checkpoint, stop=stop, ranks=ranks
+        )
+        session.options = options
         identity = {
             "--pretrain_data, --tokenizer_model or how the text is read: key": texts.key,
             "training tokens (--val_fraction, --val_data)": len(texts.train.stream),
             "model shape": config.to_model_args() | {"dropout": 0.0},
             "--max_seq_len": options.max_seq_len,
-            STARTING_WEIGHTS: start.weights,
+            STARTING_WEIGHTS: start and start.weights,
         }
         session.settle(identity, **pretraining_sizes(options, config, texts))
         if options.plan:
             return 0
         keep_freed_memory()
-        model = start.model or Llama(config)
-        model.vocabulary = tokenizer.model_bytes
+        model = start and start.model or Llama(config)
+        model.vocabulary = texts.tokenizer.model_bytes
         run = Run(session, Pretraining(session, texts, model))
         run.start()
-        if run.progress.step == 0 and start.model is not None and run.progress.first is not None:
+        if run.progress.step == 0 and start is not None and run.progress.first is not None:
             print(
                 f"before the first step: val loss {run.progress.first:.4f}, val perplexity "
                 f"{math.exp(run.progress.first):,.4f}"
             )
         if train(run):
             return say_interrupted(session, run.progress.step)
-        return finish_pretraining(run, tokenizer)
+        return finish_pretraining(run, texts.tokenizer)
+
+
+def prepare_pretraining(
+    options: Options, checkpoint: dict[str, Any] | None, *, stop: StopRequest, ranks: Ranks
+) -> tuple[Options, LlamaConfig, Texts, Start | None]:
+    """What to train on what: the options with what follows from the text, and the model's start.
+
+    Every rank must call this. Raises UsageError.
+    """
+    options, start = find_start_model(options, checkpoint)
+    files = find_texts(options)
+    if start is None:
+        tokenizer = choose_vocabulary(options, files, checkpoint=checkpoint, ranks=ranks)
+        longest = MAX_CONTEXT
+    else:
+        tokenizer, longest = start.tokenizer, min(MAX_CONTEXT, start.config.max_seq_len)
+    texts = load_texts(options, files, tokenizer, longest=longest, stop=stop, ranks=ranks)
+    options = dataclasses.replace(options, max_seq_len=texts.context)
+    config = start.config if start else options.llama_config(tokenizer.n_words)
+    return options, config, texts, start
 
 
 class Pretraining(Task):
@@ -228,12 +251,11 @@ def pretraining_sizes(options: Options, config: LlamaConfig, texts: Texts) -> di
 
 def plan_for_gpus(options: Options, stop: StopRequest) -> int:
     """Print what a run would need and take on `--world_size` GPUs of the kind `--gpu`."""
-    options, start = find_start_model(options, None)
-    texts = load_texts(options, start.tokenizer, stop=stop, ranks=Ranks())
-    options = options.with_global_batch(options.world_size)
+    options, ranks = options.with_global_batch(options.world_size), Ranks()
+    options, config, texts, _ = prepare_pretraining(options, None, stop=stop, ranks=ranks)
     gpu = GPUS[options.gpu.upper()]
     dtype = "bfloat16" if options.dtype == "auto" else options.dtype
-    sizes = pretraining_sizes(options, start.config, texts)
+    sizes = pretraining_sizes(options, config, texts)
     plan = TrainingPlan(options, options.world_size, "cuda", dtype, **sizes)
     memory = int(gpu.memory_gb * 1e9)
     say(*plan.lines(memory), *Cluster(gpu).lines(plan))

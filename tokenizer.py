@@ -14,7 +14,9 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main, Ctrl-C ends it without a traceback
 
 import argparse
+import collections
 import io
+import math
 import random
 import re
 import struct
@@ -156,34 +158,43 @@ def _load_model(data: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
 
 TRAINING_BYTES = 64 << 20  # of text, sampled evenly from the inputs: bounds memory and time
 SENTENCE_CHARS = 4096  # SentencePiece drops longer sentences than its limit; these stay below
+META_PIECES = 3 + 256  # unknown, BOS and EOS, and one for each byte
+LARGEST_FITTING = 32000  # pieces, as Llama-2's
+# Of an alphabet every character gets a piece, of a script of thousands only the usual ones: the
+# rare ones would fill the vocabulary and hardly ever be trained.
+ALPHABET, COVERAGE, COVERAGE_OF_THOUSANDS = 1000, 0.9995, 0.99
 
 
 def train_vocabulary(
     inputs: Sequence[Path],
     output: Path,
     *,
-    vocab_size: int,
-    character_coverage: float = 0.9995,
+    vocab_size: int | None = None,
+    character_coverage: float | None = None,
     reading: Reading | None = None,
     max_bytes: int = TRAINING_BYTES,
 ) -> None:
     """Train a byte-fallback BPE vocabulary with Llama-2's conventions and publish it at `output`.
 
-    The same inputs and options give the same bytes: the file holds no path and no date. At most
-    `max_bytes` of text are used, sampled evenly. Raises UsageError, naming the largest (or the
-    smallest) size that works, when `vocab_size` does not fit the corpus.
+    Without `vocab_size` or `character_coverage` what suits the text is taken (see
+    `fit_vocabulary`). The same inputs and options give the same bytes: the file holds no path and
+    no date. At most `max_bytes` of text are used, sampled evenly. Raises UsageError, naming the
+    largest (or the smallest) size that works, when `vocab_size` does not fit the corpus.
     """
-    sentences = _sample_sentences(inputs, reading or Reading(), max_bytes)
+    share = min(1.0, max_bytes / max(1, _text_bytes(inputs)))
+    sentences = _sample_sentences(inputs, reading or Reading(), share, max_bytes)
     if not sentences:
         raise UsageError(f"{', '.join(map(str, inputs))}: no text to train a vocabulary on")
+    fitting, coverage = fit_vocabulary(sentences, share, coverage=character_coverage)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sentences),
             model_writer=model,
             model_type="bpe",
-            vocab_size=vocab_size,
-            character_coverage=character_coverage,
+            vocab_size=vocab_size or fitting,
+            hard_vocab_limit=vocab_size is not None,
+            character_coverage=coverage,
             byte_fallback=True,
             unk_id=0,
             bos_id=1,
@@ -208,11 +219,40 @@ def train_vocabulary(
     _write(output, model.getvalue())
 
 
-def _sample_sentences(inputs: Sequence[Path], reading: Reading, max_bytes: int) -> list[str]:
-    """Lines of the inputs, each kept with the same probability, of about `max_bytes` in all."""
-    # A .gz unpacks to about four times its size; what a wrong guess adds, the hard limit ends.
-    sizes = (p.stat().st_size * (4 if p.suffix.lower() == ".gz" else 1) for p in inputs)
-    share = max_bytes / max(1, sum(sizes))
+def fit_vocabulary(
+    sentences: Sequence[str], share: float, *, coverage: float | None = None
+) -> tuple[int, float]:
+    """The size of a vocabulary that suits a text, and the share of its characters to have pieces.
+
+    `sentences` are the `share` of the text that was sampled. The size is that of bytes and
+    characters, which must be there, and of merges in proportion to the square root of the text's
+    bytes: a piece has to be met often enough to be learnt (`benchmarks/README.md` has the sweep).
+    """
+    counts: collections.Counter[str] = collections.Counter()
+    for sentence in sentences:
+        counts.update(sentence)
+    by_count = np.array(sorted(counts.values(), reverse=True))
+    covered = np.cumsum(by_count) / by_count.sum()
+    if coverage is None:
+        many = np.searchsorted(covered, COVERAGE) > ALPHABET
+        coverage = COVERAGE_OF_THOUSANDS if many else COVERAGE
+    characters = int(np.searchsorted(covered, coverage)) + 1
+    text_bytes = sum(len(sentence.encode()) for sentence in sentences) / share
+    least = META_PIECES + characters
+    size = max(least, min(LARGEST_FITTING, least + round(math.sqrt(text_bytes))))
+    return -(-size // 64) * 64, coverage  # of whole 64s, which matrices on a GPU are fastest in
+
+
+def _text_bytes(inputs: Sequence[Path]) -> int:
+    """Bytes of the inputs; a .gz unpacks to about four times its size."""
+    return sum(p.stat().st_size * (4 if p.suffix.lower() == ".gz" else 1) for p in inputs)
+
+
+def _sample_sentences(
+    inputs: Sequence[Path], reading: Reading, share: float, max_bytes: int
+) -> list[str]:
+    """Lines of the inputs, each kept with the probability `share`, of about `max_bytes` in all."""
+    # Where a .gz unpacks to more than was guessed, this limit ends it.
     coin, kept, room = random.Random(0), [], max_bytes * 5 // 4
     for path in inputs:
         for sentence in _sentences(read_documents(path, reading)):
@@ -279,12 +319,12 @@ def _build_parser() -> argparse.ArgumentParser:
     train.add_argument("--input", nargs="+", required=True, help="text files, folders, globs")
     train.add_argument("--output", type=Path, required=True, help="the model file to write")
     size, share = number_reader(int, at_least=1), number_reader(float, at_least=0.98, at_most=1)
-    train.add_argument("--vocab_size", type=size, default=4096, help="tokens (default 4096)")
+    train.add_argument("--vocab_size", type=size, help="tokens; unset: what suits the text")
     train.add_argument(  # within SentencePiece's own limits
         "--character_coverage",
         type=share,
-        default=0.9995,
-        help="share of characters that get tokens; the rest are spelt in bytes (default 0.9995)",
+        help="share of characters that get tokens, the rest are spelt in bytes; unset: 0.9995, and "
+        "0.99 of a script of thousands",
     )
     train.add_argument("--text_field", default="text", help="of .jsonl files (default text)")
     train.add_argument("--encoding_errors", choices=("strict", "replace"), default="strict")

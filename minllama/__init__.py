@@ -26,7 +26,8 @@ A module imports only modules that are listed above it:
     ranks, sharding      several processes; DDP, FSDP2 and shards
     run_folder, saving   a run's folder and lock; writing its files while it trains
     plan, record         the arithmetic of a run; what it puts on record
-    session, corpus      before and after the loop; the text of a pretraining
+    session              before and after the loop
+    corpus, vocabulary   the text of a pretraining, and the vocabulary
     task, training       what is trained; the train loop
     (run_llama, check_model_precision)
 

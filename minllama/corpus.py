@@ -6,8 +6,9 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from config import DATA_DIR, Options
+from config import DATA_DIR, MAX_CONTEXT, Options
 from minllama.command_line import quoted
 from minllama.console import say
 from minllama.models import SHOWN_FILES
@@ -19,8 +20,17 @@ from tokenizer import Tokenizer
 from utils import PretrainDataset, count_chunks, split_documents, whole_stream
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+MIN_CONTEXT, WANTED_STEPS = 128, 1000
 SAMPLED_TOKENS = 1 << 20  # looked at to see whether the vocabulary fits the text
 MOSTLY = 0.5  # of a text's bytes; English under an English vocabulary has next to none
+
+
+class TextFiles(NamedTuple):
+    """The files to train on, those held out, and how both are read."""
+
+    train: Sequence[Path]
+    val: Sequence[Path]  # none: a share of the text is held out
+    reading: Reading
 
 
 @dataclass(frozen=True)
@@ -29,28 +39,70 @@ class Texts:
 
     train: PretrainDataset
     val: PretrainDataset | None
+    tokenizer: Tokenizer
+    context: int  # tokens of a chunk
     key: str  # of the training text, its vocabulary and how it was read
     locate: Callable[[int], str]  # where a training chunk is in the files
 
 
-def load_texts(options: Options, tokenizer: Tokenizer, *, stop: StopRequest, ranks: Ranks) -> Texts:
-    """The text, tokenized now or earlier, some of it held out. Every rank must call this.
-
-    Raises UsageError.
-    """
-    length, patterns, val_data = options.max_seq_len, options.pretrain_data, options.val_data
+def find_texts(options: Options) -> TextFiles:
+    """The files that the flags mean; raises UsageError."""
+    patterns, val_data = options.pretrain_data, options.val_data
     if not patterns:
         patterns = (str(DATA_DIR / "stories-train.jsonl"),)
         if not val_data and options.val_fraction:
             val_data = (str(DATA_DIR / "stories-val.jsonl"),)
     files = find_text_files(patterns, flag="--pretrain_data")
     val_files = find_text_files(val_data, flag="--val_data") if val_data else []
-    files = without_validation(files, val_files)
-    cache = load_cache(files, options, tokenizer, stop=stop, ranks=ranks)
-    warn_of_vocabulary(tokenizer.spelt_in_bytes(cache.tokens[:SAMPLED_TOKENS]), files)
-    if val_files:
-        train = whole_stream(cache)
-        val = whole_stream(load_cache(val_files, options, tokenizer, stop=stop, ranks=ranks))
+    reading = Reading(
+        document_per_line=options.document_per_line,
+        text_field=options.text_field,
+        encoding_errors=options.encoding_errors,
+        sentences_only=options.sentences_only,
+    )
+    return TextFiles(without_validation(files, val_files), val_files, reading)
+
+
+def load_texts(
+    options: Options,
+    files: TextFiles,
+    tokenizer: Tokenizer,
+    *,
+    longest: int = MAX_CONTEXT,
+    stop: StopRequest,
+    ranks: Ranks,
+) -> Texts:
+    """The text, tokenized now or earlier, some of it held out. Every rank must call this.
+
+    Its chunks are of --max_seq_len, else of up to `longest` tokens. Raises UsageError.
+    """
+
+    def load(paths: Sequence[Path]) -> TokenCache:
+        cache = ranks.first_on_node(
+            lambda: build_or_load(
+                paths,
+                tokenizer,
+                files.reading,
+                options.cache_dir,
+                should_stop=lambda: stop.requested,
+            )
+        )
+        if cache.rebuilt_because not in (None, "there was none"):
+            print(f"tokenized again: the cache in {options.cache_dir}: {cache.rebuilt_because}")
+        return cache
+
+    cache, val_cache = load(files.train), load(files.val) if files.val else None
+    held_out = 0.0 if files.val else options.val_fraction
+    trained = round(len(cache) * (1 - held_out))
+    length = options.max_seq_len or fit_context(options, trained, longest)
+    for paths, of_paths in ((files.train, cache), (files.val, val_cache)):
+        if of_paths is not None:
+            say_loaded(paths, of_paths, files.reading, length)
+    text_bytes = int(cache.document_bytes.sum())
+    print(f"text         {len(cache):,} tokens, {text_bytes / len(cache):.2f} bytes per token")
+    warn_of_vocabulary(tokenizer.spelt_in_bytes(cache.tokens[:SAMPLED_TOKENS]), files.train)
+    if val_cache is not None:
+        train, val = whole_stream(cache), whole_stream(val_cache)
     else:
         train, val = split_documents(cache, options.val_fraction, chunk_length=length)
         if val is None and options.val_fraction:
@@ -64,10 +116,29 @@ def load_texts(options: Options, tokenizer: Tokenizer, *, stop: StopRequest, ran
     def locate(chunk: int) -> str:
         file, token = cache.place(train.locate(chunk * length))
         text = tokenizer.decode(train.read(chunk * length, chunk * length + 8)[:8].tolist())
-        return f"{files[file]}, token {token:,} ({text!r})"
+        return f"{files.train[file]}, token {token:,} ({text!r})"
 
     cut = functools.partial(PretrainDataset, chunk_length=length, bos_id=tokenizer.bos_id)
-    return Texts(cut(train), None if val is None else cut(val), cache.key.hex()[:16], locate)
+    val_set = None if val is None else cut(val)
+    return Texts(cut(train), val_set, tokenizer, length, cache.key.hex()[:16], locate)
+
+
+def fit_context(options: Options, tokens: int, longest: int) -> int:
+    """The context for a text of so many tokens, where --max_seq_len names none; says which.
+
+    The `longest`, halved until the whole schedule has about a thousand steps: a small text is
+    learnt better in more and shorter steps.
+    """
+    at_once = options.global_batch_size or 1
+
+    def steps(context: int) -> int:
+        return options.epochs * max(1, -(-count_chunks(tokens, context) // at_once))
+
+    context = longest
+    while steps(context) < WANTED_STEPS and context > MIN_CONTEXT:
+        context //= 2
+    print(f"context      {context:,} tokens, for {steps(context):,} steps; --max_seq_len N sets it")
+    return context
 
 
 def without_validation(files: Sequence[Path], val_files: Sequence[Path]) -> Sequence[Path]:
@@ -82,35 +153,14 @@ def without_validation(files: Sequence[Path], val_files: Sequence[Path]) -> Sequ
     return left
 
 
-def load_cache(
-    files: Sequence[Path],
-    options: Options,
-    tokenizer: Tokenizer,
-    *,
-    stop: StopRequest,
-    ranks: Ranks,
-) -> TokenCache:
-    """The token cache of the files, built once per machine; says what was loaded."""
-    reading = Reading(
-        document_per_line=options.document_per_line,
-        text_field=options.text_field,
-        encoding_errors=options.encoding_errors,
-        sentences_only=options.sentences_only,
-    )
-    cache = ranks.first_on_node(
-        lambda: build_or_load(
-            files, tokenizer, reading, options.cache_dir, should_stop=lambda: stop.requested
-        )
-    )
-    if cache.rebuilt_because not in (None, "there was none"):
-        print(f"tokenized again: the cache in {options.cache_dir}: {cache.rebuilt_because}")
+def say_loaded(files: Sequence[Path], cache: TokenCache, reading: Reading, length: int) -> None:
+    """Say how many chunks of `length` tokens each file has, and what is odd about it."""
     for path, tokens in list(zip(files, cache.file_tokens, strict=True))[:SHOWN_FILES]:
-        chunks = count_chunks(int(tokens), options.max_seq_len)
+        chunks = count_chunks(int(tokens), length)
         print("\n".join([f"Loaded {chunks} chunks from {path}", *remarks(path, reading)]))
     if len(files) > SHOWN_FILES:
-        chunks = count_chunks(len(cache), options.max_seq_len)
+        chunks = count_chunks(len(cache), length)
         print(f"... {len(files):,} files in all, {chunks:,} chunks")
-    return cache
 
 
 def remarks(path: Path, reading: Reading) -> list[str]:

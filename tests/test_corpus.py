@@ -10,7 +10,7 @@ from running import pretrain, write_stories
 
 from config import Options, parse_options
 from minllama import corpus
-from minllama.corpus import Texts, load_texts
+from minllama.corpus import Texts, find_texts, load_texts
 from minllama.errors import Interrupted, UsageError
 from minllama.ranks import Ranks
 from minllama.signals import StopRequest
@@ -23,7 +23,8 @@ def load(line: str = "", *, stop: StopRequest | None = None) -> Texts:
     """The texts that flags mean, in chunks of 16 tokens unless the flags say otherwise."""
     words = f"--option pretrain --cache_dir cache --max_seq_len 16 {line}"
     options: Options = parse_options(words.split())
-    return load_texts(options, Tokenizer(), stop=stop or StopRequest(), ranks=Ranks())
+    files = find_texts(options)
+    return load_texts(options, files, Tokenizer(), stop=stop or StopRequest(), ranks=Ranks())
 
 
 def test_every_token_is_trained_on_or_held_out(capsys):
