@@ -352,7 +352,8 @@ def check_token_ids(tokenizer: Tokenizer, folder: Path) -> None:
         from tokenizers import Tokenizer as TheirTokenizer
     except ImportError:
         return
-    theirs = TheirTokenizer.from_file(str(folder / "tokenizer.json"))
+    # Not by its name, which their library looks for as UTF-8 whatever the locale.
+    theirs = TheirTokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
     theirs.encode_special_tokens = True
     for text in SAMPLES:
         ours = tokenizer.encode(text, bos=True, eos=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import os
 import pickle
 import struct
 import zipfile
@@ -22,6 +23,7 @@ from minllama.errors import UsageError
 from minllama.files import READ_BYTES, atomic_write, check_regular
 
 FORMAT_VERSION = 2  # 1 had its checksum inside, and its own way to compute it
+REASON_CHARS = 200  # of what torch says of a file that it cannot read
 SEAL = b"minllama sha256 "  # begins the comment at the end of the file; 64 hex digits follow
 
 
@@ -115,7 +117,7 @@ def is_pt(head: bytes) -> bool:
 
 
 def load_pt(path: str | Path, *, verify: bool = True, digest: str | None = None) -> dict[str, Any]:
-    """Everything a .pt file holds, its tensors mapped from the disk, with no code run.
+    """Everything a .pt file holds, its tensors mapped from the disk where it can be, no code run.
 
     `verify` reads every byte of a file that carries checksums, and compares with `digest` if that
     is given. Raises UsageError for one that is damaged or of another format version, and unless it
@@ -134,7 +136,8 @@ def load_pt(path: str | Path, *, verify: bool = True, digest: str | None = None)
         archive = zipfile.is_zipfile(path)  # else torch's format before 2020, or cut off
         if archive:
             _check_archive(path, checksums=unsealed)
-        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+        mapped = archive and torch_can_map(path)
+        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         _check_payload(path, payload, unsealed=unsealed)
     except UsageError:
         raise
@@ -144,12 +147,19 @@ def load_pt(path: str | Path, *, verify: bool = True, digest: str | None = None)
             reason = "is damaged or no model file"
         raise UsageError(f"{path}: {reason}; get a file of plain weights") from None
     except Exception as error:  # torch.load raises what the damage happens to hit
-        if isinstance(error, OSError) and error.errno in (errno.EIO, errno.EACCES, errno.EPERM):
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # a wrong seek
             raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
-        raise UsageError(
-            f"{path}: it is damaged or cut off; copy it again ({type(error).__name__})"
-        ) from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:REASON_CHARS]
+        raise UsageError(f"{path}: it is damaged or cut off; copy it again ({reason})") from None
     return payload
+
+
+def torch_can_map(path: Path) -> bool:
+    """Whether torch, which opens the UTF-8 of a name, finds the file to map under it.
+
+    In a locale of another encoding, such as zh_CN.GBK, the disk has other bytes for the name.
+    """
+    return os.name == "nt" or os.fsencode(path) == str(path).encode("utf-8", "replace")
 
 
 def _check_payload(path: Path, payload: Any, *, unsealed: bool) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import pickle
 import random
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,15 @@ from survivor import Malicious, content_digest, detected, refusal, small_payload
 from llama import load_pretrained
 from minllama.checkpoint import load_checkpoint, summarize
 from minllama.errors import UsageError
-from minllama.pt_file import FORMAT_VERSION, SEAL, load_pt, save_pt, tensors_in, verify_seal
+from minllama.pt_file import (
+    FORMAT_VERSION,
+    SEAL,
+    load_pt,
+    save_pt,
+    tensors_in,
+    torch_can_map,
+    verify_seal,
+)
 
 LOADERS = [load_pt, load_pretrained, load_checkpoint, summarize]
 
@@ -239,3 +249,39 @@ def test_tensors_in_nested_content():
     found = tensors_in({"x": {"y": a}, 0: [1, (b, "c")]})
     assert [name for name, _ in found] == ["x.y", "0.1.0"]
     assert found[0][1] is a and found[1][1] is b
+
+
+# ---------------------------------------------------------------------------- names
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names there are UTF-16, whatever the locale")
+def test_a_name_that_is_not_utf8_on_the_disk():
+    """A run in a folder named in Chinese, in a GBK locale, trained, and could not be read again.
+
+    torch.load(mmap=True) opened the UTF-8 of the name: "it is damaged or cut off; copy it again".
+    """
+    folder = Path(os.fsdecode("训练".encode("gbk")))  # the same in a UTF-8 locale: no UTF-8 name
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("the file system takes UTF-8 names only")
+    payload = {"model": {"a": torch.randn(3)}}
+    save_pt(folder / "a.pt", payload)
+    assert torch.equal(load_pt(folder / "a.pt")["model"]["a"], payload["model"]["a"])
+    assert torch_can_map(Path("训练.pt")) == (sys.getfilesystemencoding() == "utf-8")
+
+
+def test_the_real_reason_is_shown(monkeypatch):
+    """The name of an exception alone sent the user to copy a file that was whole."""
+    save_pt(Path("a.pt"), {"model": {"a": torch.randn(3)}})
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    error: Exception = OSError(errno.ESTALE, "Stale file handle")
+    with pytest.raises(UsageError, match=r"a\.pt: cannot be read \(Stale file handle\)"):
+        load_pt("a.pt")
+    error = RuntimeError("unable to map\nthis file")
+    with pytest.raises(UsageError, match=r"\(RuntimeError: unable to map this file\)"):
+        load_pt("a.pt")
