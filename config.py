@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import math
 import re
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minllama.command_line import OneLineParser, add_flag, read_stored, section, with_underscores
+from minllama.encodings import check_encoding
 from minllama.errors import UsageError
 from minllama.suggestions import describe_unknown
 
@@ -205,6 +207,7 @@ class Options:
 
     flag = section("the run", *EVERY)
     seed: int = flag(1337, "of every random number", at_least=0, below=2**63)
+    encoding: str = flag("utf-8", "of text files: gb18030, big5, utf-16, or any that Python knows")
     flag = section("the run", *EVERY, on_resume="typed")
     option: Literal["pretrain", "finetune", "prompt", "generate"] = flag("generate", "what to do")
     use_gpu: bool = flag(False, "train or run on CUDA or Apple's MPS where there is one")
@@ -282,7 +285,7 @@ class Options:
     text_field: str = flag("text", "field of a .jsonl line that holds the text; a.b goes deeper")
     sentences_only: bool = flag(False, "of `label ||| sentence` files read only the sentences")
     encoding_errors: Literal["strict", "replace"] = flag(
-        "strict", "bytes that are not UTF-8: stop and name the line, or put U+FFFD"
+        "strict", "bytes that are not in --encoding: stop and name the line, or put U+FFFD"
     )
     flag = section("text to pretrain on", "pretrain", on_resume="typed")
     cache_dir: Path = flag(Path("token_cache"), "folder of the tokenized text")
@@ -612,9 +615,12 @@ def check_options(options: Options) -> None:
 
 def find_problems(options: Options) -> Iterator[str]:
     """What the options contradict among themselves."""
+    checks = [functools.partial(check_encoding, options.encoding)]
     if options.option == "pretrain" and not options.pretrained_model_path:
+        checks.append(functools.partial(options.llama_config, vocab_size=32000))
+    for check in checks:
         try:
-            options.llama_config(vocab_size=32000)
+            check()
         except UsageError as error:
             yield str(error)
     if options.min_lr > options.peak_lr():

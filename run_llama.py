@@ -67,7 +67,7 @@ from minllama.sharding import full_state_dict, is_sharded, load_state, no_gradie
 from minllama.signals import LAUNCHER_REPEATS, StopRequest
 from minllama.streaming import PROMPT_TEMPERATURE, Writer, sample_text
 from minllama.task import Batch, Task
-from minllama.text import find_text_files, read_lines
+from minllama.text import Reading, find_text_files, read_lines
 from minllama.training import Run, autocast, is_out_of_memory, train
 from minllama.vocabulary import choose_vocabulary
 from optimizer import layer_matrices
@@ -318,7 +318,9 @@ def load_splits(
     room = min(options.max_sentence_len or context, context - 1)
     n_labels = len(files.label_names)
     splits = {
-        split: LlamaDataset(path, tokenizer, n_labels=n_labels, max_sentence_len=room)
+        split: LlamaDataset(
+            path, tokenizer, n_labels=n_labels, max_sentence_len=room, encoding=options.encoding
+        )
         for split, path in files.paths.items()
     }
     for split, dataset in splits.items():
@@ -445,7 +447,7 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     """Classify sentences by the label that the model finds likeliest after a question."""
     files = find_labelled_files(options, "prompting")
     train = files.paths["train"]
-    examples = read_labelled(train) if options.shots else []
+    examples = read_labelled(train, encoding=options.encoding) if options.shots else []
     if options.shots > len(examples):
         raise UsageError(
             f"--shots {options.shots}: --train {train} has {len(examples)} examples to show"
@@ -465,7 +467,12 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     # Without any sentence: what `pmi` subtracts; and a question that is too long shows at once.
     base = score_labels(model, prompts, [""], "sum")
     for split, out in files.outs.items():
-        dataset = LlamaDataset(files.paths[split], tokenizer, n_labels=len(files.label_names))
+        dataset = LlamaDataset(
+            files.paths[split],
+            tokenizer,
+            n_labels=len(files.label_names),
+            encoding=options.encoding,
+        )
         predictions = np.zeros(len(dataset), np.int64)
         batches = dataset.length_sorted_batches(options.batch_size)
         for indices in progress_bar(batches, desc=f"prompting {split}"):
@@ -499,7 +506,8 @@ def generate(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     prompts = list(options.prompt)
     if options.prompt_file is not None:
         path = find_text_files([options.prompt_file], flag="--prompt_file")[0]
-        prompts += [line for _, line in read_lines(path) if line.strip()]
+        lines = read_lines(path, Reading(encoding=options.encoding))
+        prompts += [line for _, line in lines if line.strip()]
         if not prompts:
             raise UsageError(f"--prompt_file {path}: is empty; it takes a prompt a line")
     outputs = []

@@ -30,6 +30,7 @@ import sentencepiece
 
 from config import DATA_DIR, fingerprint
 from minllama.command_line import OneLineParser, number_reader, print_error, protect_output
+from minllama.encodings import check_encoding
 from minllama.errors import UsageError
 from minllama.files import atomic_write, check_regular
 from minllama.text import (
@@ -327,6 +328,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "0.99 of a script of thousands",
     )
     train.add_argument("--text_field", default="text", help="of .jsonl files (default text)")
+    train.add_argument("--encoding", default="utf-8", help="of the files (default utf-8)")
     train.add_argument("--encoding_errors", choices=("strict", "replace"), default="strict")
     train.add_argument("--sentences_only", action="store_true", help="of labelled files")
     export = commands.add_parser("export", help="write llama2.c's tokenizer.bin")
@@ -344,6 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.output.exists() and not args.overwrite:
             raise UsageError(f"--output {args.output}: is there already; --overwrite replaces it")
         if args.command == "train":
+            check_encoding(args.encoding)
             train_vocabulary(
                 find_text_files(args.input, flag="--input"),
                 args.output,
@@ -351,6 +354,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 character_coverage=args.character_coverage,
                 reading=Reading(
                     text_field=args.text_field,
+                    encoding=args.encoding,
                     encoding_errors=args.encoding_errors,
                     sentences_only=args.sentences_only,
                 ),

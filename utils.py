@@ -236,9 +236,10 @@ class LlamaDataset:
         *,
         n_labels: int | None = None,
         max_sentence_len: int | None = None,
+        encoding: str = "utf-8",
     ) -> None:
         self.path = path
-        self.examples = read_labelled(path, n_labels=n_labels)
+        self.examples = read_labelled(path, n_labels=n_labels, encoding=encoding)
         sentences = tokenizer.sp_model.encode([example.sentence for example in self.examples])
         self.ids = [[tokenizer.bos_id, *ids[:max_sentence_len]] for ids in sentences]
         self.cut = sum(len(ids) > (max_sentence_len or len(ids)) for ids in sentences)

@@ -57,6 +57,7 @@ def find_texts(options: Options) -> TextFiles:
     reading = Reading(
         document_per_line=options.document_per_line,
         text_field=options.text_field,
+        encoding=options.encoding,
         encoding_errors=options.encoding_errors,
         sentences_only=options.sentences_only,
     )
@@ -166,7 +167,7 @@ def say_loaded(files: Sequence[Path], cache: TokenCache, reading: Reading, lengt
 def remarks(path: Path, reading: Reading) -> list[str]:
     """What to say of a file that may not be meant to be read as it is."""
     name = path.name.lower()
-    if is_labelled(path) and not reading.sentences_only:
+    if is_labelled(path, reading) and not reading.sentences_only:
         return ["  labelled lines in it: --sentences_only reads the sentences alone"]
     if name.endswith(TABLE_SUFFIXES):
         return [

@@ -16,7 +16,7 @@ import numpy as np
 from config import DATA_DIR, Options
 from minllama.errors import UsageError
 from minllama.files import check_writable_file, read_json, write_text
-from minllama.text import find_text_files, read_lines, split_labelled
+from minllama.text import Reading, find_text_files, read_lines, split_labelled
 
 UNLABELLED = -1  # the label of a sentence without one, in files and in batches
 MAX_LABELS = 1000  # without names; each gets a row of the classifier's head
@@ -33,7 +33,9 @@ class LabelledExample:
     sentence: str
 
 
-def read_labelled(path: Path, *, n_labels: int | None = None) -> list[LabelledExample]:
+def read_labelled(
+    path: Path, *, n_labels: int | None = None, encoding: str = "utf-8"
+) -> list[LabelledExample]:
     """The lines `label ||| sentence` of a file, in order; blank lines are left out.
 
     A label of -1, or none, means unlabelled. Raises UsageError `file:line: ...` for anything else
@@ -41,7 +43,7 @@ def read_labelled(path: Path, *, n_labels: int | None = None) -> list[LabelledEx
     """
     examples = [
         LabelledExample(_parse_label(label, f"{path}:{number}", n_labels), sentence)
-        for number, line in read_lines(path)
+        for number, line in read_lines(path, Reading(encoding=encoding))
         if line.strip()
         for label, sentence in [split_labelled(path, number, line)]
     ]
@@ -121,7 +123,8 @@ def find_labelled_files(options: Options, suffix: str) -> LabelledFiles:
         taken.add(path.resolve())
         check_writable_file(path, f"--{split}_out")
     names = read_label_names(options.label_names, train.with_name(f"{name}-label-mapping.json"))
-    labels = {example.label for example in read_labelled(train, n_labels=len(names) or None)}
+    examples = read_labelled(train, n_labels=len(names) or None, encoding=options.encoding)
+    labels = {example.label for example in examples}
     if None in labels:
         raise UsageError(f"--train {train}: has lines without a label, which cannot be learnt from")
     if len(labels) < 2:

@@ -18,7 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tqdm import tqdm
+
 from config import DATA_DIR
+from minllama.encodings import is_utf8, likely_encoding
 from minllama.errors import UsageError
 from minllama.files import check_regular
 
@@ -80,40 +83,103 @@ class Reading:
 
     document_per_line: bool = False  # plain text: a document a line instead of a file
     text_field: str = "text"  # .jsonl: the field that holds the text; "a.b" is b inside a
-    encoding_errors: str = "strict"  # bytes that are not UTF-8: "strict" refuses, "replace" U+FFFD
+    encoding: str = "utf-8"  # any text encoding of Python's
+    encoding_errors: str = "strict"  # bytes that are not in it: "strict" refuses, "replace" U+FFFD
     sentences_only: bool = False  # `label ||| sentence` files: each sentence a document
 
 
+UTF8 = Reading()
+MOSTLY = 0.2  # of the characters beyond ASCII: if more are not UTF-8, it is another encoding
+FEW = 10  # of them may be a damaged spot in any case
 READ_BYTES = 1 << 18  # one read; memory while reading a long document is a few of these
 LABELLED_LINE = re.compile(r"\s*(?:-?\d+)?\s*\|\|\|\s")
 
 
 def read_blocks(
     path: Path,
-    encoding_errors: str = "strict",
+    reading: Reading = UTF8,
     on_bytes: Callable[[int], object] = lambda count: None,
 ) -> Iterator[str]:
     """A file's text, gzip or not, in blocks of about READ_BYTES; no BOM, and CRLF turned into LF.
 
     `on_bytes` is told of the bytes of the file itself (compressed ones of a .gz) as they are read.
-    Raises UsageError naming the file, and the line where there is one.
+    What was replaced is counted and said at the end. Raises UsageError naming the file, and the
+    line where there is one.
     """
-    decoder = codecs.getincrementaldecoder("utf-8-sig")(encoding_errors)
-    line, held = 1, ""  # held: a CR whose LF may open the next block
+    utf8 = is_utf8(reading.encoding)
+    decoder = codecs.getincrementaldecoder(reading.encoding)(reading.encoding_errors)
+    line, held, first, replaced = 1, "", True, 0  # held: a CR whose LF may open the next block
     for data in _raw_blocks(path, on_bytes):
+        if first and utf8:
+            _check_utf8(path, data, reading)
         try:
-            text = held + decoder.decode(data, final=not data)
-        except UnicodeDecodeError as error:
-            line += error.object[: error.start].count(b"\n")
-            raise UsageError(
-                f"{path}:{line}: byte 0x{error.object[error.start]:02x} is not UTF-8; convert the "
-                "file, or --encoding_errors replace"
-            ) from None
-        line += data.count(b"\n")
+            decoded = decoder.decode(data, final=not data)
+        except UnicodeError as error:
+            raise _not_decoded(path, line, error, reading) from None
+        line += decoded.count("\n")
+        if reading.encoding_errors == "replace":
+            replaced += decoded.count("\ufffd") - utf8 * data.count("\ufffd".encode())
+        text = held + (decoded.removeprefix("\ufeff") if first else decoded)
+        first = first and not decoded
         held = "\r" if data and text.endswith("\r") else ""
         text = text[: len(text) - len(held)].replace("\r\n", "\n")
         if text:
             yield text
+    if replaced > 0:
+        tqdm.write(
+            f"note: {path}: U+FFFD stands for what is not {reading.encoding}, {replaced:,} times"
+        )
+
+
+def _check_utf8(path: Path, data: bytes, reading: Reading) -> None:
+    """Raise UsageError for a text that begins in another encoding, which no error would show.
+
+    UTF-16 without a BOM is UTF-8 of every second byte zero; and "replace" would leave nothing of
+    a text in GBK.
+    """
+    zeros = 4 * data.count(0) > len(data)
+    if not zeros and reading.encoding_errors == "strict":
+        return
+    bad, beyond = _not_utf8(data)
+    likely = likely_encoding(data) if zeros or bad > MOSTLY * beyond else None
+    if likely is not None:
+        raise UsageError(f"{path}: not UTF-8; {_reads_as(data, likely)}")
+    if bad > max(FEW, MOSTLY * beyond):
+        raise UsageError(
+            f"{path}: {bad:,} of {beyond:,} characters beyond ASCII are not UTF-8: name its "
+            "encoding with --encoding, if it is text"
+        )
+
+
+def _not_utf8(data: bytes) -> tuple[int, int]:
+    """How many characters beyond ASCII are not UTF-8, and how many there are in all."""
+    text = codecs.getincrementaldecoder("utf-8")("replace").decode(data)
+    return text.count("\ufffd"), sum(character > "\x7f" for character in text)
+
+
+def _reads_as(data: bytes, encoding: str) -> str:
+    sample = data[:64].decode(encoding, "ignore").removeprefix("\ufeff").strip()[:12]
+    return f"it is likely {encoding} ({sample!r}): --encoding {encoding} reads it"
+
+
+def _not_decoded(path: Path, line: int, error: UnicodeError, reading: Reading) -> UsageError:
+    """What to say of bytes that are not in the encoding that was asked for."""
+    if not isinstance(error, UnicodeDecodeError):
+        return UsageError(f"{path}: not {reading.encoding} ({error})")
+    data, start = error.object, error.start
+    line += data[:start].count(b"\n")
+    where = f"{path}:{line}: byte 0x{data[start]:02x}"
+    if not is_utf8(reading.encoding):
+        return UsageError(f"{where} is not {reading.encoding}; is that the file's --encoding?")
+    bad, beyond = _not_utf8(data)
+    likely = likely_encoding(data) if bad > MOSTLY * beyond else None
+    if likely is not None:
+        from_here = data if likely.startswith("utf-") else data[start:]
+        return UsageError(f"{where} is not UTF-8; {_reads_as(from_here, likely)}")
+    remedy = "name the file's encoding with --encoding"
+    if bad <= max(FEW, MOSTLY * beyond):
+        remedy = f"repair the file, or --encoding_errors replace, or {remedy}"
+    return UsageError(f"{where} is not UTF-8; {remedy}")
 
 
 def read_lines(path: Path, *options: Any) -> Iterator[tuple[int, str]]:
@@ -169,15 +235,15 @@ def read_documents(
 
     Raises UsageError `file:line: ...` for what cannot be read as `reading` says.
     """
-    lines = read_lines(path, reading.encoding_errors, on_bytes)
+    lines = read_lines(path, reading, on_bytes)
     if path.name.lower().endswith(JSON_SUFFIXES):
         texts = (_json_text(path, n, line, reading) for n, line in lines if line.strip())
-    elif reading.sentences_only and is_labelled(path):
+    elif reading.sentences_only and is_labelled(path, reading):
         texts = (split_labelled(path, n, line)[1] for n, line in lines if line.strip())
     elif reading.document_per_line:
         texts = (line for _, line in lines)
     else:
-        return _whole_document(read_blocks(path, reading.encoding_errors, on_bytes))
+        return _whole_document(read_blocks(path, reading, on_bytes))
     return (Block(text, True) for text in texts if text and not text.isspace())
 
 
@@ -217,9 +283,9 @@ def _json_text(path: Path, number: int, line: str, reading: Reading) -> str:
     return text
 
 
-def is_labelled(path: Path) -> bool:
+def is_labelled(path: Path, reading: Reading = UTF8) -> bool:
     """Whether the first lines all read `label ||| sentence`, the format of labelled files."""
-    start = next(iter(read_blocks(path, "replace")), "")  # a line may be as long as the file
+    start = next(iter(read_blocks(path, reading)), "")  # a line may be as long as the file
     lines = start.split("\n")
     lines = [line for line in lines[:-1] or lines if line.strip()][:20]  # the last may be cut
     return bool(lines) and all(map(LABELLED_LINE.match, lines))

@@ -48,7 +48,7 @@ def test_the_flags_are_exactly_these():
         model_size dim n_layers n_heads n_kv_heads hidden_dim max_seq_len dropout
         tokenizer_model pretrained_model_path
         pretrain_data val_data val_fraction document_per_line text_field sentences_only
-        encoding_errors cache_dir
+        encoding encoding_errors cache_dir
         epochs max_steps gradient_accumulation_steps optimizer lr_scheduler warmup_steps min_lr
         weight_decay grad_clip activation_checkpointing checkpoint_interval keep_last on_nonfinite
         global_batch_size parallel dist_timeout
@@ -140,6 +140,7 @@ def test_compile_is_a_choice_or_a_plain_flag():
         ("pretrain", ["did you mean --option pretrain?"]),
         ("--qqq", ["--qqq", "--help lists the options"]),
         ("--epochs 3 x", ["x: belongs to no option"]),
+        ("--encoding klingon", ["--encoding klingon", "gb18030"]),
         ("--option pretrain --dim 100 --n_heads 7", ["--dim 100", "--n_heads 7", "98"]),
         ("--option pretrain --n_heads 4 --n_kv_heads 3", ["--n_heads 4", "--n_kv_heads 3"]),
         ("--option pretrain --dim 12 --n_heads 4", ["--dim 12", "--n_heads 4", "even"]),
@@ -354,7 +355,10 @@ RUNS = {
     ],
     "finetune": ["--epochs 1", "--epochs 1 --overwrite --lora_rank 2 --early_stopping 1"],
     "prompt": ["", "--shots 1 --label_norm pmi"],
-    "generate": ["--max_new_tokens 1", "--prompt a --max_new_tokens 1 --weights int8"],
+    "generate": [
+        "--max_new_tokens 1",
+        "--prompt_file text.jsonl --max_new_tokens 1 --weights int8",
+    ],
 }
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from running import pretrain, write_stories
 
+import tokenizer
 from config import Options, parse_options
 from minllama import corpus
 from minllama.corpus import Texts, find_texts, load_texts
 from minllama.errors import Interrupted, UsageError
+from minllama.labelled import read_labelled
 from minllama.ranks import Ranks
 from minllama.signals import StopRequest
 from tokenizer import Tokenizer
@@ -150,7 +152,7 @@ def test_only_files_that_are_named_are_looked_at(monkeypatch, capsys):
     Remarks counted as files, too: of those with a remark each, only five were named.
     """
     looked, look = [], corpus.is_labelled
-    monkeypatch.setattr(corpus, "is_labelled", lambda path: looked.append(path) or look(path))
+    monkeypatch.setattr(corpus, "is_labelled", lambda path, _: looked.append(path) or look(path))
     names = [f"{number:02}.md" for number in range(12)]
     for name in names:
         Path(name).write_text("One day. " * 10, encoding="utf-8")
@@ -178,3 +180,18 @@ def test_chunks_are_counted_and_never_truncated(real_data):
     words = f"--max_seq_len 1024 --tokenizer_model {vocabulary} --plan"
     done = pretrain(f"--pretrain_data {path} {words}")
     assert done.status == 0 and f"Loaded 249 chunks from {path}" in done.out
+
+
+def test_a_text_in_another_encoding_is_the_same_text():
+    """The tokens of a GBK file, a labelled one and a vocabulary's text are those of its UTF-8."""
+    text = "从前有一座山，山里有一座庙。\n" * 40
+    found = []
+    for encoding in ("utf-8", "gb18030"):
+        Path("a.txt").write_text(text, encoding=encoding)
+        texts = load(f"--pretrain_data a.txt --encoding {encoding}")
+        Path("l.txt").write_text("1 ||| 好看\n", encoding=encoding)
+        words = f"train --input a.txt --vocab_size 280 --output {encoding} --encoding {encoding}"
+        assert tokenizer.main(words.split()) == 0
+        found.append((texts.key, read_labelled(Path("l.txt"), encoding=encoding)))
+    assert found[0] == found[1]
+    assert Path("utf-8").read_bytes() == Path("gb18030").read_bytes()

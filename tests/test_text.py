@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from vocabularies import FRAGMENTS
 
 from minllama import text as text_module
+from minllama.encodings import check_encoding
 from minllama.errors import UsageError
 from minllama.text import (
     Reading,
@@ -191,6 +193,79 @@ def test_blocks_are_python_s_own_decoding(
         assert "".join(read_blocks(path)) == expected
         lines = [line for _, line in read_lines(path)]
         assert "\n".join(lines) == expected.removesuffix("\n")
+
+
+# ---------------------------------------------------------------------------- other encodings
+
+SAMPLES = {
+    "gb18030": "从前有一座山，山里有一座庙，庙里有一个老和尚在给小和尚讲故事。\n",
+    "big5": "從前有一座山，山裡有一座廟，廟裡有一個老和尚在給小和尚講故事。\n",
+    "shift_jis": "むかしむかし、あるところに、おじいさんとおばあさんが住んでいました。\n",
+    "euc_jp": "むかしむかし、あるところに、おじいさんとおばあさんが住んでいました。\n",
+    "cp949": "옛날 옛적에 한 마을에 착한 나무꾼이 살고 있었습니다.\n",
+    "cp1251": "Жили-были старик со старухой у самого синего моря.\n",
+    "koi8-r": "Жили-были старик со старухой у самого синего моря.\n",
+    "cp1252": "Il était une fois une fille très aimée, qui n’avait pas d'été. Voilà.\n",
+    "utf-16": "从前有一座山。\n",
+    "utf-16-le": "Once upon a time.\n",
+    "utf-16-be": "从前有一座山。\n",
+    "utf-32": "Once upon a time.\n",
+}
+
+
+@pytest.mark.parametrize("encoding", SAMPLES)
+@pytest.mark.parametrize("errors", ["strict", "replace"])
+def test_another_encoding_is_recognised_and_read(tmp_path: Path, encoding: str, errors: str):
+    """GBK text was told to use --encoding_errors replace, which left nothing of it, uncounted.
+
+    UTF-16 without a BOM is UTF-8 with zeros between the letters, and was read as that.
+    """
+    text = 9 * SAMPLES[encoding]
+    path = written(tmp_path / "a.txt", text.encode(encoding))
+    with pytest.raises(UsageError, match=f"is likely {encoding} .*: --encoding {encoding} ") as e:
+        list(read_blocks(path, Reading(encoding_errors=errors)))
+    assert text[:6] in str(e.value) or encoding == "cp1252"  # it shows how it would read
+    assert "--encoding_errors" not in str(e.value)
+    read = Reading(encoding=encoding, encoding_errors=errors)
+    assert "".join(read_blocks(path, read)) == text
+    later = written(tmp_path / "b.txt", b"Once.\n" * 50000 + text.encode(encoding))
+    if not encoding.startswith("utf"):
+        with pytest.raises(UsageError, match=rf"b\.txt:50001: .*is likely {encoding} "):
+            list(read_blocks(later))
+
+
+def test_what_is_replaced_is_counted(tmp_path: Path, capsys) -> None:
+    """Nobody knew how much of a text was lost; a spot that is damaged is no other encoding."""
+    text = (9 * SAMPLES["gb18030"]).encode()
+    path = written(tmp_path / "a.txt", text[:400] + b"\xff\xff" + text[400:])
+    with pytest.raises(UsageError, match=r"a\.txt:5: .* or --encoding_errors replace"):
+        list(read_blocks(path))
+    found = "".join(read_blocks(path, Reading(encoding_errors="replace")))
+    count = found.count("\ufffd")
+    assert count and f"a.txt: U+FFFD stands for what is not utf-8, {count} times" in (
+        capsys.readouterr().out
+    )
+    written(path, ("\ufffd" * 3).encode() + text)  # which the text has of its own
+    assert "".join(read_blocks(path, Reading(encoding_errors="replace"))).count("\ufffd") == 3
+    assert not capsys.readouterr().out
+
+
+def test_what_is_no_text_is_no_encoding(tmp_path: Path) -> None:
+    """Random bytes are not taken for Russian or Korean; the remedy is not to replace them."""
+    path = written(tmp_path / "a.txt", random.Random(0).randbytes(20000))
+    for errors in ("strict", "replace"):
+        with pytest.raises(UsageError, match="not UTF-8.*name .* with --encoding") as raised:
+            list(read_blocks(path, Reading(encoding_errors=errors)))
+        assert "likely" not in str(raised.value) and "replace" not in str(raised.value)
+    with pytest.raises(UsageError, match=r"a\.txt:1: byte 0x\w\w is not gb18030"):
+        list(read_blocks(path, Reading(encoding="gb18030")))
+
+
+@pytest.mark.parametrize("name", ["klingon", "hex", "rot13", "base64", ""])
+def test_an_encoding_that_is_none_is_refused(name: str) -> None:
+    """Before any file is opened; some of Python's codecs are not for text."""
+    with pytest.raises(UsageError, match="--encoding .*: no text encoding"):
+        check_encoding(name)
 
 
 # ---------------------------------------------------------------------------- labelled lines
