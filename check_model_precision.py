@@ -4,6 +4,7 @@
     python check_model_precision.py a.pt model.bin folder
     python check_model_precision.py a.pt --verify
     python check_model_precision.py a.pt --compare b.pt
+    python check_model_precision.py a.pt --text story.txt
     python check_model_precision.py a.pt --convert hf --output folder
 
 Reads every format that llama.load_pretrained reads and writes them too. Knows files only: it
@@ -42,6 +43,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("files", nargs="*", type=Path, metavar="FILE", help="model files or Hugging Face folders")
     add("--verify", action="store_true", help="read every byte; count NaN and Inf per tensor")
     add("--compare", type=Path, metavar="OTHER", help="largest difference per tensor and of logits")
+    add("--text", nargs="+", metavar="TEXT", help="text files: bits per byte, perplexity of them")
+    add("--text_field", default="text", help="of .jsonl text (default: text)")
+    add("--encoding_errors", choices=("strict", "replace"), default="strict", help="of --text")
     add("--json", action="store_true", help="machine-readable output, and nothing else on stdout")
     add("--convert", choices=FORMATS, metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
     add("--output", type=Path, metavar="PATH", help="where --convert writes")
@@ -90,12 +94,14 @@ from torch import Tensor
 
 from config import SHIPPED_MODEL
 from llama import Llama, load_pretrained
+from minllama.evaluation import score_text
 from minllama.export import HUGGING_FACE_FILES, MODELFILE, TOKENIZER_BIN, export
 from minllama.files import check_regular, remove_temporaries, restore_folder, size_on_disk
 from minllama.formats import LLAMA2C_MAGIC, own_name, read_model, read_safetensors
 from minllama.gguf import GGUF_MAGIC, read_gguf
 from minllama.pt_file import is_pt, load_pt, tensors_in
 from minllama.ranks import check_runs_alone
+from minllama.text import Reading, find_text_files
 from minllama.units import human_size
 from tokenizer import Tokenizer, vocabulary_remedy
 
@@ -352,6 +358,23 @@ def find_tokenizer(model: Llama, given: Path | None) -> Tokenizer | None:
     return tokenizer
 
 
+# ---------------------------------------------------------------------------- scoring a text
+
+
+def score(path: Path, texts: list[Path], args: argparse.Namespace) -> dict[str, float]:
+    """Print what the model makes of the texts, as bits per byte and more; returns the same."""
+    model = load_pretrained(path)
+    tokenizer = find_tokenizer(model, args.tokenizer_model)
+    if tokenizer is None:
+        remedy = vocabulary_remedy(model.config.vocab_size)
+        raise UsageError(f"--text: {path} has no vocabulary: {remedy}")
+    reading = Reading(text_field=args.text_field, encoding_errors=args.encoding_errors)
+    found = score_text(model, tokenizer, texts, reading)
+    if not args.json:
+        print(f"{path} on {', '.join(args.text)}: {found.line()}")
+    return asdict(found) | {"loss": found.loss, "bits_per_byte": found.bits_per_byte}
+
+
 # ---------------------------------------------------------------------------- entry
 
 
@@ -366,6 +389,7 @@ def run(args: argparse.Namespace) -> int:
         restore_folder(args.output)
         remove_temporaries(args.output.parent, re.escape(args.output.name), older_than=86400)
         check_output(files[0], args.convert, args.output, args.overwrite)
+    texts = find_text_files(args.text, flag="--text") if args.text else []
     reports = [inspect(path, verify=args.verify) for path in files]
     results: list[dict[str, Any]] = [asdict(report) for report in reports]
     for report in reports if not args.json else ():
@@ -375,6 +399,8 @@ def run(args: argparse.Namespace) -> int:
         results[0]["compared"] = compare(files[0], args.compare)
         if not args.json:
             print_comparison(files[0], results[0]["compared"])
+    for result, path in zip(results, files, strict=True) if texts else ():
+        result["text"] = score(path, texts, args)
     if args.convert and not sound:
         print(f"{PROGRAM}: damaged, so nothing was converted", file=sys.stderr)
     elif args.convert:

@@ -199,6 +199,10 @@ MAX_CONTEXT = 1024  # of --max_seq_len where none is given, as the original's
 TRAINING = ("pretrain", "finetune")
 LABELLED = ("finetune", "prompt")
 EVERY = ("pretrain", "finetune", "prompt", "generate")
+PAIRS_EXCLUDE = (
+    *("train", "dev", "test", "label_names", "dev_out", "test_out"),
+    *("prompt_template", "label_norm", "shots", "max_sentence_len"),
+)
 
 
 @dataclass(frozen=True)
@@ -388,11 +392,18 @@ class Options:
         "text before the label; {sentence} and {labels} are filled in, \\n is a newline",
     )
     label_norm: Literal["sum", "token", "byte", "pmi"] = flag(
-        "sum",
-        "score of a label: its log-probability, per token, per byte, or less the one it has "
-        "without the sentence",
+        "pmi",
+        "score of a label: its log-probability (sum), per token, per byte, or less the one it has "
+        "without the sentence (pmi), so that a word that is always likely does not always win",
     )
     shots: int = flag(0, "labelled examples from --train to put before each prompt", at_least=0)
+
+    pairs: tuple[str, ...] = flag(
+        (),
+        "instead of labels: files of lines `good<TAB>bad`, or BLiMP's .jsonl; how often the good "
+        "sentence is the likelier one",
+        many=True,
+    )
 
     flag = section("--option generate", "generate")
     prompt: tuple[str, ...] = flag((), "text to continue; repeatable", metavar="TEXT")
@@ -652,5 +663,8 @@ def find_problems(options: Options) -> Iterator[str]:
         yield f"--prompt_template: {field} is not filled in; {{sentence}} and {{labels}} are"
     if "{sentence}" not in fields:
         yield f"--prompt_template {options.prompt_template!r}: lacks {{sentence}}, its place"
+    for name in PAIRS_EXCLUDE if options.pairs else ():
+        if name in options.given:
+            yield f"--pairs compares whole sentences, without --{name}: leave it out"
     if options.train is None and (options.dev or options.test):
         yield "--dev and --test need --train: the labels are learnt from it"

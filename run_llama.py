@@ -45,6 +45,7 @@ from minllama.console import progress_bar, say
 from minllama.corpus import Texts, find_texts, load_texts
 from minllama.device import GPUS, check_compiler, choose_device, keep_freed_memory
 from minllama.errors import Interrupted, RunFailed, UsageError
+from minllama.evaluation import compare_pairs, pair_report, read_pairs
 from minllama.files import check_writable_file, write_text
 from minllama.generation import compile_step, pack_weights
 from minllama.labelled import (
@@ -445,6 +446,8 @@ def finish_finetuning(run: Run, files: LabelledFiles, splits: dict[str, LlamaDat
 
 def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     """Classify sentences by the label that the model finds likeliest after a question."""
+    if options.pairs:
+        return judge_pairs(options, stop)
     files = find_labelled_files(options, "prompting")
     train = files.paths["train"]
     examples = read_labelled(train, encoding=options.encoding) if options.shots else []
@@ -489,6 +492,18 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
                 file=sys.stderr,
             )
         report_predictions(split, dataset.examples, predictions.tolist(), files.label_names, out)
+    return 0
+
+
+def judge_pairs(options: Options, stop: StopRequest) -> int:
+    """Say how often the good sentence of a pair is the likelier one."""
+    pairs = read_pairs(find_text_files(options.pairs, flag="--pairs"))
+    device, note = choose_device(options.use_gpu)
+    print(f"device       {note}")
+    llama, tokenizer = load_model(options, device)
+    model = LlamaZeroShotClassifier(llama)
+    found = compare_pairs(model, tokenizer, pairs, batch_size=options.batch_size, stop=stop)
+    print("\n".join(pair_report(pairs, found)))
     return 0
 
 

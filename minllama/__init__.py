@@ -23,6 +23,7 @@ A module imports only modules that are listed above it:
     models, adapters     which model to use, and its vocabulary; LoRA
     export               writing other programs' files
     prompting, streaming zero-shot scoring; text shown as it comes
+    evaluation           bits per byte; minimal pairs
     random_state, device random numbers; device, dtype, memory, compiler
     ranks, sharding      several processes; DDP, FSDP2 and shards
     run_folder, saving   a run's folder and lock; writing its files while it trains

@@ -19,6 +19,7 @@ from minllama.files import check_writable_file, read_json, write_text
 from minllama.text import Reading, find_text_files, read_lines, split_labelled
 
 UNLABELLED = -1  # the label of a sentence without one, in files and in batches
+NEARLY_ALL = 0.9  # of a split's predictions
 MAX_LABELS = 1000  # without names; each gets a row of the classifier's head
 
 
@@ -208,7 +209,10 @@ def report_predictions(
     names: Sequence[str],
     out: Path,
 ) -> None:
-    """Print a split's figures, or that it has none, and write `prediction ||| sentence` lines."""
+    """Print a split's figures, or that it has none, and write `prediction ||| sentence` lines.
+
+    Where nearly all predictions are one label it says what the figures mean.
+    """
     if is_unlabelled(examples):
         print(f"{split}: unlabelled ({len(examples)} sentences), so no accuracy")
     elif split == "test" and has_placeholder_labels(examples):
@@ -221,6 +225,12 @@ def report_predictions(
             f"{scores.majority:.3f})"
         )
         print("\n".join("  " + line for line in scores.lines(names)))
+    label, count = Counter(predictions).most_common(1)[0]
+    if count >= NEARLY_ALL * len(predictions) and len(predictions) > 1:
+        print(
+            f"  {count} of {len(predictions)} predictions are {names[label]!r}: the figures say "
+            "how common that label is, not what the model understands"
+        )
     lines = [
         f"{prediction} ||| {example.sentence}\n"
         for prediction, example in zip(predictions, examples, strict=True)

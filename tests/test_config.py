@@ -56,7 +56,7 @@ def test_the_flags_are_exactly_these():
         world_size gpu
         train dev test label_names batch_size max_sentence_len dev_out test_out
         lr hidden_dropout_prob freeze_backbone lora_rank early_stopping
-        prompt_template label_norm shots
+        prompt_template label_norm shots pairs
         prompt prompt_file interactive weights max_new_tokens num_samples temperature top_k top_p
         min_p repetition_penalty stop
         generated_sentence_low_temp_out generated_sentence_high_temp_out

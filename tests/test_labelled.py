@@ -292,3 +292,15 @@ def test_predictions_are_written_in_the_order_of_the_file(
     assert out.read_bytes().decode() == "".join(
         f"{prediction} ||| sentence {i}\n" for i, prediction in enumerate([0, 1, 0, 1])
     )
+
+
+@pytest.mark.parametrize(("ones", "said"), [(9, True), (8, False)])
+def test_what_figures_mean_where_one_label_is_nearly_always_predicted(
+    tmp_path: Path, capsys: pytest.CaptureFixture, ones: int, said: bool
+) -> None:
+    """Prompting once printed an accuracy, and no word of its being that of one label."""
+    predictions = [1] * ones + [0] * (10 - ones)
+    examples = examples_of(*[0, 1] * 5)
+    report_predictions("dev", examples, predictions, ["bad", "good"], tmp_path / "out.txt")
+    printed = capsys.readouterr().out
+    assert (f"{ones} of 10 predictions are 'good': the figures say how common" in printed) == said

@@ -105,6 +105,29 @@ def test_a_score_is_the_log_probability_of_the_label(model, tokenizer, norm):
             assert scores[row, label].item() == pytest.approx(wanted / size, abs=1e-4)
 
 
+def test_what_a_label_has_without_a_sentence_is_subtracted(tmp_path, monkeypatch):
+    """The shipped model said `terrible` of 395 of 400 reviews: the word it finds likely anyway."""
+    labelled, model = write_labelled(tmp_path), write_model(tmp_path)
+    bias = torch.tensor([5.0, 0.0, 0.0])
+    real = LlamaZeroShotClassifier.score
+
+    def score(self, sequences, starts=None):
+        scores, counts = real(self, sequences, starts)
+        return scores + bias, counts
+
+    found = []
+    for favour in (False, True):
+        if favour:
+            monkeypatch.setattr(LlamaZeroShotClassifier, "score", score)
+        for norm in ("", "--label_norm sum"):
+            words = f"--option prompt --pretrained_model_path {model} {labelled} {norm}"
+            assert command(words).status == 0
+            found.append(Path("toy-dev-prompting-output.txt").read_text(encoding="utf-8"))
+    pmi, _, favoured_pmi, favoured_sum = found
+    assert favoured_pmi == pmi
+    assert {line[0] for line in favoured_sum.splitlines()} == {"0"}
+
+
 @pytest.mark.parametrize("norm", ["sum", "pmi"])
 def test_prompting_does_not_depend_on_the_batch_size(tmp_path, norm):
     """Right-padded batches once read a pad position, so a prediction depended on its neighbours."""
