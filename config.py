@@ -13,6 +13,7 @@ import functools
 import hashlib
 import math
 import re
+import time
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -285,6 +286,7 @@ class Options:
     val_fraction: float = flag(
         0.05, "share of the text held out without --val_data; 0: none", at_least=0, at_most=0.5
     )
+    val_tokens: int = flag(10**7, "of the held-out text, to measure on at most", at_least=2)
     document_per_line: bool = flag(False, "every line of a text file is a document of its own")
     text_field: str = flag("text", "field of a .jsonl line that holds the text; a.b goes deeper")
     sentences_only: bool = flag(False, "of `label ||| sentence` files read only the sentences")
@@ -296,6 +298,9 @@ class Options:
 
     flag = section("training", *TRAINING)
     epochs: int = flag(5, "passes over the data", at_least=1)
+    schedule_steps: int | None = flag(
+        None, "optimizer steps of the whole schedule, instead of --epochs", at_least=1
+    )
     gradient_accumulation_steps: int = flag(
         1, "micro-batches per optimizer step; equals one big batch", at_least=1
     )
@@ -318,6 +323,12 @@ class Options:
     )
     checkpoint_interval: int = flag(
         1000, "optimizer steps between resumable checkpoints; 0: none", at_least=0
+    )
+    early_stopping: int | None = flag(
+        None,
+        "stop after this many evaluations in a row without a better dev accuracy, or validation "
+        "loss; unset: never, with --minutes 3",
+        at_least=1,
     )
     save_interval: int = flag(50, "epochs between the checkpoints that are kept", at_least=1)
     keep_last: int = flag(2, "step checkpoints to keep; 0: all", at_least=0)
@@ -342,6 +353,13 @@ class Options:
     )
 
     flag = section("--option pretrain", "pretrain")
+    minutes: float | None = flag(
+        None,
+        "pretrain for this long in all, from the command to the last file; shape, context, batch, "
+        "learning rate and the like are chosen for it, each unless its flag is typed",
+        above=0,
+        below=1e6,
+    )
     pretrain_batch_size: int = flag(8, "chunks per micro-batch", at_least=1, instead="batch_size")
     pretrain_lr: float | None = flag(
         None,
@@ -381,9 +399,6 @@ class Options:
     freeze_backbone: bool = flag(False, "train the linear head alone")
     lora_rank: int | None = flag(
         None, "train adapters of this rank (LoRA) instead of the full weights", at_least=1
-    )
-    early_stopping: int | None = flag(
-        None, "stop after this many epochs without a better dev accuracy", at_least=1
     )
 
     flag = section("--option prompt", "prompt")
@@ -438,6 +453,7 @@ class Options:
     del flag
 
     given: frozenset[str] = frozenset()  # names of the flags that were typed
+    started: float = dataclasses.field(default_factory=time.monotonic)  # when the command began
 
     def to_plain(self) -> dict[str, Any]:
         """The options as JSON and checkpoints hold them: strings, numbers, lists, None."""
@@ -464,6 +480,11 @@ class Options:
         taken = [n for n in FLAGS if n in stored and n not in typed]
         changes = {n: read_stored(FLAGS[n], HINTS[n], stored[n]) for n in taken}
         return dataclasses.replace(self, **changes)
+
+    def choose(self, values: dict[str, Any]) -> Options:
+        """These options with the values of those flags that were not typed."""
+        free = {name: value for name, value in values.items() if name not in self.given}
+        return dataclasses.replace(self, **free)
 
     def llama_config(self, vocab_size: int) -> LlamaConfig:
         """The shape to pretrain: the preset, changed by the single flags."""
@@ -643,6 +664,12 @@ def find_problems(options: Options) -> Iterator[str]:
     for name in ("world_size", "gpu"):
         if name in options.given and not (options.plan and options.world_size):
             yield f"--{name} is for --plan --world_size N, a plan for other machines; leave it out"
+    if options.minutes is not None and options.world_size:
+        yield "--minutes times steps on this machine, --world_size plans for others: give one"
+    for name in ("minutes", "schedule_steps"):
+        for other in ("epochs", "schedule_steps"):
+            if name != other and {name, other} <= options.given:
+                yield f"--{name} and --{other} both say how long to train: give one"
     finetune = options.option == "finetune"
     if finetune and options.freeze_backbone and options.lora_rank:
         yield "--freeze_backbone and --lora_rank exclude each other: give one"

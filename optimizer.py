@@ -265,7 +265,7 @@ def make_optimizer(
 
 
 def learning_rate(
-    step: int,
+    step: float,
     *,
     peak_lr: float,
     min_lr: float,

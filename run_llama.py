@@ -47,6 +47,7 @@ from minllama.device import GPUS, check_compiler, choose_device, keep_freed_memo
 from minllama.errors import Interrupted, RunFailed, UsageError
 from minllama.evaluation import compare_pairs, pair_report, read_pairs
 from minllama.files import check_writable_file, write_text
+from minllama.fitting import TIMED_CONTEXT, fit_to_time
 from minllama.generation import compile_step, pack_weights
 from minllama.labelled import (
     LabelledFiles,
@@ -76,6 +77,7 @@ from tokenizer import Tokenizer
 from utils import LlamaDataset, PretrainDataset, batch_indices, bucketed_batches
 
 CURVE_POINTS = 2000  # of the training loss in its picture
+WORSE = 1.005  # than its best: a validation loss that has risen
 
 # ---------------------------------------------------------------------------- pretrain
 
@@ -86,7 +88,7 @@ def pretrain(options: Options, stop: StopRequest, ranks: Ranks) -> int:
         return plan_for_gpus(options, stop)
     with open_session(options, "pretrain", ranks=ranks, stop=stop) as session:
         options, config, texts, start = prepare_pretraining(
-            session.options, session.checkpoint, stop=stop, ranks=ranks
+            session.options, session.checkpoint, session.device, session.dtype, stop, ranks
         )
         session.options = options
         identity = {
@@ -115,9 +117,14 @@ def pretrain(options: Options, stop: StopRequest, ranks: Ranks) -> int:
 
 
 def prepare_pretraining(
-    options: Options, checkpoint: dict[str, Any] | None, *, stop: StopRequest, ranks: Ranks
+    options: Options,
+    checkpoint: dict[str, Any] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    stop: StopRequest,
+    ranks: Ranks,
 ) -> tuple[Options, LlamaConfig, Texts, Start | None]:
-    """What to train on what: the options with what follows from the text, and the model's start.
+    """What to train on what: the options with what follows from text and time, and the start.
 
     Every rank must call this. Raises UsageError.
     """
@@ -128,8 +135,14 @@ def prepare_pretraining(
         longest = MAX_CONTEXT
     else:
         tokenizer, longest = start.tokenizer, min(MAX_CONTEXT, start.config.max_seq_len)
+    if options.minutes is not None:
+        longest = min(longest, TIMED_CONTEXT[device.type])
     texts = load_texts(options, files, tokenizer, longest=longest, stop=stop, ranks=ranks)
     options = dataclasses.replace(options, max_seq_len=texts.context)
+    if options.minutes is not None and checkpoint is None:
+        shape = start and start.config
+        options = fit_to_time(options, texts, shape, device=device, dtype=dtype, ranks=ranks)
+    texts = texts.cut(options.max_seq_len, options.val_tokens)
     config = start.config if start else options.llama_config(tokenizer.n_words)
     return options, config, texts, start
 
@@ -143,7 +156,9 @@ class Pretraining(Task):
             session, model, model, module=self.next_token_loss, dtype=session.dtype, dynamic=False
         )
         self.goal = "loss" if texts.val is None else "val_loss"
-        self.best_interval = session.options.best_model_interval
+        # A run that keeps to a time is evaluated at steps: its epochs may be seconds or hours.
+        timed = session.options.minutes is not None
+        self.best_interval = 0 if timed else session.options.best_model_interval
         self.eval_interval = session.options.eval_interval
 
     def sequences(self, epoch: int, index: int) -> np.ndarray:
@@ -202,10 +217,15 @@ def evaluate_text(
     next_token_loss.train()
     loss_sum, targets = (sum(row) for row in ranks.sum_array(sums).tolist())
     metrics = {"val_loss": loss_sum / max(1, targets)}
-    metrics["val_perplexity"] = math.exp(min(metrics["val_loss"], 700.0))
+    metrics["val_perplexity"] = perplexity(metrics["val_loss"])
     if dataset.stream.utf8_bytes:
         metrics["bits_per_byte"] = loss_sum / math.log(2) / dataset.stream.utf8_bytes
     return metrics
+
+
+def perplexity(loss: float) -> float:
+    """That of a loss in nats per token, as far as there is a number for it."""
+    return math.exp(min(loss, 700.0))
 
 
 def finish_pretraining(run: Run, tokenizer: Tokenizer) -> int:
@@ -224,16 +244,25 @@ def finish_pretraining(run: Run, tokenizer: Tokenizer) -> int:
     checkpoints.finish()
     if not run.ranks.is_main:
         return 0
-    model = load_pretrained(final) if is_sharded(run.task.model) else run.task.llama.eval()
+    val_loss = records[-1].get("val_loss") if records else None
+    chosen = final
+    if val_loss is not None and progress.best is not None and val_loss > WORSE * progress.best:
+        chosen = folder.file("best-model.pt")
+        print(
+            f"\nthe validation loss was best at step {progress.best_step:,} and rose since: from "
+            f"then on the text was learnt by heart. {chosen} is the model of that step"
+        )
+    in_memory = chosen is final and not is_sharded(run.task.model)
+    model = run.task.llama.eval() if in_memory else load_pretrained(chosen)
     print("\na sample of what it writes:")
     print(f"{sample_text(model, tokenizer)}\n")
-    last = records[-1] if records else {}
-    if last.get("val_perplexity") is not None and progress.first is not None:
+    if val_loss is not None and progress.first is not None and progress.best is not None:
+        rose = "" if chosen is final else f", {perplexity(val_loss):.2f} after {progress.step:,}"
         print(
-            f"validation perplexity {math.exp(progress.first):,.1f} before training, "
-            f"{last['val_perplexity']:.2f} after {progress.step:,} steps"
+            f"validation perplexity {perplexity(progress.first):,.1f} before training, "
+            f"{perplexity(progress.best):.2f} after {progress.best_step:,} steps{rose}"
         )
-    print_results(folder, final, "One day", "generate", "finetune")
+    print_results(folder, chosen, "One day", "generate", "finetune")
     return 0
 
 
@@ -253,7 +282,10 @@ def pretraining_sizes(options: Options, config: LlamaConfig, texts: Texts) -> di
 def plan_for_gpus(options: Options, stop: StopRequest) -> int:
     """Print what a run would need and take on `--world_size` GPUs of the kind `--gpu`."""
     options, ranks = options.with_global_batch(options.world_size), Ranks()
-    options, config, texts, _ = prepare_pretraining(options, None, stop=stop, ranks=ranks)
+    device = torch.device("cpu")
+    options, config, texts, _ = prepare_pretraining(
+        options, None, device, torch.float32, stop, ranks
+    )
     gpu = GPUS[options.gpu.upper()]
     dtype = "bfloat16" if options.dtype == "auto" else options.dtype
     sizes = pretraining_sizes(options, config, texts)
@@ -347,7 +379,6 @@ class Finetuning(Task):
         self.files, self.train_set, self.dev_set = files, splits["train"], splits["dev"]
         self.higher_is_better = not is_unlabelled(self.dev_set.examples)
         self.goal = "dev_accuracy" if self.higher_is_better else "loss"
-        self.patience = session.options.early_stopping
         size, seed = session.options.global_batch_size, session.options.seed
         self.epoch_batches = functools.lru_cache(maxsize=1)(
             functools.partial(bucketed_batches, self.train_set.lengths, size, seed)

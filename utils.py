@@ -53,6 +53,20 @@ class TokenStream:
             start, first = start + count, first + 1
         return found[0] if len(found) == 1 else np.concatenate([self.tokens[:0], *found])
 
+    def first(self, tokens: int, byte_lengths: np.ndarray) -> TokenStream:
+        """The first `tokens` of the stream; `byte_lengths` are the bytes of each id's text."""
+        if tokens >= len(self):
+            return self
+        size = sum(
+            int(byte_lengths[self.read(at, min(at + READ_BYTES, tokens))].sum())
+            for at in range(0, tokens, READ_BYTES)
+        )
+        ends = np.cumsum(self.stops - self.starts)
+        count = int(np.searchsorted(ends, tokens)) + 1
+        stops = self.stops[:count].copy()
+        stops[-1] -= ends[count - 1] - tokens
+        return TokenStream(self.tokens, self.starts[:count], stops, size)
+
     def locate(self, position: int) -> int:
         """The place in the token array of token `position` of the stream."""
         index = int(np.searchsorted(self.offsets, position, side="right")) - 1

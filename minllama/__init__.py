@@ -27,10 +27,12 @@ A module imports only modules that are listed above it:
     random_state, device random numbers; device, dtype, memory, compiler
     ranks, sharding      several processes; DDP, FSDP2 and shards
     run_folder, saving   a run's folder and lock; writing its files while it trains
+    deadline             keeping a run to its --minutes
     plan, record         the arithmetic of a run; what it puts on record
     session              before and after the loop
     corpus, vocabulary   the text of a pretraining, and the vocabulary
     task, training       what is trained; the train loop
+    fitting              shape, batch and schedule for --minutes
     (run_llama, check_model_precision)
 
 The modules in parentheses are the user's, at the top of the repository.

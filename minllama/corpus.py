@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,20 @@ class Texts:
     tokenizer: Tokenizer
     context: int  # tokens of a chunk
     key: str  # of the training text, its vocabulary and how it was read
-    locate: Callable[[int], str]  # where a training chunk is in the files
+    place: Callable[[int], str]  # where a token of the training text is in the files
+
+    def locate(self, chunk: int) -> str:
+        """Where a training chunk is in the files."""
+        return self.place(chunk * self.context)
+
+    def cut(self, context: int, val_tokens: int) -> Texts:
+        """These texts in chunks of `context`, with at most `val_tokens` of the held-out one."""
+        bos_id, val = self.tokenizer.bos_id, self.val
+        if val is not None:
+            lengths = self.tokenizer.token_byte_lengths()
+            val = PretrainDataset(val.stream.first(val_tokens, lengths), context, bos_id=bos_id)
+        train = PretrainDataset(self.train.stream, context, bos_id=bos_id)
+        return dataclasses.replace(self, train=train, val=val, context=context)
 
 
 def find_texts(options: Options) -> TextFiles:
@@ -95,7 +109,9 @@ def load_texts(
     cache, val_cache = load(files.train), load(files.val) if files.val else None
     held_out = 0.0 if files.val else options.val_fraction
     trained = round(len(cache) * (1 - held_out))
-    length = options.max_seq_len or fit_context(options, trained, longest)
+    length = options.max_seq_len or longest
+    if options.max_seq_len is None and options.minutes is None:
+        length = fit_context(options, trained, longest)
     for paths, of_paths in ((files.train, cache), (files.val, val_cache)):
         if of_paths is not None:
             say_loaded(paths, of_paths, files.reading, length)
@@ -114,14 +130,14 @@ def load_texts(
     if len(train) <= length:
         print(f"the text is shorter than --max_seq_len {length}: training on one short chunk")
 
-    def locate(chunk: int) -> str:
-        file, token = cache.place(train.locate(chunk * length))
-        text = tokenizer.decode(train.read(chunk * length, chunk * length + 8)[:8].tolist())
+    def place(position: int) -> str:
+        file, token = cache.place(train.locate(position))
+        text = tokenizer.decode(train.read(position, position + 8)[:8].tolist())
         return f"{files.train[file]}, token {token:,} ({text!r})"
 
     cut = functools.partial(PretrainDataset, chunk_length=length, bos_id=tokenizer.bos_id)
     val_set = None if val is None else cut(val)
-    return Texts(cut(train), val_set, tokenizer, length, cache.key.hex()[:16], locate)
+    return Texts(cut(train), val_set, tokenizer, length, cache.key.hex()[:16], place)
 
 
 def fit_context(options: Options, tokens: int, longest: int) -> int:

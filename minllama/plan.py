@@ -55,8 +55,8 @@ class TrainingPlan:
 
     @property
     def schedule_steps(self) -> int:
-        """Steps that the learning rate's schedule spans: all epochs."""
-        return self.options.epochs * self.steps_per_epoch
+        """Steps that the learning rate's schedule spans: as given, else all epochs."""
+        return self.options.schedule_steps or self.options.epochs * self.steps_per_epoch
 
     @property
     def last_step(self) -> int:
@@ -171,6 +171,7 @@ class TrainingPlan:
             per_process = f" per process ({options.parallel})"
         if self.last_step < self.schedule_steps:
             ends = f", ended after {self.last_step:,} by --max_steps"
+        epochs = f"{self.schedule_steps / self.steps_per_epoch:,.4g}"
         moments = "moments" if self.muon_parameters else "two moments of each"
         weights = human_size(self.weights_file_bytes(options.save_dtype))
         checkpoint = human_size(self.checkpoint_bytes())
@@ -181,7 +182,7 @@ class TrainingPlan:
             f"context {config.max_seq_len:,}",
             f"data         {self.tokens:,} tokens in {self.sequences:,} {noun} of up to "
             f"{self.sequence_length:,}",
-            f"steps        {self.steps_per_epoch:,} per epoch x {options.epochs:,} epochs = "
+            f"steps        {self.steps_per_epoch:,} per epoch x {epochs} epochs = "
             f"{self.schedule_steps:,}, of {options.global_batch_size:,} {noun} "
             f"({options.micro_batch_size} x {self.accumulation_steps} accumulated{processes}); "
             f"warmup {self.warmup_steps:,}{ends}",

@@ -55,9 +55,8 @@ class Task(ABC):
 
     goal: str  # the metric that chooses the best model
     higher_is_better: bool = False
-    best_interval: int = 1  # epochs between looks for a new best
+    best_interval: int = 1  # epochs between looks for a new best; 0: epochs are not evaluated
     eval_interval: int = 0  # optimizer steps between evaluations; 0: at the ends of epochs only
-    patience: int | None = None  # epochs without a new best after which to stop
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ import contextlib
 import math
 import time
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, get_type_hints
 
 import torch
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from llama import model_payload
 from minllama.console import show_record, training_bar
+from minllama.deadline import FINISHING, TOLD, WRITTEN, Deadline, Pace, next_look
 from minllama.device import describe_device, dtype_name, peak_flops, used_memory
 from minllama.errors import Interrupted, RunFailed, UsageError
 from minllama.pt_file import load_pt
@@ -74,12 +75,17 @@ class Progress:
     first: float | None = None  # the goal before training
     best: float | None = None  # the goal's best value
     best_step: int = 0
+    without_better: int = 0  # looks for a new best since then
+    pace: Pace = field(default_factory=Pace)  # of a run that keeps to a time
+    spent: float = 0.0  # seconds of a run that keeps to a time
     pending: dict | None = None  # the last step's record, not yet evaluated and written
 
     def load(self, plain: dict[str, Any]) -> None:
         """Take over the values of a checkpoint. Raises ValueError for other names or types."""
         for name, kind in get_type_hints(Progress).items():
-            value = plain.get(name, getattr(Progress, name))
+            value = plain.get(name, getattr(Progress(), name))
+            if kind is Pace and isinstance(value, dict):
+                value = Pace(int(value["step"]), float(value["place"]), int(value["end"]))
             if not isinstance(value, kind):
                 raise ValueError(f"its {name} is {str(value)[:20]!r}")
             setattr(self, name, value)
@@ -102,6 +108,9 @@ class Run:
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.progress, self.run_id = Progress(), uuid.uuid4().hex
+        self.deadline = self._deadline()
+        self.looks_at = 1  # at the clock, after this step
+        self.said_steps = self.plan.last_step
         self.checkpoints = Checkpoints(
             self.folder,
             self.ranks,
@@ -155,6 +164,8 @@ class Run:
             reason = str(error).strip().split("\n")[0]
             raise UsageError(f"the checkpoint is not one of this program ({reason})") from None
         self.run_id = state.get("run_id", self.run_id)
+        if self.deadline is not None:
+            self.deadline.before = self.progress.spent
         if self.ranks.world_size > 1:
             self.progress.split = 1  # several processes train on micro-batches as given
 
@@ -189,12 +200,12 @@ class Run:
 
         ranks.on_main(begin)
         if self.progress.first is None:
-            self.progress.first = self.task.evaluate().get(self.task.goal)
+            self.progress.first = self.evaluate().get(self.task.goal)
         if checkpoint is not None and not self.has_more():
             self._say_nothing_is_left()
         self.check_best()
         if checkpoint is not None and self.progress.best is None and not self.has_more():
-            self.note_best(self.task.evaluate())  # these weights are the best there are
+            self.note_best(self.evaluate())  # these weights are the best there are
             self.progress.best_step = self.progress.step
             self.save_best()
 
@@ -224,6 +235,8 @@ class Run:
             flag = "--early_stopping"
         elif self.plan.last_step < self.plan.schedule_steps:
             flag = "--max_steps"
+        elif self.deadline is not None:
+            flag = "--minutes"
         print(
             f"nothing is left to train: the run ended after step {self.progress.step:,}; a larger "
             f"{flag} lets it continue. Its last files are written again"
@@ -235,23 +248,67 @@ class Run:
         """Whether there is a step to make, or the last one's record still to complete."""
         if self.progress.pending:
             return True
-        return self.progress.step < self.plan.last_step and not self.out_of_patience()
+        return self.progress.step < self.last_step and not self.out_of_patience()
+
+    @property
+    def last_step(self) -> int:
+        """The step to end after: the plan's, or what the time allows."""
+        end = self.progress.pace.end or self.plan.last_step
+        return min(end, self.options.max_steps or end)
+
+    def _deadline(self) -> Deadline | None:
+        options = self.options
+        if options.option != "pretrain" or options.minutes is None:
+            return None
+        plan = self.plan
+        written = plan.checkpoint_bytes() + 2 * plan.weights_file_bytes(options.save_dtype)
+        finishing = FINISHING + written / WRITTEN
+        return Deadline(60 * options.minutes, options.started, finishing)
+
+    def evaluate(self) -> dict[str, float]:
+        """The task's metrics. Every rank must call this; raises Interrupted when asked to stop."""
+        started = time.monotonic()
+        found = self.task.evaluate()
+        if self.deadline is not None:
+            self.deadline.note_evaluation(time.monotonic() - started)
+        return found
+
+    def keep_time(self) -> None:
+        """After a step: set the last one by the time that is left. Every rank must call this."""
+        deadline, progress, way = self.deadline, self.progress, self.plan.schedule_steps
+        if deadline is None:
+            return
+        progress.spent = deadline.spent()
+        step, end = progress.step, progress.pace.end or way
+        if step < self.looks_at or step >= end:
+            return
+        found = self.ranks.on_main(lambda: deadline.last_step(step, end, self.task.eval_interval))
+        self.looks_at = next_look(step, found)
+        if found != end:
+            progress.pace = Pace(step, progress.pace.at(step, way), found)
+        if not 1 / TOLD < found / self.said_steps < TOLD:
+            was, self.said_steps = self.said_steps, found
+            slower = "slower" if found < was else "faster"
+            tqdm.write(
+                f"the machine is {slower} than it was: {found:,} steps instead of {was:,} end on "
+                "time, and the learning rate's schedule with them"
+            )
 
     def out_of_patience(self) -> bool:
-        """Whether, at the end of an epoch, too many have gone by without a new best."""
-        patience, steps_per_epoch = self.task.patience, self.plan.steps_per_epoch
-        if patience is None or self.progress.step % steps_per_epoch:
-            return False
-        return self.progress.step - self.progress.best_step >= patience * steps_per_epoch
+        """Whether too many looks for a new best in a row have found none."""
+        patience = self.options.early_stopping
+        return patience is not None and self.progress.without_better >= patience
 
     def note_best(self, record: dict[str, Any]) -> bool:
         """Note the record's value of the goal if it is the best so far; returns whether it is."""
         value, best = record.get(self.task.goal), self.progress.best
+        self.progress.without_better += 1
         if value is None or not math.isfinite(value):
             return False
         if best is not None and (value <= best if self.task.higher_is_better else value >= best):
             return False
         self.progress.best, self.progress.best_step = value, self.progress.step
+        self.progress.without_better = 0
         return True
 
 
@@ -271,7 +328,7 @@ def train(run: Run) -> bool:
     done = progress.step - bool(progress.pending)  # steps whose record is complete
     path = run.folder.file("metrics.jsonl")
     log = MetricsLog(path, done, window=SPIKE_WINDOW) if ranks.is_main else NoLog()
-    bar = training_bar(progress.step, plan.last_step)
+    bar = training_bar(progress.step, run.last_step)
     profile = profiled(
         run.folder.file("profile.json.gz"),
         enabled=options.profile and ranks.is_main,
@@ -293,13 +350,16 @@ def train(run: Run) -> bool:
                 bar.n = progress.step
                 continue
             progress.pending = record
+            run.keep_time()
+            bar.total = run.last_step
             epoch, steps_into_epoch = divmod(progress.step, plan.steps_per_epoch)
-            ends_epoch, ends_run = steps_into_epoch == 0, progress.step == plan.last_step
+            ends_epoch, ends_run = steps_into_epoch == 0, progress.step == run.last_step
             choose_best = ends_run or every(task.eval_interval, progress.step)
-            choose_best |= ends_epoch and epoch % task.best_interval == 0
-            if ends_epoch or choose_best:
+            evaluates = ends_epoch and task.best_interval > 0
+            choose_best |= evaluates and epoch % task.best_interval == 0
+            if evaluates or choose_best:
                 try:
-                    found = task.evaluate()
+                    found = run.evaluate()
                     record |= {name: finite_or_none(value) for name, value in found.items()}
                 except Interrupted:
                     break  # the checkpoint keeps the record, so the resumed run evaluates it
@@ -311,9 +371,9 @@ def train(run: Run) -> bool:
             show_record(bar, record)
             if progress.step == first_step + 1:  # the first one compiles, or warms up
                 started = time.perf_counter()
-            if progress.step == first_step + 1 + MEASURED_STEPS < plan.last_step:
+            if progress.step == first_step + 1 + MEASURED_STEPS < run.last_step:
                 a_step = (time.perf_counter() - started) / MEASURED_STEPS
-                left = human_time((plan.last_step - progress.step) * a_step)
+                left = human_time((run.last_step - progress.step) * a_step)
                 bar.write(f"about {left} left (excluding validation)")
             checkpoints.next_step(progress.step)
             if choose_best and run.note_best(record):
@@ -329,7 +389,7 @@ def train(run: Run) -> bool:
             checkpoints.save()
             checkpoints.finish()
     if not stopped and run.out_of_patience():
-        print(f"stopped: no better {task.goal} for {task.patience} epochs")
+        print(f"stopped: no better {task.goal} in {options.early_stopping} evaluations in a row")
     return stopped
 
 
@@ -342,7 +402,7 @@ def optimizer_step(run: Run) -> dict[str, Any]:
     started = time.perf_counter()
     progress, ranks = run.progress, run.ranks
     lr = progress.lr_scale * learning_rate(
-        progress.step,
+        progress.pace.at(progress.step, run.plan.schedule_steps),
         peak_lr=run.options.peak_lr(),
         min_lr=run.options.min_lr,
         warmup_steps=run.plan.warmup_steps,

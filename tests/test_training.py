@@ -434,7 +434,10 @@ def test_early_stopping_ends_the_run_and_keeps_it_ended(finetune, monkeypatch):
     for _ in range(2):
         assert command(f"{words} --resume auto").status == 0 and len(steps(metrics)) == 16
     done = command(f"{words} --overwrite")
-    assert "stopped: no better dev_accuracy for 1 epochs" in done.out and len(steps(metrics)) == 16
+    assert (
+        "stopped: no better dev_accuracy in 1 evaluations in a row" in done.out
+        and len(steps(metrics)) == 16
+    )
     done = command(f"{words} --resume auto")
     assert "nothing is left to train" in done.out and "a larger --early_stopping" in done.out
     assert len(steps(metrics)) == 16
