@@ -40,6 +40,7 @@ from llama import (
     model_payload,
 )
 from minllama.adapters import add_lora, merge_lora
+from minllama.advice import Outcome, advise
 from minllama.command_line import print_error, protect_output
 from minllama.console import progress_bar, say
 from minllama.corpus import Texts, find_texts, load_texts
@@ -262,6 +263,16 @@ def finish_pretraining(run: Run, tokenizer: Tokenizer) -> int:
             f"validation perplexity {perplexity(progress.first):,.1f} before training, "
             f"{perplexity(progress.best):.2f} after {progress.best_step:,} steps{rose}"
         )
+    if records:
+        recent = [record["loss"] for record in records[-20:] if record["loss"] is not None]
+        outcome = Outcome(
+            parameters=sum(run.plan.config.parameter_counts().values()),
+            tokens=progress.tokens,
+            distinct=run.plan.tokens,
+            train_loss=sum(recent) / max(1, len(recent)),
+            val_loss=val_loss,
+        )
+        say(*advise(outcome, rose=chosen is not final))
     print_results(folder, chosen, "One day", "generate", "finetune")
     return 0
 

@@ -27,6 +27,7 @@ A module imports only modules that are listed above it:
     random_state, device random numbers; device, dtype, memory, compiler
     ranks, sharding      several processes; DDP, FSDP2 and shards
     run_folder, saving   a run's folder and lock; writing its files while it trains
+    advice               what a finished run's figures say
     deadline             keeping a run to its --minutes
     plan, record         the arithmetic of a run; what it puts on record
     session              before and after the loop
