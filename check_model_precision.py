@@ -82,6 +82,7 @@ if __name__ == "__main__":  # --help and bad flags are answered before torch, wh
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback till then
     parse_or_exit(parse, PROGRAM, sys.argv[1:])
 
+import importlib.util
 import json
 import re
 import struct
@@ -103,7 +104,7 @@ from minllama.pt_file import is_pt, load_pt, tensors_in
 from minllama.ranks import check_runs_alone
 from minllama.text import Reading, find_text_files
 from minllama.units import human_size
-from tokenizer import Tokenizer, vocabulary_remedy
+from tokenizer import Tokenizer, tokenizer_bin, vocabulary_remedy
 
 # ---------------------------------------------------------------------------- what is in a file
 
@@ -306,9 +307,9 @@ def convert(path: Path, args: argparse.Namespace) -> list[Path]:
     tokenizer = find_tokenizer(model, args.tokenizer_model)
     beside = {"bin": TOKENIZER_BIN, "bin-int8": TOKENIZER_BIN, "gguf": MODELFILE}
     if args.convert in beside and tokenizer is not None:
-        check_output(
-            path, args.convert, args.output.with_name(beside[args.convert]), args.overwrite
-        )
+        second = args.output.with_name(beside[args.convert])
+        if not holds_vocabulary(second, tokenizer):
+            check_output(path, args.convert, second, args.overwrite)
     stored = read_stored(path)[1]
     extra = {key: stored[key] for key in ("classifier_head", "label_names") if key in stored}
     options = {"dtype": args.save_dtype, "tokenizer": tokenizer, "extra": extra}
@@ -320,6 +321,14 @@ def convert(path: Path, args: argparse.Namespace) -> list[Path]:
             file=sys.stderr,
         )
     return written
+
+
+def holds_vocabulary(path: Path, tokenizer: Tokenizer) -> bool:
+    """Whether this is the tokenizer.bin that would be written: then nothing is lost by it."""
+    if path.name != TOKENIZER_BIN or not path.is_file():
+        return False
+    data = tokenizer_bin(tokenizer)
+    return path.stat().st_size == len(data) and path.read_bytes() == data
 
 
 def check_output(path: Path, target: str, output: Path, overwrite: bool) -> None:
@@ -389,12 +398,16 @@ def run(args: argparse.Namespace) -> int:
         restore_folder(args.output)
         remove_temporaries(args.output.parent, re.escape(args.output.name), older_than=86400)
         check_output(files[0], args.convert, args.output, args.overwrite)
+        if args.convert == "hf" and importlib.util.find_spec("safetensors") is None:
+            raise UsageError("--convert hf needs another package: pip install safetensors")
     texts = find_text_files(args.text, flag="--text") if args.text else []
     reports = [inspect(path, verify=args.verify) for path in files]
     results: list[dict[str, Any]] = [asdict(report) for report in reports]
+    sound = all(report.sound for report in reports)
+    # Before anything is printed, so that an error stands alone.
+    written = convert(files[0], args) if args.convert and sound else []
     for report in reports if not args.json else ():
         print_report(report, verified=args.verify)
-    sound = all(report.sound for report in reports)
     if args.compare:
         results[0]["compared"] = compare(files[0], args.compare)
         if not args.json:
@@ -404,7 +417,6 @@ def run(args: argparse.Namespace) -> int:
     if args.convert and not sound:
         print(f"{PROGRAM}: damaged, so nothing was converted", file=sys.stderr)
     elif args.convert:
-        written = convert(files[0], args)
         results[0]["written"] = [{"path": str(p), "size": size_on_disk(p)} for p in written]
         for path in written if not args.json else ():
             print(f"wrote {path}: {human_size(size_on_disk(path))}, read back and equal")

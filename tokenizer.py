@@ -286,8 +286,8 @@ def _sentences(blocks: Iterable[Block]) -> Iterator[str]:
 # ---------------------------------------------------------------------------- llama2.c's format
 
 
-def export_tokenizer_bin(tokenizer: Tokenizer, path: Path) -> None:
-    """Write the vocabulary as llama2.c's `tokenizer.bin`.
+def tokenizer_bin(tokenizer: Tokenizer) -> bytes:
+    """The vocabulary as llama2.c's `tokenizer.bin` holds it.
 
     Little-endian: uint32 longest token in bytes; per token float32 score, int32 length, bytes.
     Byte tokens keep their name `<0x0A>`, which llama2.c parses; BOS and EOS are set in newlines.
@@ -299,7 +299,12 @@ def export_tokenizer_bin(tokenizer: Tokenizer, path: Path) -> None:
     data = bytearray(struct.pack("<I", max(map(len, tokens))))
     for i, token in enumerate(tokens):
         data += struct.pack("<fi", sp.get_score(i), len(token)) + token
-    _write(path, data)
+    return bytes(data)
+
+
+def export_tokenizer_bin(tokenizer: Tokenizer, path: Path) -> None:
+    """Write the vocabulary as llama2.c's `tokenizer.bin`; raises UsageError."""
+    _write(path, tokenizer_bin(tokenizer))
 
 
 def _write(path: Path, data: bytes | bytearray) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from tokenizer import Tokenizer
 from utils import PretrainDataset, count_chunks, split_documents, whole_stream
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+FEW_FILES = 3  # have a line each
 MIN_CONTEXT, WANTED_STEPS = 128, 1000
 SAMPLED_TOKENS = 1 << 20  # looked at to see whether the vocabulary fits the text
 MOSTLY = 0.5  # of a text's bytes; English under an English vocabulary has next to none
@@ -171,27 +173,32 @@ def without_validation(files: Sequence[Path], val_files: Sequence[Path]) -> Sequ
 
 
 def say_loaded(files: Sequence[Path], cache: TokenCache, reading: Reading, length: int) -> None:
-    """Say how many chunks of `length` tokens each file has, and what is odd about it."""
-    for path, tokens in list(zip(files, cache.file_tokens, strict=True))[:SHOWN_FILES]:
-        chunks = count_chunks(int(tokens), length)
-        print("\n".join([f"Loaded {chunks} chunks from {path}", *remarks(path, reading)]))
-    if len(files) > SHOWN_FILES:
-        chunks = count_chunks(len(cache), length)
-        print(f"... {len(files):,} files in all, {chunks:,} chunks")
+    """Say how many chunks of `length` tokens the files have, and what is odd about them."""
+    odd = [remarks(path, reading) for path in files[:SHOWN_FILES]]
+    if len(files) > FEW_FILES:
+        where = f"{len(files):,} files, {files[0]} to {files[-1]}"
+        print(f"Loaded {count_chunks(len(cache), length):,} chunks from {where}")
+        for remark, count in Counter(remark for of_file in odd for remark in of_file).items():
+            print(f"  {count} of the first {len(odd)}: {remark}")
+        return
+    for path, tokens, of_file in zip(files, cache.file_tokens, odd, strict=True):
+        print(f"Loaded {count_chunks(int(tokens), length)} chunks from {path}")
+        for remark in of_file:
+            print(f"  {remark}")
 
 
 def remarks(path: Path, reading: Reading) -> list[str]:
     """What to say of a file that may not be meant to be read as it is."""
     name = path.name.lower()
     if is_labelled(path, reading) and not reading.sentences_only:
-        return ["  labelled lines in it: --sentences_only reads the sentences alone"]
+        return ["labelled lines in it: --sentences_only reads the sentences alone"]
     if name.endswith(TABLE_SUFFIXES):
         return [
-            "  a table, read as plain text with all its separators: to train on one of its "
+            "a table, read as plain text with all its separators: to train on one of its "
             'columns make a .jsonl of it, a line {"text": ...} for each row'
         ]
     if not name.endswith((*TEXT_SUFFIXES, *JSON_SUFFIXES)):
-        return ["  read as plain text, markup included"]
+        return ["read as plain text, markup included"]
     return []
 
 

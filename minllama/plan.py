@@ -5,7 +5,7 @@ Nothing here trains or looks at the machine; `session` prints it before every ru
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from config import DTYPE_BYTES, LlamaConfig, Options
 from llama import LOGITS_CHUNK_BYTES, SCORES_KEPT
@@ -15,6 +15,8 @@ from minllama.units import human_size, human_time
 
 # What a process takes before it has a model: Python and torch with their kernels, CUDA's context.
 PROCESS_BYTES = {"cpu": 400 * 10**6, "cuda": 500 * 10**6, "mps": 400 * 10**6}
+
+RECORD_BYTES = 400  # of a step in metrics.jsonl
 
 # Assumed for --plan --world_size, and printed: what computing alone reaches of a GPU's peak, and
 # the GB/s each way between two machines, all their network adapters together.
@@ -146,16 +148,44 @@ class TrainingPlan:
         """The weights alone, a tied embedding once."""
         return DTYPE_BYTES[dtype] * sum(self.config.parameter_counts().values())
 
-    def disk_bytes(self) -> int:
-        """Everything the run will have written, a file being replaced counted twice."""
-        options, by_step = self.options, 0
-        if options.checkpoint_interval:
-            by_step = self.last_step // options.checkpoint_interval
-        if options.keep_last:
-            by_step = min(by_step, options.keep_last)
-        checkpoints = options.epochs // options.save_interval + 1 + by_step + 1
-        weights = self.weights_file_bytes(options.save_dtype)
-        return checkpoints * self.checkpoint_bytes() + 3 * weights
+    def disk(self) -> dict[str, int]:
+        """Bytes of the run's files by kind, at their most: one that is replaced stays till then."""
+        options, last = self.options, self.last_step
+        save = options.save_interval * self.steps_per_epoch
+        kept = {*range(save, last + 1, save)}
+        if last % self.steps_per_epoch == 0:
+            kept.add(last)
+        interval = options.checkpoint_interval or last
+        steps = len({*range(interval, last + 1, interval), last} - kept)
+        if options.keep_last:  # the oldest goes when the newest is there
+            steps = min(steps, options.keep_last + 1)
+        models = 3 if options.option == "pretrain" else 2  # the final one, the best, its next
+        return {
+            f"{len(kept):,} checkpoints of epochs": len(kept) * self.checkpoint_bytes(),
+            f"{steps:,} of steps": steps * self.checkpoint_bytes(),
+            f"{models} models": models * self.weights_file_bytes(options.save_dtype),
+            "records": last * RECORD_BYTES,
+        }
+
+    def disk_line(self) -> str:
+        """What takes how much of the disk."""
+        return ", ".join(f"{name} {human_size(size)}" for name, size in self.disk().items() if size)
+
+    def flags_for_less_disk(self) -> list[str]:
+        """The flags, with values, that would have less on the disk."""
+        whole, options = sum(self.disk().values()), self.options
+        changes = {
+            "keep_last": 1,
+            "checkpoint_interval": 0,
+            "save_interval": options.epochs,
+            "save_dtype": "bfloat16",
+        }
+        return [
+            f"--{name} {value}"
+            for name, value in changes.items()
+            for other in [replace(self, options=replace(options, **{name: value}))]
+            if sum(other.disk().values()) < whole
+        ]
 
     def lines(self, available: int | None) -> list[str]:
         """The plan as a person reads it, with the bytes of memory that are available."""
@@ -190,6 +220,7 @@ class TrainingPlan:
             f"{needs}{have}",
             f"files        weights {weights} ({options.save_dtype}), resumable checkpoint "
             f"{checkpoint} (float32 weights and the optimizer's {moments})",
+            f"disk         {human_size(sum(self.disk().values()))} at most: {self.disk_line()}",
         ]
 
 

@@ -210,20 +210,26 @@ def check_identity(earlier: dict[str, Any], identity: dict[str, Any]) -> None:
 
 
 def print_plan(plan: TrainingPlan, device: torch.device, folder: RunFolder) -> None:
-    """Print the plan and warn of what will not fit; raises UsageError if the disk is too small."""
+    """Print the plan and warn of what will not fit.
+
+    Raises UsageError if the disk is too small for the run; --plan alone warns of that, too.
+    """
     available = available_memory(device)
     say(*plan.lines(available))
     warn_of_plan(plan, available)
-    if plan.options.plan:
-        return
     # What the folder holds is replaced, resumed or pruned: it is not needed twice.
-    needed = plan.disk_bytes() - sum(map(size_on_disk, folder.own_files()))
+    there, whole = sum(map(size_on_disk, folder.own_files())), sum(plan.disk().values())
     free = free_disk(folder.path)
-    if needed > free:
-        raise UsageError(
-            f"--save_dir {folder.path}: {human_size(free)} are free on that disk and the run's "
-            f"files take {human_size(needed)} more; name a folder on a larger one"
-        )
+    if whole - there <= free:
+        return
+    less = [*plan.flags_for_less_disk(), "a folder on a larger disk"]
+    problem = (
+        f"--save_dir {folder.path}: {human_size(free)} are free on that disk and the run's files "
+        f"take {human_size(whole - there)} more ({plan.disk_line()}); less with {' or '.join(less)}"
+    )
+    if not plan.options.plan:
+        raise UsageError(problem)
+    say(f"warning: {problem}")
 
 
 def settle_compile(options: Options, plan: TrainingPlan) -> Options:

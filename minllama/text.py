@@ -13,6 +13,7 @@ import os
 import re
 import runpy
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,14 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from config import DATA_DIR
+from minllama.console import say
 from minllama.encodings import is_utf8, likely_encoding
 from minllama.errors import UsageError
 from minllama.files import check_regular
 
 # ---------------------------------------------------------------------------- finding files
 
+SHOWN_KINDS = 5  # of the files in a folder that are skipped
 TEXT_SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 
@@ -49,8 +52,10 @@ def find_text_files(patterns: Sequence[str | Path], *, flag: str = "--pretrain_d
 def _expand(pattern: str, flag: str) -> list[Path]:
     path = Path(pattern)
     if path.is_dir():
-        inside = sorted(p for p in path.rglob("*") if p.name.lower().endswith(TEXT_SUFFIXES))
-        files = [p for p in inside if p.is_file()]
+        inside = sorted(p for p in path.rglob("*") if p.is_file())
+        files = [p for p in inside if p.name.lower().endswith(TEXT_SUFFIXES)]
+        if files:
+            _say_skipped(path, [p for p in inside if not p.name.startswith(".")])
         problem = f"the folder holds no {', '.join(TEXT_SUFFIXES)} file"
     elif path.exists():
         check_regular(path)
@@ -63,6 +68,16 @@ def _expand(pattern: str, flag: str) -> list[Path]:
     if not files:
         raise UsageError(f"{flag} {pattern}: {problem}")
     return files
+
+
+def _say_skipped(folder: Path, inside: Sequence[Path]) -> None:
+    """Say how many of a folder's files, by their ends, are not read."""
+    skipped = [p for p in inside if not p.name.lower().endswith(TEXT_SUFFIXES)]
+    kinds = Counter(p.suffix.lower() or "without an end" for p in skipped).most_common()
+    if kinds:
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds[:SHOWN_KINDS])
+        more = ", ..." if len(kinds) > SHOWN_KINDS else ""
+        say(f"{folder}: {counts}{more} skipped; a file is read, whatever its end, if it is named")
 
 
 def download_hint(path: Path) -> str:

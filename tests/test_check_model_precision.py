@@ -209,9 +209,34 @@ def test_a_tokenizer_bin_in_the_way_is_found_before_anything_is_written(
     assert convert(saved, "bin", out / "model.bin") == 0
     assert {path.name for path in out.iterdir()} == {"model.bin", "tokenizer.bin"}
     (out / "model.bin").unlink()
+    (out / "tokenizer.bin").write_bytes(b"another")
     arguments = (saved, "--convert", "bin", "--output", out / "model.bin")
     assert_refused(capsys, "tokenizer.bin: is there already; --overwrite", *arguments)
     assert not (out / "model.bin").exists()
+
+
+@pytest.mark.parametrize("target", ["bin", "bin-int8"])
+def test_its_own_tokenizer_bin_is_not_in_the_way(saved: Path, tmp_path: Path, target: str):
+    """The second --convert into a folder refused over the very file that the first had written."""
+    assert convert(saved, "bin", tmp_path / "one.bin") == 0
+    assert convert(saved, target, tmp_path / "two.bin") == 0
+
+
+def test_what_hf_needs_is_said_before_anything_else(
+    saved: Path, tmp_path: Path, capsys, monkeypatch
+):
+    """After ten lines of inspection, and after the model was read."""
+    monkeypatch.setattr(C.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(C, "inspect", None)
+    arguments = (saved, "--convert", "hf", "--output", tmp_path / "hf")
+    assert_refused(capsys, "--convert hf needs another package: pip install safe", *arguments)
+
+
+def test_an_error_of_converting_stands_alone(saved: Path, tmp_path: Path, capsys):
+    """Ten lines about the model stood before it."""
+    (tmp_path / "tokenizer.bin").write_bytes(b"another")
+    assert C.main([str(saved), "--convert", "bin", "--output", str(tmp_path / "a.bin")]) == 2
+    assert not capsys.readouterr().out
 
 
 def test_another_vocabulary_than_the_models_own_is_refused(saved: Path, tmp_path: Path, capsys):

@@ -136,14 +136,22 @@ def test_a_text_that_changed_is_tokenized_again_and_said(monkeypatch, capsys):
     assert changed.key != first.key
 
 
-def test_of_many_files_a_few_are_named(capsys):
-    """A corpus of thousands must not fill the screen before the plan."""
+def test_many_files_are_one_line(capsys):
+    """Ten lines `Loaded 2 chunks from` filled the screen; what is skipped was not said."""
     Path("texts").mkdir()
     for number in range(30):
         Path(f"texts/{number:02}.txt").write_text("One day. " * 10, encoding="utf-8")
-    load("--pretrain_data texts")
+    for name in ("a.md", "b.md", "c.json", "README", ".hidden"):
+        Path("texts", name).touch()
+    texts = load("--pretrain_data texts --val_fraction 0")
     out = capsys.readouterr().out
-    assert out.count("chunks from") == 10 and "... 30 files in all" in out
+    first, last = Path("texts/00.txt"), Path("texts/29.txt")
+    assert f"Loaded {len(texts.train)} chunks from 30 files, {first} to {last}\n" in out
+    assert out.count("chunks from") == 1
+    assert "texts: 2 .md, 1 without an end, 1 .json skipped; a file is read, whatever" in out
+    load("--pretrain_data texts/00.txt texts/01.txt texts/02.txt")
+    out = capsys.readouterr().out
+    assert out.count("chunks from") == 3 and "skipped" not in out
 
 
 def test_only_files_that_are_named_are_looked_at(monkeypatch, capsys):
@@ -159,8 +167,7 @@ def test_only_files_that_are_named_are_looked_at(monkeypatch, capsys):
     load(f"--val_fraction 0 --pretrain_data {' '.join(names)}")
     out = capsys.readouterr().out
     assert [path.name for path in looked] == names[:10]
-    assert out.count("chunks from") == out.count("  read as plain text") == 10
-    assert "... 12 files in all" in out
+    assert "chunks from 12 files" in out and "  10 of the first 10: read as plain text" in out
 
 
 def test_ctrl_c_while_tokenizing_leaves_no_cache():

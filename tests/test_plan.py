@@ -62,19 +62,33 @@ def test_muon_keeps_one_number_where_adamw_keeps_two():
 
 
 @pytest.mark.parametrize(
-    ("changes", "checkpoints"),
+    ("changes", "epochs", "steps"),
     [
-        ({}, 3 + 2 + 1),  # of epochs, of steps, and the one that is being replaced
-        ({"keep_last": 0}, 3 + 3 + 1),  # all of 3,200 steps
-        ({"checkpoint_interval": 0}, 3 + 1),
-        ({"max_steps": 1500}, 3 + 1 + 1),  # only one step checkpoint is ever due
+        ({}, 2, 3),  # after 50 and 100; after 1,000, 2,000 and, before the first goes, 3,000
+        ({"keep_last": 0}, 2, 3),
+        ({"keep_last": 1}, 2, 2),
+        ({"checkpoint_interval": 0}, 2, 0),
+        ({"save_interval": 1000}, 1, 3),  # the last is always kept
+        ({"checkpoint_interval": 1600}, 2, 0),  # those of epochs, at the same steps
+        ({"max_steps": 1500}, 0, 2),  # its end is no epoch's end
+        ({"max_steps": 1500, "checkpoint_interval": 0}, 0, 1),
     ],
 )
-def test_the_plan_counts_every_file_there_will_be(changes, checkpoints):
-    """The disk is looked at before the run, not when it is full."""
+def test_the_plan_counts_the_files_there_will_be(changes, epochs, steps):
+    """A run was refused for checkpoints that it would never have written."""
     plan = plan_of(**changes, save_dtype="float16")
-    expected = checkpoints * plan.checkpoint_bytes() + 3 * plan.weights_file_bytes("float16")
-    assert plan.disk_bytes() == expected
+    one, model = plan.checkpoint_bytes(), plan.weights_file_bytes("float16")
+    assert [*plan.disk().values()][:3] == [epochs * one, steps * one, 3 * model]
+    assert "disk         " in plan.lines(None)[-1] and "3 models" in plan.lines(None)[-1]
+
+
+def test_the_flags_that_need_less_disk_are_those_that_do():
+    """ "Name a folder on a larger one" helped nobody who has no other disk."""
+    assert plan_of().flags_for_less_disk() == [
+        "--keep_last 1", "--checkpoint_interval 0", "--save_interval 100", "--save_dtype bfloat16",
+    ]  # fmt: skip
+    small = plan_of(checkpoint_interval=0, save_interval=100, save_dtype="bfloat16")
+    assert small.flags_for_less_disk() == []
 
 
 def test_why_a_checkpoint_is_larger_than_a_model():
