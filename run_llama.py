@@ -170,9 +170,10 @@ class Pretraining(Task):
         return text_batch(self.texts.train, numbers, self.session.device)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        # An epoch's short last batch is not worth another half minute of compiling.
+        # An epoch's short last batch is not worth another half minute of compiling; parts of a
+        # micro-batch that did not fit the memory are, since all that follow are trained on so.
         options = self.session.options
-        whole = tokens.shape == (options.pretrain_batch_size, options.max_seq_len)
+        whole = tokens.shape == (-(-options.pretrain_batch_size // self.split), options.max_seq_len)
         return (self.compiled if whole else self.parallel)(tokens, targets)[0]
 
     def evaluate(self) -> dict[str, float]:

@@ -57,6 +57,7 @@ class Task(ABC):
     higher_is_better: bool = False
     best_interval: int = 1  # epochs between looks for a new best; 0: epochs are not evaluated
     eval_interval: int = 0  # optimizer steps between evaluations; 0: at the ends of epochs only
+    split: int = 1  # parts in which the train loop passes a micro-batch to `loss`
 
     def __init__(
         self,

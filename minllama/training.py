@@ -444,7 +444,8 @@ def backward(run: Run, batches: list[Batch], targets: float) -> float:
     """Sum up the gradients of the window's mean loss; returns the sum of this rank's losses."""
     loss_sum = torch.zeros((), device=run.device)
     share = targets / run.ranks.world_size  # since DDP and FSDP average over the ranks
-    parts = [inputs for batch in batches for inputs in batch.parts(run.progress.split)]
+    run.task.split = run.progress.split
+    parts = [inputs for batch in batches for inputs in batch.parts(run.task.split)]
     for number, inputs in enumerate(parts, start=1):
         last = number == len(parts)  # then the ranks reduce what they accumulated
         with contextlib.nullcontext() if last else no_gradient_sync(run.task.parallel):

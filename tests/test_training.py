@@ -32,7 +32,7 @@ import optimizer
 import run_llama
 from config import IGNORE_INDEX
 from llama import load_pretrained
-from minllama import training
+from minllama import session, training
 from minllama.checkpoint import load_checkpoint
 from minllama.errors import RunFailed
 from minllama.pt_file import load_pt, save_pt
@@ -653,6 +653,26 @@ def test_the_split_is_remembered_and_resumes_bit_equal(monkeypatch):
     for part in ("model", "optimizer", "rng"):
         one, two = (load_checkpoint(Path(name, "pretrain-step-6.pt")) for name in ("whole", "run"))
         assert_same(one[part], two[part])
+
+
+def test_a_split_micro_batch_stays_compiled(monkeypatch):
+    """Memory that was short once switched --compile off to the run's end, and in every resumed one.
+
+    Only whole micro-batches were compiled, and from then on there were none.
+    """
+    rows = []
+
+    def compile_nothing(module, dynamic):
+        return lambda *inputs: rows.append(len(inputs[0])) or module(*inputs)
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    monkeypatch.setattr(session, "check_compiler", lambda device: None)
+    with monkeypatch.context() as patch:
+        little_memory(patch, 2, torch.OutOfMemoryError("CUDA out of memory"))
+        assert pretrain("--max_steps 2 --compile").status == 0
+    assert rows == [4, 2, 2, 2, 2]
+    assert command(f"{RESUME} --max_steps 3").status == 0
+    assert rows[5:] == [2, 2]
 
 
 def test_one_sequence_that_does_not_fit(monkeypatch):
