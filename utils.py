@@ -21,7 +21,7 @@ from config import IGNORE_INDEX
 from minllama.errors import UsageError
 from minllama.labelled import UNLABELLED, read_labelled
 from minllama.text import Reading, find_text_files
-from minllama.tokens import READ_BYTES, TokenCache, build_or_load
+from minllama.tokens import READ_BYTES, StoredTokens, TokenCache, build_or_load
 from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------- holding out
@@ -31,7 +31,7 @@ from tokenizer import Tokenizer
 class TokenStream:
     """Stretches of a token array, from `starts` to `stops`, read as one without a copy of all."""
 
-    tokens: np.ndarray
+    tokens: np.ndarray | StoredTokens
     starts: np.ndarray
     stops: np.ndarray
     utf8_bytes: int | None = None  # of the text, for bits per byte; None: not known

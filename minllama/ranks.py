@@ -33,6 +33,7 @@ from minllama.signals import StopRequest
 
 T = TypeVar("T")
 SAY_WITHIN = 2.0  # seconds in which ranks that miss others say so
+LAUNCHER_GONE = "the launcher of this process ended without it"
 SIGN_OF_LIFE = 1.0  # seconds between the signs that a rank with long work gives
 
 
@@ -49,6 +50,7 @@ class Ranks:
     node: int = 0
     nodes: int = 1
     launch: str | None = None  # names the launcher, the same for all its restarts; None: none
+    parent: int | None = field(default=None, compare=False)  # the launcher's process
     timeout: int = 600  # seconds without a sign of life after which another process is lost
     calls: Iterator[int] = field(default_factory=itertools.count, compare=False, repr=False)
 
@@ -66,7 +68,7 @@ class Ranks:
 
         world_size = number("WORLD_SIZE", 1)
         if world_size == 1:  # then a RANK that something else has set means nothing
-            return cls(launch=launch_name(), timeout=timeout)
+            return cls(launch=launch_name(), parent=launcher_process(), timeout=timeout)
         if not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             raise UsageError(
                 f"WORLD_SIZE={world_size} is set without RANK, MASTER_ADDR and MASTER_PORT: start "
@@ -79,6 +81,7 @@ class Ranks:
             node=number("GROUP_RANK", 0),
             nodes=number("GROUP_WORLD_SIZE", 1),
             launch=launch_name(),
+            parent=launcher_process(),
             timeout=timeout,
         )
 
@@ -90,6 +93,10 @@ class Ranks:
     def is_launch_of(self, record: dict[str, Any]) -> bool:
         """Whether the run on record was started by this same launch, so that this continues it."""
         return self.launch is not None and record.get("launch") == self.launch
+
+    def launcher_is_gone(self) -> bool:
+        """Whether the launcher ended without its processes: nobody would restart or stop them."""
+        return self.parent not in (None, os.getppid())
 
     def note(self, parallel: str) -> str:
         """How many processes there are and how they share the work, for the line of the device."""
@@ -213,6 +220,8 @@ class Ranks:
         """Do something on rank 0 alone, however long; what it returns or raises, all do."""
         if self.world_size == 1:
             return work()
+        if self.launcher_is_gone():  # and with it the store through which the others would learn
+            return work() if self.is_main else None
         name = f"work {next(self.calls)} of rank 0"
         return self.lead(name, work) if self.is_main else self.follow(name)
 
@@ -234,8 +243,9 @@ class Ranks:
         store, done = run_store(), threading.Event()
 
         def give_signs() -> None:
-            while not done.wait(SIGN_OF_LIFE):
-                store.add(f"{name} lives", 1)
+            with contextlib.suppress(RuntimeError):  # the launcher is gone
+                while not done.wait(SIGN_OF_LIFE):
+                    store.add(f"{name} lives", 1)
 
         thread = threading.Thread(target=give_signs, daemon=True)
         thread.start()
@@ -270,8 +280,8 @@ class Ranks:
 
     def is_to_say(self, message: str) -> bool:
         """Whether this process prints an error: of those that have the same one, the first."""
-        if self.world_size == 1 or not dist.is_initialized():
-            return self.is_main
+        if self.world_size == 1 or not dist.is_initialized() or self.launcher_is_gone():
+            return self.is_main  # the launcher has the store; that it is gone all know
         try:
             store = run_store()
             store.add("errors", 1)
@@ -334,6 +344,11 @@ def exit_at_once(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def launcher_process() -> int | None:
+    """The process of torchrun that started this one; None: another program did."""
+    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
 def launch_name() -> str | None:

@@ -93,10 +93,24 @@ class MetricsLog:
                 self.file.close()
         self.file = None
 
+    def _is_in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self.file.fileno()), self.path.stat())
+        except FileNotFoundError:
+            return False
+
     def _write(self) -> None:
         data = "".join(json.dumps(record) + "\n" for record in self.unwritten).encode()
         try:
+            if self.file is not None and not self._is_in_place():
+                self.close()
+                self.end = self.path.stat().st_size if self.path.exists() else 0
+                tqdm.write(
+                    f"warning: {self.path} was removed, renamed or replaced: what it held "
+                    "is not in the new one"
+                )
             if self.file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
                 flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
                 flags |= getattr(os, "O_NOFOLLOW", 0)  # a link that somebody left is not followed
                 self.file = os.fdopen(os.open(self.path, flags, 0o666), "ab")

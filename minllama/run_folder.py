@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 import re
 import time
-import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from minllama.checkpoint import STATE_FILE, Summary, load_checkpoint, remove_unnamed, summarize
 from minllama.errors import UsageError
 from minllama.files import (
-    check_regular,
     read_json_object,
     remove,
     remove_temporaries,
     replace,
     write_text,
 )
+from minllama.locks import Busy, Lock, hold
 from minllama.ranks import Ranks
 
 CHECKPOINT_NAME = r"-(epoch|step)-\d+(\.pt|-sharded)"  # after the run's prefix
@@ -40,7 +38,7 @@ RUN_FILES = (
     "profile.json.gz",
 )
 ABANDONED = ".abandoned"
-LOCKED_BYTE = 1 << 20  # on Windows a locked byte cannot be read: one that the file does not have
+LOOK_EVERY = 1.0  # seconds between two looks whether the folder is still there
 
 
 @dataclass
@@ -52,6 +50,8 @@ class RunFolder:
 
     path: Path
     prefix: str
+    lock: Lock | None = field(default=None, repr=False)  # on the rank that holds it
+    looked: float = 0.0  # when, by the monotonic clock
 
     def file(self, name: str) -> Path:
         """A model or record by its plain name; pretraining's have no prefix."""
@@ -92,10 +92,37 @@ class RunFolder:
         """
         path = self.file("run.lock")
         with contextlib.ExitStack() as held:
-            content = ranks.on_main(lambda: held.enter_context(_lock(path)))
+            content = ranks.on_main(lambda: self._hold(path, held))
             if ranks.nodes > 1:
                 ranks.on_all(lambda: self._check_shared(path, content, ranks.node))
             yield
+
+    def _hold(self, path: Path, held: contextlib.ExitStack) -> str:
+        try:
+            self.lock = held.enter_context(hold(path))
+        except Busy as holder:
+            raise UsageError(
+                f"--save_dir {self.path}: {holder} is running in it: wait for it or name another "
+                "folder"
+            ) from None
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
+        return self.lock.content
+
+    def find_loss(self, *, now: bool = False) -> str | None:
+        """What to say of a folder that was taken away while its run was in it, else None.
+
+        Looks once a second, or `now`.
+        """
+        if self.lock is None or (not now and time.monotonic() - self.looked < LOOK_EVERY):
+            return None
+        self.looked = time.monotonic()
+        if not self.lock.is_gone():
+            return None
+        return (
+            f"--save_dir {self.path}, or the {self.lock.path.name} in it, was removed, renamed or "
+            "replaced while this run was in it"
+        )
 
     def _check_shared(self, path: Path, content: str, node: int) -> None:
         for _ in range(100):  # a network file system shows it late
@@ -237,43 +264,3 @@ def read_on_ranks(
     """The checkpoint that rank 0 finds and verifies, read by every rank, which all call this."""
     path = ranks.on_main(lambda: (find() or (None,))[0])
     return path and ranks.on_all(lambda: (path, load_checkpoint(path, verify=False)))
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[str]:
-    """Hold an exclusive lock on a file, and yield its content, which says who; the file stays.
-
-    A lock on an open file, not the existence of one: no process that dies can leave it behind.
-    """
-    if path.exists():
-        check_regular(path)
-    try:
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        file = os.fdopen(os.open(path, flags, 0o666), "r+b")
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
-    with file:
-        try:
-            if os.name == "nt":
-                import msvcrt
-
-                os.lseek(file.fileno(), LOCKED_BYTE, os.SEEK_SET)
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-                os.lseek(file.fileno(), 0, os.SEEK_SET)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            pid, host, *_ = [*file.read(200).decode("utf-8", "replace").split(), "?", "?"]
-            raise UsageError(
-                f"--save_dir {path.parent}: process {pid} on {host} is running in it: wait for it "
-                "or name another folder"
-            ) from None
-        except OSError as error:  # some network file systems have no locks
-            print(f"note: {path} cannot be locked ({error.strerror}): let no other run write there")
-        content = f"{os.getpid()} {platform.node()} {uuid.uuid4().hex}"
-        file.truncate(0)
-        file.write(content.encode())
-        file.flush()
-        yield content

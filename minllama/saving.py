@@ -22,7 +22,7 @@ from tqdm import tqdm
 from minllama.checkpoint import STATE_FILE, remove_unnamed
 from minllama.errors import RunFailed
 from minllama.pt_file import save_pt
-from minllama.ranks import Ranks, attempt
+from minllama.ranks import LAUNCHER_GONE, Ranks, attempt
 from minllama.run_folder import RunFolder
 
 LONGEST_WAIT = 64  # steps between two attempts
@@ -150,6 +150,8 @@ class Checkpoints:
 
     def _save(self, path: Path | None = None) -> None:
         """Write a checkpoint, or begin to. Raises OSError on all ranks."""
+        if self.sharded and self.ranks.launcher_is_gone():  # with it went the store: see below
+            raise RunFailed(f"{LAUNCHER_GONE}: --resume auto continues from the last checkpoint")
         self._await_shards()
         state = self.make_state()
         path = path or self.folder.step_checkpoint(state["progress"]["step"])

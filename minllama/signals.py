@@ -25,6 +25,7 @@ class StopRequest:
     """
 
     signal_number: int | None = None
+    failure: str | None = None  # why, where it was no signal: save, then fail with it
     previous: dict[int, Any] = field(default_factory=dict)
     repeats: float = 0.0
     silent: bool = False
@@ -38,6 +39,10 @@ class StopRequest:
     def exit_status(self) -> int:
         """What a shell expects of a process ended by that signal: 130 for Ctrl-C, 143 for TERM."""
         return 128 + (self.signal_number or 0)
+
+    def fail(self, failure: str) -> None:
+        """Ask to stop since the run cannot go on, though what it has made can be saved."""
+        self.failure, self.signal_number = failure, signal.SIGTERM
 
     def check(self) -> None:
         """Raise Interrupted if a signal has come: for work that has nothing to save."""

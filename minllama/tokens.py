@@ -7,6 +7,7 @@ tensors, chunks or models.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import re
 import struct
 import tempfile
 import time
+import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +28,9 @@ import numpy as np
 from tqdm import tqdm
 
 from minllama.console import progress_bar
-from minllama.errors import Interrupted, UsageError
+from minllama.errors import Interrupted, TextLost, UsageError
 from minllama.files import READ_BYTES, atomic_write, remove_temporaries
+from minllama.locks import Busy, hold
 from minllama.text import Block, Reading, read_documents
 from tokenizer import SPACE, Tokenizer
 
@@ -210,8 +213,43 @@ class BadCache(Exception):
     """Why a cache file cannot be used; it is rebuilt."""
 
 
+class StoredTokens:
+    """The tokens in a cache's file, (count,), read as slices of them are asked for.
+
+    Not mapped: to touch a mapped page of a file that somebody cut off kills the process. Raises
+    TextLost where the file is no longer what was opened.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO, dtype: np.dtype, count: int) -> None:
+        self.path, self.file, self.dtype, self.count = path, file, dtype, count
+        self.stamp = self._stamp()
+        weakref.finalize(self, file.close)  # also at the interpreter's end
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(self.count)
+        found = np.empty(max(0, stop - start), self.dtype)
+        try:
+            self.file.seek(HEADER.size + start * self.dtype.itemsize)
+            view, read = memoryview(found.view(np.uint8)), 0
+            while read < len(view) and (got := self.file.readinto(view[read:])):
+                read += got
+            if read == len(view) and self._stamp() == self.stamp:
+                return found
+            reason = "was cut off or written over"
+        except OSError as error:
+            reason = f"cannot be read ({error.strerror})"
+        raise TextLost(f"the token cache {self.path} {reason} while the run was reading it")
+
+    def _stamp(self) -> tuple[int, int]:
+        stat = os.fstat(self.file.fileno())
+        return stat.st_size, stat.st_mtime_ns
+
+
 class TokenCache:
-    """The tokens of a corpus, memory-mapped: every document between BOS and EOS, in order.
+    """The tokens of a corpus on disk: every document between BOS and EOS, in order.
 
     tokens (n,) uint16 or uint32; document_starts, document_bytes (documents,) int64, the latter of
     UTF-8 text; file_tokens, file_documents (files,) int64. `key` is the SHA-256 of them all.
@@ -232,11 +270,23 @@ class TokenCache:
         self.token_byte_lengths: np.ndarray | None = None  # set by build_or_load
         if not path.is_file():
             raise BadCache("there was none")
-        try:
-            with path.open("rb") as file:
-                data, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
-        except OSError as error:
-            raise BadCache(f"it cannot be read ({error.strerror})") from None
+        with contextlib.ExitStack() as opened:
+            try:
+                file = opened.enter_context(path.open("rb", buffering=0))
+                self._open(path, file, signature, verify, should_stop)
+            except OSError as error:
+                raise BadCache(f"it cannot be read ({error.strerror})") from None
+            opened.pop_all()  # the tokens keep it open
+
+    def _open(
+        self,
+        path: Path,
+        file: BinaryIO,
+        signature: bytes | None,
+        verify: bool,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        data, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
         if len(data) < HEADER.size or zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
             raise BadCache("it is damaged (its header is wrong)")
         fields = HEADER.unpack(data)
@@ -252,12 +302,12 @@ class TokenCache:
         files_at = documents_at + 16 * n_documents
         if size != files_at + 16 * n_files:
             raise BadCache("it is damaged (its size is wrong)")
-        if verify and _payload_digest(path, should_stop) != self.key:
+        self.tokens = StoredTokens(path, file, np.dtype(f"<u{width}"), n_tokens)
+        if verify and _payload_digest(file, size, should_stop) != self.key:
             raise BadCache("it is damaged (its checksum is wrong)")
         raw = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
-        self.tokens = raw[HEADER.size : tokens_end].view(f"<u{width}")
         documents = raw[documents_at:files_at].view("<i8").reshape(-1, 2)
-        files = raw[files_at:].view("<i8").reshape(-1, 2)
+        files = raw[files_at:].copy().view("<i8").reshape(-1, 2)
         self.document_starts, self.document_bytes = documents[:, 0], documents[:, 1]
         self.file_tokens, self.file_documents = files[:, 0], files[:, 1]
 
@@ -275,9 +325,9 @@ class TokenCache:
         return file, position - int(ends[file] - self.file_tokens[file])
 
 
-def _payload_digest(path: Path, should_stop: Callable[[], bool]) -> bytes:
-    digest, size = hashlib.sha256(), path.stat().st_size
-    with path.open("rb") as file, _byte_bar("checking", size, size > LARGE_BYTES) as bar:
+def _payload_digest(file: BinaryIO, size: int, should_stop: Callable[[], bool]) -> bytes:
+    digest = hashlib.sha256()
+    with _byte_bar("checking", size, size > LARGE_BYTES) as bar:
         file.seek(HEADER.size)
         while data := file.read(READ_BYTES):  # not mapped: mapped pages count as our memory
             digest.update(data)
@@ -361,9 +411,11 @@ def build_or_load(
     """
     wanted = text_signature(files, reading, tokenizer)
     path = cache_dir / _cache_name(files, tokenizer, reading)
-    try:
-        cache = TokenCache(path, signature=wanted, should_stop=should_stop)
-    except BadCache as bad:
+
+    def load() -> TokenCache:
+        return TokenCache(path, signature=wanted, should_stop=should_stop)
+
+    def build(because: BadCache) -> TokenCache:
         encoder, file_documents = DocumentEncoder(tokenizer, threads=threads), []
         marks = np.array([[tokenizer.bos_id], [tokenizer.eos_id]], encoder.dtype)
         made_of = bytes(32) if _is_racy(files) else wanted
@@ -386,9 +438,46 @@ def build_or_load(
             reason = error.strerror or error
             raise UsageError(f"--cache_dir {cache_dir}: cannot be written ({reason})") from None
         cache = TokenCache(path, verify=False)
-        cache.rebuilt_because = str(bad)
+        cache.rebuilt_because = str(because)
+        return cache
+
+    try:
+        cache = load()
+    except BadCache:
+        with _sole_builder(path, should_stop) as waited:
+            try:
+                if not waited:
+                    raise
+                cache = load()
+            except BadCache as bad:
+                cache = build(bad)
     cache.token_byte_lengths = tokenizer.token_byte_lengths()
     return cache
+
+
+@contextlib.contextmanager
+def _sole_builder(path: Path, should_stop: Callable[[], bool]) -> Iterator[bool]:
+    """Keep other processes, also of other machines, from building the same cache meanwhile.
+
+    Yields whether one of them was at it, and has been waited for. Raises Interrupted.
+    """
+    waited = False
+    with contextlib.ExitStack() as held:
+        while True:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(hold(path.with_name(f"{path.name}.lock"), remove=True))
+                break
+            except Busy as holder:
+                if not waited:
+                    print(f"waiting for {holder}, which makes the same {path}")
+                waited = True
+            except OSError:  # a folder that cannot be written, of which `build` tells
+                break
+            time.sleep(0.2)
+            if should_stop():
+                raise Interrupted
+        yield waited
 
 
 def text_signature(

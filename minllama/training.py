@@ -23,10 +23,10 @@ from llama import model_payload
 from minllama.console import show_record, training_bar
 from minllama.deadline import FINISHING, TOLD, WRITTEN, Deadline, Pace, next_look
 from minllama.device import describe_device, dtype_name, peak_flops, used_memory
-from minllama.errors import Interrupted, RunFailed, UsageError
+from minllama.errors import Interrupted, RunFailed, TextLost, UsageError
 from minllama.pt_file import load_pt
 from minllama.random_state import random_state, rank_seed, restore_random_state, seed_everything
-from minllama.ranks import is_lost_peer
+from minllama.ranks import LAUNCHER_GONE, is_lost_peer
 from minllama.record import (
     PHASES,
     SPIKE_WINDOW,
@@ -244,6 +244,24 @@ class Run:
 
     # ------------------------------------------------------------------------ where it ends
 
+    def is_to_stop(self, *, at_end: bool = False) -> bool:
+        """Whether a rank was asked to stop, or what the run stands on is gone. All ranks call it.
+
+        Then `stop.failure` says what is, on the ranks that noticed.
+        """
+        failure = self.folder.find_loss(now=at_end)
+        if self.ranks.launcher_is_gone():
+            failure = LAUNCHER_GONE
+        if failure and not self.stop.requested:
+            self.stop.fail(failure)
+        return self.ranks.agree_to_stop(self.stop)
+
+    def stop_for(self, lost: TextLost) -> None:
+        """Stop, with what is trained saved; with several ranks raise, for the others wait."""
+        if self.ranks.world_size > 1:
+            raise lost
+        self.stop.fail(str(lost))
+
     def has_more(self) -> bool:
         """Whether there is a step to make, or the last one's record still to complete."""
         if self.progress.pending:
@@ -341,8 +359,12 @@ def train(run: Run) -> bool:
     task.model.train()
     warm_up_gradient_sync(run)
     with checkpoints, contextlib.closing(log), bar, profile as step_made:
-        while run.has_more() and not ranks.agree_to_stop(stop):
-            record = progress.pending or optimizer_step(run)
+        while run.has_more() and not run.is_to_stop():
+            try:
+                record = progress.pending or optimizer_step(run)
+            except TextLost as lost:
+                run.stop_for(lost)
+                continue
             step_made()
             if progress.skipped >= MAX_SKIPPED:
                 roll_back(run)
@@ -363,6 +385,9 @@ def train(run: Run) -> bool:
                     record |= {name: finite_or_none(value) for name, value in found.items()}
                 except Interrupted:
                     break  # the checkpoint keeps the record, so the resumed run evaluates it
+                except TextLost as lost:
+                    run.stop_for(lost)
+                    break
             progress.pending = None
             record["mfu"] = record["tokens_per_second"] * flops / peak
             record["elapsed"] = round(time.perf_counter() - opened, 3)
@@ -383,11 +408,16 @@ def train(run: Run) -> bool:
             if is_kept or ends_run or every(options.checkpoint_interval, progress.step):
                 log.sync()
                 checkpoints.save(run.folder.epoch_checkpoint(epoch) if is_kept else None)
-        stopped = ranks.agree_to_stop(stop)
+        stopped = run.is_to_stop(at_end=True)
         if stopped:
             log.sync()
             checkpoints.save()
             checkpoints.finish()
+        if stop.failure:
+            raise RunFailed(
+                f"{stop.failure}: stopped after step {progress.step:,}, and saved; the same "
+                "command with --resume auto continues"
+            )
     if not stopped and run.out_of_patience():
         print(f"stopped: no better {task.goal} in {options.early_stopping} evaluations in a row")
     return stopped

@@ -41,11 +41,14 @@ class TornFile(io.BytesIO):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self.path = path
+        self.real = path.open("ab")
+
+    def fileno(self) -> int:
+        return self.real.fileno()
 
     def write(self, data: bytes) -> int:
-        with self.path.open("ab") as file:
-            file.write(data[:5])
+        with self.real:
+            self.real.write(data[:5])
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -67,6 +70,26 @@ def test_records_that_the_disk_does_not_take_come_later(
     log.close()
     assert steps(log.path) == [1, 2, 3]
     assert "metrics.jsonl was not written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_log_that_is_taken_away_begins_anew(replaced, tmp_path, capsys) -> None:
+    """Its file removed, the run wrote into nowhere and ended with status 0 and without a log.
+
+    What somebody put in its place, as editors do, is not cut off.
+    """
+    log = MetricsLog(tmp_path / "metrics.jsonl", last_step=0)
+    log.append({"step": 1})
+    log.path.rename(tmp_path / "elsewhere.jsonl")
+    if replaced:
+        log.path.write_bytes((tmp_path / "elsewhere.jsonl").read_bytes())
+    log.append({"step": 2})
+    log.append({"step": 3})
+    log.close()
+    assert steps(log.path) == ([1, 2, 3] if replaced else [2, 3])
+    assert capsys.readouterr().out.count("was removed, renamed or replaced") == 1
+    MetricsLog(log.path, last_step=3).close()
+    assert ("lacks 1 of 3 steps" in capsys.readouterr().out) != replaced
 
 
 def test_a_line_that_a_crash_cut_is_written_again(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import copy
 import functools
 import io
 import os
+import platform
 import random
 import subprocess
 import sys
@@ -21,7 +23,8 @@ from hypothesis import strategies as st
 from vocabularies import FRAGMENTS, OTHERS, PLAIN, corpus_lines, vocabulary
 
 from minllama import tokens
-from minllama.errors import Interrupted, UsageError
+from minllama.errors import Interrupted, TextLost, UsageError
+from minllama.locks import hold
 from minllama.text import Block, Reading
 from minllama.tokens import BadCache, DocumentEncoder, TokenCache, build_or_load
 from tokenizer import SPACE, Tokenizer
@@ -222,7 +225,7 @@ def build(files: list[Path], folder: Path, reading: Reading = LINES, **options) 
 
 
 def text_of(cache: TokenCache) -> str:
-    return vocabulary("ours").decode(cache.tokens)
+    return vocabulary("ours").decode(cache.tokens[:])
 
 
 def refuse(*_: object) -> None:
@@ -234,7 +237,7 @@ def test_a_cache_holds_every_document(corpus: list[Path], tmp_path: Path) -> Non
     cache = build(corpus, tmp_path / "cache")
     lines = [line for path in corpus for line in path.read_text("utf-8").split("\n") if line]
     expected = [vocabulary("ours").encode(line, True, True) for line in lines]
-    assert cache.tokens.tolist() == sum(expected, [])
+    assert cache.tokens[:].tolist() == sum(expected, [])
     assert cache.tokens.dtype == np.uint16 and len(cache) == sum(map(len, expected))
     assert cache.document_bytes.tolist() == [len(line.encode()) for line in lines]
     stops = np.cumsum([0, *map(len, expected)])
@@ -245,7 +248,7 @@ def test_a_cache_holds_every_document(corpus: list[Path], tmp_path: Path) -> Non
     assert cache.file_tokens.tolist() == [first, 0, last]
     assert cache.place(0) == (0, 0) and cache.place(first - 1) == (0, first - 1)
     assert cache.place(first) == (2, 0) and cache.place(len(cache) - 1) == (2, last - 1)
-    lengths = cache.token_byte_lengths[cache.tokens]  # each document has a space put before it
+    lengths = cache.token_byte_lengths[cache.tokens[:]]  # each document has a space put before it
     assert lengths.sum() == cache.document_bytes.sum() + len(lines)
 
 
@@ -256,7 +259,7 @@ def test_a_document_of_many_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     text = "\n".join(corpus_lines())
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     cache = build([tmp_path / "a.txt"], tmp_path / "cache", Reading(), threads=2)
-    assert cache.tokens.tolist() == vocabulary("ours").encode(text, True, True)
+    assert cache.tokens[:].tolist() == vocabulary("ours").encode(text, True, True)
     assert cache.document_bytes.tolist() == [len(text.encode())]
 
 
@@ -369,7 +372,7 @@ def test_every_flipped_byte_and_every_truncation_is_found(tmp_path: Path) -> Non
     cache = build([tmp_path / "a.txt"], tmp_path / "cache")
     content = cache.path.read_bytes()
     (tmp_path / "copy.tokens").write_bytes(content)
-    assert TokenCache(tmp_path / "copy.tokens").tokens.tolist() == cache.tokens.tolist()
+    assert TokenCache(tmp_path / "copy.tokens").tokens[:].tolist() == cache.tokens[:].tolist()
     damaged = [content[:size] for size in range(len(content))] + [content + b"\0"]
     for at in range(len(content)):
         for bits in (0x01, 0xFF):
@@ -441,20 +444,88 @@ def test_text_that_cannot_be_tokenized(corpus: list[Path], tmp_path: Path) -> No
 
 
 def test_two_processes_build_the_same_cache(corpus: list[Path], tmp_path: Path) -> None:
-    """Each writes its own temporary file; whoever is last replaces a cache by its equal."""
+    """One does, the other waits and reads it: machines that share a folder each tokenized."""
     code = (
         "import sys; from pathlib import Path\n"
         "from minllama.tokens import build_or_load; from minllama.text import Reading\n"
         "from tokenizer import Tokenizer\n"
         "cache = build_or_load([Path(sys.argv[1])], Tokenizer(), Reading(), Path(sys.argv[2]),"
-        " progress=False)\nprint(cache.tokens.tolist())"
+        " progress=False)\nprint(cache.tokens[:].tolist())"
     )
     command = [sys.executable, "-c", code, str(corpus[0]), str(tmp_path / "cache")]
     processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) for _ in range(2)]
-    found = {process.communicate()[0] for process in processes}
+    found = {process.communicate()[0].splitlines()[-1] for process in processes}
     assert [process.returncode for process in processes] == [0, 0] and len(found) == 1
     cache = build(corpus[:1], tmp_path / "cache", Reading(), tokenizer=vocabulary("embedded"))
-    assert cache.rebuilt_because is None and str(cache.tokens.tolist()).encode() in found.pop()
+    assert cache.rebuilt_because is None and str(cache.tokens[:].tolist()).encode() in found.pop()
+
+
+@pytest.mark.parametrize("ends", ["built", "gave up", "interrupted"])
+def test_who_finds_a_cache_being_made_waits_for_it(ends, corpus, tmp_path, capsys) -> None:
+    """It says for whom; where that one gives up it makes the cache itself."""
+    made = build(corpus, tmp_path / "elsewhere").path
+    path = tmp_path / "cache" / made.name
+    path.parent.mkdir()
+    polls = iter(range(9))
+
+    def should_stop() -> bool:
+        if next(polls) == 1:
+            if ends == "built":
+                path.write_bytes(made.read_bytes())
+            held.close()
+        return ends == "interrupted"
+
+    with contextlib.ExitStack() as held:
+        held.enter_context(hold(path.with_name(f"{path.name}.lock")))
+        if ends == "interrupted":
+            with pytest.raises(Interrupted):
+                build(corpus, path.parent, should_stop=should_stop)
+        else:
+            cache = build(corpus, path.parent, should_stop=should_stop)
+            assert (cache.rebuilt_because is None) == (ends == "built")
+            assert cache.tokens[:].tolist() == build(corpus, path.parent).tokens[:].tolist()
+            assert [file.name for file in path.parent.iterdir()] == [path.name]
+    said = f"waiting for process {os.getpid()} on {platform.node()}, which makes the same {path}"
+    assert capsys.readouterr().out.count(said) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other modes")
+def test_others_can_read_the_cache(corpus, tmp_path) -> None:
+    """Its mode was 0600, so another user of the same folder tokenized again, in vain."""
+    before = os.umask(0o022)
+    try:
+        path = build(corpus, tmp_path / "cache").path
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("hurt", ["cut off", "written over"])
+def test_a_cache_that_is_hurt_while_it_is_read(hurt, corpus, tmp_path) -> None:
+    """Cut off it was a SIGBUS without a word, written over an IndexError or silently other text."""
+    cache = build(corpus, tmp_path / "cache")
+    before = cache.tokens[3:9].tolist()
+    content = cache.path.read_bytes()
+    if hurt == "cut off":
+        os.truncate(cache.path, 200)
+    else:
+        cache.path.write_bytes(b"\xff" * len(content))
+        os.utime(cache.path, (1, 1))  # whatever time the file system's clock gave it
+    with pytest.raises(TextLost, match=f"{cache.path.name} was cut off or written over while"):
+        cache.tokens[3:9]
+    cache.path.with_name("new").write_bytes(content)
+    os.replace(cache.path.with_name("new"), cache.path)
+    assert build(corpus, tmp_path / "cache").tokens[3:9].tolist() == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not replace a file that is open")
+def test_a_cache_that_is_replaced_is_read_on(corpus, tmp_path) -> None:
+    """A run goes on with the text that it began with when another one tokenizes again."""
+    cache = build(corpus, tmp_path / "cache")
+    before = cache.tokens[:].tolist()
+    corpus[0].write_text("Something else.", encoding="utf-8")
+    assert build(corpus, tmp_path / "cache").tokens[:].tolist() != before
+    assert cache.tokens[:].tolist() == before
 
 
 def test_a_real_file_is_never_cut_short(real_data: Path, tmp_path: Path) -> None:
