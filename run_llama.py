@@ -44,7 +44,14 @@ from minllama.advice import Outcome, advise
 from minllama.command_line import print_error, protect_output
 from minllama.console import progress_bar, say
 from minllama.corpus import Texts, find_texts, load_texts
-from minllama.device import GPUS, check_compiler, choose_device, keep_freed_memory
+from minllama.device import (
+    GPUS,
+    autocast,
+    check_compiler,
+    choose_device,
+    is_out_of_memory,
+    keep_freed_memory,
+)
 from minllama.errors import Interrupted, RunFailed, UsageError
 from minllama.evaluation import compare_pairs, pair_report, read_pairs
 from minllama.files import check_writable_file, write_text
@@ -71,7 +78,7 @@ from minllama.signals import LAUNCHER_REPEATS, StopRequest
 from minllama.streaming import PROMPT_TEMPERATURE, Writer, sample_text
 from minllama.task import Batch, Task
 from minllama.text import Reading, find_text_files, read_lines
-from minllama.training import Run, autocast, is_out_of_memory, train
+from minllama.training import Run, train
 from minllama.vocabulary import choose_vocabulary
 from optimizer import layer_matrices
 from tokenizer import Tokenizer

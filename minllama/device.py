@@ -163,3 +163,14 @@ def used_memory(device: torch.device) -> int | None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak * (1024 if sys.platform == "linux" else 1)
     return None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: on a GPU, or on the CPU, where torch has no exception for it."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or any(word in str(error) for word in ("not enough memory", "out of memory"))
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Compute in `dtype` on float32 weights; float32 switches it off."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

@@ -22,9 +22,9 @@ from llama import Llama, NextTokenLoss
 from minllama.console import say
 from minllama.corpus import Texts
 from minllama.deadline import FINISHING
+from minllama.device import autocast
 from minllama.random_state import random_state, restore_random_state
 from minllama.ranks import Ranks
-from minllama.training import autocast
 from minllama.units import human_time
 from optimizer import make_optimizer
 

@@ -158,6 +158,11 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
     return (record for record, _ in _whole_records(path))
 
 
+def finite_or_none(value: float) -> float | None:
+    """The value as JSON can hold it, which has no NaN."""
+    return value if math.isfinite(value) else None
+
+
 def loss_curve_svg(records: list[dict[str, Any]], title: str) -> str:
     """The training and validation loss over the steps as an SVG picture for any browser."""
     width, height, left, top = 860, 460, 70, 50

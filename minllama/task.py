@@ -16,6 +16,8 @@ from torch import nn
 
 from config import IGNORE_INDEX
 from llama import Llama
+from minllama.device import autocast
+from minllama.random_state import random_state, restore_random_state
 from minllama.session import Session
 from minllama.sharding import distribute
 
@@ -100,6 +102,24 @@ class Task(ABC):
             self.batch(parts[part]) if counts else self.batch(parts[part][:1]).without_targets()
             for part, counts in self.session.ranks.split_evenly(len(parts))
         ]
+
+    def warm_up_gradient_sync(self, step: int) -> None:
+        """Pass once through several ranks' reduction of gradients, training nothing.
+
+        After its first pass DDP rebuilds its buckets, and the order in which floating-point numbers
+        are added up depends on their place in a bucket. Done before the first `step`, also of a
+        resumed run, every step of both adds in the same order, and their weights are the same bit
+        for bit.
+        """
+        if self.session.ranks.world_size == 1:
+            return
+        random_before = random_state()
+        batch = self.batches(step)[0].without_targets()
+        with autocast(self.session.device, self.session.dtype):
+            loss = self.loss(*batch.inputs)
+        loss.backward()
+        self.model.zero_grad(set_to_none=True)
+        restore_random_state(random_before)
 
     @abstractmethod
     def sequences(self, epoch: int, index: int) -> np.ndarray:

@@ -22,7 +22,14 @@ from tqdm import tqdm
 from llama import model_payload
 from minllama.console import show_record, training_bar
 from minllama.deadline import FINISHING, TOLD, WRITTEN, Deadline, Pace, next_look
-from minllama.device import describe_device, dtype_name, peak_flops, used_memory
+from minllama.device import (
+    autocast,
+    describe_device,
+    dtype_name,
+    is_out_of_memory,
+    peak_flops,
+    used_memory,
+)
 from minllama.errors import Interrupted, RunFailed, TextLost, UsageError
 from minllama.pt_file import load_pt
 from minllama.random_state import random_state, rank_seed, restore_random_state, seed_everything
@@ -33,6 +40,7 @@ from minllama.record import (
     MetricsLog,
     NoLog,
     environment,
+    finite_or_none,
     gpu_telemetry,
     note_spike,
     profiled,
@@ -357,7 +365,7 @@ def train(run: Run) -> bool:
     opened = started - log.elapsed()
     checkpoints.next_step(progress.step)
     task.model.train()
-    warm_up_gradient_sync(run)
+    task.warm_up_gradient_sync(progress.step)
     with checkpoints, contextlib.closing(log), bar, profile as step_made:
         while run.has_more() and not run.is_to_stop():
             try:
@@ -486,24 +494,6 @@ def backward(run: Run, batches: list[Batch], targets: float) -> float:
     return loss_sum.item()
 
 
-def warm_up_gradient_sync(run: Run) -> None:
-    """Pass once through several ranks' reduction of gradients, training nothing.
-
-    After its first pass DDP rebuilds its buckets, and the order in which floating-point numbers
-    are added up depends on their place in a bucket. Done before the first step, also of a resumed
-    run, every step of both adds in the same order, and their weights are the same bit for bit.
-    """
-    if run.ranks.world_size == 1:
-        return
-    random_before = random_state()
-    batch = run.task.batches(run.progress.step)[0].without_targets()
-    with autocast(run.device, run.dtype):
-        loss = run.task.loss(*batch.inputs)
-    loss.backward()
-    run.optimizer.zero_grad(set_to_none=True)
-    restore_random_state(random_before)
-
-
 def backward_in_parts(run: Run, batches: list[Batch], targets: float) -> float:
     """`backward`, with micro-batches halved as often as it takes to fit the memory.
 
@@ -529,12 +519,6 @@ def backward_in_parts(run: Run, batches: list[Batch], targets: float) -> float:
             torch.cuda.empty_cache()
         restore_random_state(random_before)
         halve_micro_batch(run.progress, max(len(batch.inputs[0]) for batch in batches))
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out: on a GPU, or on the CPU, where torch has no exception for it."""
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or any(word in str(error) for word in ("not enough memory", "out of memory"))
 
 
 def halve_micro_batch(progress: Progress, rows: int) -> None:
@@ -607,16 +591,6 @@ def roll_back(run: Run) -> None:
     tqdm.write(f"{bad}: back to step {progress.step:,}, with {lr_scale:g} of the learning rate")
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Compute in `dtype` on float32 weights; float32 switches it off."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-
 def every(interval: int, step: int) -> bool:
     """Whether something done every `interval` steps (0: never) is due after `step` of them."""
     return bool(interval) and step % interval == 0
-
-
-def finite_or_none(value: float) -> float | None:
-    """The value as JSON can hold it, which has no NaN."""
-    return value if math.isfinite(value) else None

@@ -34,10 +34,11 @@ from config import IGNORE_INDEX
 from llama import load_pretrained
 from minllama import session, training
 from minllama.checkpoint import load_checkpoint
+from minllama.device import is_out_of_memory
 from minllama.errors import RunFailed
 from minllama.pt_file import load_pt, save_pt
 from minllama.signals import StopRequest
-from minllama.training import Progress, halve_micro_batch, is_out_of_memory
+from minllama.training import Progress, halve_micro_batch
 
 
 @pytest.fixture(autouse=True)
