@@ -182,15 +182,20 @@ PRESETS: dict[str, Preset] = {
 CONTINUED_LR = 0.2
 
 
-def continued_lr(config: LlamaConfig) -> float:
-    """The peak learning rate to go on from weights with, by the preset nearest to their size."""
+def suited_lr(config: LlamaConfig, optimizer: str) -> float:
+    """The peak learning rate that suits a model from scratch.
+
+    Muon's is by its width, AdamW's that of the preset nearest to its size.
+    """
+    if optimizer == "muon":
+        return float(f"{0.01 * (128 / config.dim) ** 0.75:.2g}")
     size = sum(config.block_parameters())
 
     def distance(preset: Preset) -> float:
         shape = LlamaConfig(vocab_size=config.vocab_size, **preset.shape)
         return abs(math.log(sum(shape.block_parameters()) / size))
 
-    return CONTINUED_LR * min(PRESETS.values(), key=distance).pretrain_lr
+    return min(PRESETS.values(), key=distance).pretrain_lr
 
 
 # ---------------------------------------------------------------------------- the table of flags
@@ -304,10 +309,11 @@ class Options:
     gradient_accumulation_steps: int = flag(
         1, "micro-batches per optimizer step; equals one big batch", at_least=1
     )
-    optimizer: Literal["adamw", "muon"] = flag(
-        "adamw",
+    optimizer: Literal["auto", "adamw", "muon"] = flag(
+        "auto",
         "muon: Muon on the matrices inside the layers, AdamW on the rest, with the same learning "
-        "rate, schedule and decay",
+        "rate, schedule and decay; auto: muon to pretrain from scratch, adamw otherwise, where "
+        "--pretrain_lr is typed, and with --parallel fsdp",
     )
     lr_scheduler: Literal["cosine", "linear", "constant", "wsd"] = flag(
         "cosine", "what follows the warmup; wsd: constant, then linear over the last fifth"
@@ -486,6 +492,17 @@ class Options:
         free = {name: value for name, value in values.items() if name not in self.given}
         return dataclasses.replace(self, **free)
 
+    def settle_optimizer(self) -> Options:
+        """These options with --optimizer auto decided.
+
+        Muon trains best what begins from scratch; a rate that was typed is AdamW's, as always.
+        """
+        if self.optimizer != "auto":
+            return self
+        from_scratch = self.option == "pretrain" and self.pretrained_model_path is None
+        muon = from_scratch and self.parallel == "ddp" and self.pretrain_lr is None
+        return dataclasses.replace(self, optimizer="muon" if muon else "adamw")
+
     def llama_config(self, vocab_size: int) -> LlamaConfig:
         """The shape to pretrain: the preset, changed by the single flags."""
         shape = dict(PRESETS[self.model_size].shape)
@@ -517,14 +534,15 @@ class Options:
                 "--model_size, --dim and the like out"
             )
 
-    def suited_to(self, config: LlamaConfig) -> Options:
-        """These options to go on from a model, with a learning rate for its size.
+    def suited_to(self, config: LlamaConfig, *, continued: bool) -> Options:
+        """These options with a learning rate for a model, where none was typed.
 
         Raises UsageError where the least learning rate is above that one.
         """
         if self.pretrain_lr is not None:
             return self
-        options = dataclasses.replace(self, pretrain_lr=continued_lr(config))
+        lr = suited_lr(config, self.optimizer) * (CONTINUED_LR if continued else 1)
+        options = dataclasses.replace(self, pretrain_lr=lr)
         check_options(options)
         return options
 
@@ -568,7 +586,7 @@ class Options:
         """The learning rate after warmup."""
         if self.option != "pretrain":
             return self.lr
-        return self.pretrain_lr or PRESETS[self.model_size].pretrain_lr
+        return self.pretrain_lr or math.inf  # until the model is known
 
 
 FLAGS = {field.name: field for field in dataclasses.fields(Options) if "help" in field.metadata}
@@ -619,7 +637,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
         if isinstance(field.default, tuple):
             values[name] = tuple(values[name] or ())
     typed = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
-    options = Options(**values, given=frozenset(typed & {*values}))
+    options = Options(**values, given=frozenset(typed & {*values})).settle_optimizer()
     check_options(options)
     return options
 

@@ -250,7 +250,12 @@ class MuonAndAdamW:
 
 
 def make_optimizer(
-    model: nn.Module, *, name: str, lr: float, weight_decay: float, dtype: torch.dtype
+    model: nn.Module,
+    *,
+    name: str,
+    lr: float,
+    weight_decay: float,
+    dtype: torch.dtype = torch.float32,
 ) -> AdamW | MuonAndAdamW:
     """The optimizer of a model's trainable parameters: `name` is adamw or muon.
 

@@ -81,13 +81,6 @@ def batch_tokens(tokens: float, least: int) -> int:
     return least * 2 ** max(0, round(math.log2(wished / least)))
 
 
-def fitting_lr(dim: int, optimizer: str) -> float:
-    """The peak learning rate that suits a model of this width."""
-    if optimizer == "muon":
-        return round(0.01 * math.sqrt(128 / dim), 5)
-    return round(max(3e-4, 5e-3 * (128 / dim) ** 1.6), 5)
-
-
 @dataclass(frozen=True)
 class Speed:
     """What a model's training takes on this machine, in seconds."""
@@ -158,7 +151,7 @@ def measure(
     """Time some steps of a model of this shape on random tokens."""
     context = options.max_seq_len
     model = NextTokenLoss(Llama(dataclasses.replace(config, max_seq_len=context))).to(device)
-    name = optimizer_of(options)
+    name = options.optimizer
     optimizer = make_optimizer(model, name=name, lr=1e-4, weight_decay=0.0, dtype=dtype)
     tokens = torch.randint(config.vocab_size, (rows, context), device=device)
 
@@ -186,13 +179,6 @@ def measure(
         times.append((seconds(passes), seconds(update)))
     of_passes, of_updates = zip(*times, strict=True)
     return Speed(statistics.median(of_passes) / (rows * context), statistics.median(of_updates))
-
-
-def optimizer_of(options: Options) -> str:
-    """Muon, unless another was typed or the matrices are sharded."""
-    if "optimizer" in options.given or options.parallel == "fsdp":
-        return options.optimizer
-    return "muon"
 
 
 def fit(
@@ -225,7 +211,6 @@ def fit(
     chosen: dict[str, Any] = {
         "pretrain_batch_size": max(1, micro // context),
         "gradient_accumulation_steps": max(1, batch // processes // micro),
-        "optimizer": optimizer_of(options),
         "lr_scheduler": "linear",
         "early_stopping": PATIENCE,
         "val_tokens": max(1, val_tokens),
@@ -244,11 +229,10 @@ def fit(
         "eval_interval": -(-steps // evaluations),
         "checkpoint_interval": max(1, int(steps * KEPT_SECONDS / training)),
     }
-    if options.pretrain_lr is None:
-        chosen["pretrain_lr"] = fitting_lr(config.dim, options.optimizer)
     size = config.block_parameters()[0]
     loss = predicted_loss(size, tokens, distinct)
-    return Fit(options.choose(chosen), tokens, loss, training)
+    options = options.choose(chosen).suited_to(config, continued=False)
+    return Fit(options, tokens, loss, training)
 
 
 def describe(best: Fit, typed: Options, timed: int, distinct: int) -> list[str]:

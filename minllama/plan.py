@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from config import DTYPE_BYTES, LlamaConfig, Options
+from config import DTYPE_BYTES, LlamaConfig, Options, suited_lr
 from llama import LOGITS_CHUNK_BYTES, SCORES_KEPT
 from minllama.console import say
 from minllama.device import Gpu
@@ -21,6 +21,9 @@ RECORD_BYTES = 400  # of a step in metrics.jsonl
 # Assumed for --plan --world_size, and printed: what computing alone reaches of a GPU's peak, and
 # the GB/s each way between two machines, all their network adapters together.
 GPUS_PER_NODE, ASSUMED_MFU, INTER_NODE_GB_S = 8, 0.4, 400
+
+# Of a pretraining: a learning rate so many times below the usual one, and fewer steps, are noted.
+FAR_BELOW, FEW_STEPS = 20, 200
 
 # What --compile auto assumes of a CPU: operations per second and thread of an eager step, the share
 # of its time that a compiled one saves (4 to 15 %), and seconds that compiling takes.
@@ -216,6 +219,8 @@ class TrainingPlan:
             f"{self.schedule_steps:,}, of {options.global_batch_size:,} {noun} "
             f"({options.micro_batch_size} x {self.accumulation_steps} accumulated{processes}); "
             f"warmup {self.warmup_steps:,}{ends}",
+            f"learning     up to {options.peak_lr():.3g}, then {options.lr_scheduler} to "
+            f"{options.min_lr:g}; {options.optimizer}, weight decay {options.decay():g}",
             f"memory       {human_size(sum(memory.values()))} in {self.dtype}{per_process}: "
             f"{needs}{have}",
             f"files        weights {weights} ({options.save_dtype}), resumable checkpoint "
@@ -306,6 +311,18 @@ def warn_of_plan(plan: TrainingPlan, available: int | None) -> None:
             f"warning: about {human_size(needed)} of memory are needed and {human_size(available)} "
             f"are free: try --activation_checkpointing{sharded}, a smaller batch with more "
             "--gradient_accumulation_steps, or a smaller model"
+        )
+    suited = suited_lr(plan.config, plan.options.optimizer)
+    if plan.options.option == "pretrain" and plan.options.peak_lr() < suited / FAR_BELOW:
+        print(
+            f"note: --pretrain_lr {plan.options.peak_lr():g} is "
+            f"{suited / plan.options.peak_lr():,.0f} times below what suits it from scratch "
+            f"({suited:g}): it will learn little in {plan.last_step:,} steps"
+        )
+    if plan.options.option == "pretrain" and plan.schedule_steps < FEW_STEPS:
+        print(
+            f"note: {plan.schedule_steps:,} steps are few to learn in: more come from --epochs, a "
+            "smaller --pretrain_batch_size and a shorter --max_seq_len; --minutes chooses them"
         )
     if plan.warmup_steps >= plan.last_step > 1:
         say(

@@ -49,7 +49,7 @@ from minllama.signals import HANDLED
 from minllama.tokens import BadCache, TokenCache
 
 SMALL = (
-    "--option pretrain --pretrain_data text.jsonl --dim 16 --n_layers 1 --n_heads 2 "
+    "--option pretrain --optimizer adamw --pretrain_data text.jsonl --dim 16 --n_layers 1 --n_heads 2 "
     "--max_seq_len 16 --pretrain_batch_size 4 --dtype float32 --dropout 0.1 --pretrain_lr 0.01 "
     "--cache_dir cache --checkpoint_interval 3 --eval_interval 20 --val_fraction 0.02"
 ).split()

@@ -181,13 +181,13 @@ def test_the_plan_for_other_machines():
         ("--pretrain_data data/sst-train.txt", ["python data/download.py sst"]),
         ("--pretrain_data bad.jsonl", ["bad.jsonl:2"]),
         ("--pretrain_data field.jsonl", ["field.jsonl:1", "text"]),
-        ("--pretrain_data latin.txt", ["latin.txt:2", "--encoding_errors"]),
+        ("--pretrain_data latin.txt", ["latin.txt:2", "--encoding cp1252"]),
         ("--tokenizer_model missing.model", ["--tokenizer_model", "missing.model"]),
         ("--save_dir file.txt", ["--save_dir", "file.txt"]),
         ("--cache_dir file.txt", ["file.txt"]),
         ("--resume nothing.pt", ["nothing.pt"]),
         ("--resume text.pt --save_dir .", ["text.pt: "]),
-        ("--resume .", ["--resume .", "is a folder", "--resume auto"]),
+        ("--resume .", ["--resume .", "holds no pretrain checkpoint"]),
     ],
 )
 def test_bad_input_is_one_clear_line(line, words):
