@@ -47,12 +47,13 @@ from minllama.run_folder import RunFolder
 from minllama.saving import Checkpoints
 from minllama.signals import HANDLED
 from minllama.tokens import BadCache, TokenCache
+from tokenizer import EMBEDDED_VOCABULARY
 
 SMALL = (
-    "--option pretrain --optimizer adamw --pretrain_data text.jsonl --dim 16 --n_layers 1 --n_heads 2 "
+    "--option pretrain --pretrain_data text.jsonl --dim 16 --n_layers 1 --n_heads 2 "
     "--max_seq_len 16 --pretrain_batch_size 4 --dtype float32 --dropout 0.1 --pretrain_lr 0.01 "
     "--cache_dir cache --checkpoint_interval 3 --eval_interval 20 --val_fraction 0.02"
-).split()
+).split() + ["--tokenizer_model", str(EMBEDDED_VOCABULARY)]
 TIMED = {"elapsed", "tokens_per_second", "mfu", "memory"}
 CONTEXT = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
 
