@@ -226,8 +226,8 @@ def fit_vocabulary(
     """The size of a vocabulary that suits a text, and the share of its characters to have pieces.
 
     `sentences` are the `share` of the text that was sampled. The size is that of bytes and
-    characters, which must be there, and of merges in proportion to the square root of the text's
-    bytes: a piece has to be met often enough to be learnt (`benchmarks/README.md` has the sweep).
+    characters, which must be there, and of merges, twice the square root of the text's bytes: a
+    piece has to be met often enough to be learnt (`benchmarks/README.md` has what was measured).
     """
     counts: collections.Counter[str] = collections.Counter()
     for sentence in sentences:
@@ -240,7 +240,7 @@ def fit_vocabulary(
     characters = int(np.searchsorted(covered, coverage)) + 1
     text_bytes = sum(len(sentence.encode()) for sentence in sentences) / share
     least = META_PIECES + characters
-    size = max(least, min(LARGEST_FITTING, least + round(math.sqrt(text_bytes))))
+    size = max(least, min(LARGEST_FITTING, least + round(2 * math.sqrt(text_bytes))))
     return -(-size // 64) * 64, coverage  # of whole 64s, which matrices on a GPU are fastest in
 
 

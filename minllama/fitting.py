@@ -21,7 +21,7 @@ from config import SHAPE_FLAGS, LlamaConfig, Options
 from llama import Llama, NextTokenLoss
 from minllama.console import say
 from minllama.corpus import Texts
-from minllama.deadline import FINISHING
+from minllama.deadline import FINISHING, MOST_EPOCHS
 from minllama.device import autocast
 from minllama.random_state import random_state, restore_random_state
 from minllama.ranks import Ranks
@@ -47,6 +47,7 @@ TIMED_SHARE = 0.05  # of the time may go into timing shapes
 TIMED_SECONDS = 0.3  # of steps of one shape
 EVALUATIONS = 10  # in a run, and the share of its time that they may take
 EVALUATED_SHARE = 0.05
+TOKENS_PER_PARAMETER, EXPONENT, PARAMETERS_PER_DISTINCT = 30, 0.3, 10
 PATIENCE = 3  # of those without a better loss end the run
 LEAST_HELD_OUT = 8192  # tokens to evaluate on, whatever they take
 TIMED_CONTEXT = {"cpu": 256, "cuda": 1024, "mps": 512}  # where none is typed
@@ -57,19 +58,18 @@ DROPOUT = ((4.0, 0.0), (12.0, 0.1), (math.inf, 0.2))  # by epochs up to
 
 
 def predicted_loss(parameters: int, tokens: float, distinct: int) -> float:
-    """The loss that a model of so many parameters in its layers reaches, but for a constant.
+    """What orders models by their loss: what their size and their training leave to be learnt.
 
-    After `tokens` of training, `distinct` of them different: the sum of what the model's size and
-    what the training's length leave to be learnt. Repeated tokens count less and less (Muennighoff
-    et al. 2023).
+    `parameters` are those of the layers; of `tokens` of training `distinct` differ. A parameter is
+    worth as much as TOKENS_PER_PARAMETER (Hoffmann et al. 2022, by our sweep). A token read again
+    is worth less each time (Muennighoff et al. 2023), the sooner the smaller the text; parameters
+    beyond some for each token only learn it by heart.
     """
     epochs = max(1.0, tokens / distinct)
-    worth = min(tokens, distinct * (1 + 15 * (1 - math.exp((1 - epochs) / 15))))
-    return A * parameters**-ALPHA + B * worth**-BETA
-
-
-# Of the sweep in benchmarks/README.md.
-A, ALPHA, B, BETA = 100.0, 0.4, 400.0, 0.4
+    lasting = min(15.0, max(1.0, distinct / 60_000))  # epochs until another is worth a third
+    repeated = distinct * (1 + lasting * (1 - math.exp((1 - epochs) / lasting)))
+    size = min(parameters, PARAMETERS_PER_DISTINCT * distinct)
+    return size**-EXPONENT + (min(tokens, repeated) / TOKENS_PER_PARAMETER) ** -EXPONENT
 
 
 def batch_tokens(tokens: float, least: int) -> int:
@@ -206,7 +206,8 @@ def fit(
 
     batch = 1024
     for _ in range(10):  # a larger batch makes fewer steps, and a little more of the time
-        batch = batch_tokens(steps_of(batch) * batch, context * processes)
+        tokens = min(steps_of(batch) * batch, MOST_EPOCHS * distinct)
+        batch = batch_tokens(tokens, context * processes)
     micro = min(MICRO_TOKENS[device.type], max(context, batch // processes))
     chosen: dict[str, Any] = {
         "pretrain_batch_size": max(1, micro // context),
@@ -220,7 +221,7 @@ def fit(
         options = dataclasses.replace(options, global_batch_size=None)
     options = options.with_global_batch(processes)
     batch = options.global_batch_size * context
-    steps = steps_of(batch)
+    steps = min(steps_of(batch), MOST_EPOCHS * max(1, -(-distinct // batch)))
     tokens = steps * batch
     epochs = tokens / distinct
     chosen = {
@@ -254,4 +255,9 @@ def describe(best: Fit, typed: Options, timed: int, distinct: int) -> list[str]:
     if timed > 1:
         shape = f"--dim {options.dim} --n_layers {options.n_layers} --n_heads {options.n_heads}"
         lines.insert(1, f"shape        {shape}: of {timed} timed here the least loss expected")
+    if epochs >= 0.99 * MOST_EPOCHS:
+        lines.append(
+            f"             more than {MOST_EPOCHS} epochs teach a text by heart: the run ends "
+            "before its time"
+        )
     return lines

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from llama import model_payload
 from minllama.console import show_record, training_bar
-from minllama.deadline import FINISHING, TOLD, WRITTEN, Deadline, Pace, next_look
+from minllama.deadline import FINISHING, MOST_EPOCHS, TOLD, WRITTEN, Deadline, Pace, next_look
 from minllama.device import (
     autocast,
     describe_device,
@@ -309,6 +309,7 @@ class Run:
         if step < self.looks_at or step >= end:
             return
         found = self.ranks.on_main(lambda: deadline.last_step(step, end, self.task.eval_interval))
+        found = min(found, max(way, MOST_EPOCHS * self.plan.steps_per_epoch))
         self.looks_at = next_look(step, found)
         if found != end:
             progress.pace = Pace(step, progress.pace.at(step, way), found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,13 @@ def texts() -> Texts:
     return load_texts(options, find_texts(options), Tokenizer(), stop=StopRequest(), ranks=Ranks())
 
 
+class Sized:
+    """Stands for a text of so many tokens."""
+
+    def __init__(self, tokens: int) -> None:
+        self.stream = range(tokens)
+
+
 def fitted(texts: Texts, line: str = "", *, speed: Speed = USUAL, seconds: float = 590):
     """The choice for a small model of a given speed."""
     options = options_of(f"--max_seq_len 32 {line}")
@@ -56,7 +64,7 @@ def test_the_rule_is_that_of_the_sweep():
 def test_the_steps_fill_the_time(texts):
     """With their evaluations, which take at most about a twentieth of it."""
     for speed in (Speed(1e-4, 1e-3), Speed(1e-6, 1e-3), Speed(1e-2, 0.1)):
-        found = fitted(texts, speed=speed)
+        found = fitted(dataclasses.replace(texts, train=Sized(10**9)), speed=speed)
         options, batch = found.options, found.options.global_batch_size * 32
         training = options.schedule_steps * (speed.token * batch + speed.update)
         assert 0.85 * 590 < training <= 590
@@ -67,8 +75,9 @@ def test_the_steps_fill_the_time(texts):
 
 def test_a_longer_training_takes_larger_steps(texts):
     """As Step Law has it."""
+    large = dataclasses.replace(texts, train=Sized(10**9))
     batches = [
-        fitted(texts, speed=Speed(token, 1e-4)).options.global_batch_size
+        fitted(large, speed=Speed(token, 1e-4)).options.global_batch_size
         for token in (1e-2, 1e-4, 1e-6)
     ]
     assert batches == sorted(batches) and batches[0] < batches[-1]
@@ -91,10 +100,11 @@ def test_what_was_typed_is_kept(texts):
 
 
 def test_a_text_read_often_is_protected(texts):
-    """Dropout where the time is long for the text, and an end where it does harm."""
+    """Dropout where the time is long for the text, and an end before the text is known by heart."""
     few, many = (fitted(texts, seconds=seconds) for seconds in (3, 3000))
     assert few.options.dropout == 0 < many.options.dropout
     assert many.options.early_stopping == fitting.PATIENCE
+    assert many.tokens / len(texts.train.stream) < 1.1 * fitting.MOST_EPOCHS
 
 
 def test_minutes_alone_make_a_model():

@@ -92,7 +92,7 @@ def test_the_size_follows_from_the_text(distinct: int, coverage: float):
     size, covered = fit_vocabulary(sentences, share=0.5)
     present = len(set("".join(sentences)))
     assert covered == coverage and size % 64 == 0
-    merges = (2 * 300_000) ** 0.5  # three bytes a character, half of the text
+    merges = 2 * (2 * 300_000) ** 0.5  # three bytes a character, half of the text
     least = META_PIECES + (present if distinct == 200 else 0) + merges - 5
     assert least <= size <= META_PIECES + present + merges + 64
 
