@@ -38,3 +38,9 @@ A module imports only modules that are listed above it:
 
 The modules in parentheses are the user's, at the top of the repository.
 """
+
+import os
+
+# Threads that wait for others sleep instead of spinning: beside other work a spinning one holds the
+# core that the others need. OpenMP reads this when torch is first imported, which is later.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -257,10 +257,14 @@ def test_any_command_line_is_read_or_refused(words):
 
 
 def test_help_lists_every_flag_and_needs_no_torch():
-    """The options load neither torch nor numpy."""
+    """The options load neither torch nor numpy, and come before torch's threads.
+
+    Those that spin while they wait made a step take forty times as long beside other work.
+    """
     code = (
         "import sys, config; config.build_parser().print_help(); "
-        "assert not {'torch', 'numpy'} & {*sys.modules}"
+        "import os; assert not {'torch', 'numpy'} & {*sys.modules}; "
+        "assert os.environ['OMP_WAIT_POLICY'] == 'passive'"
     )
     text = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
