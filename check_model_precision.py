@@ -6,6 +6,7 @@
     python check_model_precision.py a.pt --compare b.pt
     python check_model_precision.py a.pt --text story.txt
     python check_model_precision.py a.pt --convert hf --output folder
+    python check_model_precision.py --compare-runs run1 run2 --output both.html
 
 Reads every format that llama.load_pretrained reads and writes them too. Knows files only: it
 trains nothing, generates nothing and downloads nothing.
@@ -34,7 +35,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read and check the command line. Raises UsageError."""
     parser = OneLineParser(
         prog=PROGRAM,
-        description="What is in a model file; verify, compare and convert it.",
+        description="What is in a model file; verify, compare and convert it. And runs compared.",
         epilog="Every option is accepted with _ and with -. Exit status: 0, 1 when --verify finds "
         "damage, 2 on bad input.",
         allow_abbrev=False,
@@ -48,10 +49,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--encoding_errors", choices=("strict", "replace"), default="strict", help="of --text")
     add("--json", action="store_true", help="machine-readable output, and nothing else on stdout")
     add("--convert", choices=FORMATS, metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
-    add("--output", type=Path, metavar="PATH", help="where --convert writes")
+    add("--compare_runs", nargs="+", type=Path, metavar="RUN", help="runs' folders as one page")
+    add("--output", type=Path, metavar="PATH", help="where --convert or --compare_runs writes")
     add("--save_dtype", choices=DTYPES, help="precision of pt, gguf and hf (default: float32)")
     add("--tokenizer_model", type=Path, metavar="PATH", help="vocabulary for a file without one")
-    add("--overwrite", action="store_true", help="let --convert replace what is there")
+    add("--overwrite", action="store_true", help="let --output replace what is there")
     words = list(arguments)
     for i, word in enumerate(words):  # the formats, too, in both spellings
         if i and words[i - 1] == "--convert" or word.startswith("--convert="):
@@ -59,7 +61,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(words)
     if len(args.files) > 1 and (args.convert or args.compare):
         raise UsageError("--convert and --compare take one FILE; several were given")
-    if bool(args.convert) != bool(args.output):
+    if args.compare_runs and (args.files or args.convert or args.compare or args.verify):
+        raise UsageError("--compare_runs takes runs, and no model file to look at: leave those out")
+    if args.compare_runs and len(args.compare_runs) < 2:
+        raise UsageError(f"--compare_runs {args.compare_runs[0]}: give two runs or more")
+    if args.compare_runs and not args.output:
+        raise UsageError("--compare_runs needs --output PATH, the page to write")
+    if bool(args.convert or args.compare_runs) != bool(args.output):
         raise UsageError("--convert FORMAT and --output PATH need each other: give both")
     if args.convert and args.compare:
         raise UsageError("--convert and --compare exclude each other: give one")
@@ -97,11 +105,18 @@ from config import SHIPPED_MODEL
 from llama import Llama, load_pretrained
 from minllama.evaluation import score_text
 from minllama.export import HUGGING_FACE_FILES, MODELFILE, TOKENIZER_BIN, export
-from minllama.files import check_regular, remove_temporaries, restore_folder, size_on_disk
+from minllama.files import (
+    check_regular,
+    remove_temporaries,
+    restore_folder,
+    size_on_disk,
+    write_text,
+)
 from minllama.formats import LLAMA2C_MAGIC, own_name, read_model, read_safetensors
 from minllama.gguf import GGUF_MAGIC, read_gguf
 from minllama.pt_file import is_pt, load_pt, tensors_in
 from minllama.ranks import check_runs_alone
+from minllama.report import compare_runs
 from minllama.text import Reading, find_text_files
 from minllama.units import human_size
 from tokenizer import Tokenizer, tokenizer_bin, vocabulary_remedy
@@ -335,8 +350,7 @@ def check_output(path: Path, target: str, output: Path, overwrite: bool) -> None
     """Raise UsageError where `output` is not to be written; needs no look into any model."""
     if output.resolve() == path.resolve():
         raise UsageError(f"--output {output}: is the file to convert; give another name")
-    if output.exists() and not overwrite:
-        raise UsageError(f"--output {output}: is there already; --overwrite replaces it")
+    check_new(output, overwrite)
     if output.exists() and output.is_dir() != (target == "hf"):
         raise UsageError(f"--output {output}: a folder and a file cannot replace each other")
     there = output.iterdir() if output.is_dir() else ()
@@ -345,6 +359,12 @@ def check_output(path: Path, target: str, output: Path, overwrite: bool) -> None
         raise UsageError(
             f"--output {output}: holds {min(others)}, which is no part of a model; name another"
         )
+
+
+def check_new(output: Path, overwrite: bool) -> None:
+    """Raise UsageError where `output` is there and is not to be replaced."""
+    if output.exists() and not overwrite:
+        raise UsageError(f"--output {output}: is there already; --overwrite replaces it")
 
 
 def find_tokenizer(model: Llama, given: Path | None) -> Tokenizer | None:
@@ -389,6 +409,13 @@ def score(path: Path, texts: list[Path], args: argparse.Namespace) -> dict[str, 
 
 def run(args: argparse.Namespace) -> int:
     """Do what the command line says; returns the exit status."""
+    if args.compare_runs:
+        check_new(args.output, args.overwrite)
+        if args.output.is_dir():
+            raise UsageError(f"--output {args.output}: is a folder; name a file")
+        write_text(args.output, compare_runs(args.compare_runs))
+        print(f"wrote {args.output}: open it in a browser")
+        return 0
     files = args.files or [default_file()]
     if not args.files and not args.json:
         print(f"no file named: looking at {files[0]}")

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import math
 import re
 import time
@@ -238,6 +239,7 @@ class Options:
     overwrite: bool = flag(False, "remove the files of an earlier run in --save_dir first")
     max_steps: int | None = flag(None, "end after this many optimizer steps in all", at_least=1)
     profile: bool = flag(False, "show where a few steps' time goes; a trace in profile.json.gz")
+    tensorboard: bool = flag(False, "write event files for TensorBoard, too, into --save_dir")
 
     flag = section("arithmetic", *TRAINING)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
@@ -376,6 +378,10 @@ class Options:
     )
     eval_interval: int = flag(0, "steps between validations; 0: each epoch's end", at_least=0)
     best_model_interval: int = flag(1, "epochs between looks for a new best-model.pt", at_least=1)
+    sample_prompt: str | None = flag(
+        None, "what a sample after each validation continues; unset: the text's own first words"
+    )
+    sample_tokens: int = flag(40, "tokens of that sample; 0: none", at_least=0)
     world_size: int | None = flag(
         None, "with --plan: what the run would need and take on this many GPUs", at_least=1
     )
@@ -676,6 +682,8 @@ def find_problems(options: Options) -> Iterator[str]:
     if options.min_lr > options.peak_lr():
         name = "--pretrain_lr" if options.option == "pretrain" else "--lr"
         yield f"--min_lr {options.min_lr:g} is above {name} {options.peak_lr():g}: give a lower one"
+    if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        yield "--tensorboard needs another package: pip install tensorboard"
     for name in ("plan", "resume", "profile"):
         if name in options.given and options.option not in TRAINING:
             yield f"--{name} is for --option pretrain and finetune, which train; leave it out"

@@ -77,7 +77,7 @@ from minllama.sharding import full_state_dict, is_sharded, load_state, no_gradie
 from minllama.signals import LAUNCHER_REPEATS, StopRequest
 from minllama.streaming import PROMPT_TEMPERATURE, Writer, sample_text
 from minllama.task import Batch, Task
-from minllama.text import Reading, find_text_files, read_lines
+from minllama.text import Reading, find_text_files, first_words, read_lines
 from minllama.training import Run, train
 from minllama.vocabulary import choose_vocabulary
 from optimizer import layer_matrices
@@ -161,6 +161,7 @@ class Pretraining(Task):
 
     def __init__(self, session: Session, texts: Texts, model: Llama) -> None:
         self.texts, self.next_token_loss = texts, NextTokenLoss(model)
+        self.opening = texts.opening()
         super().__init__(
             session, model, model, module=self.next_token_loss, dtype=session.dtype, dynamic=False
         )
@@ -188,6 +189,29 @@ class Pretraining(Task):
         if self.texts.val is None:
             return {}
         return evaluate_text(self.next_token_loss, self.texts.val, self.session)
+
+    def sample(self) -> str | None:
+        options, ranks, stop = self.session.options, self.session.ranks, self.session.stop
+        if not options.sample_tokens or is_sharded(self.model):  # no rank has a sharded one whole
+            return None
+        prompt = self.opening if options.sample_prompt is None else options.sample_prompt
+
+        def write() -> str | None:
+            text = None
+            self.model.eval()
+            with contextlib.suppress(UsageError):  # logits that are not numbers
+                text = sample_text(
+                    self.model,
+                    self.texts.tokenizer,
+                    prompt,
+                    tokens=options.sample_tokens,
+                    should_stop=lambda: stop.requested,
+                )
+            self.model.train()
+            stop.check()
+            return text
+
+        return ranks.on_main(write)
 
     def weights(self) -> dict[str, Any]:
         dtype = getattr(torch, self.session.options.save_dtype)
@@ -282,7 +306,7 @@ def finish_pretraining(run: Run, tokenizer: Tokenizer) -> int:
             val_loss=val_loss,
         )
         say(*advise(outcome, rose=chosen is not final))
-    print_results(folder, chosen, "One day", "generate", "finetune")
+    print_results(folder, chosen, run.task.opening, "generate", "finetune")
     return 0
 
 
@@ -488,7 +512,8 @@ def finish_finetuning(run: Run, files: LabelledFiles, splits: dict[str, LlamaDat
             run.ranks.on_main(functools.partial(report_predictions, *report))
     except Interrupted:
         return say_interrupted(run.session, run.progress.step)
-    print_results(run.folder, best, "This film", "generate")
+    opening = first_words(splits["dev"].examples[0].sentence)
+    print_results(run.folder, best, opening, "generate")
     return 0
 
 

@@ -30,6 +30,7 @@ A module imports only modules that are listed above it:
     advice               what a finished run's figures say
     deadline             keeping a run to its --minutes
     plan, record         the arithmetic of a run; what it puts on record
+    report, recording    a run as a page, report.html; where its records go while it trains
     session              before and after the loop
     corpus, vocabulary   the text of a pretraining, and the vocabulary
     task, training       what is trained; the train loop

@@ -42,6 +42,7 @@ def show_record(bar: tqdm, record: dict[str, Any]) -> None:
     if not bar.disable and bar.ncols is not None and bar.ncols < NARROW:
         text = text.replace(",", "").replace(" tok", "")
     bar.set_description_str(text, refresh=False)
+    write = tqdm.write if sys.stderr.isatty() else print  # in a log the bar is not drawn anew
     bar.update()
     figures = [
         f"{key.replace('_', ' ')} {record[key]:,.{0 if record[key] >= 1000 else 4}f}"
@@ -49,7 +50,9 @@ def show_record(bar: tqdm, record: dict[str, Any]) -> None:
         if record.get(key) is not None
     ]
     if figures:
-        bar.write(f"epoch {record['epoch']}, step {record['step']:,}: {', '.join(figures)}")
+        write(f"epoch {record['epoch']}, step {record['step']:,}: {', '.join(figures)}")
+    if record.get("sample"):
+        write("  " + " ".join(record["sample"].split()))
 
 
 def say(*lines: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,14 @@ from minllama.console import say
 from minllama.models import SHOWN_FILES
 from minllama.ranks import Ranks
 from minllama.signals import StopRequest
-from minllama.text import JSON_SUFFIXES, TEXT_SUFFIXES, Reading, find_text_files, is_labelled
+from minllama.text import (
+    JSON_SUFFIXES,
+    TEXT_SUFFIXES,
+    Reading,
+    find_text_files,
+    first_words,
+    is_labelled,
+)
 from minllama.tokens import TokenCache, build_or_load
 from tokenizer import Tokenizer
 from utils import PretrainDataset, count_chunks, split_documents, whole_stream
@@ -25,6 +33,7 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 FEW_FILES = 3  # have a line each
 MIN_CONTEXT, WANTED_STEPS = 128, 1000
 SAMPLED_TOKENS = 1 << 20  # looked at to see whether the vocabulary fits the text
+OPENING_TOKENS = 64  # of a document, looked at for its first words
 MOSTLY = 0.5  # of a text's bytes; English under an English vocabulary has next to none
 
 
@@ -59,6 +68,15 @@ class Texts:
             val = PretrainDataset(val.stream.first(val_tokens, lengths), context, bos_id=bos_id)
         train = PretrainDataset(self.train.stream, context, bos_id=bos_id)
         return dataclasses.replace(self, train=train, val=val, context=context)
+
+    def opening(self) -> str:
+        """The first words of the held-out text, or of all where none is held out."""
+        tokenizer, stream = self.tokenizer, (self.val or self.train).stream
+        marks = (tokenizer.bos_id, tokenizer.eos_id)
+        ids = stream.read(0, min(len(stream), OPENING_TOKENS)).tolist()
+        start = int(ids[:1] == [tokenizer.bos_id])
+        document = itertools.takewhile(lambda token: token not in marks, ids[start:])
+        return first_words(tokenizer.decode(document).rstrip("\ufffd"))
 
 
 def find_texts(options: Options) -> TextFiles:

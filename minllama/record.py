@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from minllama.files import atomic_write
 
+LINE_BYTES = 1 << 20  # of a record; a longer line is none, and is not read at once
 SPIKE_WINDOW, SPIKE_LEAST, SPIKE_STDS = 100, 20, 6.0  # losses looked back on; fewer tell nothing
 
 # ---------------------------------------------------------------------------- metrics
@@ -125,26 +126,11 @@ class MetricsLog:
             self.unwritten.clear()
 
 
-class NoLog:
-    """The log of the ranks that write none."""
-
-    records: Sequence[dict[str, Any]] = ()
-
-    def append(self, _: Any = None) -> None:
-        """Do nothing: rank 0 does it."""
-
-    rewind = sync = close = append
-
-    def elapsed(self) -> float:
-        """Nothing is on record."""
-        return 0.0
-
-
 def _whole_records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """The records of a metrics file, and where in it each ends; damaged lines are left out."""
     end = 0
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        for line in file:
+        for line in iter(lambda: file.readline(LINE_BYTES), b""):
             end += len(line)
             record = None
             with contextlib.suppress(ValueError, RecursionError):

@@ -35,6 +35,8 @@ RUN_FILES = (
     "metrics.jsonl",
     "run.json",
     "loss-curve.svg",
+    "report.html",
+    "tensorboard",
     "profile.json.gz",
 )
 ABANDONED = ".abandoned"
@@ -59,7 +61,7 @@ class RunFolder:
 
     def own_files(self) -> list[Path]:
         """The files of this run, or an earlier one of the same prefix, that are here now."""
-        files = [self.file(name) for name in RUN_FILES if self.file(name).is_file()]
+        files = [self.file(name) for name in RUN_FILES if self.file(name).exists()]
         return files + self.checkpoints()
 
     def checkpoints(self) -> list[Path]:

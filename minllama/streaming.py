@@ -128,15 +128,27 @@ class Writer:
         return texts
 
 
-def sample_text(model: Llama, tokenizer: Tokenizer) -> str:
-    """A document begun from nothing."""
+def sample_text(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompt: str = "",
+    *,
+    tokens: int = SAMPLE_TOKENS,
+    should_stop: Callable[[], bool] | None = None,
+) -> str:
+    """A prompt and its continuation, by default a document begun from nothing.
+
+    Seeded: a model always writes the same, and no other random state is touched.
+    """
+    prompt_ids = tokenizer.encode(prompt, True, False)
     steps = generate_tokens(
         model,
-        [[tokenizer.bos_id]],
-        max_new_tokens=min(SAMPLE_TOKENS, model.config.max_seq_len - 1),
+        [prompt_ids],
+        max_new_tokens=min(tokens, max(1, model.config.max_seq_len - len(prompt_ids))),
         sampling=Sampling(PROMPT_TEMPERATURE),
         seeds=[0],
         stop_ids=[tokenizer.eos_id],
+        should_stop=should_stop,
     )
     ids = [token for (token,) in steps if token is not None]
-    return tokenizer.decode([tokenizer.bos_id, *ids])
+    return tokenizer.decode([*prompt_ids, *ids])

@@ -137,6 +137,13 @@ class Task(ABC):
     def evaluate(self) -> dict[str, float]:
         """Metrics, the goal among them; empty without data to evaluate on. All ranks call it."""
 
+    def sample(self) -> str | None:
+        """A text that the model writes as it is now; None of one that writes none.
+
+        All ranks call it. Raises Interrupted when asked to stop.
+        """
+        return None
+
     @abstractmethod
     def weights(self) -> dict[str, Any]:
         """The content of a weights file, on rank 0. All ranks call it."""

@@ -298,6 +298,12 @@ def _json_text(path: Path, number: int, line: str, reading: Reading) -> str:
     return text
 
 
+def first_words(text: str) -> str:
+    """How a text begins: four words of it, or a few characters where words have no spaces."""
+    words = text.split()
+    return " ".join(words[:4]) if len(words) >= 8 else text.strip()[: min(8, len(text) // 2)]
+
+
 def is_labelled(path: Path, reading: Reading = UTF8) -> bool:
     """Whether the first lines all read `label ||| sentence`, the format of labelled files."""
     start = next(iter(read_blocks(path, reading)), "")  # a line may be as long as the file

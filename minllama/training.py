@@ -37,14 +37,13 @@ from minllama.ranks import LAUNCHER_GONE, is_lost_peer
 from minllama.record import (
     PHASES,
     SPIKE_WINDOW,
-    MetricsLog,
-    NoLog,
     environment,
     finite_or_none,
     gpu_telemetry,
     note_spike,
     profiled,
 )
+from minllama.recording import NoRecording, Recording
 from minllama.run_folder import read_on_ranks
 from minllama.saving import Checkpoints
 from minllama.session import Session
@@ -58,10 +57,8 @@ from minllama.sharding import (
     no_gradient_sync,
 )
 from minllama.task import Batch, Task
-from minllama.units import human_time
 from optimizer import learning_rate, make_optimizer
 
-MEASURED_STEPS = 10  # after which the time left is told
 MAX_SKIPPED = 10  # updates in a row that may be skipped for numbers that are not finite
 MAX_ROLLBACKS = 4  # each halves the learning rate
 SHOWN_PLACES = 4  # of the sequences of a skipped step
@@ -203,6 +200,7 @@ class Run:
                 "processes": ranks.world_size,
                 "launch": ranks.launch,
                 "resumed_at_step": self.progress.step,
+                "plan": self.plan.lines(None),
             }
             self.folder.add_start(start)
 
@@ -291,10 +289,15 @@ class Run:
         finishing = FINISHING + written / WRITTEN
         return Deadline(60 * options.minutes, options.started, finishing)
 
-    def evaluate(self) -> dict[str, float]:
-        """The task's metrics. Every rank must call this; raises Interrupted when asked to stop."""
+    def evaluate(self, *, sample: bool = False) -> dict[str, Any]:
+        """The task's metrics, and if asked and there is one, a sample of what the model writes.
+
+        Every rank must call this; raises Interrupted when asked to stop.
+        """
         started = time.monotonic()
-        found = self.task.evaluate()
+        found = {name: finite_or_none(value) for name, value in self.task.evaluate().items()}
+        if sample and (text := self.task.sample()) is not None:
+            found["sample"] = text
         if self.deadline is not None:
             self.deadline.note_evaluation(time.monotonic() - started)
         return found
@@ -353,8 +356,16 @@ def train(run: Run) -> bool:
     peak = ranks.world_size * peak_flops(run.device, run.dtype)
     flops = plan.flops_per_token()
     done = progress.step - bool(progress.pending)  # steps whose record is complete
-    path = run.folder.file("metrics.jsonl")
-    log = MetricsLog(path, done, window=SPIKE_WINDOW) if ranks.is_main else NoLog()
+    recording: Recording | NoRecording = NoRecording()
+    if ranks.is_main:
+        recording = Recording(
+            run.folder,
+            done,
+            last_step=lambda: run.last_step,
+            window=SPIKE_WINDOW,
+            tensorboard=options.tensorboard,
+            save=checkpoints.save_file,
+        )
     bar = training_bar(progress.step, run.last_step)
     profile = profiled(
         run.folder.file("profile.json.gz"),
@@ -362,12 +373,10 @@ def train(run: Run) -> bool:
         device=run.device,
         save=checkpoints.save_file,
     )
-    first_step, started = progress.step, time.perf_counter()
-    opened = started - log.elapsed()
     checkpoints.next_step(progress.step)
     task.model.train()
     task.warm_up_gradient_sync(progress.step)
-    with checkpoints, contextlib.closing(log), bar, profile as step_made:
+    with checkpoints, recording, bar, profile as step_made:
         while run.has_more() and not run.is_to_stop():
             try:
                 record = progress.pending or optimizer_step(run)
@@ -377,7 +386,7 @@ def train(run: Run) -> bool:
             step_made()
             if progress.skipped >= MAX_SKIPPED:
                 roll_back(run)
-                log.rewind(progress.step - bool(progress.pending))
+                recording.rewind(progress.step - bool(progress.pending))
                 bar.n = progress.step
                 continue
             progress.pending = record
@@ -390,8 +399,7 @@ def train(run: Run) -> bool:
             choose_best |= evaluates and epoch % task.best_interval == 0
             if evaluates or choose_best:
                 try:
-                    found = run.evaluate()
-                    record |= {name: finite_or_none(value) for name, value in found.items()}
+                    record |= run.evaluate(sample=True)
                 except Interrupted:
                     break  # the checkpoint keeps the record, so the resumed run evaluates it
                 except TextLost as lost:
@@ -399,27 +407,21 @@ def train(run: Run) -> bool:
                     break
             progress.pending = None
             record["mfu"] = record["tokens_per_second"] * flops / peak
-            record["elapsed"] = round(time.perf_counter() - opened, 3)
-            note_spike(record, log.records)
-            log.append(record | sample_gpu())
+            note_spike(record, recording.records)
+            recording.append(record | sample_gpu())
             show_record(bar, record)
-            if progress.step == first_step + 1:  # the first one compiles, or warms up
-                started = time.perf_counter()
-            if progress.step == first_step + 1 + MEASURED_STEPS < run.last_step:
-                a_step = (time.perf_counter() - started) / MEASURED_STEPS
-                left = human_time((run.last_step - progress.step) * a_step)
-                bar.write(f"about {left} left (excluding validation)")
             checkpoints.next_step(progress.step)
             if choose_best and run.note_best(record):
                 run.save_best()
             ends_run |= run.out_of_patience()
             is_kept = ends_epoch and (ends_run or epoch % options.save_interval == 0)
             if is_kept or ends_run or every(options.checkpoint_interval, progress.step):
-                log.sync()
+                recording.sync()
                 checkpoints.save(run.folder.epoch_checkpoint(epoch) if is_kept else None)
         stopped = run.is_to_stop(at_end=True)
         if stopped:
-            log.sync()
+            recording.state = "stopped"
+            recording.sync()
             checkpoints.save()
             checkpoints.finish()
         if stop.failure:

@@ -17,7 +17,7 @@ import torch
 import run_llama
 from config import LlamaConfig, parse_options
 from llama import Llama, model_payload
-from minllama import training
+from minllama import streaming, training
 from minllama.checkpoint import load_checkpoint
 from minllama.pt_file import save_pt
 from minllama.signals import StopRequest
@@ -26,11 +26,16 @@ from tokenizer import EMBEDDED_VOCABULARY, Tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
     "--dim 16 --n_layers 1 --n_heads 2 --n_kv_heads 1 --max_seq_len 16 --pretrain_batch_size 4 "
-    "--dtype float32 --save_dir run --cache_dir cache --pretrain_lr 0.01"
+    "--dtype float32 --save_dir run --cache_dir cache --pretrain_lr 0.01 --sample_tokens 4"
 ).split() + ["--tokenizer_model", str(EMBEDDED_VOCABULARY)]
 RESUME = "--option pretrain --save_dir run --cache_dir cache --resume auto"
 # In records: what a machine needs, not what it did.
 TIMED = {"elapsed", "tokens_per_second", "mfu", "memory"}
+
+
+def sample_text(model: Llama, tokenizer: Tokenizer, *prompt: str, **settings: Any) -> str:
+    """The samples of a run; without the long one after it."""
+    return streaming.sample_text(model, tokenizer, *prompt, **settings) if prompt else "One day."
 
 
 class Done(NamedTuple):
@@ -51,7 +56,7 @@ def command(line: str | list[str], *, stop: StopRequest | None = None) -> Done:
         mock.patch.object(sys, "argv", ["run_llama.py", *words]),
         # A timed product of matrices, and a text at the end of every run, are of no use here.
         mock.patch.object(training, "peak_flops", lambda device, dtype: 1e9),
-        mock.patch.object(run_llama, "sample_text", lambda model, tokenizer: "One day."),
+        mock.patch.object(run_llama, "sample_text", sample_text),
     ):
         status = run_llama.main(parse_options(words), stop)
     return Done(status, out.getvalue(), error.getvalue())

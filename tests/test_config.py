@@ -43,7 +43,7 @@ def test_the_flags_are_exactly_these():
     """The command line is a contract: a flag that goes, or a new one, is a decision."""
     assert set(FLAGS) == set(
         """
-        option seed use_gpu plan save_dir resume overwrite profile
+        option seed use_gpu plan save_dir resume overwrite profile tensorboard
         dtype save_dtype compile
         model_size dim n_layers n_heads n_kv_heads hidden_dim max_seq_len dropout
         tokenizer_model pretrained_model_path
@@ -53,7 +53,7 @@ def test_the_flags_are_exactly_these():
         weight_decay grad_clip activation_checkpointing checkpoint_interval keep_last on_nonfinite
         global_batch_size parallel dist_timeout
         pretrain_batch_size pretrain_lr eval_interval save_interval best_model_interval
-        world_size gpu
+        sample_prompt sample_tokens world_size gpu
         train dev test label_names batch_size max_sentence_len dev_out test_out
         minutes schedule_steps val_tokens
         lr hidden_dropout_prob freeze_backbone lora_rank early_stopping

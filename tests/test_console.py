@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minllama.console import say
+from minllama.console import say, show_record, training_bar
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = {"step": 7, "epoch": 1, "loss": 7.5184, "lr": 1.1e-3, "tokens_per_second": 14_831.0}
@@ -67,6 +67,15 @@ def test_the_figures_of_a_run_are_seen_at_every_width(columns):
     for picture in drawn:
         assert re.match(r"\d\d:\d\d left,? loss 7\.518,? lr 1\.1e-3,? 14\.8k( tok)?/s", picture)
     assert columns == 40 or "900/900 steps" in drawn[-1]
+
+
+def test_evaluations_stand_above_the_bar(capsys):
+    """In a log, too, where tqdm would draw the bar anew after each of them."""
+    found = {"val_loss": 2.5, "val_perplexity": 12345.6, "sample": "One day\n\na fox"}
+    show_record(training_bar(0, 9), RECORD | found)
+    captured = capsys.readouterr()
+    line = "epoch 1, step 7: val loss 2.5000, val perplexity 12,346\n"
+    assert captured.out == f"{line}  One day a fox\n" and not captured.err
 
 
 def test_a_log_of_a_long_run_has_few_pictures_of_its_bar():

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from running import (
     RESUME,
     SMALL,
     assert_same,
+    assert_same_run,
     command,
     pretrain,
     progress,
@@ -34,6 +36,7 @@ import run_llama
 from config import parse_options
 from llama import load_pretrained
 from minllama import streaming
+from minllama.checkpoint import load_checkpoint
 from minllama.pt_file import load_pt
 from minllama.signals import StopRequest
 from tokenizer import Tokenizer
@@ -79,7 +82,7 @@ def test_pretraining_leaves_all_it_promises():
     names = {path.name for path in Path("run").iterdir()} - {"run.lock"}
     assert names == {
         "pretrain-epoch-3.pt", "final-model.pt", "best-model.pt",
-        "metrics.jsonl", "run.json", "loss-curve.svg",
+        "metrics.jsonl", "run.json", "loss-curve.svg", "report.html",
     }  # fmt: skip
     lines = records()
     assert steps() == list(range(1, 46)) and lines[-1]["epoch"] == 3
@@ -117,6 +120,48 @@ def test_the_validation_figures_are_those_of_the_model():
     assert last["val_loss"] == pytest.approx(total / targets, rel=1e-5)
     size = sum(len(text.encode()) for text in texts)
     assert last["bits_per_byte"] == pytest.approx(total / math.log(2) / size, rel=1e-5)
+
+
+def test_samples_are_written_while_it_trains_and_change_nothing():
+    """After each validation the model continues the held-out text's first words, or what is given.
+
+    Weights, optimizer and random state are bit for bit those of a run without samples.
+    """
+    words = "--epochs 1 --eval_interval 4 --dropout 0.3"
+    assert pretrain(f"{words} --sample_tokens 0 --save_dir without").status == 0
+    done = pretrain(words)
+    lines = [line for line in records() if "sample" in line]
+    assert lines == [line for line in records() if line["val_loss"] is not None]
+    (start,) = re.findall("--prompt '(.+)'", done.out)
+    assert len(start.split()) == 4 and start in Path("text.jsonl").read_text(encoding="utf-8")
+    assert all(line["sample"].startswith(start) for line in lines)
+    assert all(f"  {' '.join(line['sample'].split())}\n" in done.out for line in lines)
+    assert len({line["sample"] for line in lines}) > 1
+    state, other = (load_checkpoint(Path(f, "pretrain-epoch-1.pt")) for f in ("run", "without"))
+    for part in ("model", "optimizer", "rng", "progress"):
+        assert_same(state[part], other[part], part)
+    assert not any("sample" in line for line in records("without/metrics.jsonl"))
+    command(["--option", "pretrain", "--pretrain_data", "text.jsonl", *SMALL, "--sample_prompt",
+             "The fox", "--max_steps", "1", "--save_dir", "given"])  # fmt: skip
+    assert records("given/metrics.jsonl")[0]["sample"].startswith("The fox")
+
+
+def test_ctrl_c_within_a_sample_saves_and_the_resumed_run_is_the_same(monkeypatch):
+    """The sample is made again by the run that goes on."""
+    assert pretrain("--epochs 1 --eval_interval 4 --save_dir whole").status == 0
+    stop, real = StopRequest(), streaming.generate_tokens
+
+    def generate_tokens(*arguments, **settings):
+        for number, tokens in enumerate(real(*arguments, **settings)):
+            stop.signal_number = signal.SIGINT if number else None
+            yield tokens
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "generate_tokens", generate_tokens)
+        assert pretrain("--epochs 1 --eval_interval 4", stop=stop).status == 130
+    assert steps() == [1, 2, 3]
+    assert command(RESUME).status == 0
+    assert_same_run("whole", "run", "pretrain-epoch-1.pt")
 
 
 def test_a_batch_larger_than_the_data_trains():

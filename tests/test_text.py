@@ -18,6 +18,7 @@ from minllama.errors import UsageError
 from minllama.text import (
     Reading,
     find_text_files,
+    first_words,
     is_labelled,
     read_blocks,
     read_documents,
@@ -309,3 +310,17 @@ def test_what_is_labelled_is_seen_in_the_first_block(tmp_path: Path, monkeypatch
         path = written(tmp_path / "a.txt", f"{start}{'word ' * 2000}".encode())
         assert is_labelled(path) == expected and read == [100]
         read.clear()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("One day,\n a little fox went far away", "One day, a little"),
+        ("从前有一只小狐狸，它住在山里的一间小屋里。", "从前有一只小狐狸"),
+        ("Hello world", "Hello"),
+        (" \n ", ""),
+    ],
+)
+def test_the_first_words_of_a_text_leave_something_to_continue(text, words):
+    """Prompts once were English, whatever the text; Chinese has no spaces to count words by."""
+    assert first_words(text) == words
