@@ -165,6 +165,8 @@ class Pretraining(Task):
         super().__init__(
             session, model, model, module=self.next_token_loss, dtype=session.dtype, dynamic=False
         )
+        if session.options.sample_tokens and is_sharded(model):
+            say("samples      after the run alone: of a sharded model no process has the whole")
         self.goal = "loss" if texts.val is None else "val_loss"
         # A run that keeps to a time is evaluated at steps: its epochs may be seconds or hours.
         timed = session.options.minutes is not None

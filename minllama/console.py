@@ -11,7 +11,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -20,12 +20,29 @@ NARROW = 48  # columns, in fewer of which a bar has no room for words
 EVALUATED = ("val_loss", "val_perplexity", "bits_per_byte", "dev_accuracy", "dev_f1")
 
 
+class LogLines:
+    """A stream on which each picture of a bar is a line: a log cannot draw it anew in its place."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write what is left of a picture without the moves of the cursor."""
+        picture = text.replace("\x1b[A", "").strip()
+        return self.stream.write(f"{picture}\n") if picture else 0
+
+
 def progress_bar(iterable: Iterable | None = None, **settings: Any) -> tqdm:
-    """A tqdm bar of the terminal's width, drawn rarely where stderr is none."""
-    seconds = REFRESH_SECONDS if sys.stderr.isatty() else LOG_SECONDS
+    """A tqdm bar of the terminal's width; where stderr is none, a line now and then."""
+    seconds, file = REFRESH_SECONDS, sys.stderr
+    if not sys.stderr.isatty():
+        seconds, file = LOG_SECONDS, LogLines(sys.stderr)
     # By its maxinterval, 10 s, tqdm would draw oftener than by its mininterval.
     intervals = {"mininterval": seconds, "maxinterval": max(10, seconds)}
-    return tqdm(iterable, dynamic_ncols=True, **intervals, **settings)
+    return tqdm(iterable, dynamic_ncols=True, file=file, **intervals, **settings)
 
 
 def training_bar(step: int, last_step: int) -> tqdm:
@@ -42,7 +59,6 @@ def show_record(bar: tqdm, record: dict[str, Any]) -> None:
     if not bar.disable and bar.ncols is not None and bar.ncols < NARROW:
         text = text.replace(",", "").replace(" tok", "")
     bar.set_description_str(text, refresh=False)
-    write = tqdm.write if sys.stderr.isatty() else print  # in a log the bar is not drawn anew
     bar.update()
     figures = [
         f"{key.replace('_', ' ')} {record[key]:,.{0 if record[key] >= 1000 else 4}f}"
@@ -50,9 +66,9 @@ def show_record(bar: tqdm, record: dict[str, Any]) -> None:
         if record.get(key) is not None
     ]
     if figures:
-        write(f"epoch {record['epoch']}, step {record['step']:,}: {', '.join(figures)}")
+        bar.write(f"epoch {record['epoch']}, step {record['step']:,}: {', '.join(figures)}")
     if record.get("sample"):
-        write("  " + " ".join(record["sample"].split()))
+        bar.write("  " + " ".join(record["sample"].split()))
 
 
 def say(*lines: str) -> None:

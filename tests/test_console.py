@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minllama.console import say, show_record, training_bar
+from minllama.console import say
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = {"step": 7, "epoch": 1, "loss": 7.5184, "lr": 1.1e-3, "tokens_per_second": 14_831.0}
@@ -69,13 +69,13 @@ def test_the_figures_of_a_run_are_seen_at_every_width(columns):
     assert columns == 40 or "900/900 steps" in drawn[-1]
 
 
-def test_evaluations_stand_above_the_bar(capsys):
-    """In a log, too, where tqdm would draw the bar anew after each of them."""
-    found = {"val_loss": 2.5, "val_perplexity": 12345.6, "sample": "One day\n\na fox"}
-    show_record(training_bar(0, 9), RECORD | found)
-    captured = capsys.readouterr()
-    line = "epoch 1, step 7: val loss 2.5000, val perplexity 12,346\n"
-    assert captured.out == f"{line}  One day a fox\n" and not captured.err
+def in_a_log(program: str) -> tuple[list[str], list[str]]:
+    """The lines of stdout and stderr of a Python program, neither of which is a terminal."""
+    environment = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"}
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, check=True)
+    assert b"\r" not in done.stderr
+    return done.stdout.decode().splitlines(), done.stderr.decode().splitlines()
 
 
 def test_a_log_of_a_long_run_has_few_pictures_of_its_bar():
@@ -86,11 +86,18 @@ now = [0]
 tqdm.std.time = lambda: now[0]
 def tick(): now[0] += 1
 """
-    environment = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"}
-    words = [sys.executable, "-c", clock + BAR]
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, check=True)
-    pictures = [p for p in re.split(b"[\r\n]", done.stderr) if p.strip()]
-    assert 900 // 60 <= len(pictures) <= 900 // 60 + 2 and b"900/900 steps" in pictures[-1]
+    _, pictures = in_a_log(clock + BAR)
+    assert 900 // 60 <= len(pictures) <= 900 // 60 + 2 and "900/900 steps" in pictures[-1]
+
+
+def test_an_evaluation_has_lines_of_its_own():
+    """In a log the bar was drawn twice more for each of them."""
+    found = {"val_loss": 2.5, "val_perplexity": 12345.6, "sample": "One day\n\na fox"}
+    lines, pictures = in_a_log(
+        f"tick = lambda: 0\n{BAR.replace('900', '3')}".replace(str(RECORD), str(RECORD | found))
+    )
+    said = "epoch 1, step 7: val loss 2.5000, val perplexity 12,346"
+    assert lines == [said, "  One day a fox"] * 3 and len(pictures) <= 2
 
 
 @needs_pty
