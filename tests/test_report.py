@@ -10,12 +10,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import check_model_precision
-from minllama import report
+from minllama import recording, report
 from minllama.errors import UsageError
 from minllama.recording import Recording
 from minllama.report import Curves, compare_runs, describe_run, find_metrics, number, page
@@ -178,12 +179,12 @@ INKED = """canvas => {
 }"""  # how many pixels have the blue of a first curve
 
 
-def test_the_page_of_a_run_is_drawn_and_tells_its_values(tmp_path, view):
+def test_the_page_of_a_run_is_drawn_and_tells_its_values(tmp_path, view, monkeypatch):
     """By a pointer over the curves: those of its records. Text of the run is text, not markup."""
+    monkeypatch.setattr(recording, "time", SimpleNamespace(perf_counter=lambda: 5.0))
     folder = RunFolder(write_run(tmp_path / "run", 100), "pretrain")
-    recording = Recording(folder, 99, **RECORDED, save=lambda _, write: write())
-    with recording:
-        recording.append(record(100, val_loss=5.4, sample=f"One day {HOSTILE} 100"))
+    with Recording(folder, 99, **RECORDED, save=lambda _, write: write()) as open_recording:
+        open_recording.append(record(100, val_loss=5.4, sample=f"One day {HOSTILE} 100"))
         assert view(folder.path / "report.html").evaluate("page.reload") == report.RELOAD_SECONDS
     shown = view(folder.path / "report.html")
     state = shown.locator("#state").inner_text()
