@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +155,37 @@ def test_pairs_from_the_command_line():
     ]
     assert lines[-2].split()[:4] == ["tie", "1", "1", "0.500"]
     assert lines[-1].split()[1:3] == ["4", "1"] and "95 % interval" in lines[-6]
+
+
+def test_lm_eval_judges_the_exported_folder_alike(tmp_path: Path, tokenizer: Tokenizer):
+    """The recipe of benchmarks/README.md, offline, with its task file and our own sentences."""
+    for name in ("lm_eval", "accelerate"):
+        pytest.importorskip(name, reason='lm_eval is a large one: pip install "lm_eval[hf]"')
+    model = load_pretrained(ROOT / "data" / "stories-tiny.pt")
+    export(model, "hf", tmp_path / "hf", dtype="float32", tokenizer=tokenizer, extra={})
+    stories = (ROOT / "data" / "stories-val.jsonl").read_text(encoding="utf-8").splitlines()[:6]
+    good = [json.loads(line)["text"].split(".")[0] + "." for line in stories]
+    records = [
+        {"sentence_good": text, "sentence_bad": " ".join(text.split()[::-1])} for text in good
+    ]
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    words = "--model hf --model_args pretrained=hf --tasks pairs --device cpu --log_samples"
+    places = ["--include_path", str(ROOT / "benchmarks"), "--output_path", "out"]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    subprocess.run(
+        [sys.executable, "-m", "lm_eval", *words.split(), *places],
+        env=os.environ | offline,
+        check=True,
+        capture_output=True,
+    )
+    (samples,) = Path("out").rglob("samples_pairs_*.jsonl")
+    lines = samples.read_text(encoding="utf-8").splitlines()
+    answers = sorted(map(json.loads, lines), key=lambda sample: sample["doc_id"])
+    theirs = [float(a[0][0]) - float(b[0][0]) for a, b in (x["resps"] for x in answers)]
+    pairs = read_pairs([Path("pairs.jsonl")])
+    options = {"batch_size": 4, "stop": StopRequest()}
+    ours = compare_pairs(LlamaZeroShotClassifier(model), tokenizer, pairs, **options)
+    assert theirs == pytest.approx(ours.tolist(), abs=1e-3)
 
 
 def test_shares_and_intervals():
