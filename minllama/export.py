@@ -28,7 +28,6 @@ from minllama.formats import (
     gguf_name,
     hugging_face_name,
     llama2c_order,
-    read_model,
     to_half_split,
 )
 from minllama.gguf import FORMATS, rounded, vocabulary_values, write_gguf
@@ -104,12 +103,14 @@ def as_stored(model: Llama, dtype: str, *, gguf: bool = False) -> dict[str, Tens
     return want
 
 
-def check_read_back(path: Path, want: dict[str, Tensor]) -> None:
-    """UsageError unless load_pretrained finds exactly these tensors."""
-    found = load_pretrained(path).state_dict()
+def check_read_back(path: Path, want: dict[str, Tensor]) -> Llama:
+    """The model that load_pretrained finds; UsageError unless its tensors are exactly these."""
+    model = load_pretrained(path)
+    found = model.state_dict()
     for name, tensor in want.items():
         if not torch.equal(found[name].view(torch.int32), tensor.view(torch.int32)):  # NaN too
             raise UsageError(f"self-check: {name} read back from {path} differs; nothing written")
+    return model
 
 
 # ---------------------------------------------------------------------------- llama2.c's files
@@ -184,6 +185,7 @@ def write_llama_cpp(
     values = {
         "general.architecture": "llama",
         "general.file_type": FORMATS[dtype].file_type,
+        "general.quantization_version": 2,  # of ggml's blocks, Q8_0 among them
         **{f"llama.{key}": getattr(config, ours) for key, ours in GGUF_CONFIG.items()},
         **dict.fromkeys((f"llama.{key}" for key in GGUF_HEAD_DIM), config.head_dim),
         **vocabulary_values(tokenizer),
@@ -194,8 +196,7 @@ def write_llama_cpp(
     want = as_stored(model, dtype, gguf=True)
 
     def verify(path: Path) -> None:
-        check_read_back(path, want)
-        rebuilt = Tokenizer(tokenizer_model=read_model(path).vocabulary)
+        rebuilt = Tokenizer(tokenizer_model=check_read_back(path, want).vocabulary)
         for text in SAMPLES:
             if rebuilt.encode(text, bos=True, eos=True) != tokenizer.encode(text, True, True):
                 raise UsageError(f"self-check: {path} gives other ids for {text!r}")

@@ -24,6 +24,8 @@ GGUF_MAGIC = b"GGUF"
 VERSION = 3  # 2 is the same but for big-endian machines; 1 had sizes of 4 bytes
 ALIGNMENT = 32  # of each tensor, where a file names no other
 HEADER_BYTES = 64 << 20  # of all before the tensors: a vocabulary of 256,000 tokens needs 16 MB
+MOST_ENTRIES = 10_000  # values, and tensors: a Llama of 1,000 layers has 9,003
+NAME_CHARS = 256  # of a value or a tensor
 
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # codes of struct and numpy
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
@@ -177,6 +179,18 @@ class _Header:
         except UnicodeDecodeError:
             raise self.error(f"{data[:40]!r} in its header is not UTF-8") from None
 
+    def count(self) -> int:
+        found = self.number("Q")
+        if found > MOST_ENTRIES:
+            raise self.error(f"its header claims {found:,} entries: cut off or no GGUF file")
+        return found
+
+    def name(self) -> str:
+        found = self.text()
+        if len(found) > NAME_CHARS or not found.isprintable():
+            raise self.error(f"{found[:40]!r} in its header is no name")
+        return found
+
     def value(self, kind: int) -> Any:
         if kind == STRING:
             return self.text()
@@ -206,10 +220,10 @@ def read_gguf(path: Path) -> Stored:
         magic, version = header.take(4), header.number("I")
         if magic != GGUF_MAGIC or version not in (2, VERSION):
             raise header.error(f"GGUF version {version} is not read, only 2 and 3, little-endian")
-        n_tensors, n_values = header.number("Q"), header.number("Q")
+        n_tensors, n_values = header.count(), header.count()
         values: dict[str, Any] = {}
         for _ in range(n_values):
-            key, kind = header.text(), header.number("I")
+            key, kind = header.name(), header.number("I")
             if key in values:
                 raise header.error(f"{key} is there twice")
             values[key] = header.value(kind)
@@ -242,16 +256,18 @@ def read_gguf(path: Path) -> Stored:
             file.seek(start)
             data = torch.from_numpy(np.fromfile(file, np.uint8, sizes[name]))
             tensors[name] = decode(data, dtype, shape)
-            start = start + _aligned(sizes[name], alignment)
+            start += _aligned(sizes[name], alignment)
     return Stored(values, tensors, {name: dtype for name, (_, dtype) in places.items()}, sizes)
 
 
 def _place(header: _Header) -> tuple[str, tuple[int, ...], str, int]:
     """Name, shape, number format and offset of the next tensor."""
-    name, n_dims = header.text(), header.number("I")
+    name, n_dims = header.name(), header.number("I")
     if not 1 <= n_dims <= 4:
         raise header.error(f"tensor {name} has {n_dims:,} dimensions")
     shape = tuple(header.number("Q") for _ in range(n_dims))[::-1]
+    if 0 in shape:
+        raise header.error(f"tensor {name} has no numbers: its shape is {shape}")
     code, offset = header.number("I"), header.number("Q")
     dtype = next((dtype for dtype, used in FORMATS.items() if used.code == code), None)
     if dtype is None:
@@ -298,7 +314,8 @@ def rebuilt_vocabulary(path: Path, values: dict[str, Any]) -> bytes | None:
     Pieces, scores and kinds are those of the file, so text gets the ids that it had in training.
     Raises UsageError, naming `path`, where they do not fit together.
     """
-    said = {key.removeprefix("tokenizer.ggml."): value for key, value in values.items()}
+    prefix = "tokenizer.ggml."
+    said = {key[len(prefix) :]: value for key, value in values.items() if key.startswith(prefix)}
     if said.get("model") != "llama":
         return None
     tokens, scores, kinds = (said.get(key) for key in ("tokens", "scores", "token_type"))
@@ -309,6 +326,7 @@ def rebuilt_vocabulary(path: Path, values: dict[str, Any]) -> bytes | None:
         and len(tokens) == len(scores) == len(kinds)
         and all(type(i) is int and 0 <= i < len(tokens) for i in (bos, eos))
         and set(kinds.tolist()) <= {*range(1, 7)}
+        and np.isfinite(scores).all()
     )
     if not right:
         raise UsageError(
