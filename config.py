@@ -719,5 +719,5 @@ def find_problems(options: Options) -> Iterator[str]:
     for name in PAIRS_EXCLUDE if options.pairs else ():
         if name in options.given:
             yield f"--pairs compares whole sentences, without --{name}: leave it out"
-    if options.train is None and (options.dev or options.test):
+    if finetune and options.train is None and (options.dev or options.test):
         yield "--dev and --test need --train: the labels are learnt from it"

@@ -61,17 +61,27 @@ from minllama.labelled import (
     LabelledFiles,
     Scores,
     find_labelled_files,
+    find_sentences,
     is_unlabelled,
     labels_of,
     read_labelled,
     report_predictions,
 )
-from minllama.models import STARTING_WEIGHTS, Start, find_start_model, load_model
+from minllama.models import (
+    STARTING_WEIGHTS,
+    Classifier,
+    Start,
+    find_model,
+    find_start_model,
+    load_model,
+    read_classifier,
+)
 from minllama.plan import Cluster, TrainingPlan, warn_of_plan
 from minllama.prompting import Prompts, score_labels
 from minllama.pt_file import load_pt
 from minllama.ranks import Ranks, check_runs_alone, exit_at_once, is_lost_peer
 from minllama.record import loss_curve_svg, read_records
+from minllama.run_folder import RunFolder
 from minllama.session import Session, open_session, print_results, say_interrupted
 from minllama.sharding import full_state_dict, is_sharded, load_state, no_gradients
 from minllama.signals import LAUNCHER_REPEATS, StopRequest
@@ -391,14 +401,24 @@ def finetune(options: Options, stop: StopRequest, ranks: Ranks) -> int:
 
 
 def load_splits(
-    files: LabelledFiles, options: Options, tokenizer: Tokenizer, *, context: int
+    files: LabelledFiles,
+    options: Options,
+    tokenizer: Tokenizer,
+    *,
+    context: int,
+    plain: bool = False,
 ) -> dict[str, LlamaDataset]:
-    """The encoded sentences of train, dev and, where there is one, test; says what was loaded."""
+    """The encoded sentences of each file, labelled or, `plain`, not; says what was loaded."""
     room = min(options.max_sentence_len or context, context - 1)
     n_labels = len(files.label_names)
     splits = {
         split: LlamaDataset(
-            path, tokenizer, n_labels=n_labels, max_sentence_len=room, encoding=options.encoding
+            path,
+            tokenizer,
+            n_labels=n_labels,
+            max_sentence_len=room,
+            encoding=options.encoding,
+            plain=plain,
         )
         for split, path in files.paths.items()
     }
@@ -508,24 +528,45 @@ def finish_finetuning(run: Run, files: LabelledFiles, splits: dict[str, LlamaDat
     epoch = run.progress.best_step / run.plan.steps_per_epoch
     print(f"\nbest model: {best}, after step {run.progress.best_step:,} (epoch {epoch:.3g})")
     try:
-        for split, out in files.outs.items():
-            predictions = predict(run.task.model, splits[split], run.session)
-            report = (split, splits[split].examples, predictions, files.label_names, out)
-            run.ranks.on_main(functools.partial(report_predictions, *report))
+        predict_files(run.task.model, files, splits, run.session)
     except Interrupted:
         return say_interrupted(run.session, run.progress.step)
     opening = first_words(splits["dev"].examples[0].sentence)
-    print_results(run.folder, best, opening, "generate")
+    dev = files.paths["dev"]
+    print_results(run.folder, best, opening, "prompt", "generate", test=dev)
     return 0
+
+
+def predict_files(
+    model: LlamaEmbeddingClassifier,
+    files: LabelledFiles,
+    splits: dict[str, LlamaDataset],
+    session: Session,
+) -> None:
+    """Report and write the predictions on each file that has a place for them."""
+    for split, out in files.outs.items():
+        predictions = predict(model, splits[split], session)
+        report = (split, splits[split].examples, predictions, files.label_names, out)
+        keep = f"{split}_out" not in session.options.given
+        session.ranks.on_main(functools.partial(report_predictions, *report, keep=keep))
 
 
 # ---------------------------------------------------------------------------- prompt
 
 
 def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
-    """Classify sentences by the label that the model finds likeliest after a question."""
+    """Classify sentences by the label that the model finds likeliest after a question.
+
+    A fine-tuned model has a head for that, which is used unless a flag of prompting was typed.
+    """
     if options.pairs:
         return judge_pairs(options, stop)
+    with contextlib.redirect_stdout(sys.stderr):
+        path = find_model(options)
+    options = dataclasses.replace(options, pretrained_model_path=path)
+    classifier = read_classifier(path)
+    if classifier is not None and not options.given & {"prompt_template", "label_norm", "shots"}:
+        return classify(options, classifier, stop, ranks)
     files = find_labelled_files(options, "prompting")
     train = files.paths["train"]
     examples = read_labelled(train, encoding=options.encoding) if options.shots else []
@@ -569,7 +610,32 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
                 f"{split}: {cut} of {len(dataset)} sentences were cut to fit with the question",
                 file=sys.stderr,
             )
-        report_predictions(split, dataset.examples, predictions.tolist(), files.label_names, out)
+        report_predictions(
+            split,
+            dataset.examples,
+            predictions.tolist(),
+            files.label_names,
+            out,
+            keep=f"{split}_out" not in options.given,
+        )
+    return 0
+
+
+def classify(options: Options, classifier: Classifier, stop: StopRequest, ranks: Ranks) -> int:
+    """Apply a fine-tuned classifier to sentences, labelled or not."""
+    names = classifier.label_names
+    files = find_sentences(options, names)
+    with contextlib.redirect_stdout(sys.stderr):
+        device, note = choose_device(options.use_gpu)
+        say(f"device       {note}", f"classifier   fine-tuned to tell {', '.join(names)}")
+        llama, tokenizer = load_model(options, device)
+        context = llama.config.max_seq_len
+        splits = load_splits(files, options, tokenizer, context=context, plain=True)
+    model = LlamaEmbeddingClassifier(llama, num_labels=len(names)).to(device)
+    load_state(model.classifier_head, classifier.head)
+    folder = RunFolder(options.save_dir, "prompt")  # nothing is written there
+    session = Session(options, folder, ranks, stop, device, torch.float32, None)
+    predict_files(model, files, splits, session)
     return 0
 
 

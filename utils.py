@@ -241,7 +241,8 @@ class LabelledBatch(NamedTuple):
 
 class LlamaDataset:
     """A labelled file, encoded: `ids[i]` are BOS and the tokens of `examples[i]`'s sentence, of
-    which at most `max_sentence_len` are kept; `cut` is how many sentences had more."""
+    which at most `max_sentence_len` are kept; `cut` is how many sentences had more. `plain` takes
+    a file of sentences alone, too."""
 
     def __init__(
         self,
@@ -251,9 +252,10 @@ class LlamaDataset:
         n_labels: int | None = None,
         max_sentence_len: int | None = None,
         encoding: str = "utf-8",
+        plain: bool = False,
     ) -> None:
         self.path = path
-        self.examples = read_labelled(path, n_labels=n_labels, encoding=encoding)
+        self.examples = read_labelled(path, n_labels=n_labels, encoding=encoding, plain=plain)
         sentences = tokenizer.sp_model.encode([example.sentence for example in self.examples])
         self.ids = [[tokenizer.bos_id, *ids[:max_sentence_len]] for ids in sentences]
         self.cut = sum(len(ids) > (max_sentence_len or len(ids)) for ids in sentences)

@@ -5,6 +5,7 @@ Knows nothing of vocabularies or models: predictions come as numbers.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import numpy as np
 
 from config import DATA_DIR, Options
 from minllama.errors import UsageError
-from minllama.files import check_writable_file, read_json, write_text
+from minllama.files import check_writable_file, read_json, replace, write_text
 from minllama.text import Reading, find_text_files, read_lines, split_labelled
 
 UNLABELLED = -1  # the label of a sentence without one, in files and in batches
@@ -35,19 +36,31 @@ class LabelledExample:
 
 
 def read_labelled(
-    path: Path, *, n_labels: int | None = None, encoding: str = "utf-8"
+    path: Path,
+    *,
+    n_labels: int | None = None,
+    encoding: str = "utf-8",
+    plain: bool = False,
 ) -> list[LabelledExample]:
     """The lines `label ||| sentence` of a file, in order; blank lines are left out.
 
-    A label of -1, or none, means unlabelled. Raises UsageError `file:line: ...` for anything else
-    that is not a whole number from 0 (below `n_labels`, else MAX_LABELS), and for an empty file.
+    A label of -1, or none, means unlabelled. `plain` takes a file without any ` ||| `, too: each
+    line is a sentence. Raises UsageError `file:line: ...` for anything else that is not a whole
+    number from 0 (below `n_labels`, else MAX_LABELS), and for an empty file.
     """
-    examples = [
-        LabelledExample(_parse_label(label, f"{path}:{number}", n_labels), sentence)
+    lines = [
+        (number, line)
         for number, line in read_lines(path, Reading(encoding=encoding))
         if line.strip()
-        for label, sentence in [split_labelled(path, number, line)]
     ]
+    if plain and not any("|||" in line for _, line in lines):
+        examples = [LabelledExample(None, line.strip()) for _, line in lines]
+    else:
+        examples = [
+            LabelledExample(_parse_label(label, f"{path}:{number}", n_labels), sentence)
+            for number, line in lines
+            for label, sentence in [split_labelled(path, number, line)]
+        ]
     if not examples:
         raise UsageError(f"{path}: empty, there is no line `label ||| sentence`")
     return examples
@@ -105,6 +118,11 @@ def find_labelled_files(options: Options, suffix: str) -> LabelledFiles:
     train = options.train or DATA_DIR / "reviews-train.txt"
     stem = Path(train.name.removesuffix(".gz")).stem
     name = re.sub(r"[-_.]?train$", "", stem) or stem
+    if options.train is None and (options.dev or options.test):
+        raise UsageError(
+            "--dev and --test need --train, from which the labels are learnt, or a fine-tuned "
+            "model (--pretrained_model_path), which knows them"
+        )
     dev = options.dev if options.train else DATA_DIR / "reviews-dev.txt"
     test = options.test if options.train else DATA_DIR / "reviews-test.txt"
     if dev is None:
@@ -117,12 +135,7 @@ def find_labelled_files(options: Options, suffix: str) -> LabelledFiles:
         "test": options.test_out or Path(f"{name}-test-{suffix}-output.txt"),
     }
     outs = {split: path for split, path in outs.items() if split in paths}
-    taken = {path.resolve() for path in paths.values()}
-    for split, path in outs.items():
-        if path.resolve() in taken:
-            raise UsageError(f"--{split}_out {path}: is another of the files named; give a new one")
-        taken.add(path.resolve())
-        check_writable_file(path, f"--{split}_out")
+    _check_outs(paths, outs)
     names = read_label_names(options.label_names, train.with_name(f"{name}-label-mapping.json"))
     examples = read_labelled(train, n_labels=len(names) or None, encoding=options.encoding)
     labels = {example.label for example in examples}
@@ -137,6 +150,46 @@ def find_labelled_files(options: Options, suffix: str) -> LabelledFiles:
         )
     names = names or [str(label) for label in range(max(labels) + 1)]
     return LabelledFiles(name, names, paths, outs)
+
+
+def find_sentences(options: Options, names: list[str]) -> LabelledFiles:
+    """The files to classify with a model that knows its labels' `names`: --dev, --test, or both.
+
+    Without any they are the embedded reviews, if these are what the labels are of. Raises
+    UsageError.
+    """
+    paths = {split: getattr(options, split) for split in ("dev", "test") if getattr(options, split)}
+    if not paths:
+        if read_label_names(None, DATA_DIR / "reviews-label-mapping.json") != names:
+            raise UsageError(
+                "--test is not given: name a file of sentences, one a line, to classify as "
+                f"{' or '.join(names)}"
+            )
+        paths = {split: DATA_DIR / f"reviews-{split}.txt" for split in ("dev", "test")}
+    if options.label_names and read_label_names(options.label_names, Path()) != names:
+        raise UsageError(
+            f"--label_names {options.label_names}: the model's own are {', '.join(names)}: leave "
+            "the flag out"
+        )
+    for split, path in paths.items():
+        find_text_files([path], flag=f"--{split}")
+    outs = {
+        split: getattr(options, f"{split}_out")
+        or Path(f"{Path(path.name.removesuffix('.gz')).stem}-prompting-output.txt")
+        for split, path in paths.items()
+    }
+    _check_outs(paths, outs)
+    return LabelledFiles("", names, paths, outs)
+
+
+def _check_outs(paths: dict[str, Path], outs: dict[str, Path]) -> None:
+    """Raise UsageError for predictions that could not be written, or not beside each other."""
+    taken = {path.resolve() for path in paths.values()}
+    for split, path in outs.items():
+        if path.resolve() in taken:
+            raise UsageError(f"--{split}_out {path}: is another of the files named; give a new one")
+        taken.add(path.resolve())
+        check_writable_file(path, f"--{split}_out")
 
 
 def read_label_names(given: Path | None, beside: Path) -> list[str]:
@@ -208,13 +261,17 @@ def report_predictions(
     predictions: Sequence[int],
     names: Sequence[str],
     out: Path,
+    *,
+    keep: bool = False,
 ) -> None:
     """Print a split's figures, or that it has none, and write `prediction ||| sentence` lines.
 
-    Where nearly all predictions are one label it says what the figures mean.
+    Where nearly all predictions are one label it says what the figures mean. `keep` renames what another run wrote there, if it is not the same.
     """
     if is_unlabelled(examples):
         print(f"{split}: unlabelled ({len(examples)} sentences), so no accuracy")
+        counts = Counter(names[prediction] for prediction in predictions)
+        print(f"{split}: {', '.join(f'{counts[name]:,} {name}' for name in names)}")
     elif split == "test" and has_placeholder_labels(examples):
         print(f"{split}: unlabelled (one and the same label on every line), so no accuracy")
     else:
@@ -235,5 +292,11 @@ def report_predictions(
         f"{prediction} ||| {example.sentence}\n"
         for prediction, example in zip(predictions, examples, strict=True)
     ]
-    write_text(out, "".join(lines))
+    text = "".join(lines)
+    if keep and out.exists() and out.read_bytes() != text.encode():
+        numbered = (out.with_stem(f"{out.stem}.{number}") for number in itertools.count(1))
+        kept = next(path for path in numbered if not path.exists())
+        replace(out, kept)
+        print(f"{out} had other predictions, of an earlier run: kept as {kept}")
+    write_text(out, text)
     print(f"wrote {out}")

@@ -7,15 +7,17 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from config import SHIPPED_MODEL, LlamaConfig, Options
 from llama import Llama, build_model, load_pretrained
 from minllama.checkpoint import STATE_FILE
 from minllama.errors import UsageError
 from minllama.formats import StoredModel, read_model, read_shape, read_vocabulary
+from minllama.pt_file import is_pt, load_pt
 from minllama.text import download_hint
 from tokenizer import Tokenizer, vocabulary_remedy
 
@@ -54,6 +56,41 @@ def find_model(options: Options) -> Path:
     path = next((path for path in defaults if path.exists()), SHIPPED_MODEL)
     print(f"--pretrained_model_path is not given: using {path}")
     return path
+
+
+class Classifier(NamedTuple):
+    """What a fine-tuning adds to a model: the head's weight (labels, dim) and bias, and names."""
+
+    head: dict[str, Tensor]
+    label_names: list[str]
+
+
+def read_classifier(path: Path) -> Classifier | None:
+    """The classifier in a fine-tuned model's file; None for a model without one.
+
+    Raises UsageError for a head that is not that of as many labels.
+    """
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        if not is_pt(file.read(2)):
+            return None
+    payload = load_pt(path, verify=False)  # load_pretrained verifies
+    head, names = payload.get("classifier_head"), payload.get("label_names")
+    if head is None and names is None:
+        return None
+    args = payload.get("model_args")
+    named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not (named and isinstance(head, dict) and isinstance(args, dict)):
+        raise UsageError(f"{path}: its classifier is no head with a name for each label")
+    shapes = {"weight": (len(names), args.get("dim")), "bias": (len(names),)}
+    if head.keys() != shapes.keys():
+        raise UsageError(f"{path}: its classifier's head is not a weight and a bias")
+    for name, shape in shapes.items():
+        tensor = head[name]
+        if not (isinstance(tensor, Tensor) and tuple(tensor.shape) == shape):
+            raise UsageError(f"{path}: classifier_head.{name} does not have the shape {shape}")
+    return Classifier(head, names)
 
 
 def pretrained_in(folder: Path) -> Path | None:

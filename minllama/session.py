@@ -273,13 +273,19 @@ def say_interrupted(session: Session, step: int) -> int:
     return session.stop.exit_status
 
 
-def print_results(folder: RunFolder, model: Path, prompt: str, *options: str) -> None:
-    """Print the run's files with their sizes, and the commands that its new model is for."""
+def print_results(
+    folder: RunFolder, model: Path, prompt: str, *options: str, test: Path | None = None
+) -> None:
+    """Print the run's files with their sizes, and the commands that its new model is for.
+
+    `test` is a file of sentences that a classifier can be applied to.
+    """
     print("files:")
     for path in folder.own_files():
         print(f"  {human_size(size_on_disk(path)):>8}  {path}")
     print("next:")
     for option in options:
         words = ["python", sys.argv[0], "--option", option, "--pretrained_model_path", model]
-        print(" ", quoted(*words, *(["--prompt", prompt] if option == "generate" else [])))
+        words += {"generate": ["--prompt", prompt], "prompt": ["--test", test]}.get(option, [])
+        print(" ", quoted(*words))
     print(" ", quoted("python", Path(sys.argv[0]).with_name("check_model_precision.py"), model))

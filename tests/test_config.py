@@ -156,7 +156,7 @@ def test_compile_is_a_choice_or_a_plain_flag():
         ("--option pretrain --world_size 8", ["--world_size", "--plan"]),
         ("--option pretrain --plan --gpu h200", ["--gpu", "--world_size N"]),
         ("--option finetune --resume auto --overwrite", ["--resume", "--overwrite"]),
-        ("--option prompt --dev x", ["--dev", "--train"]),
+        ("--option finetune --dev x", ["--dev", "--train"]),
         ("--prompt_template hello", ["--prompt_template", "{sentence}"]),
         ("--prompt_template {sentence}{label}", ["{label} is not filled in", "{labels}"]),
         ("--top_p 1.5", ["--top_p", "1.5"]),

@@ -18,6 +18,7 @@ from minllama.labelled import (
     LabelledExample,
     Scores,
     find_labelled_files,
+    find_sentences,
     has_placeholder_labels,
     is_unlabelled,
     labels_of,
@@ -225,6 +226,40 @@ def test_label_names_given_and_beside(tmp_path: Path) -> None:
     assert read_label_names(None, tmp_path / "absent.json") == []
 
 
+def test_sentences_may_have_no_labels(tmp_path: Path) -> None:
+    """But a file with bars is one of labels, and a line without is a mistake there."""
+    path = written(tmp_path / "a.txt", "One film .\n\n-1 means nothing here\n")
+    with pytest.raises(UsageError, match="a.txt:1: no ` ||| `"):
+        read_labelled(path)
+    assert read_labelled(path, plain=True) == [
+        LabelledExample(None, "One film ."), LabelledExample(None, "-1 means nothing here"),
+    ]  # fmt: skip
+    written(path, "One film .\n1 ||| Another\n")
+    with pytest.raises(UsageError, match="a.txt:1: no ` ||| `"):
+        read_labelled(path, plain=True)
+
+
+def test_files_to_classify(toy: str) -> None:
+    """With a model that knows its labels' names, any of the files is enough."""
+    options = options_of("--option prompt --test toy-test.txt --dev toy-dev.txt")
+    files = find_sentences(options, NAMES)
+    assert files.outs["dev"] == Path("toy-dev-prompting-output.txt")
+    assert list(find_sentences(options_of("--option prompt --test toy-test.txt"), NAMES).paths) == [
+        "test"
+    ]
+    for line, words in (
+        ("", "--test is not given: .* classify as awful or average or excellent"),
+        ("--test absent.txt", "--test absent.txt: no such file"),
+        ("--test toy-dev.txt --dev toy-dev.txt", "--test_out .*: is another of the files named"),
+        ("--test toy-dev.txt --label_names two.json", "the model's own are awful, average"),
+    ):
+        written(Path("two.json"), '["a", "b"]')
+        with pytest.raises(UsageError, match=words):
+            find_sentences(options_of(f"--option prompt {line}"), NAMES)
+    with pytest.raises(UsageError, match="--dev and --test need --train, .* fine-tuned model"):
+        find_labelled_files(options, "prompting")
+
+
 # ---------------------------------------------------------------------------- scores
 
 
@@ -304,3 +339,17 @@ def test_what_figures_mean_where_one_label_is_nearly_always_predicted(
     report_predictions("dev", examples, predictions, ["bad", "good"], tmp_path / "out.txt")
     printed = capsys.readouterr().out
     assert (f"{ones} of 10 predictions are 'good': the figures say how common" in printed) == said
+
+
+def test_what_another_run_predicted_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Two runs, into folders of their own, wrote their predictions into the same file."""
+    out, examples = tmp_path / "out.txt", examples_of(0, 1)
+    for predictions in ([0, 1], [0, 1], [1, 1], [0, 0]):
+        report_predictions("dev", examples, predictions, ["bad", "good"], out, keep=True)
+    texts = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()}
+    assert {name: text[0] + text[17] for name, text in texts.items()} == {
+        "out.txt": "00", "out.1.txt": "01", "out.2.txt": "11",
+    }  # fmt: skip
+    assert f"kept as {tmp_path / 'out.1.txt'}" in capsys.readouterr().out
+    report_predictions("dev", examples, [1, 0], ["bad", "good"], out)
+    assert len([*tmp_path.iterdir()]) == 3

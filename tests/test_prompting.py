@@ -12,7 +12,9 @@ from config import LlamaConfig
 from llama import Llama, LlamaZeroShotClassifier
 from minllama.errors import UsageError
 from minllama.labelled import LabelledExample
+from minllama.models import read_classifier
 from minllama.prompting import Prompts, score_labels
+from minllama.pt_file import load_pt, save_pt
 from tokenizer import Tokenizer
 
 TEMPLATE = "{sentence} Is this {labels}? It is"
@@ -139,3 +141,52 @@ def test_prompting_does_not_depend_on_the_batch_size(tmp_path, norm):
         assert done.status == 0
         outputs.add(Path("toy-dev-prompting-output.txt").read_bytes())
     assert len(outputs) == 1
+
+
+# ---------------------------------------------------------------------------- fine-tuned models
+
+
+def test_a_classifier_is_applied_without_a_finetuning():
+    """New sentences could only be classified by training again, with them as --test."""
+    model, toy = write_model(Path.cwd(), dim=16, n_layers=1), write_labelled(Path.cwd())
+    words = f"{toy} --pretrained_model_path {model} --save_dir run --max_steps 4 --lr 0.01"
+    assert command(f"--option finetune {words}").status == 0
+    tuned = Path("toy-test-finetuning-output.txt").read_text(encoding="utf-8")
+    test = Path("toy-test.txt").read_text(encoding="utf-8")
+    sentences = [line.partition(" ||| ")[2] for line in test.splitlines()]
+    Path("new.txt").write_text("\n".join(sentences), encoding="utf-8")
+    for file in ("new", "toy-test"):
+        done = command(f"--option prompt --save_dir run --test {file}.txt")
+        assert done.status == 0, done.error
+        assert "fine-tuned to tell awful, average, excellent" in done.error
+        assert ("accuracy 0." in done.out) == (file == "toy-test")
+        assert Path(f"{file}-prompting-output.txt").read_text(encoding="utf-8") == tuned
+    asked = f"--option prompt {toy} --save_dir run --label_norm token"  # a flag of prompting
+    assert "fine-tuned" not in command(asked).error
+    done = command("--option prompt --save_dir run")
+    assert done.status == 2 and "--test is not given: name a file of sentences" in done.error
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"label_names": ["a"]},
+        {"label_names": "abc"},
+        {"label_names": [1, 2, 3]},
+        {"label_names": None},
+        {"classifier_head": None},
+        {"classifier_head": {"weight": torch.zeros(3, 8), "bias": torch.zeros(3)}},
+        {"classifier_head": {"weight": torch.zeros(3, 32)}},
+        {"classifier_head": {"weight": [0], "bias": torch.zeros(3)}},
+    ],
+)
+def test_a_head_that_is_not_the_models_is_refused(change):
+    """A file can claim any; its numbers would be names of other labels."""
+    payload = load_pt(write_model(Path.cwd(), dim=32))
+    head = {"weight": torch.zeros(3, 32), "bias": torch.zeros(3)}
+    payload |= {"classifier_head": head, "label_names": ["a", "b", "c"]}
+    save_pt(Path("tuned.pt"), payload)
+    assert read_classifier(Path("tuned.pt")).label_names == ["a", "b", "c"]
+    save_pt(Path("tuned.pt"), payload | change)
+    with pytest.raises(UsageError, match="tuned.pt: .*classifier"):
+        read_classifier(Path("tuned.pt"))

@@ -56,6 +56,7 @@ def folder(tmp_path_factory) -> Path:
     sentences = ["".join(chinese[i : i + 20]) + "。" for i in range(0, len(chinese), 20)]
     (path / "我的语料.txt").write_text("\n".join(sentences), encoding="utf-8")
     (path / "my_pairs.tsv").write_text("She was here.\tShe were here.\n", encoding="utf-8")
+    (path / "my_sentences.txt").write_text("A film.\nAnother one.\n", encoding="utf-8")
     (path / "my_folder").mkdir()
     (path / "my_folder" / "a.jsonl").write_text("\n".join(stories[150:160]), encoding="utf-8")
     return path
