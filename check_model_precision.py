@@ -21,7 +21,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from config import DTYPE_BYTES
-from minllama.command_line import OneLineParser, parse_or_exit, print_error, protect_output
+from minllama.command_line import (
+    OneLineParser,
+    parse_or_exit,
+    print_error,
+    protect_output,
+    quoted,
+)
 from minllama.errors import UsageError
 
 PROGRAM = "check_model_precision.py"
@@ -114,9 +120,11 @@ from minllama.files import (
 )
 from minllama.formats import LLAMA2C_MAGIC, own_name, read_model, read_safetensors
 from minllama.gguf import GGUF_MAGIC, read_gguf
+from minllama.models import model_in
 from minllama.pt_file import is_pt, load_pt, tensors_in
 from minllama.ranks import check_runs_alone
 from minllama.report import compare_runs
+from minllama.run_folder import RunFolder
 from minllama.text import Reading, find_text_files
 from minllama.units import human_size
 from tokenizer import Tokenizer, tokenizer_bin, vocabulary_remedy
@@ -404,6 +412,25 @@ def score(path: Path, texts: list[Path], args: argparse.Namespace) -> dict[str, 
     return asdict(found) | {"loss": found.loss, "bits_per_byte": found.bits_per_byte}
 
 
+# ---------------------------------------------------------------------------- a run's folder
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether a folder is a run's, and not a model of Hugging Face's."""
+    return path.is_dir() and not (path / "config.json").is_file() and any(path.glob("*.pt"))
+
+
+def print_runs(folder: Path) -> None:
+    """Print the command that repeats each run in the folder."""
+    for record in sorted(folder.glob("*run.json")):
+        prefix = record.name.removesuffix("run.json").removesuffix("-") or "pretrain"
+        words = RunFolder(folder, prefix).repeating_words()
+        if words:
+            script = Path(sys.argv[0]).with_name("run_llama.py")
+            command = quoted("python", script, *words)
+            print(f"{record}: to repeat the run in another folder\n  {command}")
+
+
 # ---------------------------------------------------------------------------- entry
 
 
@@ -416,7 +443,9 @@ def run(args: argparse.Namespace) -> int:
         write_text(args.output, compare_runs(args.compare_runs))
         print(f"wrote {args.output}: open it in a browser")
         return 0
-    files = args.files or [default_file()]
+    folders = [path for path in args.files if is_run_folder(path)]
+    files = [model_in(path, "FILE") if path in folders else path for path in args.files]
+    files = files or [default_file()]
     if not args.files and not args.json:
         print(f"no file named: looking at {files[0]}")
     if args.compare and not args.compare.exists():
@@ -435,6 +464,8 @@ def run(args: argparse.Namespace) -> int:
     written = convert(files[0], args) if args.convert and sound else []
     for report in reports if not args.json else ():
         print_report(report, verified=args.verify)
+    for folder in folders if not args.json else ():
+        print_runs(folder)
     if args.compare:
         results[0]["compared"] = compare(files[0], args.compare)
         if not args.json:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minllama.command_line import OneLineParser, add_flag, read_stored, section, with_underscores
+from minllama.config_file import toml_words
 from minllama.encodings import check_encoding
 from minllama.errors import UsageError
 from minllama.suggestions import describe_unknown
@@ -221,6 +222,9 @@ class Options:
     encoding: str = flag("utf-8", "of text files: gb18030, big5, utf-16, or any that Python knows")
     flag = section("the run", *EVERY, on_resume="typed")
     option: Literal["pretrain", "finetune", "prompt", "generate"] = flag("generate", "what to do")
+    config: Path | None = flag(
+        None, "TOML file of flags, such as: epochs = 3; one that is typed counts more"
+    )
     use_gpu: bool = flag(False, "train or run on CUDA or Apple's MPS where there is one")
     save_dir: Path = flag(
         Path("checkpoints"),
@@ -631,21 +635,43 @@ def parse_options(arguments: Sequence[str]) -> Options:
     Raises UsageError with every problem found, a line each; exits 0 after `--help`.
     """
     words = [with_underscores(word) for word in arguments]
+    typed = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
     first = OneLineParser(add_help=False, allow_abbrev=False)
     first.add_argument("--option")
-    named = first.parse_known_args(words)[0].option
-    parser = build_parser(named if named in EVERY else None)
-    namespace, unknown = parser.parse_known_args(words)
-    if unknown:
-        raise UsageError("\n".join(describe_unknown(words, unknown, READERS, namespace.option)))
+    first.add_argument("--config", type=Path)
+    known, _ = first.parse_known_args(words)
+    parser = build_parser(known.option if known.option in EVERY else None)
+    namespace = None
+    if known.config is not None:
+        before = toml_words(known.config, FLAGS, HINTS, without=typed)
+        namespace = _read_words(parser, before, where=f"--config {known.config}: ")
+        typed |= {word[2:].partition("=")[0] for word in before if word.startswith("--")}
+    namespace = _read_words(parser, words, namespace)
     values = vars(namespace)
     for name, field in FLAGS.items():
         if isinstance(field.default, tuple):
             values[name] = tuple(values[name] or ())
-    typed = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
     options = Options(**values, given=frozenset(typed & {*values})).settle_optimizer()
     check_options(options)
     return options
+
+
+def _read_words(
+    parser: argparse.ArgumentParser,
+    words: list[str],
+    namespace: argparse.Namespace | None = None,
+    *,
+    where: str = "",
+) -> argparse.Namespace:
+    """The flags in `words`, over those in `namespace`; UsageError, a line for each mistake."""
+    try:
+        namespace, unknown = parser.parse_known_args(words, namespace)
+        if unknown:
+            mistakes = describe_unknown(words, unknown, READERS, namespace.option)
+            raise UsageError("\n".join(mistakes))
+    except UsageError as error:
+        raise UsageError("\n".join(where + line for line in str(error).splitlines())) from None
+    return namespace
 
 
 # ---------------------------------------------------------------------------- checking them

@@ -7,6 +7,7 @@ A module imports only modules that are listed above it:
     suggestions          what an unknown flag may have meant
     encodings            which encoding a text may have
     files, locks         files written whole or not at all; files that one process holds
+    config_file          flags in a TOML file; a run's record as the command it was
     console              progress bars; status lines at the terminal's width
     (config)             the model's shape, presets, every flag
     signals              Ctrl-C, SIGTERM, a closed terminal

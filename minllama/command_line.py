@@ -103,8 +103,10 @@ def without_none(annotation: Any) -> tuple[Any, bool]:
     return kinds[0] if optional else annotation, optional
 
 
-def read_stored(field: dataclasses.Field, annotation: Any, value: Any) -> Any:
-    """A flag's value as a checkpoint has it; UsageError for one that the flag could not have."""
+def read_stored(
+    field: dataclasses.Field, annotation: Any, value: Any, *, where: str = "the checkpoint"
+) -> Any:
+    """A flag's value as it is stored in `where`; UsageError for one that it could not have."""
     kind, optional = without_none(annotation)
     if value is None and optional:
         return None
@@ -120,7 +122,7 @@ def read_stored(field: dataclasses.Field, annotation: Any, value: Any) -> Any:
         return value
     elif kind is Path and isinstance(value, str):
         return Path(value)
-    raise UsageError(f"the checkpoint's --{field.name} is {str(value)[:80]!r}: it is damaged")
+    raise UsageError(f"{where}'s --{field.name} is {str(value)[:80]!r}: it is damaged")
 
 
 def add_flag(group: Any, field: dataclasses.Field, annotation: Any, *, shown: bool = True) -> None:

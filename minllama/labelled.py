@@ -266,7 +266,8 @@ def report_predictions(
 ) -> None:
     """Print a split's figures, or that it has none, and write `prediction ||| sentence` lines.
 
-    Where nearly all predictions are one label it says what the figures mean. `keep` renames what another run wrote there, if it is not the same.
+    Where nearly all predictions are one label it says what the figures mean. `keep` renames what
+    another run wrote there, if it is not the same.
     """
     if is_unlabelled(examples):
         print(f"{split}: unlabelled ({len(examples)} sentences), so no accuracy")

@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from config import FLAGS, HINTS, READERS
 from minllama.checkpoint import STATE_FILE, Summary, load_checkpoint, remove_unnamed, summarize
+from minllama.config_file import typed_words
 from minllama.errors import UsageError
 from minllama.files import (
     read_json_object,
@@ -39,6 +41,7 @@ RUN_FILES = (
     "tensorboard",
     "profile.json.gz",
 )
+NOT_REPEATED = {"option", "save_dir", "config", "resume", "overwrite", "plan", "profile"}
 ABANDONED = ".abandoned"
 LOOK_EVERY = 1.0  # seconds between two looks whether the folder is still there
 
@@ -183,6 +186,30 @@ class RunFolder:
             if isinstance(starts, list) and all(isinstance(start, dict) for start in starts):
                 return starts
         return []
+
+    def repeating_words(self) -> list[str]:
+        """The command, from --option on, that repeats the run's first start in a new folder.
+
+        What the program chose then is typed now. Empty without a record; raises UsageError for a
+        damaged one.
+        """
+        stored = next((start.get("options") for start in self.starts()), None)
+        option = stored.get("option") if isinstance(stored, dict) else None
+        if option not in READERS["option"]:
+            return []
+        # The global batch was settled; where the micro-batch is the whole of it, it says no more.
+        whole = stored.get("pretrain_batch_size" if option == "pretrain" else "batch_size")
+        settled = "gradient_accumulation_steps"
+        if whole == stored.get("global_batch_size"):
+            settled = "global_batch_size"
+        fields = {
+            name: field
+            for name, field in FLAGS.items()
+            if option in READERS[name] and name not in NOT_REPEATED | {settled}
+        }
+        words = typed_words(stored, fields, HINTS, where=str(self.file("run.json")))
+        folder = self.path.with_name(f"{self.path.resolve().name}-again")
+        return ["--option", option, "--save_dir", str(folder), *words]
 
     # ------------------------------------------------------------------------ checkpoints
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,11 @@ import torch
 from oracles import make_model
 
 import check_model_precision as C
+from config import parse_options
 from llama import LlamaEmbeddingClassifier, load_pretrained, model_payload
 from minllama.adapters import add_lora
 from minllama.pt_file import save_pt
+from minllama.run_folder import RunFolder
 from tokenizer import EMBEDDED_VOCABULARY, Tokenizer
 
 
@@ -385,3 +388,16 @@ def test_paths_are_checked_before_the_report(saved: Path, tmp_path: Path, capsys
         assert C.main([str(saved), *map(str, words)]) == 2
         captured = capsys.readouterr()
         assert not captured.out and captured.err.count("\n") == 1
+
+
+def test_a_runs_folder_is_its_model_and_how_to_repeat_it(saved: Path, tmp_path: Path, capsys):
+    """A folder of checkpoints was "no such file" of Hugging Face's config.json."""
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(saved, run / "final-model.pt")
+    options = parse_options(["--option", "pretrain", "--epochs", "3"]).to_plain()
+    RunFolder(run, "pretrain").add_start({"options": options, "processes": 1})
+    assert C.main([str(run)]) == 0
+    out = capsys.readouterr().out
+    assert f"{run / 'final-model.pt'}: weights file" in out
+    assert "to repeat the run in another folder\n  python " in out and "--epochs 3" in out

@@ -43,7 +43,7 @@ def test_the_flags_are_exactly_these():
     """The command line is a contract: a flag that goes, or a new one, is a decision."""
     assert set(FLAGS) == set(
         """
-        option seed use_gpu plan save_dir resume overwrite profile tensorboard
+        option config seed use_gpu plan save_dir resume overwrite profile tensorboard
         dtype save_dtype compile
         model_size dim n_layers n_heads n_kv_heads hidden_dim max_seq_len dropout
         tokenizer_model pretrained_model_path
@@ -253,6 +253,69 @@ def test_any_command_line_is_read_or_refused(words):
         assert asked_for_help.code == 0
 
 
+# ---------------------------------------------------------------------------- flags in a file
+
+
+def test_flags_in_a_file_are_as_if_typed(tmp_path, monkeypatch):
+    """A run that is repeated with one change was a long command line, edited."""
+    monkeypatch.chdir(tmp_path)
+    lines = [
+        'option = "pretrain"', "epochs = 3", "pretrain-lr = 1e-4", "use_gpu = true", "plan = false",
+        "compile = true", 'pretrain_data = ["a b", "c"]', 'val_data = "d"', 'save_dir = "x y"',
+        'resume = "auto"',
+    ]  # fmt: skip
+    Path("run.toml").write_text("\n".join(lines), encoding="utf-8")
+    typed = parse_options(
+        [*"--option pretrain --epochs 3 --pretrain_lr 1e-4 --use_gpu --compile".split(), "--resume",
+         "auto", "--pretrain_data", "a b", "c", "--val_data", "d", "--save_dir", "x y"]
+    )  # fmt: skip
+    read = parse_options(["--config", "run.toml"])
+    assert read.given == typed.given | {"config"}
+    assert read.to_plain() | {"config": None} == typed.to_plain()
+    more = ["--epochs", "4", "--pretrain_data", "e", "--config=run.toml"]
+    both = parse_options(more)
+    assert (both.epochs, both.pretrain_data, both.pretrain_lr) == (4, ("e",), 1e-4)
+    Path("say.toml").write_text('prompt = ["--a", "b"]\nstop = "x"', encoding="utf-8")
+    assert parse_options(["--config", "say.toml"]).prompt == ("--a", "b")
+    words = ["--prompt", "c", "--config", "say.toml"]
+    assert parse_options(words).prompt == ("c",) and parse_options(words).stop == ("x",)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("out_dir = 'x'", ["--out_dir: no such option; did you mean --save_dir?"]),
+        ("epochs = 0", ["--epochs: 0 must be at least 1"]),
+        ("epochs = true", ["epochs = True: not a value of --epochs"]),
+        ("epochs = [3]", ["epochs = [3]: not a value"]),
+        ("use_gpu = 1", ["use_gpu = 1: not a value"]),
+        ("compile = false", ["compile = False: not a value"]),
+        ("pretrain_data = [1, [2]]", ["pretrain_data = [1, [2]]: not a value"]),
+        ("started = 2020-01-01", ["--started: no such option"]),
+        ("epochs = 2020-01-01", ["epochs = datetime.date"]),
+        ("[epochs]\na = 1", ["epochs = a table: not a value"]),
+        ("seed = 1\nepochs = = 3", ["not TOML", "line 2"]),
+        ("a = " + "[" * 10000, ["not TOML"]),
+        ("lr = nan", ["--lr: 'nan' is not a number"]),
+        ("dtype = 'int8'\nout = 1", ["--dtype"]),
+    ],
+)
+def test_a_bad_file_of_flags_names_file_and_key(text, words, tmp_path, monkeypatch):
+    """Each is one line."""
+    monkeypatch.chdir(tmp_path)
+    Path("run.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError) as error:
+        parse_options(["--config", "run.toml"])
+    assert str(error.value).startswith("--config run.toml: ") and "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+    Path("run.toml").write_bytes(b"a = '\xff'")
+    with pytest.raises(UsageError, match="--config run.toml: not TOML"):
+        parse_options(["--config", "run.toml"])
+    with pytest.raises(UsageError, match="--config none.toml: no such file"):
+        parse_options(["--config", "none.toml"])
+
+
 # ---------------------------------------------------------------------------- before torch
 
 
@@ -392,7 +455,7 @@ def test_an_option_reads_the_flags_that_are_said_to_be_its(option, tmp_path, mon
     own = {name for name, flag in FLAGS.items() if option in flag.metadata["read_by"]}
     unsaid = Watched.reads - own - {"option"}
     assert not unsaid, f"--option {option} reads {sorted(unsaid)}, and says that it does not"
-    in_main = {"option", "use_gpu", "dist_timeout"}
+    in_main = {"option", "config", "use_gpu", "dist_timeout"}  # or by the parser
     rarely = {"seed", "on_nonfinite"}  # by prompts with shots; where numbers go wrong
     unread = own - Watched.reads - in_main - rarely
     assert not unread, f"--option {option} never reads {sorted(unread)}"

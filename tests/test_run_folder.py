@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from golden import make_golden
 from survivor import content_digest, small_payload, start_process
 
+from config import parse_options
 from minllama import run_folder
 from minllama.checkpoint import STATE_FILE
 from minllama.errors import UsageError
@@ -443,3 +445,42 @@ def test_every_rank_reads_what_rank_0_found(folder):
     assert content_digest(state["model"]) == content_digest(small_payload(3)["model"])
     assert read_on_ranks(Ranks(), lambda: None) is None
     assert read_on_ranks(Ranks(), lambda: (path, state))[0] == path
+
+
+# ---------------------------------------------------------------------------- a run repeated
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--option pretrain --epochs 7 --pretrain_data a 'b c' --save_dir run --use_gpu",
+        "--option pretrain --pretrain_batch_size 4 --gradient_accumulation_steps 3 --val_data x",
+        "--option pretrain --pretrain_batch_size 4 --global_batch_size 12 --compile off",
+        "--option finetune --lr 1e-3 --train t --dev d --max_steps 3 --lora_rank 2",
+    ],
+)
+def test_the_record_of_a_run_is_a_command_again(line, tmp_path, monkeypatch):
+    """Who found a run of last month had to put its flags together from run.json by hand."""
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    options = parse_options(shlex.split(line))
+    folder = RunFolder(Path("run"), options.option)
+    assert folder.repeating_words() == []
+    settled = options.with_global_batch(1)
+    folder.add_start({"options": settled.to_plain(), "processes": 1})
+    folder.add_start({"options": {"option": "of a resume"}, "processes": 1})
+    again = parse_options(folder.repeating_words())
+    assert again.save_dir.name == "run-again"
+    plain = again.with_global_batch(1).to_plain() | {
+        "save_dir": options.save_dir.as_posix(),
+        "gradient_accumulation_steps": options.gradient_accumulation_steps,
+    }
+    assert plain == settled.to_plain()
+
+
+def test_a_damaged_record_is_no_command(tmp_path):
+    """It is shown to be pasted into a shell."""
+    folder = RunFolder(tmp_path, "pretrain")
+    folder.add_start({"options": {"option": "pretrain", "epochs": "3; rm x"}})
+    with pytest.raises(UsageError, match="run.json's --epochs is '3; rm x'"):
+        folder.repeating_words()
