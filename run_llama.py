@@ -41,6 +41,7 @@ from llama import (
 )
 from minllama.adapters import add_lora, merge_lora
 from minllama.advice import Outcome, advise
+from minllama.classifying import labelled_batch, load_splits, predict, predict_files
 from minllama.command_line import print_error, protect_output
 from minllama.console import progress_bar, say
 from minllama.corpus import Texts, find_texts, load_texts
@@ -400,34 +401,6 @@ def finetune(options: Options, stop: StopRequest, ranks: Ranks) -> int:
         return finish_finetuning(run, files, splits)
 
 
-def load_splits(
-    files: LabelledFiles,
-    options: Options,
-    tokenizer: Tokenizer,
-    *,
-    context: int,
-    plain: bool = False,
-) -> dict[str, LlamaDataset]:
-    """The encoded sentences of each file, labelled or, `plain`, not; says what was loaded."""
-    room = min(options.max_sentence_len or context, context - 1)
-    n_labels = len(files.label_names)
-    splits = {
-        split: LlamaDataset(
-            path,
-            tokenizer,
-            n_labels=n_labels,
-            max_sentence_len=room,
-            encoding=options.encoding,
-            plain=plain,
-        )
-        for split, path in files.paths.items()
-    }
-    for split, dataset in splits.items():
-        cut = f", {dataset.cut} of them cut to {room} tokens" if dataset.cut else ""
-        print(f"Loaded {len(dataset)} sentences from {dataset.path} ({split}){cut}")
-    return splits
-
-
 class Finetuning(Task):
     """Classification of sentences, in batches of similar length in the order of (seed, epoch)."""
 
@@ -492,34 +465,6 @@ class Finetuning(Task):
         return f"{self.train_set.path}, sentence {number + 1:,}"
 
 
-def labelled_batch(dataset: LlamaDataset, indices: Sequence[int], device: torch.device) -> Batch:
-    """Labelled sentences as a micro-batch on the device."""
-    batch = dataset.collate(indices)
-    tokens = int(batch.lengths.sum())
-    return Batch.on(device, batch, targets=len(indices), tokens=tokens, numbers=indices)
-
-
-def predict(model: LlamaEmbeddingClassifier, dataset: LlamaDataset, session: Session) -> list[int]:
-    """The likeliest label of each sentence, in the file's order. Every rank must call this.
-
-    In float32 whatever the training's dtype: bfloat16 rounds differently at another batch size,
-    and a prediction must not depend on its batch. Raises Interrupted when asked to stop.
-    """
-    ranks = session.ranks
-    predictions = np.zeros(len(dataset), np.int64)
-    model.eval()
-    with no_gradients(model):
-        batches = dataset.length_sorted_batches(session.options.batch_size)
-        numbers = list(ranks.split_evenly(len(batches)))
-        for number, counts in progress_bar(numbers, desc="predicting", leave=False, disable=None):
-            ranks.check_stop(session.stop)
-            batch = labelled_batch(dataset, batches[number], session.device)
-            found = model(*batch.inputs[:2]).argmax(dim=-1).cpu().numpy()
-            predictions[batches[number]] = counts * found
-    model.train()
-    return ranks.sum_array(predictions).tolist()
-
-
 def finish_finetuning(run: Run, files: LabelledFiles, splits: dict[str, LlamaDataset]) -> int:
     """Report and write the best model's predictions on dev and test."""
     run.checkpoints.finish()
@@ -535,20 +480,6 @@ def finish_finetuning(run: Run, files: LabelledFiles, splits: dict[str, LlamaDat
     dev = files.paths["dev"]
     print_results(run.folder, best, opening, "prompt", "generate", test=dev)
     return 0
-
-
-def predict_files(
-    model: LlamaEmbeddingClassifier,
-    files: LabelledFiles,
-    splits: dict[str, LlamaDataset],
-    session: Session,
-) -> None:
-    """Report and write the predictions on each file that has a place for them."""
-    for split, out in files.outs.items():
-        predictions = predict(model, splits[split], session)
-        report = (split, splits[split].examples, predictions, files.label_names, out)
-        keep = f"{split}_out" not in session.options.given
-        session.ranks.on_main(functools.partial(report_predictions, *report, keep=keep))
 
 
 # ---------------------------------------------------------------------------- prompt

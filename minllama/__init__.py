@@ -35,6 +35,7 @@ A module imports only modules that are listed above it:
     session              before and after the loop
     corpus, vocabulary   the text of a pretraining, and the vocabulary
     task, training       what is trained; the train loop
+    classifying          a classifier's batches and predictions
     fitting              shape, batch and schedule for --minutes
     (run_llama, check_model_precision)
 
