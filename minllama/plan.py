@@ -153,7 +153,7 @@ class TrainingPlan:
 
     def disk(self) -> dict[str, int]:
         """Bytes of the run's files by kind, at their most: one that is replaced stays till then."""
-        options, last = self.options, self.last_step
+        options, last, one = self.options, self.last_step, self.checkpoint_bytes()
         save = options.save_interval * self.steps_per_epoch
         kept = {*range(save, last + 1, save)}
         if last % self.steps_per_epoch == 0:
@@ -164,8 +164,8 @@ class TrainingPlan:
             steps = min(steps, options.keep_last + 1)
         models = 3 if options.option == "pretrain" else 2  # the final one, the best, its next
         return {
-            f"{len(kept):,} checkpoints of epochs": len(kept) * self.checkpoint_bytes(),
-            f"{steps:,} of steps": steps * self.checkpoint_bytes(),
+            f"{len(kept):,} epoch checkpoint{'s' * (len(kept) > 1)}": len(kept) * one,
+            f"{steps:,} step checkpoint{'s' * (steps > 1)}": steps * one,
             f"{models} models": models * self.weights_file_bytes(options.save_dtype),
             "records": last * RECORD_BYTES,
         }

@@ -327,11 +327,13 @@ def test_bad_input_is_one_line_each(saved: Path, tmp_path: Path, capsys):
     torch.save(model_payload(make_model()), bare)
     text = tmp_path / "a.txt"
     text.write_text("Once upon a time there was no model in this file at all.\n")
+    folder = tmp_path / "empty"
+    folder.mkdir()
     out = ("--output", tmp_path / "x")
     for message, *arguments in (
         ("no such file", tmp_path / "none.pt"),
         ("not a model file", text),
-        ("no model.safetensors in this folder", tmp_path),
+        ("no model.safetensors in this folder", folder),
         (
             "is the vocabulary's name",
             saved,

@@ -214,7 +214,7 @@ def test_a_disk_that_is_too_small_is_found_before_the_run(monkeypatch):
     done = pretrain("--max_steps 2")
     assert done.status == 2 and "100 kB are free on that disk" in done.error
     assert "--save_dir run" in done.error and not list(Path("run").glob("*.pt"))
-    assert "checkpoints" not in done.error.partition("(")[0] and "1 of steps" in done.error
+    assert "epoch checkpoint" not in done.error and "1 step checkpoint " in done.error
     assert "--save_dtype bfloat16 or a folder on a larger disk" in done.error
     planned = pretrain("--max_steps 2 --plan")
     assert planned.status == 0 and "warning: --save_dir run: 100 kB are free" in planned.out
