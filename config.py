@@ -25,7 +25,7 @@ from minllama.command_line import OneLineParser, add_flag, read_stored, section,
 from minllama.config_file import toml_words
 from minllama.encodings import check_encoding
 from minllama.errors import UsageError
-from minllama.suggestions import describe_unknown
+from minllama.suggestions import parse_words
 
 DATA_DIR = Path(__file__).resolve().parent / "data"
 SHIPPED_MODEL = DATA_DIR / "stories-tiny.pt"
@@ -644,9 +644,9 @@ def parse_options(arguments: Sequence[str]) -> Options:
     namespace = None
     if known.config is not None:
         before = toml_words(known.config, FLAGS, HINTS, without=typed)
-        namespace = _read_words(parser, before, where=f"--config {known.config}: ")
+        namespace = parse_words(parser, before, READERS, where=f"--config {known.config}: ")
         typed |= {word[2:].partition("=")[0] for word in before if word.startswith("--")}
-    namespace = _read_words(parser, words, namespace)
+    namespace = parse_words(parser, words, READERS, namespace)
     values = vars(namespace)
     for name, field in FLAGS.items():
         if isinstance(field.default, tuple):
@@ -654,24 +654,6 @@ def parse_options(arguments: Sequence[str]) -> Options:
     options = Options(**values, given=frozenset(typed & {*values})).settle_optimizer()
     check_options(options)
     return options
-
-
-def _read_words(
-    parser: argparse.ArgumentParser,
-    words: list[str],
-    namespace: argparse.Namespace | None = None,
-    *,
-    where: str = "",
-) -> argparse.Namespace:
-    """The flags in `words`, over those in `namespace`; UsageError, a line for each mistake."""
-    try:
-        namespace, unknown = parser.parse_known_args(words, namespace)
-        if unknown:
-            mistakes = describe_unknown(words, unknown, READERS, namespace.option)
-            raise UsageError("\n".join(mistakes))
-    except UsageError as error:
-        raise UsageError("\n".join(where + line for line in str(error).splitlines())) from None
-    return namespace
 
 
 # ---------------------------------------------------------------------------- checking them

@@ -4,7 +4,7 @@ A module imports only modules that are listed above it:
 
     errors, units        messages for the user; sizes and durations
     command_line         argparse with one-line errors; flags from a dataclass
-    suggestions          what an unknown flag may have meant
+    suggestions          a command line's unknown flags, and what they may have meant
     encodings            which encoding a text may have
     files, locks         files written whole or not at all; files that one process holds
     config_file          flags in a TOML file; a run's record as the command it was

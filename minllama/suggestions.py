@@ -1,12 +1,15 @@
-"""What an unknown flag may have meant: ours that it begins, or another program's name for ours.
+"""A command line with unknown flags: what each may have meant, ours or another program's name.
 
-Pure Python, like the parser that asks.
+Pure Python, like the parser.
 """
 
 from __future__ import annotations
 
+import argparse
 import difflib
 from collections.abc import Mapping, Sequence
+
+from minllama.errors import UsageError
 
 MOST = 3  # suggestions in one message
 
@@ -104,3 +107,25 @@ def describe_unknown(
             remedy = f"did you mean --option {word}?" if word in values else "a flag begins with --"
             lines.append(f"{word}: belongs to no option; {remedy}")
     return lines
+
+
+def parse_words(
+    parser: argparse.ArgumentParser,
+    words: Sequence[str],
+    readers: Mapping[str, Sequence[str]],
+    namespace: argparse.Namespace | None = None,
+    *,
+    where: str = "",
+) -> argparse.Namespace:
+    """The flags in `words`, over those in `namespace`.
+
+    Raises UsageError with a line for each mistake, each of which begins with `where`.
+    """
+    try:
+        namespace, unknown = parser.parse_known_args(words, namespace)
+        if unknown:
+            lines = describe_unknown(words, unknown, readers, namespace.option)
+            raise UsageError("\n".join(lines))
+    except UsageError as error:
+        raise UsageError("\n".join(where + line for line in str(error).splitlines())) from None
+    return namespace
