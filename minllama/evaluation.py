@@ -63,13 +63,13 @@ def score_text(
     Raises UsageError for text that cannot be read, or none.
     """
     blocks = (block for path in files for block in read_documents(path, reading))
-    arrays, utf8_bytes = [np.zeros(0, np.int64)], 0
+    arrays, utf8_bytes = [], 0
     for part in itertools.chain.from_iterable(DocumentEncoder(tokenizer).encode(blocks)):
         arrays += [[tokenizer.bos_id] * part.starts, part.ids, [tokenizer.eos_id] * part.ends]
         utf8_bytes += part.utf8_bytes
     if not utf8_bytes:
         raise UsageError(f"{files[0]}: empty, there is no text to score")
-    tokens = np.concatenate(arrays).astype(np.int32)
+    tokens = np.concatenate(arrays, dtype=np.int32)
     stream = TokenStream(tokens, np.array([0]), np.array([len(tokens)]))
     dataset = PretrainDataset(stream, model.config.max_seq_len, bos_id=tokenizer.bos_id)
     size, total, count = max(1, BATCH_TOKENS // model.config.max_seq_len), 0.0, 0
