@@ -1,7 +1,6 @@
 """Writing models for other programs: llama2.c's .bin, GGUF, Hugging Face folders.
 
-The inverse of formats.
-Everything written is read back and compared before it gets its name.
+The inverse of formats. Everything written is read back and compared before it gets its name.
 """
 
 from __future__ import annotations

@@ -331,6 +331,9 @@ def _gguf_config(path: Path, values: dict[str, Any], vocab_size: int, tied: bool
         if key.startswith("llama."):  # 1e-05, not the 9.999999747e-06 that float32 makes of it
             value = float(str(np.float32(value))) if isinstance(value, float) else value
             said[key.removeprefix("llama.")] = value
+    for key in GGUF_CONFIG:
+        if not isinstance(said.get(key, 0), int | float):
+            raise UsageError(f"{path}: llama.{key} {str(said[key])[:40]!r} is no number")
     args = {ours: said.get(key) for key, ours in GGUF_CONFIG.items()}
     config = read_shape(path, args | {"tie_word_embeddings": tied})
     for key, value in said.items():

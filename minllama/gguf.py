@@ -230,7 +230,7 @@ def read_gguf(path: Path) -> Stored:
         alignment = values.get("general.alignment", ALIGNMENT)
         if type(alignment) is not int or alignment not in (8 << i for i in range(10)):
             raise header.error(
-                f"general.alignment {str(alignment)[:40]} is not read, only 8 to 4096"
+                f"general.alignment {str(alignment)[:40]!r} is not read, only 8 to 4096"
             )
         places: dict[str, tuple[tuple[int, ...], str]] = {}
         sizes: dict[str, int] = {}
