@@ -304,6 +304,9 @@ class Options:
     encoding_errors: Literal["strict", "replace"] = flag(
         "strict", "bytes that are not in --encoding: stop and name the line, or put U+FFFD"
     )
+    dedup: bool = flag(
+        False, "train on the first of documents that are exactly alike, on none that is held out"
+    )
     flag = section("text to pretrain on", "pretrain", on_resume="typed")
     cache_dir: Path = flag(Path("token_cache"), "folder of the tokenized text")
 

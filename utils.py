@@ -53,19 +53,21 @@ class TokenStream:
             start, first = start + count, first + 1
         return found[0] if len(found) == 1 else np.concatenate([self.tokens[:0], *found])
 
+    def part(self, start: int, stop: int, byte_lengths: np.ndarray | None = None) -> TokenStream:
+        """Tokens start..stop-1 of the stream; `byte_lengths` are the bytes of each id's text."""
+        sizes, size = self.stops - self.starts, None
+        low = (start - self.offsets[:-1]).clip(0, sizes)
+        high = (stop - self.offsets[:-1]).clip(0, sizes)
+        some = high > low
+        if byte_lengths is not None:
+            places = range(start, stop, READ_BYTES)
+            parts = (self.read(at, min(at + READ_BYTES, stop)) for at in places)
+            size = sum(int(byte_lengths[part].sum()) for part in parts)
+        return TokenStream(self.tokens, (self.starts + low)[some], (self.starts + high)[some], size)
+
     def first(self, tokens: int, byte_lengths: np.ndarray) -> TokenStream:
-        """The first `tokens` of the stream; `byte_lengths` are the bytes of each id's text."""
-        if tokens >= len(self):
-            return self
-        size = sum(
-            int(byte_lengths[self.read(at, min(at + READ_BYTES, tokens))].sum())
-            for at in range(0, tokens, READ_BYTES)
-        )
-        ends = np.cumsum(self.stops - self.starts)
-        count = int(np.searchsorted(ends, tokens)) + 1
-        stops = self.stops[:count].copy()
-        stops[-1] -= ends[count - 1] - tokens
-        return TokenStream(self.tokens, self.starts[:count], stops, size)
+        """The first `tokens` of the stream, all if it has no more."""
+        return self if tokens >= len(self) else self.part(0, tokens, byte_lengths)
 
     def locate(self, position: int) -> int:
         """The place in the token array of token `position` of the stream."""
@@ -73,31 +75,55 @@ class TokenStream:
         return int(self.starts[index]) + position - int(self.offsets[index])
 
 
-def whole_stream(cache: TokenCache) -> TokenStream:
-    """All of a cache, as validation files are read."""
-    return _documents_stream(cache, np.ones(len(cache.document_starts), bool))
+def documents_in(cache: TokenCache, stream: TokenStream) -> np.ndarray:
+    """(documents,) bool: those of the cache of which the stream has at least a part."""
+    at = np.searchsorted(stream.stops, cache.document_starts, side="right")
+    starts = np.append(stream.starts, len(cache))
+    return starts[at] < cache.document_stops()
+
+
+def whole_stream(cache: TokenCache, chosen: np.ndarray | None = None) -> TokenStream:
+    """The chosen documents of a cache, by default all, as validation files are read.
+
+    `chosen` is (documents,) bool; neighbours make one stretch.
+    """
+    if chosen is None:
+        chosen = np.ones(len(cache.document_starts), bool)
+    edges = np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8))
+    first, last = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1) - 1
+    starts, stops = cache.document_starts[first], cache.document_stops()[last]
+    return TokenStream(cache.tokens, starts, stops, int(cache.document_bytes[chosen].sum()))
 
 
 def split_documents(
-    cache: TokenCache, val_fraction: float, seed: int = 0, *, chunk_length: int
+    cache: TokenCache,
+    val_fraction: float,
+    seed: int = 0,
+    *,
+    chunk_length: int,
+    chosen: np.ndarray | None = None,
 ) -> tuple[TokenStream, TokenStream | None]:
-    """(train, val): whole documents are held out, chosen by a pure function of their number.
+    """(train, val): whole documents are held out, by a pure function of their number.
 
-    Held-out tokens stay at or below `val_fraction` of all. Where no document is so small, the last
-    chunks of the last one are held out, at least one. val is None for a fraction of 0 and for a
-    corpus too small to spare anything.
+    Of the `chosen` ones, (documents,) bool, by default all. Held-out tokens stay at or below
+    `val_fraction` of all. Where no document is so small, the last chunks of the last one are held
+    out, at least one. val is None for a fraction of 0 and for a corpus too small to spare anything.
     """
+    whole = whole_stream(cache, chosen)
     if val_fraction <= 0:
-        return whole_stream(cache), None
+        return whole, None
     sizes = cache.document_stops() - cache.document_starts
-    target = val_fraction * len(cache)
+    target = val_fraction * len(whole)
     order = np.argsort(_scrambled(len(sizes), seed), kind="stable")
+    if chosen is not None:
+        order = order[chosen[order]]
     order = order[sizes[order] <= target]  # one huge document must not be the whole hold-out
     if not len(order):
-        return _split_last_chunks(cache, val_fraction, chunk_length)
+        return _split_last_chunks(whole, val_fraction, chunk_length, cache.token_byte_lengths)
     held_out = np.zeros(len(sizes), bool)
     held_out[order[: np.searchsorted(np.cumsum(sizes[order]), target, side="right")]] = True
-    return _documents_stream(cache, ~held_out), _documents_stream(cache, held_out)
+    trained = ~held_out if chosen is None else chosen & ~held_out
+    return whole_stream(cache, trained), whole_stream(cache, held_out)
 
 
 def _scrambled(count: int, seed: int) -> np.ndarray:
@@ -109,34 +135,16 @@ def _scrambled(count: int, seed: int) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _documents_stream(cache: TokenCache, chosen: np.ndarray) -> TokenStream:
-    """The chosen documents; neighbours make one stretch."""
-    edges = np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8))
-    first, last = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1) - 1
-    starts, stops = cache.document_starts[first], cache.document_stops()[last]
-    return TokenStream(cache.tokens, starts, stops, int(cache.document_bytes[chosen].sum()))
-
-
 def _split_last_chunks(
-    cache: TokenCache, val_fraction: float, chunk_length: int
+    whole: TokenStream, val_fraction: float, chunk_length: int, byte_lengths: np.ndarray | None
 ) -> tuple[TokenStream, TokenStream | None]:
-    size = len(cache)
-    chunks = -(-size // chunk_length)
+    chunks = -(-len(whole) // chunk_length)
     held_out = min(chunks - 1, max(1, round(chunks * val_fraction)))
     cut = (chunks - held_out) * chunk_length
-    if held_out < 1 or size - cut < 2:  # no chunk to spare, or a single token: nothing to predict
-        return whole_stream(cache), None
-    val_bytes = None
-    if cache.token_byte_lengths is not None:
-        tail = cache.tokens[cut:]
-        val_bytes = sum(
-            int(cache.token_byte_lengths[tail[at : at + READ_BYTES]].sum())
-            for at in range(0, len(tail), READ_BYTES)
-        )
-    return (
-        TokenStream(cache.tokens, np.array([0]), np.array([cut])),
-        TokenStream(cache.tokens, np.array([cut]), np.array([size]), val_bytes),
-    )
+    # No chunk to spare, or a single token: nothing to predict.
+    if held_out < 1 or len(whole) - cut < 2:
+        return whole, None
+    return whole.part(0, cut), whole.part(cut, len(whole), byte_lengths)
 
 
 # ---------------------------------------------------------------------------- pretraining chunks

@@ -33,6 +33,7 @@ A module imports only modules that are listed above it:
     plan, record         the arithmetic of a run; what it puts on record
     report, recording    a run as a page, report.html; where its records go while it trains
     session              before and after the loop
+    copies               documents that come twice
     corpus, vocabulary   the text of a pretraining, and the vocabulary
     task, training       what is trained; the train loop
     classifying          a classifier's batches and predictions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,9 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from config import DATA_DIR, MAX_CONTEXT, Options
 from minllama.command_line import quoted
 from minllama.console import say
+from minllama.copies import say_copies, without_copies
 from minllama.models import SHOWN_FILES
 from minllama.ranks import Ranks
 from minllama.signals import StopRequest
@@ -34,7 +38,7 @@ FEW_FILES = 3  # have a line each
 MIN_CONTEXT, WANTED_STEPS = 128, 1000
 SAMPLED_TOKENS = 1 << 20  # looked at to see whether the vocabulary fits the text
 OPENING_TOKENS = 64  # of a document, looked at for its first words
-MOSTLY = 0.5  # of a text's bytes; English under an English vocabulary has next to none
+MOSTLY, SOME = 0.5, 0.02  # of a text's bytes; English under an English vocabulary has next to none
 
 
 class TextFiles(NamedTuple):
@@ -53,7 +57,7 @@ class Texts:
     val: PretrainDataset | None
     tokenizer: Tokenizer
     context: int  # tokens of a chunk
-    key: str  # of the training text, its vocabulary and how it was read
+    key: str  # of the training text, its vocabulary, how it was read and what --dedup dropped
     place: Callable[[int], str]  # where a token of the training text is in the files
 
     def locate(self, chunk: int) -> str:
@@ -127,23 +131,27 @@ def load_texts(
         return cache
 
     cache, val_cache = load(files.train), load(files.val) if files.val else None
+    chosen = without_copies(cache, val_cache) if options.dedup else None
+    whole = whole_stream(cache, chosen)
     held_out = 0.0 if files.val else options.val_fraction
-    trained = round(len(cache) * (1 - held_out))
+    trained = round(len(whole) * (1 - held_out))
     length = options.max_seq_len or longest
     if options.max_seq_len is None and options.minutes is None:
         length = fit_context(options, trained, longest)
     for paths, of_paths in ((files.train, cache), (files.val, val_cache)):
         if of_paths is not None:
             say_loaded(paths, of_paths, files.reading, length)
-    text_bytes = int(cache.document_bytes.sum())
-    print(f"text         {len(cache):,} tokens, {text_bytes / len(cache):.2f} bytes per token")
-    warn_of_vocabulary(tokenizer.spelt_in_bytes(cache.tokens[:SAMPLED_TOKENS]), files.train)
+    per_token = whole.utf8_bytes / len(whole)
+    print(f"text         {len(whole):,} tokens, {per_token:.2f} bytes per token")
+    say_byte_pieces(tokenizer.spelt_in_bytes(cache.tokens[:SAMPLED_TOKENS]), files.train)
     if val_cache is not None:
-        train, val = whole_stream(cache), whole_stream(val_cache)
+        train, val = whole, whole_stream(val_cache)
     else:
-        train, val = split_documents(cache, options.val_fraction, chunk_length=length)
-        if val is None and options.val_fraction:
+        train, val = split_documents(cache, held_out, chunk_length=length, chosen=chosen)
+        if val is None and held_out:
             print("no validation: the text is too short to hold some of it out; --val_data FILE")
+    if chosen is None:
+        say_copies(cache, val_cache, train, val)
     if val is not None:
         share = len(val) / (len(val) + len(train))
         say(f"validation   {len(val):,} tokens held out ({share:.1%} of all)")
@@ -157,7 +165,14 @@ def load_texts(
 
     cut = functools.partial(PretrainDataset, chunk_length=length, bos_id=tokenizer.bos_id)
     val_set = None if val is None else cut(val)
-    return Texts(cut(train), val_set, tokenizer, length, cache.key.hex()[:16], place)
+    return Texts(cut(train), val_set, tokenizer, length, key_of(cache, chosen), place)
+
+
+def key_of(cache: TokenCache, chosen: np.ndarray | None) -> str:
+    """Names a text by its content, of which `chosen` documents, (documents,) bool, are used."""
+    if chosen is None or chosen.all():
+        return cache.key.hex()[:16]
+    return hashlib.sha256(cache.key + np.packbits(chosen).tobytes()).hexdigest()[:16]
 
 
 def fit_context(options: Options, tokens: int, longest: int) -> int:
@@ -220,8 +235,11 @@ def remarks(path: Path, reading: Reading) -> list[str]:
     return []
 
 
-def warn_of_vocabulary(share: float, files: Sequence[Path]) -> None:
-    """Say so where `share` of the text is encoded byte by byte, and how to train a vocabulary."""
+def say_byte_pieces(share: float, files: Sequence[Path]) -> None:
+    """Say so where a `share` of the text that matters is encoded byte by byte.
+
+    Where that is most of it, how to train a vocabulary.
+    """
     if share > MOSTLY:
         train = ["--input", *files[:SHOWN_FILES], "--vocab_size", "8000", "--output", "my.model"]
         print(
@@ -230,3 +248,5 @@ def warn_of_vocabulary(share: float, files: Sequence[Path]) -> None:
             "Train a vocabulary on the text, then name it with --tokenizer_model my.model:\n"
             f"  {quoted('python', 'tokenizer.py', 'train', *train)}"
         )
+    elif share >= SOME:
+        print(f"byte pieces  {share:.1%} of the text: characters that the vocabulary lacks")

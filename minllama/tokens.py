@@ -198,11 +198,12 @@ def _encode_many(sp_model, texts: list[str], threads: int) -> list[np.ndarray]:
 # ---------------------------------------------------------------------------- the token cache
 
 # File: header, tokens, zeros to a multiple of 8, (documents, 2) int64 of first token and bytes of
-# UTF-8, (files, 2) int64 of tokens and documents; all little-endian. The header has the SHA-256 of
-# all that follows it, and ends in a CRC-32 of itself.
+# UTF-8, (files, 2) int64 of tokens and documents, (documents, 2) uint64 of the 16-byte BLAKE2b of
+# each document's ids; all little-endian. The header has the SHA-256 of all but these, the key, that
+# of these, and ends in a CRC-32 of itself.
 MAGIC = b"MLTOKENS"
-CACHE_VERSION = 2
-HEADER = struct.Struct("<8sIIQQQ32s32sI")
+CACHE_VERSION = 3
+HEADER = struct.Struct("<8sIIQQQ32s32s32sI")
 # How shortly before it is read a file may change again without another time stamp: those of most
 # file systems advance every few milliseconds, FAT's every two seconds.
 FINE_NS, COARSE_NS = 20_000_000, 2_000_000_000
@@ -253,6 +254,7 @@ class TokenCache:
 
     tokens (n,) uint16 or uint32; document_starts, document_bytes (documents,) int64, the latter of
     UTF-8 text; file_tokens, file_documents (files,) int64. `key` is the SHA-256 of them all.
+    fingerprints (documents, 2) uint64 are alike where documents are.
     `rebuilt_because` is None for a cache that was found valid. Raises BadCache for one that is
     stale, damaged or absent.
     """
@@ -290,7 +292,7 @@ class TokenCache:
         if len(data) < HEADER.size or zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
             raise BadCache("it is damaged (its header is wrong)")
         fields = HEADER.unpack(data)
-        magic, version, width, n_tokens, n_documents, n_files, self.key, made_of, _ = fields
+        magic, version, width, n_tokens, n_documents, n_files, self.key, others, made_of, _ = fields
         if magic != MAGIC or version != CACHE_VERSION or width not in (2, 4):
             raise BadCache("it is not a token cache of this version")
         if signature not in (None, made_of):
@@ -300,16 +302,19 @@ class TokenCache:
         tokens_end = HEADER.size + width * n_tokens
         documents_at = tokens_end + -tokens_end % 8
         files_at = documents_at + 16 * n_documents
-        if size != files_at + 16 * n_files:
+        fingerprints_at = files_at + 16 * n_files
+        if size != fingerprints_at + 16 * n_documents:
             raise BadCache("it is damaged (its size is wrong)")
         self.tokens = StoredTokens(path, file, np.dtype(f"<u{width}"), n_tokens)
-        if verify and _payload_digest(file, size, should_stop) != self.key:
+        edges = (HEADER.size, fingerprints_at, size)
+        if verify and _digests(file, edges, should_stop) != [self.key, others]:
             raise BadCache("it is damaged (its checksum is wrong)")
         raw = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
         documents = raw[documents_at:files_at].view("<i8").reshape(-1, 2)
-        files = raw[files_at:].copy().view("<i8").reshape(-1, 2)
+        files = raw[files_at:fingerprints_at].copy().view("<i8").reshape(-1, 2)
         self.document_starts, self.document_bytes = documents[:, 0], documents[:, 1]
         self.file_tokens, self.file_documents = files[:, 0], files[:, 1]
+        self.fingerprints = raw[fingerprints_at:].view("<u8").reshape(-1, 2)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -325,16 +330,23 @@ class TokenCache:
         return file, position - int(ends[file] - self.file_tokens[file])
 
 
-def _payload_digest(file: BinaryIO, size: int, should_stop: Callable[[], bool]) -> bytes:
-    digest = hashlib.sha256()
+def _digests(file: BinaryIO, edges: Sequence[int], should_stop: Callable[[], bool]) -> list[bytes]:
+    """The SHA-256 of what is between one place of a file and the next."""
+    size, digests = edges[-1], []
     with _byte_bar("checking", size, size > LARGE_BYTES) as bar:
-        file.seek(HEADER.size)
-        while data := file.read(READ_BYTES):  # not mapped: mapped pages count as our memory
-            digest.update(data)
-            bar.update(len(data))
-            if should_stop():
-                raise Interrupted
-    return digest.digest()
+        for start, stop in pairwise(edges):
+            digest = hashlib.sha256()
+            file.seek(start)
+            while left := stop - file.tell():
+                data = file.read(min(READ_BYTES, left))  # not mapped: that counts as our memory
+                if not data:
+                    break  # cut off meanwhile
+                digest.update(data)
+                bar.update(len(data))
+                if should_stop():
+                    raise Interrupted
+            digests.append(digest.digest())
+    return digests
 
 
 def _write_cache(
@@ -348,15 +360,21 @@ def _write_cache(
 ) -> None:
     """Stream a cache's tokens into a file, then its tables and header.
 
-    `table` is a temporary file for the document table, which follows the tokens: that of a corpus
-    with a document per line has gigabytes. `file_documents` grows with the `batches`; `marks` are
-    BOS and EOS, (2, 1), in the dtype of the tokens.
+    `table` is a temporary file for what is told of each document and follows the tokens: that of a
+    corpus with a document per line has gigabytes. `file_documents` grows with the `batches`;
+    `marks` are BOS and EOS, (2, 1), in the dtype of the tokens.
     """
     digest, n_tokens, open_bytes = hashlib.sha256(), 0, 0
+    fingerprint = hashlib.blake2b()
 
     def write(data: bytes) -> None:
         digest.update(data)
         file.write(data)
+
+    def write_column(of_row: slice) -> None:
+        table.seek(0)
+        while data := table.read(READ_BYTES):
+            write(np.frombuffer(data, "<u8").reshape(-1, 4)[:, of_row].tobytes())
 
     file.write(bytes(HEADER.size))
     for parts in batches:
@@ -364,30 +382,31 @@ def _write_cache(
         for part in parts:
             if part.starts:
                 arrays.append(marks[0])
-                rows.append(n_tokens)
-                open_bytes = 0
+                rows.append(n_tokens.to_bytes(8, "little"))
+                open_bytes, fingerprint = 0, hashlib.blake2b(digest_size=16)
             arrays.append(part.ids)
             open_bytes += part.utf8_bytes
+            fingerprint.update(part.ids.tobytes())
             if part.ends:
                 arrays.append(marks[1])
-                rows.append(open_bytes)
+                rows += (open_bytes.to_bytes(8, "little"), fingerprint.digest())
             n_tokens += part.starts + len(part.ids) + part.ends
         write(np.concatenate(arrays, dtype=marks.dtype).tobytes())
-        table.write(np.array(rows, "<i8").tobytes())
+        table.write(b"".join(rows))
         if should_stop():
             raise Interrupted
     write(bytes(-file.tell() % 8))
     starts = []  # of each file, and the end
     for first in np.cumsum([0, *file_documents]).tolist():
-        table.seek(16 * first)
+        table.seek(32 * first)
         start = table.read(8)  # nothing after the last document
         starts.append(int.from_bytes(start, "little") if start else n_tokens)
-    table.seek(0)
-    while data := table.read(READ_BYTES):
-        write(data)
+    write_column(slice(2))
     write(np.stack([np.diff(starts), file_documents], axis=1).astype("<i8").tobytes())
+    key, digest = digest.digest(), hashlib.sha256()
+    write_column(slice(2, 4))
     counts = (n_tokens, sum(file_documents), len(file_documents))
-    fields = (MAGIC, CACHE_VERSION, marks.itemsize, *counts, digest.digest(), signature, 0)
+    fields = (MAGIC, CACHE_VERSION, marks.itemsize, *counts, key, digest.digest(), signature, 0)
     header = HEADER.pack(*fields)[:-4]
     file.seek(0)
     file.write(header + zlib.crc32(header).to_bytes(4, "little"))

@@ -6,6 +6,7 @@ import builtins
 import contextlib
 import copy
 import functools
+import hashlib
 import io
 import os
 import platform
@@ -533,3 +534,41 @@ def test_a_real_file_is_never_cut_short(real_data: Path, tmp_path: Path) -> None
     path = real_data / "sst-train.txt"
     cache = build([path], tmp_path, Reading(), tokenizer=vocabulary("llama-2"))
     assert len(cache) == 254_453 + 2  # BOS and EOS
+
+
+def test_fingerprints_are_alike_where_documents_are(tmp_path, monkeypatch) -> None:
+    """Whatever parts a document was encoded in, and in whatever file and corpus it stands."""
+    lines = [*corpus_lines()[:20], STORY.replace("\n", " ") * 20]
+    (tmp_path / "a.txt").write_text("\n".join([*lines, lines[3]]), encoding="utf-8")
+    (tmp_path / "b.txt").write_text("\n".join([lines[-1], lines[-1] + "!"]), encoding="utf-8")
+    small = functools.partial(DocumentEncoder, part_chars=50, batch_chars=400)
+    a = build([tmp_path / "a.txt"], tmp_path / "cache")
+    monkeypatch.setattr(tokens, "DocumentEncoder", small)
+    b = build([tmp_path / "b.txt"], tmp_path / "cache")
+    for cache in (a, b):
+        starts, stops = cache.document_starts.tolist(), cache.document_stops().tolist()
+        for start, stop, found in zip(starts, stops, cache.fingerprints, strict=True):
+            ids = cache.tokens[start + 1 : stop - 1].tobytes()
+            assert found.tobytes() == hashlib.blake2b(ids, digest_size=16).digest()
+    assert a.fingerprints[20].tolist() == b.fingerprints[0].tolist() != b.fingerprints[1].tolist()
+
+
+def test_the_key_is_that_of_earlier_versions(tmp_path: Path) -> None:
+    """A run of before there were fingerprints is resumed by it: of tokens, documents and files."""
+    (tmp_path / "a.txt").write_text("two dogs\nsat\n", encoding="utf-8")
+    cache = build([tmp_path / "a.txt"], tmp_path / "cache")
+    ids = cache.tokens[:].tobytes()
+    documents = np.stack([cache.document_starts, cache.document_bytes], axis=1).tobytes()
+    files = np.array([[len(cache), 2]], "<i8").tobytes()
+    padding = bytes(-(tokens.HEADER.size + len(ids)) % 8)
+    assert cache.key == hashlib.sha256(ids + padding + documents + files).digest()
+
+
+def test_a_cache_of_another_version_is_rebuilt(corpus, tmp_path, monkeypatch) -> None:
+    """Such as one without fingerprints."""
+    with monkeypatch.context() as patch:
+        patch.setattr(tokens, "CACHE_VERSION", tokens.CACHE_VERSION - 1)
+        build(corpus, tmp_path / "cache")
+    again = build(corpus, tmp_path / "cache")
+    assert again.rebuilt_because == "it is not a token cache of this version"
+    assert build(corpus, tmp_path / "cache").rebuilt_because is None

@@ -22,6 +22,7 @@ from utils import (
     batch_indices,
     bucketed_batches,
     count_chunks,
+    documents_in,
     epoch_order,
     split_documents,
     whole_stream,
@@ -102,6 +103,19 @@ def test_split_of_one_document() -> None:
     assert split_documents(fake_cache([1000, 2]), 0.0, chunk_length=64)[1] is None
 
 
+@pytest.mark.parametrize("sizes", [[5, 9, 4, 7, 2, 6] * 5, [400, 500, 300, 600]])
+def test_split_of_chosen_documents(sizes: list[int]) -> None:
+    """As of a text that has no others, whether whole documents or the last chunks are held out."""
+    cache, chosen = fake_cache(sizes), np.arange(len(sizes)) % 3 != 1
+    train, val = split_documents(cache, 0.1, chunk_length=8, chosen=chosen)
+    parts = [stream.read(0, len(stream)).tolist() for stream in (train, val)]
+    assert sorted(sum(parts, [])) == np.flatnonzero(np.repeat(chosen, sizes)).tolist()
+    assert len(val) <= 0.1 * (len(train) + len(val)) + 8 and val.utf8_bytes == 3 * len(val)
+    document = np.repeat(np.arange(len(sizes)), sizes)
+    for stream, tokens in zip((train, val), parts, strict=True):
+        assert np.flatnonzero(documents_in(cache, stream)).tolist() == sorted({*document[tokens]})
+
+
 def test_a_whole_cache_as_a_stream() -> None:
     """Validation files are read whole, with the bytes that bits per byte divide by."""
     stream = whole_stream(fake_cache([3, 2, 7]))
@@ -124,6 +138,9 @@ def test_stream_reads_across_stretches(
     start, stop = sorted(min(end, len(flat)) for end in ends)
     assert np.array_equal(stream.read(start, stop), flat[start:stop])
     assert [stream.locate(i) for i in range(len(flat))] == flat.tolist()
+    part = stream.part(start, stop, np.arange(100) + 1)
+    assert np.array_equal(part.read(0, len(part)), flat[start:stop])
+    assert part.utf8_bytes == flat[start:stop].sum() + len(part)
 
 
 # ---------------------------------------------------------------------------- chunks
