@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 FINISHING = 1.5  # seconds from the last step's evaluation to the end, beside writing files
 WRITTEN = 150e6  # bytes a second that files are written with
-MOST_EPOCHS = 30  # whatever the time: from then on a text is learnt by heart
+MOST_EPOCHS = 20  # whatever the time: from then on a text is learnt by heart
 LOOKS = 20  # at the clock in the steps that are left, at most: each may move the end
 TOLD = 1.25  # a number of steps that differs by this factor from what was said is said
 

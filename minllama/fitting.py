@@ -47,14 +47,14 @@ TIMED_SHARE = 0.05  # of the time may go into timing shapes
 TIMED_SECONDS = 0.3  # of steps of one shape
 EVALUATIONS = 10  # in a run, and the share of its time that they may take
 EVALUATED_SHARE = 0.05
-TOKENS_PER_PARAMETER, EXPONENT, PARAMETERS_PER_DISTINCT = 30, 0.3, 10
+TOKENS_PER_PARAMETER, EXPONENT, PARAMETERS_PER_DISTINCT = 30, 0.3, 2
 PATIENCE = 3  # of those without a better loss end the run
 LEAST_HELD_OUT = 8192  # tokens to evaluate on, whatever they take
 TIMED_CONTEXT = {"cpu": 256, "cuda": 1024, "mps": 512}  # where none is typed
 TIMED_TOKENS = {"cpu": 1024, "cuda": 32768, "mps": 8192}  # of a step that is timed
 MICRO_TOKENS = {"cpu": 4096, "cuda": 65536, "mps": 8192}  # at most, of a micro-batch
 KEPT_SECONDS = 60  # between checkpoints
-DROPOUT = ((4.0, 0.0), (12.0, 0.1), (math.inf, 0.2))  # by epochs up to
+DROPOUT = ((4.0, 0.0), (8.0, 0.1), (math.inf, 0.2))  # by epochs up to
 
 
 def predicted_loss(parameters: int, tokens: float, distinct: int) -> float:
