@@ -7,12 +7,13 @@ says the loss, and the best is taken. `benchmarks/README.md` has the runs that t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -22,7 +23,7 @@ from llama import Llama, NextTokenLoss
 from minllama.console import say
 from minllama.corpus import Texts
 from minllama.deadline import FINISHING, MOST_EPOCHS
-from minllama.device import autocast
+from minllama.device import autocast, is_out_of_memory
 from minllama.random_state import random_state, restore_random_state
 from minllama.ranks import Ranks
 from minllama.units import human_time
@@ -81,8 +82,7 @@ def batch_tokens(tokens: float, least: int) -> int:
     return least * 2 ** max(0, round(math.log2(wished / least)))
 
 
-@dataclass(frozen=True)
-class Speed:
+class Speed(NamedTuple):
     """What a model's training takes on this machine, in seconds."""
 
     token: float  # forward and backward pass
@@ -119,16 +119,26 @@ def fit_to_time(
     """
     before = random_state()  # the first weights must not depend on what was timed
     begun, total = time.monotonic(), 60 * options.minutes
+
+    def clock() -> tuple[float, bool]:
+        """Seconds left to train in, and whether the time for timing is over."""
+        now = time.monotonic()
+        return total - (now - options.started) - FINISHING, now - begun > TIMED_SHARE * total
+
     fits: list[Fit] = []
     for candidate in candidates(options, fixed=config is not None):
         shape = config or candidate.llama_config(texts.tokenizer.n_words)
-        rows = max(1, TIMED_TOKENS[device.type] // options.max_seq_len)
-        speeds = ranks.gather(measure(candidate, shape, rows, device, dtype))
-        speed = Speed(max(s.token for s in speeds), max(s.update for s in speeds))
-        now = ranks.on_main(time.monotonic)
-        left = total - (now - options.started) - FINISHING
+        measured = functools.partial(measure, candidate, shape, device, dtype)
+        try:
+            speeds = ranks.gather(ranks.on_all(measured))
+        except (MemoryError, RuntimeError) as error:
+            if not fits or not is_out_of_memory(error):
+                raise
+            break
+        speed = Speed(*(max(values) for values in zip(*speeds, strict=True)))
+        left, over = ranks.on_main(clock)
         fits.append(fit(candidate, shape, speed, left, texts, device, ranks.world_size))
-        if now - begun > TIMED_SHARE * total or fits[-1].loss > min(f.loss for f in fits):
+        if over or fits[-1].loss > min(found.loss for found in fits):
             break  # larger ones are only slower
     restore_random_state(before)
     best = min(fits, key=lambda found: found.loss)
@@ -146,9 +156,23 @@ def candidates(options: Options, *, fixed: bool) -> Iterator[Options]:
 
 
 def measure(
+    options: Options, config: LlamaConfig, device: torch.device, dtype: torch.dtype
+) -> Speed:
+    """Time some steps of a model of this shape on random tokens, as many as fit the memory."""
+    rows = max(1, TIMED_TOKENS[device.type] // options.max_seq_len)
+    while True:
+        try:
+            return time_steps(options, config, rows, device, dtype)
+        except (MemoryError, RuntimeError) as error:
+            if rows == 1 or not is_out_of_memory(error):
+                raise
+        rows //= 2
+
+
+def time_steps(
     options: Options, config: LlamaConfig, rows: int, device: torch.device, dtype: torch.dtype
 ) -> Speed:
-    """Time some steps of a model of this shape on random tokens."""
+    """Time steps on a batch of so many rows."""
     context = options.max_seq_len
     model = NextTokenLoss(Llama(dataclasses.replace(config, max_seq_len=context))).to(device)
     name = options.optimizer

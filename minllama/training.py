@@ -115,7 +115,7 @@ class Run:
         self.progress, self.run_id = Progress(), uuid.uuid4().hex
         self.deadline = self._deadline()
         self.looks_at = 1  # at the clock, after this step
-        self.said_steps = self.plan.last_step
+        self.said_steps: int | None = None  # as the end of a run that keeps to a time
         self.checkpoints = Checkpoints(
             self.folder,
             self.ranks,
@@ -316,8 +316,9 @@ class Run:
         self.looks_at = next_look(step, found)
         if found != end:
             progress.pace = Pace(step, progress.pace.at(step, way), found)
-        if not 1 / TOLD < found / self.said_steps < TOLD:
-            was, self.said_steps = self.said_steps, found
+        was = self.said_steps = self.said_steps or end
+        if not 1 / TOLD < found / was < TOLD:
+            self.said_steps = found
             slower = "slower" if found < was else "faster"
             tqdm.write(
                 f"the machine is {slower} than it was: {found:,} steps instead of {was:,} end on "
