@@ -30,8 +30,8 @@ class Clock:
             self.now += a_step(run.progress.step)
             return real_step(run)
 
-        def evaluate(run):
-            found = real_evaluate(run)
+        def evaluate(run, **settings):
+            found = real_evaluate(run, **settings)
             self.now += an_evaluation
             run.deadline.note_evaluation(an_evaluation)
             return found
