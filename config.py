@@ -307,6 +307,9 @@ class Options:
     dedup: bool = flag(
         False, "train on the first of documents that are exactly alike, on none that is held out"
     )
+    document_mask: bool = flag(
+        False, "where a chunk holds several documents, attend to the token's own alone"
+    )
     flag = section("text to pretrain on", "pretrain", on_resume="typed")
     cache_dir: Path = flag(Path("token_cache"), "folder of the tokenized text")
 

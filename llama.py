@@ -102,20 +102,62 @@ def apply_rotary_emb(
 QUERY_BLOCK = 256  # rows of scores at once: measured best of 64 to 1,024
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, masks: Sequence[Tensor] | None = None
+) -> Tensor:
     """softmax(query @ key.T / sqrt(D)) @ value over what each token may see, all (B, H, T, D).
 
-    For training on a CPU: in bfloat16 it takes half (T 256) to four fifths (T 1,024) of the time
-    of torch's fused kernel, whose backward pass recomputes the scores where this keeps them.
+    `masks` are those of `document_masks`. For training on a CPU: in bfloat16 it takes half (T 256)
+    to four fifths (T 1,024) of the time of torch's fused kernel, whose backward pass recomputes
+    the scores where this keeps them.
     """
     out = []
     for block in (query * query.shape[-1] ** -0.5).split(QUERY_BLOCK, dim=2):
         start = len(out) * QUERY_BLOCK
         end = start + block.shape[2]
         scores = block @ key[:, :, :end].transpose(2, 3)
-        unseen = scores.new_full(scores.shape[2:], -math.inf).triu(start + 1)
+        if masks is None:
+            unseen = scores.new_full(scores.shape[2:], -math.inf).triu(start + 1)
+        else:
+            unseen = masks[len(out)]
         scores += unseen
         out.append(torch.softmax(scores, dim=-1) @ value[:, :, :end])
+    return torch.cat(out, dim=2)
+
+
+def document_begins(tokens: Tensor, bos_id: int) -> Tensor:
+    """Where in its row the document of each of tokens (B, T) begins, (B, T): at its BOS, or at 0
+    for what is left of one that began in an earlier chunk."""
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    return torch.where(tokens == bos_id, places, 0).cummax(dim=1).values
+
+
+def document_masks(begins: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """What is added to scores so that each token sees its document up to itself, and no other.
+
+    Of QUERY_BLOCK queries each on a CPU, else of all: (B, 1, queries, keys up to the last one's).
+    """
+    width, masks = begins.shape[1], []
+    places = torch.arange(width, device=begins.device)
+    rows = QUERY_BLOCK if begins.is_cpu else width
+    for start in range(0, width, rows):
+        query, key = places[start : start + rows, None], places[: start + rows]
+        seen = (key <= query) & (key >= begins[:, start : start + rows, None])  # (B, queries, keys)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        masks.append(mask.masked_fill(~seen, -math.inf)[:, None])
+    return masks
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """What each of query (B, H, T, D) sees of key and value (B, H_kv, T, D), (B, H, T, D).
+
+    By blocks, so that torch's fused kernel leaves out what comes after a block's last query.
+    """
+    out, grouped = [], query.shape[1] != key.shape[1]
+    for block, mask in zip(query.split(masks[0].shape[2], dim=2), masks, strict=True):
+        seen = (tensor[:, :, : mask.shape[3]] for tensor in (key, value))
+        attend = F.scaled_dot_product_attention
+        out.append(attend(block, *seen, attn_mask=mask, enable_gqa=grouped))
     return torch.cat(out, dim=2)
 
 
@@ -147,7 +189,13 @@ class Attention(nn.Module):
         key = rotate(self.compute_key(x).unflatten(-1, split), table)
         return query, key, self.compute_value(x).unflatten(-1, split)
 
-    def forward(self, x: Tensor, table: Tensor, cache: AnyCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        table: Tensor,
+        cache: AnyCache | None = None,
+        masks: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         query, key, value = self.heads(x, table)
         mask = None
         if cache is not None:
@@ -156,7 +204,9 @@ class Attention(nn.Module):
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         trains = cache is None and query.requires_grad
         if trains and query.is_cpu and not self.grouped and x.shape[1] <= SCORES_KEPT:
-            attended = causal_attention(query, key, value)
+            attended = causal_attention(query, key, value, masks)
+        elif masks is not None:
+            attended = masked_attention(query, key, value, masks)
         elif isinstance(cache, StepCache):
             attended = single_token_attention(query, key, value, mask)
         else:
@@ -200,8 +250,14 @@ class LlamaLayer(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.layer_norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.layer_norm_eps)
 
-    def forward(self, x: Tensor, table: Tensor, cache: AnyCache | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), table, cache)
+    def forward(
+        self,
+        x: Tensor,
+        table: Tensor,
+        cache: AnyCache | None = None,
+        masks: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), table, cache, masks)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -326,10 +382,13 @@ class Llama(nn.Module):
         self._settle()  # the table stays float32 in a bfloat16 model, and nothing stays on meta
         return self
 
-    def hidden_states(self, tokens: Tensor, cache: AnyCache | None = None) -> Tensor:
+    def hidden_states(
+        self, tokens: Tensor, cache: AnyCache | None = None, begins: Tensor | None = None
+    ) -> Tensor:
         """The normalised states (B, T, dim) after each of tokens (B, T).
 
-        Raises UsageError for more tokens than max_seq_len.
+        With `begins` of `document_begins` each document is read as if it stood alone. Raises
+        UsageError for more tokens than max_seq_len.
         """
         width = tokens.shape[1]
         if width > self.config.max_seq_len:
@@ -337,13 +396,17 @@ class Llama(nn.Module):
         positions = slice(width) if cache is None else cache.place(width, tokens.device)
         if isinstance(positions, Tensor):  # padding may lie beyond the last position
             positions = positions.clamp(max=self.config.max_seq_len - 1)
+        masks = None
+        if begins is not None:
+            positions = torch.arange(width, device=tokens.device) - begins
+            masks = document_masks(begins, compute_dtype(self.tok_embeddings.weight))
         table = self.rotary[positions]  # (T or B, T; 1, D/2, 2)
         x = self.dropout(self.tok_embeddings(tokens))
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, table, use_reentrant=False)
+                x = checkpoint(layer, x, table, None, masks, use_reentrant=False)
             else:
-                x = layer(x, table, cache)
+                x = layer(x, table, cache, masks)
         return self.norm(x)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -354,12 +417,15 @@ class Llama(nn.Module):
         hidden = self.hidden_states(tokens)
         return self.output(hidden if targets is not None else hidden[:, -1:]), hidden
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, tokens: Tensor, targets: Tensor, begins: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Sum of cross entropies in nats over the real targets, and their count.
 
-        tokens and targets are (B, T); targets of IGNORE_INDEX do not count.
+        tokens, targets and `begins`, if documents are to be apart, are (B, T); targets of
+        IGNORE_INDEX do not count.
         """
-        hidden = self.hidden_states(tokens).flatten(0, 1)
+        hidden = self.hidden_states(tokens, begins=begins).flatten(0, 1)
         return linear_cross_entropy(hidden, self.output.weight, targets.flatten())
 
     def extend(self, cache: KVCache, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -389,14 +455,18 @@ class Llama(nn.Module):
 
 
 class NextTokenLoss(nn.Module):
-    """Llama.loss as a module's forward, which DDP, FSDP2 and torch.compile can wrap."""
+    """Llama.loss as a module's forward, which DDP, FSDP2 and torch.compile can wrap.
 
-    def __init__(self, model: Llama) -> None:
+    With a `bos_id`, the token that begins each document, attention stays inside the documents.
+    """
+
+    def __init__(self, model: Llama, bos_id: int | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.bos_id = model, bos_id
 
     def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return self.model.loss(tokens, targets)
+        begins = None if self.bos_id is None else document_begins(tokens, self.bos_id)
+        return self.model.loss(tokens, targets, begins)
 
 
 # ---------------------------------------------------------------------------- classifiers

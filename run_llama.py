@@ -171,7 +171,9 @@ class Pretraining(Task):
     """Next-token prediction on chunks of text, in the order of (seed, epoch)."""
 
     def __init__(self, session: Session, texts: Texts, model: Llama) -> None:
-        self.texts, self.next_token_loss = texts, NextTokenLoss(model)
+        apart = session.options.document_mask
+        bos_id = texts.tokenizer.bos_id if apart else None
+        self.texts, self.next_token_loss = texts, NextTokenLoss(model, bos_id)
         self.opening = texts.opening()
         super().__init__(
             session, model, model, module=self.next_token_loss, dtype=session.dtype, dynamic=False

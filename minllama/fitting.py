@@ -174,7 +174,9 @@ def time_steps(
 ) -> Speed:
     """Time steps on a batch of so many rows."""
     context = options.max_seq_len
-    model = NextTokenLoss(Llama(dataclasses.replace(config, max_seq_len=context))).to(device)
+    bos_id = 0 if options.document_mask else None  # any token takes the time of the mask
+    llama = Llama(dataclasses.replace(config, max_seq_len=context))
+    model = NextTokenLoss(llama, bos_id).to(device)
     name = options.optimizer
     optimizer = make_optimizer(model, name=name, lr=1e-4, weight_decay=0.0, dtype=dtype)
     tokens = torch.randint(config.vocab_size, (rows, context), device=device)

@@ -48,7 +48,7 @@ def test_the_flags_are_exactly_these():
         model_size dim n_layers n_heads n_kv_heads hidden_dim max_seq_len dropout
         tokenizer_model pretrained_model_path
         pretrain_data val_data val_fraction document_per_line text_field sentences_only dedup
-        encoding encoding_errors cache_dir
+        document_mask         encoding encoding_errors cache_dir
         epochs max_steps gradient_accumulation_steps optimizer lr_scheduler warmup_steps min_lr
         weight_decay grad_clip activation_checkpointing checkpoint_interval keep_last on_nonfinite
         global_batch_size parallel dist_timeout

@@ -342,17 +342,62 @@ def test_activation_checkpointing_changes_memory_only(tiny_config: LlamaConfig):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch about torch's own doing
-def test_loss_compiles_without_a_graph_break(tiny_config: LlamaConfig):
+@pytest.mark.parametrize("bos_id", [None, 1])
+def test_loss_compiles_without_a_graph_break(tiny_config: LlamaConfig, bos_id: int | None):
     """fullgraph=True raises at a break; the backend only traces, so no C++ compiler is needed."""
     model = make_llama(dataclasses.replace(tiny_config, n_layers=1))
-    compiled = torch.compile(L.NextTokenLoss(model), fullgraph=True, backend="aot_eager")
+    loss_of = L.NextTokenLoss(model, bos_id)
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
     tokens = torch.randint(64, (2, 9))
     grads = []
-    for loss_fn in (compiled, L.NextTokenLoss(model)):
+    for loss_fn in (compiled, loss_of):
         loss, _ = loss_fn(tokens, tokens)
         grads.append(torch.autograd.grad(loss, list(model.parameters())))
     for mine, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def document_losses(model: L.Llama, documents: list[torch.Tensor], length: int, *, packed: bool):
+    """Loss and gradients of documents, in two chunks of `length`, or each piece by itself."""
+    stream = torch.cat(documents)
+    chunks = [stream[:-1].view(2, length), stream[1:].view(2, length).clone()]
+    chunks[1][chunks[1] == 1] = IGNORE_INDEX
+    if packed:
+        loss = L.NextTokenLoss(model, bos_id=1)(*chunks)[0]
+    else:
+        loss = 0
+        for tokens, targets in zip(*chunks, strict=True):
+            starts = {0, *torch.nonzero(tokens == 1)[:, 0].tolist()}
+            for a, b in zip(sorted(starts), [*sorted(starts)[1:], length], strict=True):
+                loss = loss + model.loss(tokens[None, a:b], targets[None, a:b])[0]
+    return loss, torch.autograd.grad(loss, list(model.parameters()))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("n_kv_heads", [2, 4])
+@pytest.mark.parametrize(("query_block", "scores_kept"), [(256, 1024), (5, 1024), (5, 4)])
+def test_documents_of_a_chunk_are_apart(
+    tiny_config, monkeypatch, n_kv_heads, query_block, scores_kept, checkpointing
+):
+    """Packed is the same as each document alone, also one that goes on from the chunk before."""
+    monkeypatch.setattr(L, "QUERY_BLOCK", query_block)
+    monkeypatch.setattr(L, "SCORES_KEPT", scores_kept)
+    model = make_llama(dataclasses.replace(tiny_config, n_kv_heads=n_kv_heads)).train()
+    model.activation_checkpointing = checkpointing
+    sizes = (3, 9, 1, 2, 14, 8)  # 37: two chunks of 18, and the last target
+    documents = [torch.cat((torch.tensor([1]), torch.randint(2, 64, (n - 1,)))) for n in sizes]
+    loss, grads = document_losses(model, documents, 18, packed=True)
+    want, want_grads = document_losses(model, documents, 18, packed=False)
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    stream = torch.cat(documents)
+    tokens, targets = stream[:-1].view(2, 18), stream[1:].view(2, 18)
+    with torch.inference_mode():  # evaluation has another path
+        evaluated = L.NextTokenLoss(model, bos_id=1)(tokens, targets)[0]
+        assert (evaluated - L.NextTokenLoss(model)(tokens, targets)[0]).abs() > 0.1
+    packed = L.NextTokenLoss(model, bos_id=1)(tokens, targets)[0]
+    torch.testing.assert_close(packed, evaluated, rtol=1e-5, atol=1e-5)
 
 
 def test_generate_draws_from_the_global_generator(model: L.Llama):

@@ -26,6 +26,7 @@ from running import (
     progress,
     records,
     steps,
+    stop_after,
     write_labelled,
     write_model,
     write_stories,
@@ -162,6 +163,23 @@ def test_ctrl_c_within_a_sample_saves_and_the_resumed_run_is_the_same(monkeypatc
     assert steps() == [1, 2, 3]
     assert command(RESUME).status == 0
     assert_same_run("whole", "run", "pretrain-epoch-1.pt")
+
+
+def test_documents_apart_are_the_runs_own(monkeypatch):
+    """Trained and evaluated with --document_mask, resumed with it untyped, alike bit for bit."""
+    lines = [json.dumps({"text": f"The {who} ran home."}) for who in ("cat", "dog", "fox") * 30]
+    Path("text.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    words = "--epochs 1 --val_fraction 0.1 --save_dir"
+    assert pretrain(f"{words} together").status == 0
+    assert pretrain(f"{words} whole --document_mask").status == 0
+    with monkeypatch.context() as patch:
+        stop = stop_after(3, patch)
+        assert pretrain(f"{words} parts --document_mask", stop=stop).status == 130
+    assert command(RESUME.replace("save_dir run", "save_dir parts")).status == 0
+    assert_same_run("whole", "parts", "pretrain-epoch-1.pt")
+    first = [records(f"{folder}/metrics.jsonl")[0]["loss"] for folder in ("whole", "together")]
+    last = [records(f"{folder}/metrics.jsonl")[-1]["val_loss"] for folder in ("whole", "together")]
+    assert first[0] != first[1] and last[0] != last[1]
 
 
 def test_a_batch_larger_than_the_data_trains():
