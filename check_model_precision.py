@@ -100,6 +100,7 @@ import importlib.util
 import json
 import re
 import struct
+import zipfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -283,6 +284,8 @@ def print_report(report: Report, *, verified: bool) -> None:
         print(f"  BAD {text}")
     if report.sound:
         print("  verified: every byte read, no NaN, no Inf, tensors as the shape asks")
+        if not zipfile.is_zipfile(report.path):  # that is what .pt files are
+            print("  this format has no checksum: a weight that became another one is not seen")
 
 
 # ---------------------------------------------------------------------------- comparing two

@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 import argparse
 import collections
+import hashlib
 import io
 import math
 import random
@@ -44,6 +45,9 @@ from minllama.text import (
 
 EMBEDDED_VOCABULARY = DATA_DIR / "stories-vocabulary.model"
 SPACE = "\u2581"  # SentencePiece's visible sign for a space
+# Begins a vocabulary made here; 64 hex digits follow, the SHA-256 of the rest. To SentencePiece it
+# is a field (number 1000, of 80 bytes) that it does not know and passes over.
+SEAL = b"\xc2\x3e\x50minllama sha256 "
 MODEL_BYTES = 64 << 20  # a vocabulary file is at most some megabytes
 
 # ---------------------------------------------------------------------------- the tokenizer
@@ -142,7 +146,20 @@ def _read_model(path: Path) -> bytes:
         raise UsageError(f"--tokenizer_model {path}: cannot be read ({error.strerror})") from None
 
 
+def sealed(data: bytes) -> bytes:
+    """A SentencePiece model behind its checksum."""
+    return SEAL + hashlib.sha256(data).hexdigest().encode() + data
+
+
+def _check_seal(data: bytes, name: str) -> None:
+    """Raise UsageError for a vocabulary made here that was damaged; others carry no checksum."""
+    like_a_seal = sum(a == b for a, b in zip(data, SEAL, strict=False))
+    if like_a_seal > len(SEAL) // 2 and data != sealed(data[len(SEAL) + 64 :]):
+        raise UsageError(f"{name} is damaged: its bytes do not match its SHA-256")
+
+
 def _load_model(data: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
+    _check_seal(data, name)
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(data)
@@ -174,9 +191,11 @@ def train_vocabulary(
     character_coverage: float | None = None,
     reading: Reading | None = None,
     max_bytes: int = TRAINING_BYTES,
+    seal: bool = True,
 ) -> None:
     """Train a byte-fallback BPE vocabulary with Llama-2's conventions and publish it at `output`.
 
+    With a `seal` the file carries a checksum, which SentencePiece passes over.
     Without `vocab_size` or `character_coverage` what suits the text is taken (see
     `fit_vocabulary`). The same inputs and options give the same bytes: the file holds no path and
     no date. At most `max_bytes` of text are used, sampled evenly. Raises UsageError, naming the
@@ -217,7 +236,7 @@ def train_vocabulary(
         elif least := re.search(r"\d+ vs (\d+)", str(error)):  # its characters and 256 bytes
             problem = f"too small: at least {least[1]}, or a lower --character_coverage"
         raise UsageError(f"--vocab_size {vocab_size}: {problem}") from None
-    _write(output, model.getvalue())
+    _write(output, sealed(model.getvalue()) if seal else model.getvalue())
 
 
 def fit_vocabulary(

@@ -1,7 +1,7 @@
-"""How much a run survives: kills, crashes, failing disks, damaged files, signals, counted.
+"""How much a run survives: kills, crashes, failing disks, damage, attacks, signals, counted.
 
-    python benchmarks/survival.py                 # the full table, about ten minutes
-    python benchmarks/survival.py --kills 20 --damages 300 --crash_every 10
+    python benchmarks/survival.py                 # the full table, half an hour
+    python benchmarks/survival.py --kills 20 --damages 300 --crash_every 10 --lines 50 --files 50
 
 Prints a Markdown table of what was tried and survived; exit status 1 if anything was lost. Needs
 nothing but the program itself.
@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+import attacker
 import survivor
 import torch
 
@@ -27,6 +28,8 @@ WHAT = {
     "crashes": "ended at a write, fsync, rename or deletion: what is there is whole, old or new",
     "faults": "the old file stays, the run continues, the save is tried again",
     "damages": "detected, not loaded",
+    "command lines": "ends in lines that say why, with the right status, and no traceback",
+    "hostile files": "nothing runs, memory stays bounded, no crash, no traceback",
     "signals": "in six phases: exit status and saved step are right",
 }
 
@@ -48,6 +51,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=200, help="SIGKILLs (default: 200)")
     parser.add_argument("--damages", type=int, default=3000, help="flips and truncations")
+    parser.add_argument("--lines", type=int, default=1000, help="random command lines")
+    parser.add_argument("--files", type=int, default=500, help="hostile files")
     parser.add_argument("--crash_every", type=int, default=1, help="try every Nth crash point")
     parser.add_argument("--seed", type=int, default=0, help="of what is random")
     args = parser.parse_args()
@@ -59,6 +64,12 @@ def main() -> int:
             "crashes": lambda: survivor.crash_points(folder / "crashes", every=args.crash_every),
             "faults": lambda: survivor.faults(folder / "faults"),
             "damages": lambda: survivor.corruption(folder / "damages", args.damages, args.seed),
+            "command lines": lambda: attacker.command_lines(
+                folder / "lines", args.lines, args.seed
+            ),
+            "hostile files": lambda: attacker.hostile_files(
+                folder / "files", args.files, args.seed
+            ),
             "signals": lambda: survivor.signals(folder / "signals"),
         }
         results = {}

@@ -443,7 +443,9 @@ def make_vocabulary(output: Path) -> Path:
     path = output / "stories-vocabulary.model"
     texts = [output / "stories-train.jsonl", output / "reviews-train.txt"]
     reading = Reading(sentences_only=True)
-    train_vocabulary(texts, path, vocab_size=VOCAB_SIZE, character_coverage=1.0, reading=reading)
+    train_vocabulary(
+        texts, path, vocab_size=VOCAB_SIZE, character_coverage=1.0, reading=reading, seal=False
+    )
     return path
 
 

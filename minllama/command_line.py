@@ -209,8 +209,16 @@ class _Droppable:
 
 def print_error(program: str, error: Exception | str) -> None:
     """Print each problem of the error on a line of its own, to stderr."""
-    for line in str(error).splitlines():
-        print(f"{program}: error: {line}", file=sys.stderr)
+    for line in str(error).split("\n"):
+        print(f"{program}: error: {printable(line)}", file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """The text with control characters, as names of files may hold them, shown as escapes.
+
+    A terminal would obey them.
+    """
+    return "".join(c if c.isprintable() or c in "\t" else ascii(c)[1:-1] for c in text)
 
 
 def quoted(*words: str | Path) -> str:

@@ -374,7 +374,11 @@ def write_hugging_face(model: Llama, folder: Path, dtype: str, tokenizer: Tokeni
         tensor = to_half_split(tensor, heads[kind]) if kind in heads else tensor
         if name != "output.weight" or not config.tie_word_embeddings:
             state[hugging_face_name(name)] = tensor.to(getattr(torch, dtype)).contiguous()
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "model.safetensors"
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(state, path, metadata={"format": "pt"})
+    path.chmod(mode)  # safetensors' own is 0600, which other users cannot read
     described = hugging_face_config(config, dtype, tokenizer)
     write_json(folder / "config.json", described)
     ids = {key: described[key] for key in ("bos_token_id", "eos_token_id")}

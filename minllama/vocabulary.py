@@ -10,6 +10,7 @@ from config import Options
 from minllama.corpus import TextFiles
 from minllama.errors import UsageError
 from minllama.files import check_writable, remove
+from minllama.formats import read_vocabulary
 from minllama.ranks import Ranks
 from minllama.text import Reading
 from minllama.tokens import place_name, text_signature
@@ -28,8 +29,8 @@ def choose_vocabulary(
     """
     if options.tokenizer_model is not None:
         return _said(Tokenizer(tokenizer_model=options.tokenizer_model), options.tokenizer_model)
-    if checkpoint is not None and checkpoint.get("vocabulary") is not None:
-        model_bytes = checkpoint["vocabulary"].numpy().tobytes()
+    model_bytes = checkpoint and read_vocabulary(Path("the checkpoint"), checkpoint)
+    if model_bytes is not None:
         return _said(Tokenizer(tokenizer_model=model_bytes), "the checkpoint's")
     if not options.pretrain_data:
         return _said(Tokenizer(), "the embedded one")

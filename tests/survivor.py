@@ -47,7 +47,7 @@ from minllama.run_folder import RunFolder
 from minllama.saving import Checkpoints
 from minllama.signals import HANDLED
 from minllama.tokens import BadCache, TokenCache
-from tokenizer import EMBEDDED_VOCABULARY
+from tokenizer import EMBEDDED_VOCABULARY, Tokenizer, train_vocabulary
 
 SMALL = (
     "--option pretrain --pretrain_data text.jsonl --dim 16 --n_layers 1 --n_heads 2 "
@@ -585,7 +585,7 @@ class Malicious:
 
 
 def corruption(folder: Path, count: int, seed: int = 0) -> Tally:
-    """`count` random flips and truncations, spread over the three kinds of files: all detected."""
+    """`count` random flips and truncations, spread over all kinds of files: all detected."""
     tally, chance = Tally(), random.Random(seed)
     write_text_file(folder)
     status, text = run_here(folder, "--max_steps", "4", "--save_dir", "run")
@@ -596,10 +596,17 @@ def corruption(folder: Path, count: int, seed: int = 0) -> Tally:
         "weights file": (folder / "run" / "final-model.pt", load_pretrained),
         "token cache": (cache, TokenCache),
     }
-    damaged = folder / "damaged.pt"
+    train_vocabulary([folder / "text.jsonl"], folder / "own.model", vocab_size=320)
+    files["vocabulary"] = (folder / "own.model", lambda path: Tokenizer(tokenizer_model=path))
+    save_shards(folder / "shards", 1)
+    state = folder / "shards" / "pretrain-step-1-sharded"
+    (shard,) = state.glob("shard-*")
+    files["shard"] = (shard, lambda _: load_checkpoint(state))
     for number in range(count):
-        kind, (path, load) = list(files.items())[number % 3]
-        content = bytearray(path.read_bytes())
+        kind, (path, load) = list(files.items())[number % len(files)]
+        damaged = shard if kind == "shard" else folder / "damaged.pt"
+        whole = path.read_bytes()
+        content = bytearray(whole)
         if number % 2:
             # At times among the last bytes, where the directory and the checksum stand.
             last = chance.choice((len(content), 400))
@@ -609,7 +616,8 @@ def corruption(folder: Path, count: int, seed: int = 0) -> Tally:
             content = content[: len(content) - chance.choice((1, chance.randrange(len(content))))]
             what = "truncation"
         damaged.write_bytes(content)
-        found = detected(lambda load=load: load(damaged))
+        found = detected(lambda load=load, damaged=damaged: load(damaged))
+        path.write_bytes(whole)
         tally.count(f"{what}, {kind}", found, f"number {number}")
     return tally
 

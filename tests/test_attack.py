@@ -1,0 +1,61 @@
+"""Command lines and files that nobody means well with; `attacker` makes them.
+
+A review's own attack ended in 22 tracebacks of 943 calls, ran code from a checkpoint, wrote beyond
+a tensor's end and filled the memory from a file of 6 kB.
+"""
+
+from __future__ import annotations
+
+import os
+
+import attacker
+import pytest
+from survivor import Tally
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="its attacks are made of links and pipes")
+
+
+def assert_all_held(tally: Tally) -> None:
+    assert not tally.failures, "\n".join(tally.failures[:3])
+
+
+def test_some_random_command_lines(tmp_path):
+    """Each ends as it should and says why."""
+    assert_all_held(attacker.command_lines(tmp_path, 20))
+
+
+def test_some_hostile_files(tmp_path):
+    """One of each kind."""
+    assert_all_held(attacker.hostile_files(tmp_path, 14))
+
+
+@pytest.mark.soak
+def test_a_thousand_random_command_lines(tmp_path):
+    """The same, with flags and values of all kinds."""
+    assert_all_held(attacker.command_lines(tmp_path, 1000, seed=1))
+
+
+@pytest.mark.soak
+def test_five_hundred_hostile_files(tmp_path):
+    """The same, every node and byte of them hurt in turn."""
+    assert_all_held(attacker.hostile_files(tmp_path, 500, seed=1))
+
+
+def test_the_judge_sees_what_went_wrong(tmp_path):
+    """A test that cannot fail would prove nothing."""
+    one = attacker.Attack("any", tmp_path, "run_llama.py", [])
+    output = tmp_path / "output.txt"
+    for status, text, said in (
+        (0, "fine", None),
+        (2, "run_llama.py: error: --x", None),
+        (2, "", "says nothing"),
+        (1, "Traceback (most recent call last)", "exit 1"),
+        (-11, "", "exit -11"),
+        (None, "", "did not end"),
+        (0, "\x1b[31m", "raw control characters"),
+    ):
+        output.write_text(text, encoding="utf-8")
+        found = attacker.judge(one, status)
+        assert (found is None) == (said is None) and (said or "") in (found or "")
+    (tmp_path / attacker.MARKER).touch()
+    assert "executed code" in attacker.judge(one, 0)
