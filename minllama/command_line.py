@@ -23,6 +23,8 @@ from typing import Any, Literal, NoReturn, TextIO, TypeVar
 from minllama.errors import UsageError
 
 Parsed = TypeVar("Parsed")
+# All but line ends, tabs, and how tqdm moves up a line.
+CONTROL = re.compile(r"\x1b(?!\[A)|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
 BOUNDS = {"at_least": ge, "above": gt, "at_most": le, "below": lt}
 
 
@@ -191,8 +193,8 @@ class _Droppable:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write, or drop the text."""
-        self._try(self.stream.write, text)
+        """Write, or drop the text; control characters are shown, not obeyed."""
+        self._try(self.stream.write, printable(text))
         return len(text)
 
     def flush(self) -> None:
@@ -214,11 +216,11 @@ def print_error(program: str, error: Exception | str) -> None:
 
 
 def printable(text: str) -> str:
-    """The text with control characters, as names of files may hold them, shown as escapes.
+    """The text with control characters, which a terminal would obey, shown as escapes.
 
-    A terminal would obey them.
+    Names of files and text of models may hold them.
     """
-    return "".join(c if c.isprintable() or c in "\t" else ascii(c)[1:-1] for c in text)
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def quoted(*words: str | Path) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import os
 import re
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_type_hints
@@ -19,6 +21,7 @@ from minllama.command_line import (
     number_reader,
     parse_or_exit,
     print_error,
+    protect_output,
     quoted,
     read_stored,
     section,
@@ -198,3 +201,17 @@ def test_a_command_can_be_pasted():
         assert text == 'python "my model.pt" it\'s --plain'
     else:
         assert shlex.split(text) == [str(word) for word in words]
+
+
+def test_control_characters_are_shown_and_not_obeyed(capsys, monkeypatch):
+    """A file's name with an escape sequence in it changed the terminal that it was printed on."""
+    print_error("p", UsageError("--dev \x1b]0;a\x07: no such file\nand another"))
+    assert capsys.readouterr().err == (
+        "p: error: --dev \\x1b]0;a\\x07: no such file\np: error: and another\n"
+    )
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", stream)
+    protect_output()
+    print("a\x1b[31mb\tc\r\x1b[A\x9b")
+    sys.stdout.flush()
+    assert stream.buffer.getvalue() == b"a\\x1b[31mb\tc\r\x1b[A\\x9b\n"
