@@ -55,7 +55,7 @@ def attack(attacks: list[tuple[str, str, list[str]]]) -> None:
     torch.set_num_threads(1)
     sys.stdin = open(os.devnull, encoding="utf-8")
     survivor.training.peak_flops = lambda *_: 1e9
-    run_llama.sample_text = lambda *_: "One day."
+    run_llama.sample_text = lambda *_, **__: "One day."
     for folder, program, words in attacks:
         os.chdir(folder)
         sys.argv = [program, *words]
