@@ -29,7 +29,7 @@ from minllama.suggestions import parse_words
 
 DATA_DIR = Path(__file__).resolve().parent / "data"
 SHIPPED_MODEL = DATA_DIR / "stories-tiny.pt"
-IGNORE_INDEX = -100  # in targets: padding, which no loss counts
+IGNORE_INDEX = -100  # in targets: padding and questions, which no loss counts
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -294,9 +294,11 @@ class Options:
         (), "files, folders or globs: .txt, .jsonl, each also .gz; unset: the stories", many=True
     )
     val_data: tuple[str, ...] = flag((), "the same, held out for validation", many=True)
+    flag = section("text to pretrain on", "pretrain", "finetune")
     val_fraction: float = flag(
-        0.05, "share of the text held out without --val_data; 0: none", at_least=0, at_most=0.5
+        0.05, "share of the text, or the dialogues, held out; 0: none", at_least=0, at_most=0.5
     )
+    flag = section("text to pretrain on", "pretrain")
     val_tokens: int = flag(10**7, "of the held-out text, to measure on at most", at_least=2)
     document_per_line: bool = flag(False, "every line of a text file is a document of its own")
     text_field: str = flag("text", "field of a .jsonl line that holds the text; a.b goes deeper")
@@ -400,7 +402,7 @@ class Options:
     )
 
     flag = section("labelled data (finetune, prompt)", *LABELLED, on_resume="typed")
-    train: Path | None = flag(None, "`label ||| sentence` lines; unset: the embedded reviews")
+    train: Path | None = flag(None, "`label ||| sentence` lines or .jsonl chats; unset: reviews")
     dev: Path | None = flag(None, "the same, to choose the best epoch by")
     test: Path | None = flag(None, "the same, for the last figures")
     label_names: Path | None = flag(
@@ -445,7 +447,7 @@ class Options:
     flag = section("--option generate", "generate")
     prompt: tuple[str, ...] = flag((), "text to continue; repeatable", metavar="TEXT")
     prompt_file: Path | None = flag(None, "continue every line of this file")
-    interactive: bool = flag(False, "type prompts, read continuations; Ctrl-D ends")
+    interactive: bool = flag(False, "hold a conversation, or continue what is typed; Ctrl-D ends")
     weights: Literal["float32", "bfloat16", "int8"] = flag(
         "float32", "what the weights are rounded to: fewer bytes are read, and text comes, faster"
     )
@@ -453,8 +455,8 @@ class Options:
     num_samples: int = flag(1, "continuations of each prompt", at_least=1)
     temperature: float | None = flag(
         None,
-        "0: the likeliest token; 1: as the model says; unset: 0.8, and without a prompt both 0 "
-        "and 1, as the original",
+        "0: the likeliest token; 1: as the model says; unset: 0.8, of a chat 0.2, and without a "
+        "prompt both 0 and 1, as the original",
         at_least=0,
     )
     top_k: int | None = flag(None, "sample among this many likeliest tokens", at_least=1)
@@ -592,6 +594,12 @@ class Options:
             )
         return self
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether this finetunes on dialogues: a .jsonl file of them, else labelled sentences."""
+        name = self.train.name.lower() if self.option == "finetune" and self.train else ""
+        return name.removesuffix(".gz").endswith((".jsonl", ".ndjson", ".json"))
+
     def decay(self) -> float:
         """The weight decay: as given, else 0.1 to pretrain and none to finetune."""
         if self.weight_decay is not None:
@@ -673,6 +681,11 @@ def find_idle_flags(options: Options) -> list[str]:
             instead = field.metadata["instead"]
             remedy = f": --{instead} has" if options.option in READERS.get(instead, ()) else ""
             notes.append(f"note: --{name} has no effect on --option {options.option}{remedy}")
+    if options.option == "finetune":
+        labels = {"label_names", "dev_out", "max_sentence_len", "hidden_dropout_prob"}
+        idle, what = (labels, "dialogues") if options.is_chat else ({"val_fraction"}, "sentences")
+        for name in sorted(idle & options.given):
+            notes.append(f"note: --{name} has no effect on --option finetune of {what}")
     return notes
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config import IGNORE_INDEX, LlamaConfig, fingerprint
+from minllama.chat import ChatTemplate
 from minllama.errors import UsageError
 from minllama.formats import StoredModel, read_model
 from minllama.generation import (
@@ -343,12 +344,17 @@ def linear_cross_entropy(
 
 
 class Llama(nn.Module):
-    """Token ids in, logits out. `vocabulary` is the SentencePiece model of the ids, if known."""
+    """Token ids in, logits out.
+
+    `vocabulary` is the SentencePiece model of the ids, if known, and `chat_template` how dialogues
+    were written that it was trained on, if any: they travel with the weights.
+    """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
         self.vocabulary: bytes | None = None
+        self.chat_template: ChatTemplate | None = None
         self.activation_checkpointing = False  # recompute each layer in backward: memory for time
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.dropout = nn.Dropout(config.dropout)
@@ -599,7 +605,7 @@ def build_model(stored: StoredModel) -> Llama:
     state = {name: weights[name].to(torch.float32, copy=True) for name in model.state_dict()}
     model.load_state_dict(state, assign=True)
     model._settle()
-    model.vocabulary = stored.vocabulary
+    model.vocabulary, model.chat_template = stored.vocabulary, stored.chat_template
     return model.eval()
 
 
@@ -623,4 +629,6 @@ def model_payload(
     if model.vocabulary is not None:
         payload["vocabulary"] = torch.frombuffer(bytearray(model.vocabulary), dtype=torch.uint8)
         payload["vocabulary_fingerprint"] = fingerprint(model.vocabulary)
+    if model.chat_template is not None:
+        payload["chat_template"] = model.chat_template.to_stored()
     return payload

@@ -22,7 +22,6 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,24 +29,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config import IGNORE_INDEX, MAX_CONTEXT, LlamaConfig, Options, find_idle_flags
+from config import MAX_CONTEXT, LlamaConfig, Options, find_idle_flags
 from llama import (
     Llama,
     LlamaEmbeddingClassifier,
     LlamaZeroShotClassifier,
-    NextTokenLoss,
     load_pretrained,
     model_payload,
 )
 from minllama.adapters import add_lora, merge_lora
 from minllama.advice import Outcome, advise
+from minllama.chat_training import finetune_chat
 from minllama.classifying import labelled_batch, load_splits, predict, predict_files
 from minllama.command_line import print_error, protect_output
 from minllama.console import progress_bar, say
+from minllama.conversation import converse
 from minllama.corpus import Texts, find_texts, load_texts
 from minllama.device import (
     GPUS,
-    autocast,
     check_compiler,
     choose_device,
     is_out_of_memory,
@@ -77,6 +76,7 @@ from minllama.models import (
     load_model,
     read_classifier,
 )
+from minllama.next_token import NextTokenTask, perplexity
 from minllama.plan import Cluster, TrainingPlan, warn_of_plan
 from minllama.prompting import Prompts, score_labels
 from minllama.pt_file import load_pt
@@ -84,16 +84,16 @@ from minllama.ranks import Ranks, check_runs_alone, exit_at_once, is_lost_peer
 from minllama.record import loss_curve_svg, read_records
 from minllama.run_folder import RunFolder
 from minllama.session import Session, open_session, print_results, say_interrupted
-from minllama.sharding import full_state_dict, is_sharded, load_state, no_gradients
+from minllama.sharding import full_state_dict, is_sharded, load_state
 from minllama.signals import LAUNCHER_REPEATS, StopRequest
-from minllama.streaming import PROMPT_TEMPERATURE, Writer, sample_text
+from minllama.streaming import CHAT_TEMPERATURE, PROMPT_TEMPERATURE, Writer, sample_text
 from minllama.task import Batch, Task
 from minllama.text import Reading, find_text_files, first_words, read_lines
 from minllama.training import Run, train
 from minllama.vocabulary import choose_vocabulary
 from optimizer import layer_matrices
 from tokenizer import Tokenizer
-from utils import LlamaDataset, PretrainDataset, batch_indices, bucketed_batches
+from utils import LlamaDataset, batch_indices, bucketed_batches
 
 CURVE_POINTS = 2000  # of the training loss in its picture
 WORSE = 1.005  # than its best: a validation loss that has risen
@@ -167,20 +167,15 @@ def prepare_pretraining(
     return options, config, texts, start
 
 
-class Pretraining(Task):
+class Pretraining(NextTokenTask):
     """Next-token prediction on chunks of text, in the order of (seed, epoch)."""
 
     def __init__(self, session: Session, texts: Texts, model: Llama) -> None:
-        apart = session.options.document_mask
-        bos_id = texts.tokenizer.bos_id if apart else None
-        self.texts, self.next_token_loss = texts, NextTokenLoss(model, bos_id)
-        self.opening = texts.opening()
-        super().__init__(
-            session, model, model, module=self.next_token_loss, dtype=session.dtype, dynamic=False
-        )
+        bos_id = texts.tokenizer.bos_id if session.options.document_mask else None
+        super().__init__(session, model, texts.train, texts.val, dynamic=False, bos_id=bos_id)
+        self.texts, self.opening = texts, texts.opening()
         if session.options.sample_tokens and is_sharded(model):
             say("samples      after the run alone: of a sharded model no process has the whole")
-        self.goal = "loss" if texts.val is None else "val_loss"
         # A run that keeps to a time is evaluated at steps: its epochs may be seconds or hours.
         timed = session.options.minutes is not None
         self.best_interval = 0 if timed else session.options.best_model_interval
@@ -190,20 +185,12 @@ class Pretraining(Task):
         options, chunks = self.session.options, len(self.texts.train)
         return batch_indices(chunks, options.global_batch_size, options.seed, epoch, index)
 
-    def batch(self, numbers: np.ndarray) -> Batch:
-        return text_batch(self.texts.train, numbers, self.session.device)
-
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         # An epoch's short last batch is not worth another half minute of compiling; parts of a
         # micro-batch that did not fit the memory are, since all that follow are trained on so.
         options = self.session.options
         whole = tokens.shape == (-(-options.pretrain_batch_size // self.split), options.max_seq_len)
         return (self.compiled if whole else self.parallel)(tokens, targets)[0]
-
-    def evaluate(self) -> dict[str, float]:
-        if self.texts.val is None:
-            return {}
-        return evaluate_text(self.next_token_loss, self.texts.val, self.session)
 
     def sample(self) -> str | None:
         options, ranks, stop = self.session.options, self.session.ranks, self.session.stop
@@ -228,53 +215,8 @@ class Pretraining(Task):
 
         return ranks.on_main(write)
 
-    def weights(self) -> dict[str, Any]:
-        dtype = getattr(torch, self.session.options.save_dtype)
-        state = full_state_dict(self.model, self.session.ranks)
-        return model_payload(self.model, dtype, state=state)
-
     def locate(self, number: int) -> str:
         return self.texts.locate(number)
-
-
-def text_batch(dataset: PretrainDataset, indices: Sequence[int], device: torch.device) -> Batch:
-    """Chunks as a micro-batch on the device."""
-    tokens, targets = dataset.batch(indices)
-    real = int((targets != IGNORE_INDEX).sum())
-    return Batch.on(device, (tokens, targets), targets=real, tokens=real, numbers=indices)
-
-
-def evaluate_text(
-    next_token_loss: NextTokenLoss, dataset: PretrainDataset, session: Session
-) -> dict[str, float]:
-    """Loss in nats per token, perplexity and bits per byte over all of `dataset`.
-
-    Every rank must call this. The ranks share the batches and add up their losses in the batches'
-    order, so the sum does not depend on how many they are. Raises Interrupted when asked to stop.
-    """
-    ranks, device, size = session.ranks, session.device, session.options.pretrain_batch_size
-    sums = np.zeros((2, -(-len(dataset) // size)))  # each batch's loss and targets
-    next_token_loss.eval()
-    with no_gradients(next_token_loss), autocast(device, session.dtype):
-        numbers = list(ranks.split_evenly(sums.shape[1]))
-        for number, counts in progress_bar(numbers, desc="validating", leave=False, disable=None):
-            ranks.check_stop(session.stop)
-            indices = range(number * size, min((number + 1) * size, len(dataset)))
-            batch = text_batch(dataset, indices, device)
-            loss = next_token_loss(*batch.inputs)[0].item()
-            sums[:, number] = (loss, batch.targets) if counts else (0, 0)
-    next_token_loss.train()
-    loss_sum, targets = (sum(row) for row in ranks.sum_array(sums).tolist())
-    metrics = {"val_loss": loss_sum / max(1, targets)}
-    metrics["val_perplexity"] = perplexity(metrics["val_loss"])
-    if dataset.stream.utf8_bytes:
-        metrics["bits_per_byte"] = loss_sum / math.log(2) / dataset.stream.utf8_bytes
-    return metrics
-
-
-def perplexity(loss: float) -> float:
-    """That of a loss in nats per token, as far as there is a number for it."""
-    return math.exp(min(loss, 700.0))
 
 
 def finish_pretraining(run: Run, tokenizer: Tokenizer) -> int:
@@ -359,12 +301,15 @@ def plan_for_gpus(options: Options, stop: StopRequest) -> int:
 
 
 def finetune(options: Options, stop: StopRequest, ranks: Ranks) -> int:
-    """Train a classifier on top of a pretrained Llama; returns the exit status."""
+    """Train a classifier on top of a pretrained Llama, or a chat; returns the exit status."""
+    if options.is_chat:
+        return finetune_chat(options, stop, ranks)
     files = find_labelled_files(options, "finetuning")
     with open_session(options, f"finetune-{files.name}", ranks=ranks, stop=stop) as session:
         options = session.options
         keep_freed_memory()
         llama, tokenizer = load_model(options, session.device)
+        llama.chat_template = None  # a classifier answers no questions
         splits = load_splits(files, options, tokenizer, context=llama.config.max_seq_len)
         if options.lora_rank:
             add_lora(llama, rank=options.lora_rank, alpha=2 * options.lora_rank)
@@ -618,8 +563,9 @@ def generate(options: Options, stop: StopRequest, ranks: Ranks) -> int:
         llama, tokenizer = load_model(options, device)
     if device.type == "cpu" or options.weights != "float32":
         pack_weights(llama, getattr(torch, options.weights))
+    template = llama.chat_template if prompts or options.interactive else None
     step = compile_step() if options.compile == "on" else None
-    writer = Writer(llama, tokenizer, options, stop, step)
+    writer = Writer(llama, tokenizer, options, stop, step, template)
     for temperature, path in outputs:
         print(f"Temperature is {temperature:g}", file=sys.stderr)
         texts = writer.continue_texts([PREFIX], temperature)
@@ -627,9 +573,13 @@ def generate(options: Options, stop: StopRequest, ranks: Ranks) -> int:
         stop.check()
         write_text(path, "\n\n".join(texts))
         print(f"Wrote generated sentence to {path}.", file=sys.stderr)
-    temperature = PROMPT_TEMPERATURE if options.temperature is None else options.temperature
+    temperature = options.temperature
+    if temperature is None:
+        temperature = PROMPT_TEMPERATURE if template is None else CHAT_TEMPERATURE
     if options.interactive:
         return converse(writer, temperature)
+    if template is not None:
+        print("chat         each prompt is a question, which the model answers", file=sys.stderr)
     if not outputs:
         prompts = prompts or [PREFIX]
         size = max(1, options.batch_size // options.num_samples)
@@ -639,18 +589,6 @@ def generate(options: Options, stop: StopRequest, ranks: Ranks) -> int:
             chosen = prompts[start : start + size]
             writer.continue_texts(chosen, temperature, first=start, of=len(prompts))
     return stop.exit_status if stop.requested else 0
-
-
-def converse(writer: Writer, temperature: float) -> int:
-    """Read prompts from the terminal and continue each, until the end of input or Ctrl-C."""
-    writer.stop.restore()  # Ctrl-C at a prompt should end the program at once
-    while True:
-        try:
-            text = input("> ")
-        except EOFError:
-            print()
-            return 0
-        writer.continue_texts([text], temperature)
 
 
 # ---------------------------------------------------------------------------- entry

@@ -1,4 +1,4 @@
-"""The data sets: text cut into chunks to pretrain on, labelled sentences, and the order of batches.
+"""The data sets: text cut into chunks, dialogues, labelled sentences, and the order of batches.
 
 Every order is a pure function of (seed, epoch, index), so the state of a run's data is integers.
 Tokens come from `minllama.tokens`, labelled lines from `minllama.labelled`; knows nothing of models
@@ -7,8 +7,10 @@ or of how many processes train.
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +20,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from config import IGNORE_INDEX
+from minllama.chat import ChatTemplate, Cuts, Dialogue, encode_dialogue
 from minllama.errors import UsageError
 from minllama.labelled import UNLABELLED, read_labelled
 from minllama.text import Reading, find_text_files
@@ -193,6 +196,11 @@ class PretrainDataset:
     def __len__(self) -> int:
         return count_chunks(len(self.stream), self.chunk_length)
 
+    @property
+    def utf8_bytes(self) -> int | None:
+        """Bytes of the text, None where it is not known."""
+        return self.stream.utf8_bytes
+
     def chunk(self, index: int) -> np.ndarray:
         """Inputs and the target after the last, (up to chunk_length + 1,)."""
         if not 0 <= index < len(self):
@@ -232,6 +240,84 @@ def batch_indices(n: int, batch_size: int, seed: int, epoch: int, index: int) ->
     if not 0 <= first < n:
         raise IndexError(f"batch {index} of {-(-n // batch_size)}")
     return epoch_order(n, seed, epoch)[first : first + batch_size]
+
+
+# ---------------------------------------------------------------------------- dialogues
+
+
+class ChatDataset:
+    """Dialogues, encoded as sequences of up to `context` inputs; the answers in them are targets.
+
+    A dialogue is one sequence, or several where it is longer: `cuts` counts what did not fit.
+    """
+
+    utf8_bytes = None  # of the answers, which are no text of their own
+
+    def __init__(
+        self,
+        dialogues: Iterable[Dialogue],
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        context: int,
+    ) -> None:
+        tokens, is_answer, stops, lines = array("i"), bytearray(), array("q"), array("q")
+        self.cuts = Cuts(context)
+        for dialogue in dialogues:
+            for part in encode_dialogue(dialogue, tokenizer, template, self.cuts):
+                tokens.extend(part.ids)
+                is_answer.extend(part.is_answer)
+                stops.append(len(tokens))
+                lines.append(dialogue.line)
+        self.tokens = np.array(tokens, np.int32)
+        self.is_answer = np.array(is_answer, bool)
+        self.stops = np.array(stops, np.int64)  # of each sequence
+        self.starts = np.concatenate([[0], self.stops])[:-1]
+        self.lines = np.array(lines, np.int64)  # of each sequence's dialogue in its file
+
+    def __len__(self) -> int:
+        return len(self.stops)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Inputs of each sequence, (len(self),): its last token is but a target."""
+        return self.stops - self.starts - 1
+
+    def first_question(self, index: int) -> list[int]:
+        """The ids of a sequence up to its first answer."""
+        start = int(self.starts[index])
+        count = int(self.is_answer[start : self.stops[index]].argmax())
+        return self.tokens[start : start + count].tolist()
+
+    def split(self, fraction: float) -> tuple[ChatDataset, ChatDataset | None]:
+        """(train, held out): about this fraction of the dialogues, chosen by their places alone.
+
+        At least one, unless the fraction is 0 or there is but one.
+        """
+        lines = np.unique(self.lines)
+        count = min(len(lines) - 1, max(1, round(fraction * len(lines))))
+        if not fraction or not count:
+            return self, None
+        chosen = lines[np.argsort(_scrambled(len(lines), 0), kind="stable")[:count]]
+        held_out = np.isin(self.lines, chosen)
+        return self._where(~held_out), self._where(held_out)
+
+    def _where(self, chosen: np.ndarray) -> ChatDataset:
+        part = copy.copy(self)
+        part.starts, part.stops = self.starts[chosen], self.stops[chosen]
+        part.lines = self.lines[chosen]
+        return part
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tokens, targets), both (B, T) int64, T the longest's; targets that are no answer's are
+        IGNORE_INDEX. Tokens are padded with 0, which no real position sees.
+        """
+        tokens, targets = [], []
+        for start, stop in zip(self.starts[indices], self.stops[indices], strict=True):
+            ids = torch.from_numpy(self.tokens[start:stop].astype(np.int64))
+            is_answer = torch.from_numpy(self.is_answer[start + 1 : stop])
+            tokens.append(ids[:-1])
+            targets.append(ids[1:].where(is_answer, IGNORE_INDEX))
+        return pad_sequence(tokens, True), pad_sequence(targets, True, IGNORE_INDEX)
 
 
 # ---------------------------------------------------------------------------- labelled sentences

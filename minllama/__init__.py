@@ -14,7 +14,7 @@ A module imports only modules that are listed above it:
     text                 text files as documents
     (tokenizer)          SentencePiece, training a vocabulary
     tokens               documents to token ids; the token cache
-    labelled             labelled files, label names, scores, predictions
+    labelled, chat       labelled files and scores; dialogues and their template
     (utils)              the data sets and the order of their batches
     pt_file              .pt files with a checksum, read without running code
     checkpoint           a run's state, in one file or in shards
@@ -25,6 +25,7 @@ A module imports only modules that are listed above it:
     export               writing other programs' files
     prompting, streaming zero-shot scoring; text shown as it comes
     evaluation           bits per byte; minimal pairs
+    conversation         questions and answers in the terminal
     random_state, device random numbers; device, dtype, memory, compiler
     ranks, sharding      several processes; DDP, FSDP2 and shards
     run_folder, saving   a run's folder and lock; writing its files while it trains
@@ -38,6 +39,8 @@ A module imports only modules that are listed above it:
     task, training       what is trained; the train loop
     classifying          a classifier's batches and predictions
     fitting              shape, batch and schedule for --minutes
+    next_token           predicting tokens as a task, and the loss on held-out ones
+    chat_training        training on dialogues
     (run_llama, check_model_precision)
 
 The modules in parentheses are the user's, at the top of the repository.

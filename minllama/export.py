@@ -188,6 +188,7 @@ def write_llama_cpp(
         **{f"llama.{key}": getattr(config, ours) for key, ours in GGUF_CONFIG.items()},
         **dict.fromkeys((f"llama.{key}" for key in GGUF_HEAD_DIM), config.head_dim),
         **vocabulary_values(tokenizer),
+        **({"tokenizer.chat_template": model.chat_template.jinja()} if model.chat_template else {}),
     }
     state = model.state_dict()
     if config.tie_word_embeddings:
@@ -203,17 +204,22 @@ def write_llama_cpp(
     with atomic_write(output, verify=verify) as file:
         write_gguf(file, values, {gguf_name(name): t for name, t in state.items()}, dtype)
     recipe = output.with_name(MODELFILE)
-    write_text(recipe, modelfile(output, config, tokenizer))
+    write_text(recipe, modelfile(output, model, tokenizer))
     return [output, recipe]
 
 
-def modelfile(output: Path, config: LlamaConfig, tokenizer: Tokenizer) -> str:
-    """Ollama's recipe for the file: text in, its continuation out."""
+def modelfile(output: Path, model: Llama, tokenizer: Tokenizer) -> str:
+    """Ollama's recipe for the file: dialogues, or text in and its continuation out."""
+    bos, eos = map(tokenizer.sp_model.id_to_piece, (tokenizer.bos_id, tokenizer.eos_id))
+    template, stops = "{{ .Prompt }}", [eos]  # the text alone: the model only continues it
+    if model.chat_template is not None:
+        template = model.chat_template.ollama(bos, eos)
+        stops.append(model.chat_template.user)
     lines = [
         f"FROM ./{output.name}",
-        'TEMPLATE """{{ .Prompt }}"""',  # the text alone: the model only continues it
-        f"PARAMETER num_ctx {config.max_seq_len}",
-        f'PARAMETER stop "{tokenizer.sp_model.id_to_piece(tokenizer.eos_id)}"',
+        f'TEMPLATE """{template}"""',
+        f"PARAMETER num_ctx {model.config.max_seq_len}",
+        *(f'PARAMETER stop "{stop}"' for stop in stops),
     ]
     return "\n".join(lines) + "\n"
 
@@ -387,20 +393,22 @@ def write_hugging_face(model: Llama, folder: Path, dtype: str, tokenizer: Tokeni
         require_plain_bpe(tokenizer)
         (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
         write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
-        write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, config))
+        write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, model))
 
 
-def tokenizer_config(tokenizer: Tokenizer, config: LlamaConfig) -> dict[str, Any]:
-    piece = tokenizer.sp_model.id_to_piece
+def tokenizer_config(tokenizer: Tokenizer, model: Llama) -> dict[str, Any]:
+    piece, template = tokenizer.sp_model.id_to_piece, model.chat_template
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
         "bos_token": piece(tokenizer.bos_id),
         "eos_token": piece(tokenizer.eos_id),
         "unk_token": piece(tokenizer.sp_model.unk_id()),
-        "model_max_length": config.max_seq_len,
+        "model_max_length": model.config.max_seq_len,
         "model_input_names": ["input_ids", "attention_mask"],  # generate() takes no others
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # "<s>" in a text is text, as SentencePiece reads it
+        # "<s>" in a text is text, as SentencePiece reads it; but a chat template has to write it.
+        "split_special_tokens": template is None,
+        **({} if template is None else {"chat_template": template.jinja()}),
     }
 
 

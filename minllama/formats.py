@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from config import LlamaConfig, fingerprint
+from minllama.chat import ChatTemplate
 from minllama.checkpoint import STATE_FILE
 from minllama.errors import UsageError
 from minllama.files import check_regular, read_json_object
@@ -107,6 +108,7 @@ class StoredModel(NamedTuple):
     config: LlamaConfig
     weights: dict[str, Tensor]  # in any floating dtype
     vocabulary: bytes | None  # the SentencePiece model, where the file carries one
+    chat_template: ChatTemplate | None = None
 
 
 def read_model(path: Path, *, adapters: bool = False) -> StoredModel:
@@ -231,7 +233,10 @@ def _read_pt(path: Path, adapters: bool) -> StoredModel:
     if table is not None and head is not None:
         defaults["tie_word_embeddings"] = torch.equal(table, head)
     config = read_shape(path, payload.get("model_args"), **defaults)
-    return _checked(path, config, weights, read_vocabulary(path, payload))
+    model = _checked(path, config, weights, read_vocabulary(path, payload))
+    if "chat_template" not in payload:
+        return model
+    return model._replace(chat_template=ChatTemplate.from_stored(payload["chat_template"], path))
 
 
 def read_vocabulary(path: Path, payload: dict[str, Any]) -> bytes | None:
@@ -352,7 +357,9 @@ def _read_gguf(path: Path) -> StoredModel:
     weights = {ours.get(name, name): tensor for name, tensor in tensors.items()}
     weights.setdefault("output.weight", table)
     vocabulary = rebuilt_vocabulary(path, values)
-    return _checked(path, config, weights, vocabulary, spell=gguf_name)
+    model = _checked(path, config, weights, vocabulary, spell=gguf_name)
+    template = ChatTemplate.from_jinja(values.get("tokenizer.chat_template"))
+    return model._replace(chat_template=template)
 
 
 # ---------------------------------------------------------------------------- Hugging Face folders
@@ -470,4 +477,6 @@ def _read_hugging_face(path: Path) -> StoredModel:
         for kind, heads in (("query", config.n_heads), ("key", config.n_kv_heads)):
             name = f"layers.{i}.attention.compute_{kind}.weight"
             weights[name] = to_adjacent_pairs(weights[name], heads)
-    return model
+    settings = path / "tokenizer_config.json"
+    template = read_json_object(settings).get("chat_template") if settings.is_file() else None
+    return model._replace(chat_template=ChatTemplate.from_jinja(template))

@@ -116,8 +116,7 @@ def find_labelled_files(options: Options, suffix: str) -> LabelledFiles:
     `sst-dev-finetuning-output.txt`. Raises UsageError.
     """
     train = options.train or DATA_DIR / "reviews-train.txt"
-    stem = Path(train.name.removesuffix(".gz")).stem
-    name = re.sub(r"[-_.]?train$", "", stem) or stem
+    name = data_set_name(train)
     if options.train is None and (options.dev or options.test):
         raise UsageError(
             "--dev and --test need --train, from which the labels are learnt, or a fine-tuned "
@@ -190,6 +189,12 @@ def _check_outs(paths: dict[str, Path], outs: dict[str, Path]) -> None:
             raise UsageError(f"--{split}_out {path}: is another of the files named; give a new one")
         taken.add(path.resolve())
         check_writable_file(path, f"--{split}_out")
+
+
+def data_set_name(train: Path) -> str:
+    """The name in `NAME-train.txt`, which the run's files are called by."""
+    stem = Path(train.name.removesuffix(".gz")).stem
+    return re.sub(r"[-_.]?train$", "", stem) or stem
 
 
 def read_label_names(given: Path | None, beside: Path) -> list[str]:

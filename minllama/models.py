@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Sequence
@@ -47,6 +48,11 @@ def find_model(options: Options) -> Path:
         if found != path:
             print(f"--pretrained_model_path {path} is a folder: using {found}")
         return found
+    if options.interactive and options.option == "generate":
+        found = newest_chat_model(run)
+        if found is not None:
+            print(f"--pretrained_model_path is not given: using {found}, which is for dialogues")
+            return found
     finetune = options.option == "finetune"  # its own models may be in its folder, or will be
     if "save_dir" in options.given and not (finetune and pretrained_in(run) is None):
         found = pretrained_in(run) or model_in(run, "--save_dir")
@@ -97,6 +103,16 @@ def pretrained_in(folder: Path) -> Path | None:
     """The model that a pretraining left in its folder, if it did."""
     models = (folder / "final-model.pt", folder / "best-model.pt")
     return next((path for path in models if path.is_file()), None)
+
+
+def newest_chat_model(folder: Path) -> Path | None:
+    """The last model that was trained on dialogues in a run's folder, if any was."""
+    models = sorted(folder.glob("finetune-*best-model.pt"), key=lambda path: -path.stat().st_mtime)
+    for path in models:
+        with contextlib.suppress(UsageError):  # it is read again and complained of when it is used
+            if "chat_template" in load_pt(path, verify=False):
+                return path
+    return None
 
 
 def model_in(path: Path, flag: str) -> Path:

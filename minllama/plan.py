@@ -193,7 +193,8 @@ class TrainingPlan:
     def lines(self, available: int | None) -> list[str]:
         """The plan as a person reads it, with the bytes of memory that are available."""
         config, options, memory = self.config, self.options, self.memory()
-        noun = "chunks" if options.option == "pretrain" else "sentences"
+        noun = {"pretrain": "chunks"}.get(options.option, "sentences")
+        noun = "dialogues" if options.is_chat else noun
         counts = config.parameter_counts()
         parts = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
         needs = ", ".join(f"{name} {human_size(size)}" for name, size in memory.items() if size)

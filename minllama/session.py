@@ -274,11 +274,12 @@ def say_interrupted(session: Session, step: int) -> int:
 
 
 def print_results(
-    folder: RunFolder, model: Path, prompt: str, *options: str, test: Path | None = None
+    folder: RunFolder, model: Path, prompt: str | None, *options: str, test: Path | None = None
 ) -> None:
     """Print the run's files with their sizes, and the commands that its new model is for.
 
-    `test` is a file of sentences that a classifier can be applied to.
+    `prompt` is a text to continue, None for a model to converse with; `test` is a file of sentences
+    that a classifier can be applied to.
     """
     print("files:")
     for path in folder.own_files():
@@ -286,6 +287,7 @@ def print_results(
     print("next:")
     for option in options:
         words = ["python", sys.argv[0], "--option", option, "--pretrained_model_path", model]
-        words += {"generate": ["--prompt", prompt], "prompt": ["--test", test]}.get(option, [])
+        text = ["--interactive"] if prompt is None else ["--prompt", prompt]
+        words += {"generate": text, "prompt": ["--test", test]}.get(option, [])
         print(" ", quoted(*words))
     print(" ", quoted("python", Path(sys.argv[0]).with_name("check_model_precision.py"), model))

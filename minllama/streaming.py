@@ -13,20 +13,30 @@ import torch
 
 from config import Options
 from llama import Llama
+from minllama.chat import ChatTemplate, Exchange
 from minllama.generation import Sampling, generate_tokens
 from minllama.signals import StopRequest
 from minllama.units import human_time
 from tokenizer import Tokenizer
 
-PROMPT_TEMPERATURE = 0.8  # where --prompt is given and --temperature is not
+# Where --temperature is not given: of a text that is continued, and of an answer.
+PROMPT_TEMPERATURE, CHAT_TEMPERATURE = 0.8, 0.2
 SAMPLE_TOKENS = 120  # of the text shown after a pretraining
 
 
 class Continuation:
     """The text that grows behind a prompt; holds back what may yet turn into something else."""
 
-    def __init__(self, prompt_ids: list[int], tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+    def __init__(
+        self,
+        prompt_ids: list[int],
+        tokenizer: Tokenizer,
+        stops: Sequence[str],
+        *,
+        is_answer: bool = False,  # which does not begin with the space behind its label
+    ) -> None:
         self.prompt_ids, self.tokenizer, self.stops = prompt_ids, tokenizer, stops
+        self.is_answer = is_answer
         self.ids: list[int] = []
         self.prompt_text = tokenizer.decode(prompt_ids)
         self.text = ""  # without the prompt, certain
@@ -39,6 +49,7 @@ class Continuation:
         elif not self.ended:
             self.ids.append(token)
         text = self.tokenizer.decode(self.prompt_ids + self.ids)[len(self.prompt_text) :]
+        text = text.lstrip() if self.is_answer else text
         found = [place for place in map(text.find, self.stops) if place >= 0]
         if found:
             self.ended, text = True, text[: min(found)]
@@ -64,20 +75,17 @@ class Writer:
     options: Options
     stop: StopRequest
     step: Callable[..., torch.Tensor] | None = None  # compiled, to read single tokens with
+    template: ChatTemplate | None = None  # of a chat model, whose prompts are questions to answer
 
     def continue_texts(
         self, prompts: Sequence[str], temperature: float, *, first: int = 0, of: int | None = None
     ) -> list[str]:
-        """Prompt and continuation of each prompt, `--num_samples` times.
+        """Prompt and continuation of each prompt, or its answer, `--num_samples` times.
 
         The prompts are those from number `first` on, of `of` in all.
         """
         options, samples = self.options, self.options.num_samples
-        rows = [
-            Continuation(self.tokenizer.encode(text, True, False), self.tokenizer, options.stop)
-            for text in prompts
-            for _ in range(samples)
-        ]
+        rows = [self.row(text) for text in prompts for _ in range(samples)]
         context = self.llama.config.max_seq_len
         longest = max(len(row.prompt_ids) for row in rows)
         if longest > context:
@@ -86,46 +94,79 @@ class Writer:
                 "continues the last ones that fit",
                 file=sys.stderr,
             )
+        of = of or len(prompts)
+        streamed = of * samples == 1
+        leads = [text + "\n" * (self.template is not None) for text in prompts]
+        self.write(
+            rows,
+            temperature,
+            # A sample's number alone seeds it, so a prompt gives alone what it gives in company.
+            seeds=[options.seed + number for _ in prompts for number in range(samples)],
+            max_new_tokens=options.max_new_tokens,
+            lead=leads[0] if streamed else None,
+            stop=self.stop,
+        )
+        texts = [leads[i // samples] + row.text for i, row in enumerate(rows)]
+        if not streamed:
+            for number, text in enumerate(texts, start=first * samples + 1):
+                print(f"--- {number} of {of * samples}\n{text}")
+        return texts
+
+    def row(self, text: str, history: Sequence[Exchange] = ()) -> Continuation:
+        """The text to continue, or for a chat model the question to answer, behind its history."""
+        tokenizer, template, stops = self.tokenizer, self.template, self.options.stop
+        if template is None:
+            return Continuation(tokenizer.encode(text, True, False), tokenizer, stops)
+        ids = template.prompt_ids(tokenizer, text, history)
+        return Continuation(ids, tokenizer, [*stops, template.next_question], is_answer=True)
+
+    def write(
+        self,
+        rows: Sequence[Continuation],
+        temperature: float,
+        *,
+        seeds: Sequence[int],
+        max_new_tokens: int,
+        lead: str | None,
+        stop: StopRequest,
+    ) -> None:
+        """Let the rows grow until they end; with a `lead` the first is shown as it comes behind it.
+
+        Raises Interrupted when asked to stop while it compiles.
+        """
+        options = self.options
         generate_steps = functools.partial(
             generate_tokens,
             self.llama,
             [row.prompt_ids for row in rows],
-            max_new_tokens=options.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             step=self.step,
         )
         if self.step is not None:  # compile now, rather than while the text is being shown
             started = time.perf_counter()
             for _ in itertools.islice(generate_steps(sampling=Sampling(temperature=0)), 2):
-                self.stop.check()
+                stop.check()
             seconds = time.perf_counter() - started
             if seconds >= 1:  # else these shapes were compiled before
                 print(f"compile      took {human_time(seconds)}", file=sys.stderr)
-        of = of or len(prompts)
-        streamed = of * samples == 1
-        if streamed:
-            print(prompts[0], end="", flush=True)
         penalty = options.repetition_penalty
         steps = generate_steps(
             sampling=Sampling(temperature, options.top_k, options.top_p, options.min_p, penalty),
-            # A sample's number alone seeds it, so a prompt gives alone what it gives in company.
-            seeds=[options.seed + number for _ in prompts for number in range(samples)],
+            seeds=seeds,
             stop_ids=[self.tokenizer.eos_id],
-            should_stop=lambda: self.stop.requested,
+            should_stop=lambda: stop.requested,
         )
+        if lead is not None:
+            print(lead, end="", flush=True)
         for step in steps:
             new = [row.add(token) for row, token in zip(rows, step, strict=True)]
-            if streamed:
+            if lead is not None:
                 print(new[0], end="", flush=True)
             if all(row.ended for row in rows):
                 break
         rest = [row.add(None) for row in rows]
-        if streamed:
+        if lead is not None:
             print(rest[0])
-        texts = [prompts[i // samples] + row.text for i, row in enumerate(rows)]
-        if not streamed:
-            for number, text in enumerate(texts, start=first * samples + 1):
-                print(f"--- {number} of {of * samples}\n{text}")
-        return texts
 
 
 def sample_text(

@@ -274,13 +274,17 @@ def _whole_document(blocks: Iterable[str]) -> Iterator[Block]:
         yield Block("", True)
 
 
-def _json_text(path: Path, number: int, line: str, reading: Reading) -> str:
-    where, name = f"{path}:{number}", reading.text_field
+def parse_json(line: str, where: str) -> Any:
+    """What a line of JSON holds; UsageError that begins with `where` for anything else."""
     try:
-        record = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not JSON ({error})") from None
-    value = record
+
+
+def _json_text(path: Path, number: int, line: str, reading: Reading) -> str:
+    where, name = f"{path}:{number}", reading.text_field
+    value = record = parse_json(line, where)
     for part in [name] if isinstance(record, dict) and name in record else name.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     if not isinstance(value, str):

@@ -145,6 +145,27 @@ def write_model(folder: Path, *, seed: int = 0, **shape: Any) -> Path:
     return folder / "model.pt"
 
 
+ANIMALS = {"fox": "den", "bear": "cave", "mouse": "hole", "otter": "lodge", "mole": "burrow"}
+
+
+def write_dialogues(folder: Path, name: str = "chat.jsonl") -> Path:
+    """Fifteen short dialogues about where animals live, five of them of two questions."""
+    lines = []
+    for kind, home in ANIMALS.items():
+        answer = f"A {kind} lives in a {home}."
+        said = ["Hello!", "Hello.", f"What is the home of a {kind}?", answer]
+        roles = ["user", "assistant"] * 2
+        turns = [{"role": r, "content": text} for r, text in zip(roles, said, strict=True)]
+        lines += [
+            {"prompt": f"Where does a {kind} live?", "response": answer},
+            {"prompt": f"The home of a {kind}?", "response": answer},
+            {"conversations": turns},
+        ]
+    path = folder / name
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
 def write_labelled(folder: Path) -> str:
     """Small labelled files, a word of which decides the label; returns the flags for them."""
     words = ["awful", "average", "excellent"]

@@ -37,7 +37,7 @@ import torch.distributed as dist
 import run_llama
 from config import LlamaConfig, parse_options
 from llama import Llama, load_pretrained
-from minllama import pt_file, ranks, sharding, tokens, training
+from minllama import next_token, pt_file, ranks, sharding, tokens, training
 from minllama.checkpoint import load_checkpoint
 from minllama.errors import UsageError
 from minllama.files import atomic_folder, remove_temporaries, restore_folder
@@ -651,7 +651,7 @@ def signals(folder: Path) -> Tally:
     cases: list[tuple[str, list[str], Any, str, int, str | None]] = [
         ("tokenizing", pretraining, tokens.DocumentEncoder, "encode", 1, None),
         ("the first step", pretraining, training, "optimizer_step", 1, "pretrain-step-1.pt"),
-        ("validation", pretraining, run_llama, "evaluate_text", 2, "pretrain-step-8.pt"),
+        ("validation", pretraining, next_token, "evaluate_tokens", 2, "pretrain-step-8.pt"),
         ("saving", pretraining, pt_file, "verify_seal", 1, "pretrain-step-3.pt"),
         ("finetuning", [*tuning.split(), *model], training, "optimizer_step", 2,
          "finetune-toy-step-2.pt"),

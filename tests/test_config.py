@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from running import SMALL, command, write_labelled, write_model, write_stories
+from running import SMALL, command, write_dialogues, write_labelled, write_model, write_stories
 
 import config
 import run_llama
@@ -383,6 +383,7 @@ def test_a_flag_that_an_option_does_not_read_is_always_said(option):
     every = dataclasses.replace(Options(option=option), given=frozenset(FLAGS))
     notes = find_idle_flags(every)
     idle = [name for name, flag in FLAGS.items() if option not in flag.metadata["read_by"]]
+    idle += ["val_fraction"] if option == "finetune" else []  # which holds dialogues out
     assert [note.split()[1] for note in notes] == [f"--{name}" for name in idle]
     assert all(f"has no effect on --option {option}" in note for note in notes)
 
@@ -421,8 +422,12 @@ RUNS = {
         "--max_steps 2 --val_data text.jsonl --optimizer muon --compile off --overwrite",
         "--plan --world_size 8 --max_steps 1",
     ],
-    "finetune": ["--epochs 1", "--epochs 1 --overwrite --lora_rank 2 --early_stopping 1"],
-    "prompt": ["", "--shots 1 --label_norm pmi"],
+    "finetune": [
+        "LABELLED --epochs 1",
+        "LABELLED --epochs 1 --overwrite --lora_rank 2 --early_stopping 1",
+        "--train chat.jsonl --epochs 1",
+    ],
+    "prompt": ["LABELLED", "LABELLED --shots 1 --label_norm pmi"],
     "generate": [
         "--max_new_tokens 1",
         "--prompt_file text.jsonl --max_new_tokens 1 --weights int8",
@@ -436,11 +441,12 @@ def test_an_option_reads_the_flags_that_are_said_to_be_its(option, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     write_stories(tmp_path, 2)
     labelled = write_labelled(tmp_path)
+    write_dialogues(tmp_path)
     model = write_model(tmp_path, dim=16, n_layers=1)
     small = {
         "pretrain": ["--pretrain_data", "text.jsonl", *SMALL],
-        "finetune": f"--pretrained_model_path {model} {labelled} --save_dir run".split(),
-        "prompt": f"--pretrained_model_path {model} {labelled}".split(),
+        "finetune": f"--pretrained_model_path {model} --save_dir run".split(),
+        "prompt": f"--pretrained_model_path {model}".split(),
         "generate": f"--pretrained_model_path {model}".split(),
     }
 
@@ -450,7 +456,8 @@ def test_an_option_reads_the_flags_that_are_said_to_be_its(option, tmp_path, mon
     monkeypatch.setattr("running.parse_options", parse)
     monkeypatch.setattr(Watched, "reads", set())
     for words in RUNS[option]:
-        done = command(["--option", option, *small[option], *words.split()])
+        words = words.replace("LABELLED", labelled).split()
+        done = command(["--option", option, *small[option], *words])
         assert done.status == 0, done.error
     own = {name for name, flag in FLAGS.items() if option in flag.metadata["read_by"]}
     unsaid = Watched.reads - own - {"option"}

@@ -20,6 +20,7 @@ from vocabularies import vocabulary
 import check_model_precision as C
 from config import SHIPPED_MODEL
 from llama import Llama, load_pretrained, model_payload
+from minllama.chat import ChatTemplate
 from minllama.errors import UsageError
 from minllama.export import SAMPLES, export
 from minllama.formats import gguf_name
@@ -103,6 +104,39 @@ def test_llama_cpp_gives_our_ids_with_llama_2s_vocabulary(tmp_path: Path, real_d
     with llama_cpp(write(model, tmp_path / "model.gguf", tokenizer)) as ask:
         for text in (*filter(None, SAMPLES), *lines):
             assert their_ids(ask, text) == tokenizer.encode(text, bos=True, eos=False), text
+
+
+def test_llama_cpp_holds_a_conversation_as_we_do(tmp_path: Path, tokenizer: Tokenizer):
+    """Its ids of a dialogue, by the template in the file, are those that were trained on."""
+    model = make_model(tokenizer, max_seq_len=256)
+    model.chat_template = ChatTemplate()
+    path = write(model, tmp_path / "model.gguf", tokenizer)
+    said = ["Be brief.", "Where does a fox live?", "In a den.", "And a bear, 狐狸 ?"]
+    roles = ["system", "user", "assistant", "user"]
+    messages = [{"role": r, "content": text} for r, text in zip(roles, said, strict=True)]
+    ours = ChatTemplate().prompt_ids(tokenizer, said[3], [(said[1], said[2])], said[0])
+    with llama_cpp(path) as ask:
+        text = ask("apply-template", messages=messages)["prompt"]
+        special = {"add_special": not text.startswith("<s>"), "parse_special": True}
+        assert ask("tokenize", content=text, **special)["tokens"] == ours
+        options = {"temperature": 0, "max_tokens": 12, "return_tokens": True}
+        answer = ask("v1/chat/completions", messages=messages, **options)
+    assert answer["usage"]["prompt_tokens"] == len(ours)
+    assert load_pretrained(path).chat_template == ChatTemplate()
+
+
+def test_ollamas_recipe_has_the_chat_template(tmp_path: Path, tokenizer: Tokenizer):
+    """Ollama begins with BOS by itself; between two questions the template has it."""
+    model = make_model(tokenizer)
+    model.chat_template = ChatTemplate()
+    write(model, tmp_path / "a.gguf", tokenizer)
+    recipe = (tmp_path / "Modelfile").read_text(encoding="utf-8")
+    assert 'PARAMETER stop "User:"' in recipe
+    assert recipe.partition('"""')[2].partition('"""')[0] == (
+        '{{ range .Messages }}{{ if eq .Role "system" }}System: {{ .Content }}\n'
+        '{{ else if eq .Role "user" }}User: {{ .Content }}\n'
+        "{{ else }}Assistant: {{ .Content }}</s><s>{{ end }}{{ end }}Assistant:"
+    )
 
 
 # ---------------------------------------------------------------------------- written, read back

@@ -21,6 +21,8 @@ sys.path.insert(0, str(DATA))
 
 import make_data  # noqa: E402  (a script of data/, found by the line above)
 
+from minllama.chat import read_dialogues  # noqa: E402
+
 
 @pytest.fixture(scope="module")
 def remade(tmp_path_factory) -> Path:
@@ -257,6 +259,46 @@ def test_no_single_word_decides_a_review():
     for word in ("superb", "brilliant", "decent", "weak", "dull", "terrible", "dreadful"):
         labels = Counter(label for label, text in reviews if word in text.lower().split())
         assert max(labels.values()) / sum(labels.values()) < 0.6, word
+
+
+# ---------------------------------------------------------------------------- the dialogues
+
+
+def read_chat(name: str) -> list[list[tuple[str, str]]]:
+    return [each.exchanges for each in read_dialogues(DATA / f"chat-{name}.jsonl")]
+
+
+def test_dialogues_are_small_and_well_formed():
+    """A few minutes of training, and nothing of the notation left in them."""
+    train, test = read_chat("train"), read_chat("test")
+    assert sum(path.stat().st_size for path in DATA.glob("chat-*.jsonl")) < 300_000
+    assert len(train) > 1000 and len(test) > 200
+    texts = [text for dialogue in train + test for exchange in dialogue for text in exchange]
+    assert not [text for text in texts if re.search(r"[{}\[\]|;]|  | [,.;?]|\ba [aeio]", text)]
+    assert {len(dialogue) for dialogue in train} == {1, 2, 3, 4, 5, 6}
+    assert all(answer[0].isupper() and answer[-1] in '."?!' for d in train for _, answer in d)
+
+
+def test_the_test_asks_for_what_was_taught_in_other_words():
+    """Its figure would else be that of learning by heart, or of facts that nobody told."""
+
+    def plain(question: str) -> str:
+        return question.lower().rstrip("?.!")
+
+    taught = {(plain(q), answer) for dialogue in read_chat("train") for q, answer in dialogue}
+    asked = {(plain(q), answer) for dialogue in read_chat("test") for q, answer in dialogue}
+    assert not {question for question, _ in asked} & {question for question, _ in taught}
+    assert {answer for _, answer in asked} <= {answer for _, answer in taught}
+    behind = [q for d in read_chat("train") if len(d) == 2 for q, _ in d[1:] if len(q) < 15]
+    assert len(behind) > 50  # "And a bear?", which only the question before makes clear
+
+
+def test_a_fact_has_one_answer():
+    """Else the share of right answers would have a limit that is the data's."""
+    answers: dict[str, set[str]] = {}
+    for dialogue in read_chat("train") + read_chat("test"):
+        answers.setdefault(dialogue[0][0].lower().rstrip("?.!"), set()).add(dialogue[0][1])
+    assert [question for question, found in answers.items() if len(found) > 1] == []
 
 
 # ---------------------------------------------------------------------------- the vocabulary

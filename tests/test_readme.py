@@ -43,10 +43,10 @@ def folder(tmp_path_factory) -> Path:
     """A folder with the program's data, a reader's own text, and small labelled files."""
     path = tmp_path_factory.mktemp("readme")
     shutil.copytree(ROOT / "data", path / "data")
-    for split in ("train", "dev", "test"):
-        reviews = path / "data" / f"reviews-{split}.txt"
-        lines = reviews.read_text(encoding="utf-8").splitlines(keepends=True)
-        reviews.write_text("".join(lines[:40]), encoding="utf-8", newline="\n")
+    for name in ("reviews-*.txt", "chat-*.jsonl"):
+        for file in (path / "data").glob(name):
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            file.write_text("".join(lines[:40]), encoding="utf-8", newline="\n")
     stories = (ROOT / "data" / "stories-train.jsonl").read_text(encoding="utf-8").splitlines()
     for name, count in (("stories-train.jsonl", 150), ("stories-val.jsonl", 10)):
         (path / "data" / name).write_text("\n".join(stories[:count]) + "\n", encoding="utf-8")
@@ -87,7 +87,12 @@ def start(line: str) -> int:
 
 def test_every_command_runs(folder, monkeypatch):
     """A reader who types the README from top to bottom meets no error."""
+
+    def say_nothing(prompt: str) -> str:
+        raise EOFError
+
     monkeypatch.chdir(folder)
+    monkeypatch.setattr("builtins.input", say_nothing)
     for room in (corpus, labelled):
         monkeypatch.setattr(room, "DATA_DIR", folder / "data")
     monkeypatch.setattr(training, "peak_flops", lambda *_: 1e9)  # half a second of each run

@@ -1,0 +1,109 @@
+"""Next-token prediction as a task: on chunks of text, or on the answers of dialogues.
+
+What pretraining and chat share; how sequences are ordered is their own.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import IGNORE_INDEX
+from llama import Llama, NextTokenLoss, model_payload
+from minllama.adapters import merge_lora
+from minllama.console import progress_bar
+from minllama.device import autocast
+from minllama.session import Session
+from minllama.sharding import full_state_dict, no_gradients
+from minllama.task import Batch, Task
+from utils import ChatDataset, PretrainDataset
+
+TokenDataset = PretrainDataset | ChatDataset  # batch(indices) gives tokens and targets
+
+
+class NextTokenTask(Task):
+    """Next-token prediction on a data set, chosen by the loss on a held-out one if there is one."""
+
+    def __init__(
+        self,
+        session: Session,
+        model: Llama,
+        train_set: TokenDataset,
+        val_set: TokenDataset | None,
+        *,
+        dynamic: bool,
+        bos_id: int | None = None,
+    ) -> None:
+        """`bos_id`, where given, begins documents that see nothing of those before them."""
+        self.train_set, self.val_set = train_set, val_set
+        self.next_token_loss = NextTokenLoss(model, bos_id)
+        super().__init__(
+            session, model, model, module=self.next_token_loss, dtype=session.dtype, dynamic=dynamic
+        )
+        self.goal = "loss" if val_set is None else "val_loss"
+
+    def batch(self, numbers: np.ndarray) -> Batch:
+        return token_batch(self.train_set, numbers, self.session.device)
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        return self.compiled(tokens, targets)[0]
+
+    def evaluate(self) -> dict[str, float]:
+        if self.val_set is None:
+            return {}
+        return evaluate_tokens(self.next_token_loss, self.val_set, self.session)
+
+    def weights(self) -> dict[str, Any]:
+        """An ordinary weights file, adapters merged."""
+        model, options = self.llama, self.session.options
+        if options.option == "finetune" and options.lora_rank:
+            model = copy.deepcopy(model)
+            merge_lora(model)
+        state = full_state_dict(model, self.session.ranks)
+        return model_payload(model, getattr(torch, options.save_dtype), state=state)
+
+
+def token_batch(dataset: TokenDataset, indices: Sequence[int], device: torch.device) -> Batch:
+    """Sequences as a micro-batch on the device."""
+    tokens, targets = dataset.batch(indices)
+    real = int((targets != IGNORE_INDEX).sum())
+    return Batch.on(device, (tokens, targets), targets=real, tokens=real, numbers=indices)
+
+
+def evaluate_tokens(
+    next_token_loss: NextTokenLoss, dataset: TokenDataset, session: Session
+) -> dict[str, float]:
+    """Loss in nats per token, perplexity and bits per byte over all of `dataset`.
+
+    Every rank must call this. The ranks share the batches and add up their losses in the batches'
+    order, so the sum does not depend on how many they are. Raises Interrupted when asked to stop.
+    """
+    ranks, device, size = session.ranks, session.device, session.options.micro_batch_size
+    sums = np.zeros((2, -(-len(dataset) // size)))  # each batch's loss and targets
+    next_token_loss.eval()
+    with no_gradients(next_token_loss), autocast(device, session.dtype):
+        numbers = list(ranks.split_evenly(sums.shape[1]))
+        for number, counts in progress_bar(numbers, desc="validating", leave=False, disable=None):
+            ranks.check_stop(session.stop)
+            indices = range(number * size, min((number + 1) * size, len(dataset)))
+            batch = token_batch(dataset, indices, device)
+            loss = next_token_loss(*batch.inputs)[0].item()
+            sums[:, number] = (loss, batch.targets) if counts else (0, 0)
+    next_token_loss.train()
+    loss_sum, targets = (sum(row) for row in ranks.sum_array(sums).tolist())
+    metrics = {"val_loss": loss_sum / max(1, targets)}
+    metrics["val_perplexity"] = perplexity(metrics["val_loss"])
+    if dataset.utf8_bytes:
+        metrics["bits_per_byte"] = loss_sum / math.log(2) / dataset.utf8_bytes
+    return metrics
+
+
+def perplexity(loss: float) -> float:
+    """That of a loss in nats per token, as far as there is a number for it."""
+    return math.exp(min(loss, 700.0))
