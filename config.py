@@ -452,7 +452,7 @@ class Options:
         "float32", "what the weights are rounded to: fewer bytes are read, and text comes, faster"
     )
     max_new_tokens: int = flag(75, "tokens to add", at_least=1)
-    num_samples: int = flag(1, "continuations of each prompt", at_least=1)
+    num_samples: int = flag(1, "continuations of each prompt", at_least=1, at_most=10_000)
     temperature: float | None = flag(
         None,
         "0: the likeliest token; 1: as the model says; unset: 0.8, of a chat 0.2, and without a "

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from minllama.files import atomic_write
 
 LINE_BYTES = 1 << 20  # of a record; a longer line is none, and is not read at once
+FIGURES, LARGEST = ("loss", "val_loss", "val_perplexity"), 1e305  # a damaged line may hold others
 SPIKE_WINDOW, SPIKE_LEAST, SPIKE_STDS = 100, 20, 6.0  # losses looked back on; fewer tell nothing
 
 # ---------------------------------------------------------------------------- metrics
@@ -135,8 +136,19 @@ def _whole_records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
             record = None
             with contextlib.suppress(ValueError, RecursionError):
                 record = json.loads(line) if line.endswith(b"\n") else None  # else cut by a crash
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
+            if _is_sound(record):
                 yield record, end
+
+
+def _is_sound(record: Any) -> bool:
+    """Whether this is a step's record, whose figures can be computed with."""
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return False
+    figures = [record["step"], *(record.get(name) for name in FIGURES)]
+    return all(
+        figure is None or (isinstance(figure, int | float) and abs(figure) < LARGEST)
+        for figure in figures
+    )
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:

@@ -92,6 +92,16 @@ def test_a_log_that_is_taken_away_begins_anew(replaced, tmp_path, capsys) -> Non
     assert ("lacks 1 of 3 steps" in capsys.readouterr().out) != replaced
 
 
+@pytest.mark.parametrize("value", ["1" + "0" * 400, '"x"', "[]", "NaN", "{}", "-Infinity"])
+@pytest.mark.parametrize("name", ["step", "loss", "val_loss", "val_perplexity"])
+def test_a_line_whose_figures_are_none_is_left_out(name, value, tmp_path) -> None:
+    """The picture of the losses, drawn after the training, ended in a traceback."""
+    path = tmp_path / "metrics.jsonl"
+    lines = ['{"step": 1, "loss": 2.5}', f'{{"step": 2, "loss": 2, "{name}": {value}}}']
+    path.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    assert steps(path) == [1] and loss_curve_svg([*read_records(path)], "a")
+
+
 def test_a_line_that_a_crash_cut_is_written_again(tmp_path: Path) -> None:
     """Each step is in the file once, whatever was in it after the last checkpoint."""
     path = tmp_path / "metrics.jsonl"
