@@ -114,6 +114,7 @@ from minllama.evaluation import score_text
 from minllama.export import HUGGING_FACE_FILES, MODELFILE, TOKENIZER_BIN, export
 from minllama.files import (
     check_regular,
+    real_path,
     remove_temporaries,
     restore_folder,
     size_on_disk,
@@ -359,7 +360,7 @@ def holds_vocabulary(path: Path, tokenizer: Tokenizer) -> bool:
 
 def check_output(path: Path, target: str, output: Path, overwrite: bool) -> None:
     """Raise UsageError where `output` is not to be written; needs no look into any model."""
-    if output.resolve() == path.resolve():
+    if real_path(output) == real_path(path):
         raise UsageError(f"--output {output}: is the file to convert; give another name")
     check_new(output, overwrite)
     if output.exists() and output.is_dir() != (target == "hf"):

@@ -18,6 +18,7 @@ from config import DATA_DIR, MAX_CONTEXT, Options
 from minllama.command_line import quoted
 from minllama.console import say
 from minllama.copies import say_copies, without_copies
+from minllama.files import real_path
 from minllama.models import SHOWN_FILES
 from minllama.ranks import Ranks
 from minllama.signals import StopRequest
@@ -195,8 +196,8 @@ def fit_context(options: Options, tokens: int, longest: int) -> int:
 
 def without_validation(files: Sequence[Path], val_files: Sequence[Path]) -> Sequence[Path]:
     """The training files that are not --val_data's, too; says what is left out."""
-    held_out = {path.resolve() for path in val_files}
-    left = [path for path in files if path.resolve() not in held_out]
+    held_out = {real_path(path) for path in val_files}
+    left = [path for path in files if real_path(path) not in held_out]
     if not left:
         print("warning: --val_data is the text to train on: its loss tells nothing of other text")
         return files

@@ -168,7 +168,8 @@ def used_memory(device: torch.device) -> int | None:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out: on a GPU, or on the CPU, where torch has no exception for it."""
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or any(word in str(error) for word in ("not enough memory", "out of memory"))
+    words = ("not enough memory", "out of memory", "can't allocate memory")  # Windows, CUDA, Linux
+    return known or any(word in str(error) for word in words)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

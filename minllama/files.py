@@ -189,6 +189,14 @@ def free_disk(folder: Path) -> int:
 # ---------------------------------------------------------------------------- reading
 
 
+def real_path(path: Path) -> str:
+    """Where a path leads in the end; unlike Path.resolve, also of links that go round in a circle.
+
+    Two paths that lead to the same file have the same.
+    """
+    return os.path.realpath(path)
+
+
 def size_on_disk(path: Path) -> int:
     """Bytes of a file, or of all files in a folder."""
     return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())

@@ -16,7 +16,7 @@ import numpy as np
 
 from config import DATA_DIR, Options
 from minllama.errors import UsageError
-from minllama.files import check_writable_file, read_json, replace, write_text
+from minllama.files import check_writable_file, read_json, real_path, replace, write_text
 from minllama.text import Reading, find_text_files, read_lines, split_labelled
 
 UNLABELLED = -1  # the label of a sentence without one, in files and in batches
@@ -135,7 +135,7 @@ def find_labelled_files(options: Options, suffix: str) -> LabelledFiles:
     }
     outs = {split: path for split, path in outs.items() if split in paths}
     _check_outs(paths, outs)
-    names = read_label_names(options.label_names, train.with_name(f"{name}-label-mapping.json"))
+    names = read_label_names(options.label_names, train.parent / f"{name}-label-mapping.json")
     examples = read_labelled(train, n_labels=len(names) or None, encoding=options.encoding)
     labels = {example.label for example in examples}
     if None in labels:
@@ -183,11 +183,11 @@ def find_sentences(options: Options, names: list[str]) -> LabelledFiles:
 
 def _check_outs(paths: dict[str, Path], outs: dict[str, Path]) -> None:
     """Raise UsageError for predictions that could not be written, or not beside each other."""
-    taken = {path.resolve() for path in paths.values()}
+    taken = {real_path(path) for path in paths.values()}
     for split, path in outs.items():
-        if path.resolve() in taken:
+        if real_path(path) in taken:
             raise UsageError(f"--{split}_out {path}: is another of the files named; give a new one")
-        taken.add(path.resolve())
+        taken.add(real_path(path))
         check_writable_file(path, f"--{split}_out")
 
 

@@ -22,6 +22,7 @@ from minllama.config_file import typed_words
 from minllama.errors import UsageError
 from minllama.files import (
     read_json_object,
+    real_path,
     remove,
     remove_temporaries,
     replace,
@@ -146,7 +147,8 @@ class RunFolder:
         Also where `model`, the file or the run's folder to start from, would be removed with it.
         """
         present = self.own_files()
-        if overwrite and model and model.resolve() in {p.resolve() for p in (*present, self.path)}:
+        removed = map(real_path, (*present, self.path))
+        if overwrite and model and real_path(model) in removed:
             raise UsageError(
                 f"--overwrite would remove --pretrained_model_path {model} with the run in "
                 f"{self.path}: name another --save_dir"
@@ -208,7 +210,7 @@ class RunFolder:
             if option in READERS[name] and name not in NOT_REPEATED | {settled}
         }
         words = typed_words(stored, fields, HINTS, where=str(self.file("run.json")))
-        folder = self.path.with_name(f"{self.path.resolve().name}-again")
+        folder = self.path.with_name(f"{Path(real_path(self.path)).name}-again")
         return ["--option", option, "--save_dir", str(folder), *words]
 
     # ------------------------------------------------------------------------ checkpoints

@@ -29,7 +29,7 @@ from minllama.device import (
     dtype_name,
 )
 from minllama.errors import UsageError
-from minllama.files import check_writable, free_disk, size_on_disk
+from minllama.files import check_writable, free_disk, real_path, size_on_disk
 from minllama.plan import TrainingPlan, warn_of_plan
 from minllama.random_state import seed_everything
 from minllama.ranks import Ranks
@@ -129,7 +129,7 @@ def use_checkpoint_folder(options: Options, prefix: str) -> Options:
             f"--resume {path}: no such file; --resume alone takes the newest in --save_dir"
         )
     folder = path if in_folder else path.parent
-    if "save_dir" in options.given and options.save_dir.resolve() != folder.resolve():
+    if "save_dir" in options.given and real_path(options.save_dir) != real_path(folder):
         raise UsageError(
             f"--resume {options.resume} lies outside --save_dir {options.save_dir}: a run "
             f"continues where its files are, so leave --save_dir out or give {folder}"

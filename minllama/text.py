@@ -25,7 +25,7 @@ from config import DATA_DIR
 from minllama.console import say
 from minllama.encodings import is_utf8, likely_encoding
 from minllama.errors import UsageError
-from minllama.files import check_regular
+from minllama.files import check_regular, real_path
 
 # ---------------------------------------------------------------------------- finding files
 
@@ -40,10 +40,10 @@ def find_text_files(patterns: Sequence[str | Path], *, flag: str = "--pretrain_d
     A folder means its .txt and .jsonl files, also .gz, at any depth, sorted. Raises UsageError,
     naming `flag`, for a pattern that matches nothing or something that is not a file.
     """
-    found: dict[Path, Path] = {}
+    found: dict[str, Path] = {}
     for pattern in patterns:
         for path in _expand(str(pattern), flag):
-            found.setdefault(path.resolve(), path)
+            found.setdefault(real_path(path), path)
     if not found:
         raise UsageError(f"{flag}: no file is named")
     return list(found.values())

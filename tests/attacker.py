@@ -70,11 +70,13 @@ def start(program: str, words: list[str]) -> int:
     """Start a program as its script does; one that works for long is interrupted as by Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(PATIENCE, lambda: os.kill(os.getpid(), signal.SIGINT))
-    timer.start()
     protect_output()
     try:
         if program == "run_llama.py":
-            return run_llama.main(parse_or_exit(parse_options, program, words))
+            options = parse_or_exit(parse_options, program, words)
+            timer.start()
+            return run_llama.main(options)
+        timer.start()
         module = tokenizer if program == "tokenizer.py" else check_model_precision
         return module.main(words)
     except SystemExit as end:

@@ -41,6 +41,24 @@ def test_five_hundred_hostile_files(tmp_path):
     assert_all_held(attacker.hostile_files(tmp_path, 500, seed=1))
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--option prompt --train ",  # "PosixPath('.') has an empty name"
+        "--option prompt --train toy-train.txt --dev toy-train.txt --dev_out link",  # a circle
+        "--option finetune --train toy-train.txt --dev toy-train.txt --lora_rank 100000000",
+    ],
+)
+def test_what_the_attack_found(words, tmp_path):
+    """Each ended in a traceback, the last one because Linux words a lack of memory otherwise."""
+    attacker.write_place(tmp_path / "place")
+    line = ["--pretrained_model_path", "model.pt", *words.split(" ")]
+    one = attacker.Attack("found", attacker.copy_of(tmp_path, 0), "run_llama.py", line)
+    tally = attacker.carry_out(iter([one]))
+    assert_all_held(tally)
+    assert tally.tried.total() == 1
+
+
 def test_the_judge_sees_what_went_wrong(tmp_path):
     """A test that cannot fail would prove nothing."""
     one = attacker.Attack("any", tmp_path, "run_llama.py", [])
