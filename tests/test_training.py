@@ -32,7 +32,7 @@ import optimizer
 import run_llama
 from config import IGNORE_INDEX
 from llama import load_pretrained
-from minllama import session, training
+from minllama import next_token, session, training
 from minllama.checkpoint import load_checkpoint
 from minllama.device import is_out_of_memory
 from minllama.errors import RunFailed
@@ -60,7 +60,7 @@ def finetune() -> str:
 def evaluate_as(patch: pytest.MonkeyPatch, *losses: float) -> None:
     """Validate without validating: each evaluation finds the next of these losses."""
     found = iter(losses)
-    patch.setattr(run_llama, "evaluate_text", lambda *_: {"val_loss": next(found)})
+    patch.setattr(next_token, "evaluate_tokens", lambda *_: {"val_loss": next(found)})
 
 
 def raising(error: Exception) -> Callable[..., Any]:
@@ -138,14 +138,14 @@ def test_activation_checkpointing_changes_nothing_but_memory():
 
 def test_a_batch_without_targets_is_not_a_nan(monkeypatch):
     """Nothing to predict is a loss of 0 and no gradient, not 0 / 0."""
-    real = run_llama.text_batch
+    real = next_token.token_batch
 
     def empty(*arguments, **settings):
         batch = real(*arguments, **settings)
         targets = torch.full_like(batch.inputs[1], IGNORE_INDEX)
         return dataclasses.replace(batch, inputs=(batch.inputs[0], targets), targets=0)
 
-    monkeypatch.setattr(run_llama, "text_batch", empty)
+    monkeypatch.setattr(next_token, "token_batch", empty)
     done = pretrain("--max_steps 2 --val_fraction 0")
     assert done.status == 0 and "not finite" not in done.out and records()[0]["loss"] == 0
 
@@ -554,7 +554,7 @@ def test_a_validation_that_is_not_finite_is_null(value, monkeypatch):
     Such a model is not the best one either.
     """
     found = {"val_loss": value, "val_perplexity": value, "bits_per_byte": value}
-    monkeypatch.setattr(run_llama, "evaluate_text", lambda *_: dict(found))
+    monkeypatch.setattr(next_token, "evaluate_tokens", lambda *_: dict(found))
     assert pretrain("--max_steps 2 --eval_interval 1").status == 0
     lines = Path("run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     for line in lines:
@@ -687,7 +687,7 @@ def test_one_sequence_that_does_not_fit(monkeypatch):
 @pytest.mark.parametrize(
     ("owner", "name", "error"),
     [
-        (run_llama, "evaluate_text", torch.OutOfMemoryError("CUDA out of memory. Tried to")),
+        (next_token, "evaluate_tokens", torch.OutOfMemoryError("CUDA out of memory. Tried to")),
         (optimizer.AdamW, "step", RuntimeError("DefaultCPUAllocator: not enough memory: you")),
         (optimizer.AdamW, "step", MemoryError()),
     ],
