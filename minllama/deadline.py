@@ -8,7 +8,7 @@ is at its end when the time is, on a machine that turned slow as on a quiet one.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 FINISHING = 1.5  # seconds from the last step's evaluation to the end, beside writing files
 WRITTEN = 150e6  # bytes a second that files are written with
@@ -47,7 +47,7 @@ class Deadline:
     evaluation: float = 0.0  # seconds of the last one
     evaluated: float = 0.0  # seconds of all since the last look at the clock
     looked: tuple[int, float] | None = None  # step and time of the last look
-    pace: float | None = field(default=None)  # seconds a step, smoothed
+    pace: float | None = None  # seconds a step, smoothed
 
     def spent(self) -> float:
         """Seconds of the run so far."""
