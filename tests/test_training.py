@@ -29,7 +29,6 @@ from running import (
 from torch import nn
 
 import optimizer
-import run_llama
 from config import IGNORE_INDEX
 from llama import load_pretrained
 from minllama import next_token, session, training
