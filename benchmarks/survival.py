@@ -50,9 +50,9 @@ def main() -> int:
     """Try everything and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=200, help="SIGKILLs (default: 200)")
-    parser.add_argument("--damages", type=int, default=3000, help="flips and truncations")
+    parser.add_argument("--damages", type=int, default=5000, help="flips and truncations")
     parser.add_argument("--lines", type=int, default=1000, help="random command lines")
-    parser.add_argument("--files", type=int, default=500, help="hostile files")
+    parser.add_argument("--files", type=int, default=504, help="hostile files")
     parser.add_argument("--crash_every", type=int, default=1, help="try every Nth crash point")
     parser.add_argument("--seed", type=int, default=0, help="of what is random")
     args = parser.parse_args()

@@ -49,6 +49,9 @@ class DownloadError(Exception):
     """A download that did not work; the message names the URL, what happened and the remedy."""
 
 
+LARGEST = 1 << 30  # bytes of a download: the largest of the files has a quarter of that
+
+
 class _Again(Exception):
     """This attempt failed, another one may not."""
 
@@ -294,10 +297,15 @@ def _receive(response: Any, part: Path, have: int) -> None:
             part.unlink(missing_ok=True)
             raise _Again(f"the server sent {content_range or 'an unknown range'}")
         starts_at = 0
-    length = response.headers.get("Content-Length")
-    total = starts_at + int(length) if length else None
+    length = response.headers.get("Content-Length") or ""
+    total = starts_at + int(length) if length.isdecimal() else None
+    size = starts_at
     with part.open("ab" if starts_at else "wb") as out, _progress(part, starts_at, total) as bar:
         while block := response.read(BLOCK):
+            size += len(block)
+            if max(size, total or 0) > LARGEST:
+                part.unlink(missing_ok=True)
+                raise DownloadError(f"{part}: more than {LARGEST:,} bytes came: not the file")
             out.write(block)
             bar.update(len(block))
         out.flush()
@@ -341,7 +349,8 @@ def main(argv: Sequence[str] | None = None, *, say: Callable[[str], None] = prin
             folder = args.output or (ROOT if file.in_root else DATA)
             new = download(file, folder, base_url=args.base_url, overwrite=args.overwrite)
             how = "downloaded" if new else "already there"
-            say(f"{folder / file.name}: {how}, verified")
+            checked = "verified" if file.sha256 else "of the shape expected; its SHA-256 is unknown"
+            say(f"{folder / file.name}: {how}, {checked}")
     except DownloadError as error:
         print(error, file=sys.stderr)
         return 1

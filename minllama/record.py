@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minllama.files import atomic_write
+from minllama.files import atomic_write, check_regular
 
 LINE_BYTES = 1 << 20  # of a record; a longer line is none, and is not read at once
 FIGURES, LARGEST = ("loss", "val_loss", "val_perplexity"), 1e305  # a damaged line may hold others
@@ -128,8 +128,13 @@ class MetricsLog:
 
 
 def _whole_records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """The records of a metrics file, and where in it each ends; damaged lines are left out."""
+    """The records of a metrics file, and where in it each ends; damaged lines are left out.
+
+    Raises UsageError for what is no file: to open a pipe would wait for ever.
+    """
     end = 0
+    if path.exists():
+        check_regular(path)
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         for line in iter(lambda: file.readline(LINE_BYTES), b""):
             end += len(line)

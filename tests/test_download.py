@@ -31,6 +31,7 @@ class Server:
         self.errors: list[int] = []  # one entry per request: HTTP status instead of the file
         self.lies_about_range = 0  # so many times another range than asked for
         self.ranges: list[str | None] = []
+        self.says_length = True
         self.base_url = ""
 
 
@@ -56,7 +57,8 @@ def server(monkeypatch):
                     state.lies_about_range -= 1
                     start = 0
             self.send_response(status)
-            self.send_header("Content-Length", str(len(body) - start))
+            length = str(len(body) - start) if state.says_length else "unknown"
+            self.send_header("Content-Length", length)
             if status == 206:
                 self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
             self.end_headers()
@@ -266,6 +268,16 @@ def save_model(path: Path, *, layers: int = 2, prefix: str = "", dtype: str = "f
 
 
 TINY = download.Shape(tensors=21, dim=4, n_layers=2, vocab_size=16)
+
+
+@pytest.mark.parametrize("length", [True, False])
+def test_a_file_without_an_end_is_given_up(server, tmp_path, monkeypatch, length):
+    """A server that sends for ever, or announces too much, filled the disk."""
+    monkeypatch.setattr(download, "LARGEST", len(BODY) - 1)
+    server.says_length = length
+    with pytest.raises(download.DownloadError, match="bytes came: not the file"):
+        fetch(server, tmp_path / "out", FILE)
+    assert not [*(tmp_path / "out").glob("*")]
 
 
 def test_model_without_known_hash_is_verified_by_content(server, tmp_path):

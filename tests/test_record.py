@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from minllama.errors import UsageError
 from minllama.record import (
     SPIKE_LEAST,
     MetricsLog,
@@ -70,6 +72,14 @@ def test_records_that_the_disk_does_not_take_come_later(
     log.close()
     assert steps(log.path) == [1, 2, 3]
     assert "metrics.jsonl was not written" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes")
+def test_a_log_that_is_a_pipe_is_refused(tmp_path) -> None:
+    """A resumed run waited at it for ever."""
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(UsageError, match="metrics.jsonl: not a regular file"):
+        MetricsLog(tmp_path / "metrics.jsonl", last_step=1)
 
 
 @pytest.mark.parametrize("replaced", [False, True])
