@@ -1,6 +1,6 @@
 """How much a run survives: kills, crashes, failing disks, damage, attacks, signals, counted.
 
-    python benchmarks/survival.py                 # the full table, half an hour
+    python benchmarks/survival.py                 # the full table, eleven minutes
     python benchmarks/survival.py --kills 20 --damages 300 --crash_every 10 --lines 50 --files 50
 
 Prints a Markdown table of what was tried and survived; exit status 1 if anything was lost. Needs
