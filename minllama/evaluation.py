@@ -65,7 +65,8 @@ def score_text(
     blocks = (block for path in files for block in read_documents(path, reading))
     arrays, utf8_bytes = [], 0
     for part in itertools.chain.from_iterable(DocumentEncoder(tokenizer).encode(blocks)):
-        arrays += [[tokenizer.bos_id] * part.starts, part.ids, [tokenizer.eos_id] * part.ends]
+        arrays += [np.full(int(part.starts), tokenizer.bos_id), part.ids]
+        arrays += [np.full(int(part.ends), tokenizer.eos_id)]
         utf8_bytes += part.utf8_bytes
     if not utf8_bytes:
         raise UsageError(f"{files[0]}: empty, there is no text to score")

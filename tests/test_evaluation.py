@@ -230,3 +230,13 @@ def test_pairs_need_no_labels():
     assert done.status == 2 and "--pairs none.tsv: no such file" in done.error
     with pytest.raises(UsageError, match="--pairs compares whole sentences, without --shots"):
         command("--option prompt --pairs a.tsv --shots 2")
+
+
+def test_a_document_of_several_parts_is_scored_whole(tmp_path):
+    """Longer than one read, it ended in a traceback: a part that begins no document has no BOS."""
+    (tmp_path / "long.txt").write_text("One day a fox ran.\n" * 30_000, encoding="utf-8")
+    model = load_pretrained(write_model(tmp_path, dim=16, n_layers=1, max_seq_len=64))
+    tokenizer = Tokenizer()
+    score = score_text(model, tokenizer, [tmp_path / "long.txt"], Reading())
+    assert score.utf8_bytes == 30_000 * 19
+    assert score.tokens == len(tokenizer.encode("One day a fox ran.\n" * 30_000, False, True))
