@@ -33,9 +33,9 @@ IGNORE_INDEX = -100  # in targets: padding and questions, which no loss counts
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def fingerprint(model_bytes: bytes) -> str:
-    """Names a vocabulary in messages: the first 16 hex digits of its file's SHA-256."""
-    return hashlib.sha256(model_bytes).hexdigest()[:16]
+def fingerprint(content: bytes) -> str:
+    """Names a vocabulary, or another content: the first 16 hex digits of its SHA-256."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------- the model's shape

@@ -16,11 +16,7 @@ if __name__ == "__main__":  # --help and bad flags are answered before torch, wh
     OPTIONS_GIVEN = parse_or_exit(parse_options, "run_llama.py", sys.argv[1:])
 
 import contextlib
-import copy
 import dataclasses
-import functools
-import hashlib
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -29,13 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config import MAX_CONTEXT, LlamaConfig, Options, find_idle_flags
+from config import MAX_CONTEXT, LlamaConfig, Options, find_idle_flags, fingerprint
 from llama import (
     Llama,
     LlamaEmbeddingClassifier,
     LlamaZeroShotClassifier,
     load_pretrained,
-    model_payload,
 )
 from minllama.adapters import add_lora, merge_lora
 from minllama.advice import Outcome, advise
@@ -53,7 +48,7 @@ from minllama.device import (
     keep_freed_memory,
 )
 from minllama.errors import Interrupted, RunFailed, UsageError
-from minllama.evaluation import compare_pairs, pair_report, read_pairs
+from minllama.evaluation import compare_pairs, pair_report, perplexity, read_pairs
 from minllama.files import check_writable_file, write_text
 from minllama.fitting import TIMED_CONTEXT, fit_to_time
 from minllama.generation import compile_step, pack_weights
@@ -76,7 +71,7 @@ from minllama.models import (
     load_model,
     read_classifier,
 )
-from minllama.next_token import NextTokenTask, perplexity
+from minllama.next_token import NextTokenTask
 from minllama.plan import Cluster, TrainingPlan, warn_of_plan
 from minllama.prompting import Prompts, score_labels
 from minllama.pt_file import load_pt
@@ -93,7 +88,7 @@ from minllama.training import Run, train
 from minllama.vocabulary import choose_vocabulary
 from optimizer import layer_matrices
 from tokenizer import Tokenizer
-from utils import LlamaDataset, batch_indices, bucketed_batches
+from utils import LlamaDataset, batch_indices, batches_by_length
 
 CURVE_POINTS = 2000  # of the training loss in its picture
 WORSE = 1.005  # than its best: a validation loss that has risen
@@ -128,7 +123,7 @@ def pretrain(options: Options, stop: StopRequest, ranks: Ranks) -> int:
         if run.progress.step == 0 and start is not None and run.progress.first is not None:
             print(
                 f"before the first step: val loss {run.progress.first:.4f}, val perplexity "
-                f"{math.exp(run.progress.first):,.4f}"
+                f"{perplexity(run.progress.first):,.4f}"
             )
         if train(run):
             return say_interrupted(session, run.progress.step)
@@ -320,7 +315,7 @@ def finetune(options: Options, stop: StopRequest, ranks: Ranks) -> int:
             freeze_backbone=options.freeze_backbone,
         ).to(session.device)
         identity = {
-            "--train": hashlib.sha256(files.paths["train"].read_bytes()).hexdigest()[:16],
+            "--train": fingerprint(files.paths["train"].read_bytes()),
             "model shape": llama.config.to_model_args(),
             "--tokenizer_model": tokenizer.fingerprint,
             "--max_sentence_len": options.max_sentence_len,
@@ -365,13 +360,13 @@ class Finetuning(Task):
         self.files, self.train_set, self.dev_set = files, splits["train"], splits["dev"]
         self.higher_is_better = not is_unlabelled(self.dev_set.examples)
         self.goal = "dev_accuracy" if self.higher_is_better else "loss"
-        size, seed = session.options.global_batch_size, session.options.seed
-        self.epoch_batches = functools.lru_cache(maxsize=1)(
-            functools.partial(bucketed_batches, self.train_set.lengths, size, seed)
+        options = session.options
+        self.order = batches_by_length(
+            self.train_set.lengths, options.global_batch_size, options.seed
         )
 
     def sequences(self, epoch: int, index: int) -> np.ndarray:
-        return self.epoch_batches(epoch)[index]
+        return self.order(epoch, index)
 
     def batch(self, numbers: np.ndarray) -> Batch:
         return labelled_batch(self.train_set, numbers, self.session.device)
@@ -388,14 +383,9 @@ class Finetuning(Task):
         return {"dev_accuracy": scores.accuracy, "dev_f1": scores.macro_f1}
 
     def weights(self) -> dict[str, Any]:
-        """An ordinary weights file, adapters merged, and the classifier's head."""
-        llama, options, ranks = self.llama, self.session.options, self.session.ranks
-        if options.lora_rank:
-            llama = copy.deepcopy(llama)
-            merge_lora(llama)
-        head = full_state_dict(self.model.classifier_head, ranks)
-        dtype = getattr(torch, options.save_dtype)
-        return model_payload(llama, dtype, state=full_state_dict(llama, ranks)) | {
+        """Those of the Llama, and the classifier's head."""
+        head = full_state_dict(self.model.classifier_head, self.session.ranks)
+        return super().weights() | {
             "classifier_head": {name: tensor.cpu() for name, tensor in head.items()},
             "label_names": self.files.label_names,
         }

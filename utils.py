@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -389,3 +389,13 @@ def bucketed_batches(
         batches += np.split(part, range(batch_size, len(part), batch_size))
     # Another stream than the indices' own: the epoch's number alone would give the same one twice.
     return [batches[i] for i in epoch_order(len(batches), seed + (1 << 32), epoch)]
+
+
+def batches_by_length(
+    lengths: np.ndarray, batch_size: int, seed: int
+) -> Callable[[int, int], np.ndarray]:
+    """A function of (epoch, index): that one of `bucketed_batches`, an epoch's made once."""
+    of_epoch = functools.lru_cache(maxsize=1)(
+        functools.partial(bucketed_batches, lengths, batch_size, seed)
+    )
+    return lambda epoch, index: of_epoch(epoch)[index]

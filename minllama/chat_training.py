@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import Options, check_options
+from config import Options, check_options, fingerprint
 from llama import Llama, load_pretrained
 from minllama.adapters import add_lora
 from minllama.chat import ChatTemplate, read_dialogues
@@ -32,7 +30,7 @@ from minllama.text import Reading, find_text_files
 from minllama.training import Run, train
 from optimizer import layer_matrices
 from tokenizer import Tokenizer
-from utils import ChatDataset, bucketed_batches
+from utils import ChatDataset, batches_by_length
 
 # Where --lr is not typed: 3e-3 for a width of 128, 4e-4 for 512, 5e-5 for 2,048; and more for
 # adapters, which begin at zero.
@@ -154,13 +152,11 @@ class ChatTuning(NextTokenTask):
     ) -> None:
         super().__init__(session, model, train_set, val_set, dynamic=True)
         self.path = path
-        size, seed = session.options.global_batch_size, session.options.seed
-        self.epoch_batches = functools.lru_cache(maxsize=1)(
-            functools.partial(bucketed_batches, train_set.lengths, size, seed)
-        )
+        options = session.options
+        self.order = batches_by_length(train_set.lengths, options.global_batch_size, options.seed)
 
     def sequences(self, epoch: int, index: int) -> np.ndarray:
-        return self.epoch_batches(epoch)[index]
+        return self.order(epoch, index)
 
     def batch(self, numbers: np.ndarray) -> Batch:
         tokens = int(self.train_set.lengths[numbers].sum())  # the questions' are read, too
@@ -182,10 +178,8 @@ def finetune_chat(options: Options, stop: StopRequest, ranks: Ranks) -> int:
         questions = read_questions(files.test, options, llama.chat_template, tokenizer)
         if options.lora_rank:
             add_lora(llama, rank=options.lora_rank, alpha=2 * options.lora_rank)
-        with files.train.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         identity = {
-            "--train": digest,
+            "--train": fingerprint(files.train.read_bytes()),
             "dialogues to train on (--dev, --val_fraction)": len(train_set),
             "model shape": llama.config.to_model_args(),
             "--tokenizer_model": tokenizer.fingerprint,

@@ -14,7 +14,7 @@ from typing import Any
 
 from minllama.command_line import read_stored, without_none
 from minllama.errors import UsageError
-from minllama.files import check_regular
+from minllama.files import check_regular, read_bounded
 
 TOML_BYTES = 1 << 20
 Fields = Mapping[str, dataclasses.Field]
@@ -30,9 +30,7 @@ def toml_words(
     """
     try:
         check_regular(path)
-        with path.open("rb") as file:
-            text = file.read(TOML_BYTES).decode("utf-8-sig")
-        content = tomllib.loads(text)
+        content = tomllib.loads(read_bounded(path, TOML_BYTES))
     except UsageError as error:
         raise UsageError(f"--config {error}") from None
     except OSError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import DATA_DIR, MAX_CONTEXT, Options
+from config import DATA_DIR, MAX_CONTEXT, Options, fingerprint
 from minllama.command_line import quoted
 from minllama.console import say
 from minllama.copies import say_copies, without_copies
@@ -69,8 +68,10 @@ class Texts:
         """These texts in chunks of `context`, with at most `val_tokens` of the held-out one."""
         bos_id, val = self.tokenizer.bos_id, self.val
         if val is not None:
-            lengths = self.tokenizer.token_byte_lengths()
-            val = PretrainDataset(val.stream.first(val_tokens, lengths), context, bos_id=bos_id)
+            stream = val.stream
+            if val_tokens < len(stream):
+                stream = stream.first(val_tokens, self.tokenizer.token_byte_lengths())
+            val = PretrainDataset(stream, context, bos_id=bos_id)
         train = PretrainDataset(self.train.stream, context, bos_id=bos_id)
         return dataclasses.replace(self, train=train, val=val, context=context)
 
@@ -173,7 +174,7 @@ def key_of(cache: TokenCache, chosen: np.ndarray | None) -> str:
     """Names a text by its content, of which `chosen` documents, (documents,) bool, are used."""
     if chosen is None or chosen.all():
         return cache.key.hex()[:16]
-    return hashlib.sha256(cache.key + np.packbits(chosen).tobytes()).hexdigest()[:16]
+    return fingerprint(cache.key + np.packbits(chosen).tobytes())
 
 
 def fit_context(options: Options, tokens: int, longest: int) -> int:

@@ -26,6 +26,11 @@ from utils import PretrainDataset, TokenStream
 BATCH_TOKENS = 1 << 13
 
 
+def perplexity(loss: float) -> float:
+    """That of a loss in nats per token, as far as there is a number for it."""
+    return math.exp(min(loss, 700.0))
+
+
 @dataclass(frozen=True)
 class TextScore:
     """What a model made of a text; `loss_sum` in nats, over the tokens that it had to predict."""
@@ -46,10 +51,9 @@ class TextScore:
 
     def line(self) -> str:
         """All of it, for the terminal."""
-        perplexity = math.exp(min(self.loss, 700.0))
         return (
             f"{self.utf8_bytes:,} bytes in {self.tokens:,} tokens: {self.loss:.4f} nats per token, "
-            f"perplexity {perplexity:.4f}, {self.bits_per_byte:.4f} bits per byte"
+            f"perplexity {perplexity(self.loss):.4f}, {self.bits_per_byte:.4f} bits per byte"
         )
 
 

@@ -212,15 +212,20 @@ def check_regular(path: Path) -> None:
         raise UsageError(f"{path}: not a regular file (a pipe or a device)")
 
 
+def read_bounded(path: Path, most: int) -> str:
+    """A UTF-8 file of at most so many bytes; raises OSError, and ValueError for any other."""
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"larger than {most:,} bytes")
+    return data.decode("utf-8-sig")
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file of bounded size; UsageError that names the file for any other."""
     check_regular(path)
     try:
-        with path.open("rb") as file:
-            data = file.read(JSON_BYTES + 1)
-        if len(data) > JSON_BYTES:
-            raise ValueError(f"larger than {JSON_BYTES:,} bytes")
-        return json.loads(data.decode("utf-8-sig"))
+        return json.loads(read_bounded(path, JSON_BYTES))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:

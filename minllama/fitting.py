@@ -177,8 +177,9 @@ def time_steps(
     bos_id = 0 if options.document_mask else None  # any token takes the time of the mask
     llama = Llama(dataclasses.replace(config, max_seq_len=context))
     model = NextTokenLoss(llama, bos_id).to(device)
-    name = options.optimizer
-    optimizer = make_optimizer(model, name=name, lr=1e-4, weight_decay=0.0, dtype=dtype)
+    optimizer = make_optimizer(
+        model, name=options.optimizer, lr=1e-4, weight_decay=0.0, dtype=dtype
+    )
     tokens = torch.randint(config.vocab_size, (rows, context), device=device)
 
     def passes() -> None:

@@ -5,22 +5,20 @@ What pretraining and chat share; how sequences are ordered is their own.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from config import IGNORE_INDEX
-from llama import Llama, NextTokenLoss, model_payload
-from minllama.adapters import merge_lora
+from llama import Llama, NextTokenLoss
 from minllama.console import progress_bar
 from minllama.device import autocast
+from minllama.evaluation import perplexity
 from minllama.session import Session
-from minllama.sharding import full_state_dict, no_gradients
+from minllama.sharding import no_gradients
 from minllama.task import Batch, Task
 from utils import ChatDataset, PretrainDataset
 
@@ -59,15 +57,6 @@ class NextTokenTask(Task):
             return {}
         return evaluate_tokens(self.next_token_loss, self.val_set, self.session)
 
-    def weights(self) -> dict[str, Any]:
-        """An ordinary weights file, adapters merged."""
-        model, options = self.llama, self.session.options
-        if options.option == "finetune" and options.lora_rank:
-            model = copy.deepcopy(model)
-            merge_lora(model)
-        state = full_state_dict(model, self.session.ranks)
-        return model_payload(model, getattr(torch, options.save_dtype), state=state)
-
 
 def token_batch(dataset: TokenDataset, indices: Sequence[int], device: torch.device) -> Batch:
     """Sequences as a micro-batch on the device."""
@@ -102,8 +91,3 @@ def evaluate_tokens(
     if dataset.utf8_bytes:
         metrics["bits_per_byte"] = loss_sum / math.log(2) / dataset.utf8_bytes
     return metrics
-
-
-def perplexity(loss: float) -> float:
-    """That of a loss in nats per token, as far as there is a number for it."""
-    return math.exp(min(loss, 700.0))

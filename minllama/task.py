@@ -1,10 +1,11 @@
 """What is trained: a task's model, batches, loss and evaluation, as the train loop asks for them.
 
-`run_llama.py` has the two tasks, pretraining and finetuning.
+The tasks: pretraining and classification in `run_llama.py`, dialogues in `chat_training`.
 """
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ import torch
 from torch import nn
 
 from config import IGNORE_INDEX
-from llama import Llama
+from llama import Llama, model_payload
+from minllama.adapters import merge_lora
 from minllama.device import autocast
 from minllama.random_state import random_state, restore_random_state
 from minllama.session import Session
-from minllama.sharding import distribute
+from minllama.sharding import distribute, full_state_dict
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Batch:
 
 
 class Task(ABC):
-    """What pretraining and finetuning do not share: model, batches, loss, evaluation."""
+    """What the tasks do not share: model, batches, loss, evaluation."""
 
     goal: str  # the metric that chooses the best model
     higher_is_better: bool = False
@@ -144,9 +146,14 @@ class Task(ABC):
         """
         return None
 
-    @abstractmethod
     def weights(self) -> dict[str, Any]:
-        """The content of a weights file, on rank 0. All ranks call it."""
+        """The content of a weights file, adapters merged, on rank 0. All ranks call it."""
+        llama, options = self.llama, self.session.options
+        if options.option == "finetune" and options.lora_rank:
+            llama = copy.deepcopy(llama)
+            merge_lora(llama)
+        state = full_state_dict(llama, self.session.ranks)
+        return model_payload(llama, getattr(torch, options.save_dtype), state=state)
 
     @abstractmethod
     def locate(self, number: int) -> str:
