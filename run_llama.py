@@ -77,6 +77,7 @@ from minllama.prompting import Prompts, score_labels
 from minllama.pt_file import load_pt
 from minllama.ranks import Ranks, check_runs_alone, exit_at_once, is_lost_peer
 from minllama.record import loss_curve_svg, read_records
+from minllama.run import Run
 from minllama.run_folder import RunFolder
 from minllama.session import Session, open_session, print_results, say_interrupted
 from minllama.sharding import full_state_dict, is_sharded, load_state
@@ -84,7 +85,7 @@ from minllama.signals import LAUNCHER_REPEATS, StopRequest
 from minllama.streaming import CHAT_TEMPERATURE, PROMPT_TEMPERATURE, Writer, sample_text
 from minllama.task import Batch, Task
 from minllama.text import Reading, find_text_files, first_words, read_lines
-from minllama.training import Run, train
+from minllama.training import train
 from minllama.vocabulary import choose_vocabulary
 from optimizer import layer_matrices
 from tokenizer import Tokenizer

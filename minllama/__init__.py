@@ -6,6 +6,7 @@ A module imports only modules that are listed above it:
     command_line         argparse with one-line errors; flags from a dataclass
     suggestions          a command line's unknown flags, and what they may have meant
     encodings            which encoding a text may have
+    contradictions       flags that contradict each other
     files, locks         files written whole or not at all; files that one process holds
     config_file          flags in a TOML file; a run's record as the command it was
     console              progress bars; status lines at the terminal's width
@@ -36,7 +37,8 @@ A module imports only modules that are listed above it:
     session              before and after the loop
     copies               documents that come twice
     corpus, vocabulary   the text of a pretraining, and the vocabulary
-    task, training       what is trained; the train loop
+    task, run            what is trained; a run, where it is and when it ends
+    train_step, training one optimizer step; the train loop
     classifying          a classifier's batches and predictions
     fitting              shape, batch and schedule for --minutes
     next_token           predicting tokens as a task, and the loss on held-out ones

@@ -23,11 +23,12 @@ from minllama.labelled import data_set_name
 from minllama.models import load_model
 from minllama.next_token import NextTokenTask
 from minllama.ranks import Ranks
+from minllama.run import Run
 from minllama.session import Session, open_session, print_results, say_interrupted
 from minllama.signals import StopRequest
 from minllama.task import Batch
 from minllama.text import Reading, find_text_files
-from minllama.training import Run, train
+from minllama.training import train
 from optimizer import layer_matrices
 from tokenizer import Tokenizer
 from utils import ChatDataset, batches_by_length

@@ -23,7 +23,7 @@ from minllama.checkpoint import (
 from minllama.errors import UsageError
 from minllama.pt_file import save_pt
 from minllama.random_state import random_state, restore_random_state
-from minllama.training import Progress
+from minllama.run import Progress
 from optimizer import AdamW, parameter_groups
 
 pytestmark = pytest.mark.usefixtures("empty_folder")

@@ -107,7 +107,7 @@ def test_a_machine_that_turns_slow_is_told(timed):
 
 def test_interrupted_and_resumed_it_goes_the_same_way(timed, monkeypatch):
     """Of one pace, decided before the interruption, the same weights bit for bit."""
-    monkeypatch.setattr(training, "next_look", lambda step, end: 10 if step < 10 else 10**9)
+    monkeypatch.setattr("minllama.run.next_look", lambda step, end: 10 if step < 10 else 10**9)
     assert timed(lambda step: 1.2)[1].status == 0
     end = steps()[-1]
     with monkeypatch.context() as patch:

@@ -31,13 +31,14 @@ from torch import nn
 import optimizer
 from config import IGNORE_INDEX
 from llama import load_pretrained
-from minllama import next_token, session, training
+from minllama import next_token, session, train_step, training
 from minllama.checkpoint import load_checkpoint
 from minllama.device import is_out_of_memory
 from minllama.errors import RunFailed
 from minllama.pt_file import load_pt, save_pt
+from minllama.run import Progress
 from minllama.signals import StopRequest
-from minllama.training import Progress, halve_micro_batch
+from minllama.train_step import halve_micro_batch
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +111,7 @@ def test_gradients_are_clipped_before_the_update_and_recorded_unclipped():
 
     def watch(folder: str, clip: str) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            real = training.update
+            real = train_step.update
 
             def update(run, *rest):
                 parameters = run.optimizer.param_groups
@@ -118,7 +119,7 @@ def test_gradients_are_clipped_before_the_update_and_recorded_unclipped():
                 seen.append(torch.stack(norms).norm().item())
                 real(run, *rest)
 
-            patch.setattr(training, "update", update)
+            patch.setattr(train_step, "update", update)
             pretrain(f"--max_steps 1 --save_dir {folder} --grad_clip {clip}")
 
     watch("clipped", "0.5")
@@ -451,7 +452,7 @@ def poison(patch: pytest.MonkeyPatch, bad: range, *, gradients: bool = False, cu
 
     `cured` by a lower learning rate.
     """
-    real = training.backward
+    real = train_step.backward
 
     def backward(run, *rest):
         loss = real(run, *rest)
@@ -464,7 +465,7 @@ def poison(patch: pytest.MonkeyPatch, bad: range, *, gradients: bool = False, cu
                 parameter.grad.fill_(math.nan)
         return loss
 
-    patch.setattr(training, "backward", backward)
+    patch.setattr(train_step, "backward", backward)
 
 
 @pytest.mark.parametrize("gradients", [False, True])
