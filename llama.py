@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from config import IGNORE_INDEX, LlamaConfig, fingerprint
+from config import LlamaConfig, fingerprint
 from minllama.chat import ChatTemplate
 from minllama.errors import UsageError
 from minllama.formats import StoredModel, read_model
@@ -33,22 +33,18 @@ from minllama.generation import (
     generate_tokens,
     single_token_attention,
 )
+from minllama.kernels import (
+    attend,
+    compute_dtype,
+    document_begins,
+    document_masks,
+    fused_attention,
+    linear_cross_entropy,
+)
 
-# Bytes of logits in memory at once, by device: the loss is computed in chunks of rows. On a CPU
-# chunks near the size of its cache are fastest; a GPU needs larger products.
-LOGITS_CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**28, "mps": 2**28}
-# Tokens up to which training on a CPU keeps attention's scores for the backward pass: it is faster,
-# and for longer rows the memory of the scores is worth more than the time.
-SCORES_KEPT = 1024
 AnyCache = KVCache | StepCache
 
 # ---------------------------------------------------------------------------- parts
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that matrix products of x run in: autocast's where that is on, else its own."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class RMSNorm(nn.Module):
@@ -63,6 +59,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda and x.dtype != torch.float32:  # its kernel is float32 inside, and one
+            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
         normed = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
         return normed.to(compute_dtype(x))
 
@@ -100,68 +98,6 @@ def apply_rotary_emb(
     return rotate(query, table), rotate(key, table)
 
 
-QUERY_BLOCK = 256  # rows of scores at once: measured best of 64 to 1,024
-
-
-def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, masks: Sequence[Tensor] | None = None
-) -> Tensor:
-    """softmax(query @ key.T / sqrt(D)) @ value over what each token may see, all (B, H, T, D).
-
-    `masks` are those of `document_masks`. For training on a CPU: in bfloat16 it takes half (T 256)
-    to four fifths (T 1,024) of the time of torch's fused kernel, whose backward pass recomputes
-    the scores where this keeps them.
-    """
-    out = []
-    for block in (query * query.shape[-1] ** -0.5).split(QUERY_BLOCK, dim=2):
-        start = len(out) * QUERY_BLOCK
-        end = start + block.shape[2]
-        scores = block @ key[:, :, :end].transpose(2, 3)
-        if masks is None:
-            unseen = scores.new_full(scores.shape[2:], -math.inf).triu(start + 1)
-        else:
-            unseen = masks[len(out)]
-        scores += unseen
-        out.append(torch.softmax(scores, dim=-1) @ value[:, :, :end])
-    return torch.cat(out, dim=2)
-
-
-def document_begins(tokens: Tensor, bos_id: int) -> Tensor:
-    """Where in its row the document of each of tokens (B, T) begins, (B, T): at its BOS, or at 0
-    for what is left of one that began in an earlier chunk."""
-    places = torch.arange(tokens.shape[1], device=tokens.device)
-    return torch.where(tokens == bos_id, places, 0).cummax(dim=1).values
-
-
-def document_masks(begins: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """What is added to scores so that each token sees its document up to itself, and no other.
-
-    Of QUERY_BLOCK queries each on a CPU, else of all: (B, 1, queries, keys up to the last one's).
-    """
-    width, masks = begins.shape[1], []
-    places = torch.arange(width, device=begins.device)
-    rows = QUERY_BLOCK if begins.is_cpu else width
-    for start in range(0, width, rows):
-        query, key = places[start : start + rows, None], places[: start + rows]
-        seen = (key <= query) & (key >= begins[:, start : start + rows, None])  # (B, queries, keys)
-        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        masks.append(mask.masked_fill(~seen, -math.inf)[:, None])
-    return masks
-
-
-def masked_attention(query: Tensor, key: Tensor, value: Tensor, masks: Sequence[Tensor]) -> Tensor:
-    """What each of query (B, H, T, D) sees of key and value (B, H_kv, T, D), (B, H, T, D).
-
-    By blocks, so that torch's fused kernel leaves out what comes after a block's last query.
-    """
-    out, grouped = [], query.shape[1] != key.shape[1]
-    for block, mask in zip(query.split(masks[0].shape[2], dim=2), masks, strict=True):
-        seen = (tensor[:, :, : mask.shape[3]] for tensor in (key, value))
-        attend = F.scaled_dot_product_attention
-        out.append(attend(block, *seen, attn_mask=mask, enable_gqa=grouped))
-    return torch.cat(out, dim=2)
-
-
 class Attention(nn.Module):
     """Causal self-attention with rotary positions; each key/value head serves H / H_kv heads."""
 
@@ -171,7 +107,6 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
         kv_dim = config.n_kv_heads * config.head_dim
-        self.grouped = config.n_kv_heads != config.n_heads
         self.compute_query = nn.Linear(config.dim, config.dim, bias=False)
         self.compute_key = nn.Linear(config.dim, kv_dim, bias=False)
         self.compute_value = nn.Linear(config.dim, kv_dim, bias=False)
@@ -203,22 +138,13 @@ class Attention(nn.Module):
             key, value = cache.update(self.layer_id, key, value)  # (B, S, H_kv, D)
             mask = cache.mask
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        trains = cache is None and query.requires_grad
-        if trains and query.is_cpu and not self.grouped and x.shape[1] <= SCORES_KEPT:
-            attended = causal_attention(query, key, value, masks)
-        elif masks is not None:
-            attended = masked_attention(query, key, value, masks)
+        if cache is None:
+            attended = attend(query, key, value, masks)
         elif isinstance(cache, StepCache):
             attended = single_token_attention(query, key, value, mask)
         else:
-            attended = F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=mask,
-                is_causal=mask is None and x.shape[1] > 1,  # a single token sees all there is
-                enable_gqa=self.grouped,
-            )
+            causal = mask is None and x.shape[1] > 1  # a single token sees all there is
+            attended = fused_attention(query, key, value, mask, causal=causal)
         return self.dropout(self.compute_output(attended.transpose(1, 2).flatten(2)))
 
 
@@ -260,84 +186,6 @@ class LlamaLayer(nn.Module):
     ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), table, cache, masks)
         return x + self.feed_forward(self.ffn_norm(x))
-
-
-# ---------------------------------------------------------------------------- loss
-
-SMALLEST_PROBABILITY = torch.finfo(torch.float32).tiny  # what is below counts as this: 87 nats
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum of cross entropies of hidden @ weight.T, its gradients made on the way forward.
-
-    A chunk of rows at a time: its logits are made, used for loss and gradients, and written over,
-    so the (N, V) tensor that dominates a small model's memory never exists. Logits and matrix
-    products are in `dtype`, softmax and the weight gradient's sum over chunks in float32. Float16
-    needs no scale in here: softmax minus one-hot lies in [-1, 1] (what is below 6e-8 is lost,
-    together less than a thousandth of a row), the products stay far from 65504, and a GradScaler's
-    factor comes later, as grad_output, onto float32.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, dtype, chunk_rows, wanted):
-        loss_sum = hidden.new_zeros((), dtype=torch.float32)
-        grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if wanted[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
-        hidden_cast, weight_cast = hidden.to(dtype), weight.to(dtype)
-        # One pair for all chunks: to get fresh memory takes a CPU as long as to work on it.
-        shape = (min(chunk_rows, hidden.shape[0]), weight.shape[0])
-        logits, probs = hidden_cast.new_empty(shape), weight.new_empty(shape, dtype=torch.float32)
-        for start in range(0, hidden.shape[0], chunk_rows):
-            rows = hidden_cast[start : start + chunk_rows]  # (n, dim)
-            target = targets[start : start + chunk_rows, None]  # (n, 1)
-            real = (target != IGNORE_INDEX).float()
-            target = target.clamp(min=0)
-            chunk_logits, chunk_probs = logits[: rows.shape[0]], probs[: rows.shape[0]]
-            torch.mm(rows, weight_cast.t(), out=chunk_logits)
-            chunk_probs.copy_(chunk_logits)
-            torch.softmax(chunk_probs, -1, out=chunk_probs)
-            right = chunk_probs.gather(1, target).clamp_(min=SMALLEST_PROBABILITY)
-            loss_sum = loss_sum - (right.log_() * real).sum()
-            if not any(wanted):
-                continue
-            chunk_probs.scatter_add_(1, target, -torch.ones_like(real))
-            grad_logits = chunk_logits.copy_(chunk_probs)  # (n, V)
-            if wanted[0]:
-                grad_hidden[start : start + chunk_rows] = (grad_logits @ weight_cast).float() * real
-            if wanted[1]:  # rows without a target are zeroed here, where they are narrow
-                grad_weight += grad_logits.t() @ (rows * real.to(dtype))
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.dtypes = (hidden.dtype, weight.dtype)
-        return loss_sum
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        grads = (
-            None if grad is None else (grad * grad_output).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return *grads, None, None, None, None
-
-
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_rows: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Cross entropy of the logits hidden @ weight.T, which are never whole in memory.
-
-    hidden (N, dim), weight (V, dim), targets (N,). Returns the sum in nats over the targets that
-    are not IGNORE_INDEX, and their count. Computed in autocast's dtype where that is on, else in
-    hidden's.
-    """
-    grad = torch.is_grad_enabled()
-    wanted = (grad and hidden.requires_grad, grad and weight.requires_grad)
-    if chunk_rows is None:
-        device = hidden.device.type
-        rows = LOGITS_CHUNK_BYTES.get(device, LOGITS_CHUNK_BYTES["cpu"]) // (4 * weight.shape[0])
-        chunk_rows = max(16, min(512, rows)) if device == "cpu" else max(256, rows)
-    loss_sum = _LinearCrossEntropy.apply(
-        hidden, weight, targets, compute_dtype(hidden), chunk_rows, wanted
-    )
-    return loss_sum, (targets != IGNORE_INDEX).sum()
 
 
 # ---------------------------------------------------------------------------- the whole
@@ -408,6 +256,8 @@ class Llama(nn.Module):
             masks = document_masks(begins, compute_dtype(self.tok_embeddings.weight))
         table = self.rotary[positions]  # (T or B, T; 1, D/2, 2)
         x = self.dropout(self.tok_embeddings(tokens))
+        if x.is_cuda:  # a GPU waits for its memory: half the bytes in everything between products
+            x = x.to(compute_dtype(x))
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, table, None, masks, use_reentrant=False)

@@ -21,6 +21,7 @@ A module imports only modules that are listed above it:
     checkpoint           a run's state, in one file or in shards
     gguf                 llama.cpp's files: values, tensors, vocabularies
     formats, generation  reading other programs' files; caches, sampling, packed weights
+    kernels              attention and the loss, by what is fastest where
     (llama, optimizer)   the model; AdamW, Muon, schedules
     models, adapters     which model to use, and its vocabulary; LoRA
     export               writing other programs' files

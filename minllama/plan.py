@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from config import DTYPE_BYTES, LlamaConfig, Options, suited_lr
-from llama import LOGITS_CHUNK_BYTES, SCORES_KEPT
 from minllama.console import say
 from minllama.device import Gpu
+from minllama.kernels import chunk_rows_for, longest_kept
 from minllama.units import human_size, human_time
 
 # What a process takes before it has a model: Python and torch with their kernels, CUDA's context.
@@ -80,17 +82,25 @@ class TrainingPlan:
         return self.options.micro_batch_size * self.sequence_length
 
     def activation_bytes(self) -> int:
-        """What a micro-batch keeps for the backward pass, for attention that keeps no scores."""
+        """What a micro-batch keeps for the backward pass, and the gradient of its last states."""
         config, compute = self.config, DTYPE_BYTES[self.dtype]
         kv_dim = config.n_kv_heads * config.head_dim
-        residual = 4 * config.dim  # the residual stream stays in float32
+        residual = (compute if self.device == "cuda" else 4) * config.dim
         layer = 2 * residual + compute * (5 * config.dim + 3 * kv_dim + 4 * config.hidden_dim)
-        if self.device == "cpu" and self.sequence_length <= SCORES_KEPT:
+        if self.device == "cpu" and self.sequence_length <= longest_kept(
+            getattr(torch, self.dtype)
+        ):
             layer += compute * config.n_heads * self.sequence_length
         layers = config.n_layers * layer
         if self.options.activation_checkpointing:
             layers = config.n_layers * residual + layer
-        return self.micro_tokens * (layers + 3 * residual)
+        return self.micro_tokens * (layers + 2 * residual + 4 * config.dim)
+
+    def logits_bytes(self) -> int:
+        """A chunk of logits, their softmax in float32, and the head's gradient as it is made."""
+        rows = min(self.micro_tokens, chunk_rows_for(self.device, self.logits_width))
+        chunk = rows * self.logits_width * (4 + DTYPE_BYTES[self.dtype])
+        return chunk + 4 * self.logits_width * self.config.dim
 
     def flops_per_token(self) -> float:
         """Operations to train on one token; of finetuning, as if all weights were trained."""
@@ -128,14 +138,13 @@ class TrainingPlan:
 
     def memory(self) -> dict[str, int]:
         """Bytes by part while training."""
-        logits = 4 * self.micro_tokens * self.logits_width
         return {
             "weights": self.weights_file_bytes("float32") // self.shards,
             "gradients": 4 * self.trainable_parameters // self.shards,
             "optimizer": self.optimizer_bytes() // self.shards,
             "copies": self.gathered_bytes(),
             "activations": self.activation_bytes(),
-            "logits": 2 * min(logits, LOGITS_CHUNK_BYTES[self.device]),
+            "logits": self.logits_bytes(),
             "process": PROCESS_BYTES[self.device],
         }
 

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from oracles import make_model
 
 from config import IGNORE_INDEX
-from llama import NextTokenLoss, linear_cross_entropy, load_pretrained, model_payload
+from llama import NextTokenLoss, load_pretrained, model_payload
 from minllama.chat import ChatTemplate, Cuts, Dialogue, encode_dialogue, read_dialogues
 from minllama.errors import UsageError
 from minllama.export import export
+from minllama.kernels import linear_cross_entropy
 from minllama.pt_file import save_pt
 from tokenizer import Tokenizer
 from utils import ChatDataset

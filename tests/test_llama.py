@@ -14,6 +14,7 @@ from oracles import assert_same_weights, make_llama, to_hugging_face
 
 import llama as L
 from config import IGNORE_INDEX, LlamaConfig
+from minllama import kernels
 from minllama.errors import UsageError
 
 
@@ -123,12 +124,12 @@ def test_forward_gives_the_last_logits_only_unless_targets_are_given(model: L.Ll
         model(torch.zeros(1, 33, dtype=torch.long))
 
 
-@pytest.mark.parametrize("width", [1, 9, L.QUERY_BLOCK, 2 * L.QUERY_BLOCK + 3])
+@pytest.mark.parametrize("width", [1, 9, kernels.QUERY_BLOCK, 2 * kernels.QUERY_BLOCK + 3])
 def test_attention_by_blocks_equals_the_fused_one(width: int):
     """Its masks must fit whole and ragged blocks; values and gradients, in float64."""
     inputs = [torch.randn(2, 3, width, 4, dtype=torch.float64).requires_grad_() for _ in range(3)]
     weights = torch.randn(2, 3, width, 4, dtype=torch.float64)
-    got = L.causal_attention(*inputs)
+    got = kernels.kept_attention(*inputs)
     want = F.scaled_dot_product_attention(*inputs, is_causal=True)
     torch.testing.assert_close(got, want)
     for mine, theirs in zip(
@@ -171,7 +172,7 @@ def loss_case(seed: int = 0, rows: int = 37):
 @pytest.mark.parametrize("chunk_rows", [1, 10, 37, 1000])
 def test_chunked_loss_equals_the_plain_one(chunk_rows: int):
     hidden, weight, targets = loss_case()
-    loss, count = L.linear_cross_entropy(hidden, weight, targets, chunk_rows=chunk_rows)
+    loss, count = kernels.linear_cross_entropy(hidden, weight, targets, chunk_rows=chunk_rows)
     want = plain_loss(hidden, weight, targets)
     assert count == (targets != IGNORE_INDEX).sum()
     torch.testing.assert_close(loss, want, rtol=1e-6, atol=1e-5)
@@ -190,7 +191,7 @@ def test_chunked_loss_under_autocast_is_as_exact_as_the_plain_one(dtype: torch.d
     exact = torch.autograd.grad(plain_loss(hidden, weight, targets), (hidden, weight))
     with torch.autocast("cpu", dtype=dtype):
         plain = torch.autograd.grad(plain_loss(hidden, weight, targets), (hidden, weight))
-        loss, _ = L.linear_cross_entropy(hidden, weight, targets, chunk_rows=64)
+        loss, _ = kernels.linear_cross_entropy(hidden, weight, targets, chunk_rows=64)
     assert loss.dtype == torch.float32
     for mine, theirs, want in zip(
         torch.autograd.grad(loss, (hidden, weight)), plain, exact, strict=True
@@ -202,10 +203,14 @@ def test_chunked_loss_under_autocast_is_as_exact_as_the_plain_one(dtype: torch.d
 def test_float16_gradients_survive_a_loss_scale():
     """GradScaler multiplies the loss by 65536: that must reach float32 numbers."""
     hidden, weight, targets = loss_case()
-    with torch.autocast("cpu", dtype=torch.float16):
-        loss, _ = L.linear_cross_entropy(hidden, weight, targets)
-    plain = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
-    scaled = torch.autograd.grad(loss * 65536, (hidden, weight))
+    grads = []
+    for scale in (1, 65536):
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss, _ = kernels.linear_cross_entropy(hidden, weight, targets)
+        grads.append(torch.autograd.grad(loss * scale, (hidden, weight), retain_graph=True))
+    with pytest.raises(TypeError):  # made on the way forward, and scaled in place: there is no more
+        loss.backward()
+    plain, scaled = grads
     for one, many in zip(plain, scaled, strict=True):
         assert many.isfinite().all()
         torch.testing.assert_close(many / 65536, one)
@@ -215,7 +220,7 @@ def test_a_hopeless_target_costs_a_finite_loss_and_keeps_its_gradient():
     """Its probability is 0 in float32, whose logarithm would be infinite."""
     hidden = torch.full((1, 8), 10.0, requires_grad=True)
     weight = torch.stack((torch.full((8,), 2.0), torch.full((8,), -2.0)))
-    loss, _ = L.linear_cross_entropy(hidden, weight, torch.tensor([1]))
+    loss, _ = kernels.linear_cross_entropy(hidden, weight, torch.tensor([1]))
     loss.backward()
     assert loss.item() == pytest.approx(87.3, abs=0.1)
     torch.testing.assert_close(hidden.grad, torch.full((1, 8), 4.0))
@@ -223,7 +228,7 @@ def test_a_hopeless_target_costs_a_finite_loss_and_keeps_its_gradient():
 
 def test_loss_without_any_target_is_zero_with_zero_gradients():
     hidden, weight, targets = loss_case()
-    loss, count = L.linear_cross_entropy(hidden, weight, targets.fill_(IGNORE_INDEX))
+    loss, count = kernels.linear_cross_entropy(hidden, weight, targets.fill_(IGNORE_INDEX))
     assert loss == 0 and count == 0
     for grad in torch.autograd.grad(loss, (hidden, weight)):
         assert not grad.any()
@@ -233,11 +238,11 @@ def test_loss_computes_only_the_gradients_that_are_asked_for():
     """A frozen head (LoRA) needs no weight gradient, evaluation none at all."""
     hidden, weight, targets = loss_case()
     weight.requires_grad_(False)
-    loss, _ = L.linear_cross_entropy(hidden, weight, targets)
+    loss, _ = kernels.linear_cross_entropy(hidden, weight, targets)
     loss.backward()
     assert hidden.grad is not None and weight.grad is None
     with torch.inference_mode():
-        again, _ = L.linear_cross_entropy(hidden, weight, targets)
+        again, _ = kernels.linear_cross_entropy(hidden, weight, targets)
     assert torch.equal(again, loss.detach()) and not again.requires_grad
 
 
@@ -271,7 +276,7 @@ def test_fast_path_has_the_gradients_of_the_plain_formula(monkeypatch, dtype, ro
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         loss, count = model.loss(tokens, targets)
     got = torch.autograd.grad(loss / count, list(model.parameters()))
-    monkeypatch.setattr(L, "SCORES_KEPT", 0)
+    monkeypatch.setattr(kernels, "longest_kept", lambda dtype: 0)
     logits, _ = model(tokens, targets)
     want = torch.autograd.grad(
         F.cross_entropy(logits.flatten(0, 1), targets.flatten()), list(model.parameters())
@@ -281,11 +286,35 @@ def test_fast_path_has_the_gradients_of_the_plain_formula(monkeypatch, dtype, ro
         assert (mine - theirs).norm() < rounding * theirs.norm(), name
 
 
+@pytest.mark.parametrize("bos_id", [None, 1])
+def test_the_paths_of_a_gpu_have_the_gradients_of_a_cpus(tiny_config, monkeypatch, bos_id):
+    """A stream in bfloat16, keys repeated where a kernel shares none: run here as if on a GPU."""
+    model, tokens = make_llama(tiny_config).train(), torch.randint(64, (4, 32))
+    wanted = torch.autograd.grad(
+        L.NextTokenLoss(model, bos_id)(tokens, tokens)[0], [*model.parameters()]
+    )
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False, raising=False)
+    streams = []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda layer, x, out: streams.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = L.NextTokenLoss(model, bos_id)(tokens, tokens)[0]
+    assert {*streams} == {torch.bfloat16}
+    for (name, _), mine, theirs in zip(
+        model.named_parameters(),
+        torch.autograd.grad(loss, [*model.parameters()]),
+        wanted,
+        strict=True,
+    ):
+        assert (mine - theirs).norm() < 0.05 * theirs.norm(), name
+
+
 def test_fast_path_learns_as_float32_does(monkeypatch):
     """The loss curves of bfloat16 and of the plain formula lie on each other for 60 steps."""
     curves = []
     for fast in (True, False):
-        monkeypatch.setattr(L, "SCORES_KEPT", 1024 if fast else 0)
+        monkeypatch.setattr(kernels, "longest_kept", lambda dtype, kept=1024 * fast: kept)
         model = make_llama(ungrouped_config(n_layers=1)).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
         generator, curve = torch.Generator().manual_seed(0), []
@@ -320,11 +349,16 @@ class Counter:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch about torch's own doing
-def test_lengths_do_not_recompile_one_by_one():
-    """Finetuning compiles for any length: attention's blocks must not pin each length they see."""
+@pytest.mark.parametrize("scores_kept", [0, 1024])
+def test_lengths_do_not_recompile_one_by_one(monkeypatch, scores_kept: int):
+    """Finetuning compiles for any length: attention's blocks must not pin each length they see.
+
+    Nor may torch's own attention be asked whether to be causal by a length: that broke the graph.
+    """
+    monkeypatch.setattr(kernels, "longest_kept", lambda dtype: scores_kept)
     model = L.LlamaEmbeddingClassifier(make_llama(ungrouped_config(n_layers=1)), num_labels=2)
     counter = Counter()
-    compiled = torch.compile(model, dynamic=True, backend=counter)
+    compiled = torch.compile(model, dynamic=True, fullgraph=True, backend=counter)
     for width in (5, 9):
         compiled(torch.randint(64, (2, width)), torch.tensor([width, 3]))
     assert counter.graphs == 1
@@ -380,8 +414,8 @@ def test_documents_of_a_chunk_are_apart(
     tiny_config, monkeypatch, n_kv_heads, query_block, scores_kept, checkpointing
 ):
     """Packed is the same as each document alone, also one that goes on from the chunk before."""
-    monkeypatch.setattr(L, "QUERY_BLOCK", query_block)
-    monkeypatch.setattr(L, "SCORES_KEPT", scores_kept)
+    monkeypatch.setattr(kernels, "QUERY_BLOCK", query_block)
+    monkeypatch.setattr(kernels, "longest_kept", lambda dtype: scores_kept)
     model = make_llama(dataclasses.replace(tiny_config, n_kv_heads=n_kv_heads)).train()
     model.activation_checkpointing = checkpointing
     sizes = (3, 9, 1, 2, 14, 8)  # 37: two chunks of 18, and the last target
