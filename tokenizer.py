@@ -116,10 +116,12 @@ class Tokenizer:
     def spelt_in_bytes(self, tokens: np.ndarray) -> float:
         """The share of the bytes of some tokens' text that have a byte token each, from 0 to 1.
 
-        Such tokens spell characters that the vocabulary has no piece for.
+        Such tokens spell characters that the vocabulary has no piece for. A newline's does not
+        count: SentencePiece learns from lines, so no vocabulary has another for it.
         """
         sizes = np.bincount(tokens, minlength=self.n_words) * self.token_byte_lengths()
-        alone = [self.sp_model.is_byte(i) for i in range(self.n_words)]
+        newline = self.sp_model.piece_to_id("<0x0A>")
+        alone = [self.sp_model.is_byte(i) and i != newline for i in range(self.n_words)]
         return float(sizes[alone].sum() / max(1, sizes.sum()))
 
 

@@ -110,9 +110,13 @@ def test_token_byte_lengths_sum_to_the_text(name: str) -> None:
 
 
 def test_spelt_in_bytes() -> None:
-    """The share of a text's bytes for whose characters the vocabulary has no piece."""
+    """The share of a text's bytes for whose characters the vocabulary has no piece.
+
+    Of plays under a vocabulary of their own 3.6 % were said to be lacking: their newlines.
+    """
     tokenizer = vocabulary("embedded")
-    for text, low, high in (("the little fox ran home", 0, 0), ("从前有一个小女孩", 0.9, 1)):
+    texts = (("the little fox\nran home\n", 0, 0), ("从前有一个小女孩", 0.9, 1))
+    for text, low, high in texts:
         share = tokenizer.spelt_in_bytes(np.array(tokenizer.encode(text, True, True)))
         assert low <= share <= high
     assert tokenizer.spelt_in_bytes(np.array([], dtype=np.uint16)) == 0
