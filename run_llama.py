@@ -40,18 +40,13 @@ from minllama.command_line import print_error, protect_output
 from minllama.console import progress_bar, say
 from minllama.conversation import converse
 from minllama.corpus import Texts, find_texts, load_texts
-from minllama.device import (
-    GPUS,
-    check_compiler,
-    choose_device,
-    is_out_of_memory,
-    keep_freed_memory,
-)
+from minllama.device import check_compiler, choose_device, is_out_of_memory, keep_freed_memory
 from minllama.errors import Interrupted, RunFailed, UsageError
 from minllama.evaluation import compare_pairs, pair_report, perplexity, read_pairs
 from minllama.files import check_writable_file, write_text
 from minllama.fitting import TIMED_CONTEXT, fit_to_time
 from minllama.generation import compile_step, pack_weights
+from minllama.gpus import GPUS
 from minllama.labelled import (
     LabelledFiles,
     Scores,

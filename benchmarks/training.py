@@ -62,7 +62,7 @@ def train(job: dict[str, Any]) -> dict[str, float]:
     """
     import torch
 
-    from minllama.device import peak_flops
+    from minllama.gpus import peak_flops
 
     _, _, _, vocabulary, length, batch = SHAPES[job["shape"]]
     tokens = torch.randint(0, vocabulary, (batch, length + 1))

@@ -29,6 +29,7 @@ A module imports only modules that are listed above it:
     evaluation           bits per byte; minimal pairs
     conversation         questions and answers in the terminal
     random_state, device random numbers; device, dtype, memory, compiler
+    gpus                 GPUs by their data sheets; the rate that MFU is measured against
     ranks, sharding      several processes; DDP, FSDP2 and shards
     run_folder, saving   a run's folder and lock; writing its files while it trains
     advice               what a finished run's figures say

@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
 import re
 import sys
-import timeit
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from minllama.errors import UsageError
 
-
-class Gpu(NamedTuple):
-    """A GPU by its maker's data sheet."""
-
-    tflops: float  # dense bfloat16 tensor-core rate (V100, T4: float16)
-    memory_gb: float
-    link_gb_s: float  # each way to another GPU of the machine: NVLink, else PCIe
-
-
-GPUS = {  # by a word of the name that torch has for them
-    "H200": Gpu(989, 141, 450),
-    "H100": Gpu(989, 80, 450),
-    "B200": Gpu(2250, 180, 900),
-    "A100": Gpu(312, 80, 300),
-    "L40S": Gpu(362, 48, 32),
-    "L4": Gpu(121, 24, 32),
-    "A10": Gpu(125, 24, 32),
-    "V100": Gpu(125, 32, 150),
-    "T4": Gpu(65, 16, 16),
-    "4090": Gpu(165, 24, 32),
-    "3090": Gpu(71, 24, 32),
-}
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -122,19 +100,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that MFU is measured against: the data sheet's, else a large product timed here."""
-    if device.type == "cuda" and dtype != torch.float32:
-        name = torch.cuda.get_device_name(device)
-        for key, gpu in GPUS.items():
-            if re.search(rf"\b{key}\b", name):
-                return gpu.tflops * 1e12
-    a = torch.ones(1024, 1024, device=device, dtype=dtype)
-    # .item() waits for the device.
-    seconds = timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=5)
-    return 2 * 1024**3 / min(seconds)
-
-
 def available_memory(device: torch.device) -> int | None:
     """Bytes free on the device (the CPU: in the machine), or None where the system does not say."""
     if device.type == "cuda":
@@ -175,3 +140,20 @@ def is_out_of_memory(error: Exception) -> bool:
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Compute in `dtype` on float32 weights; float32 switches it off."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+@contextlib.contextmanager
+def training_precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Within the block a GPU that trains in float32 multiplies in TF32, several times as fast.
+
+    TF32 rounds factors to 10 bits and sums in float32. What does not train multiplies in float32.
+    """
+    if device.type != "cuda" or dtype != torch.float32:
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

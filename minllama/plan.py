@@ -11,7 +11,7 @@ import torch
 
 from config import DTYPE_BYTES, LlamaConfig, Options, suited_lr
 from minllama.console import say
-from minllama.device import Gpu
+from minllama.gpus import Gpu
 from minllama.kernels import chunk_rows_for, longest_kept
 from minllama.units import human_size, human_time
 
@@ -253,7 +253,7 @@ class Cluster:
         """An optimizer step's computing on one GPU."""
         tokens = plan.accumulation_steps * plan.micro_tokens
         again = 4 / 3 if plan.options.activation_checkpointing else 1  # the forward third twice
-        return tokens * plan.flops_per_token() * again / (self.gpu.tflops * 1e12 * ASSUMED_MFU)
+        return tokens * plan.flops_per_token() * again / (self.gpu.flops(plan.dtype) * ASSUMED_MFU)
 
     def communicated_bytes(self, plan: TrainingPlan) -> float:
         """Bytes that each GPU sends, and receives, per optimizer step.
@@ -294,11 +294,12 @@ class Cluster:
         communication = self.communication_seconds(plan)
         tokens = plan.options.global_batch_size * plan.sequence_length
         rate = tokens / step
-        reached = rate * plan.flops_per_token() / (plan.world_size * self.gpu.tflops * 1e12)
+        reached = rate * plan.flops_per_token() / (plan.world_size * self.gpu.flops(plan.dtype))
         nodes = -(-plan.world_size // GPUS_PER_NODE)
+        tflops = self.gpu.flops(plan.dtype) / 1e12
         return [
             f"cluster      {plan.world_size:,} GPUs in {nodes:,} node{'s' * (nodes > 1)}, "
-            f"{self.gpu.tflops:,.0f} TFLOP/s each; assumed: computing reaches {ASSUMED_MFU:.0%} "
+            f"{tflops:,.0f} TFLOP/s each; assumed: computing reaches {ASSUMED_MFU:.0%} "
             f"of that, links have {self.gpu.link_gb_s:,.0f} GB/s within a node and "
             f"{INTER_NODE_GB_S:,.0f} GB/s between nodes",
             f"traffic      {human_size(self.communicated_bytes(plan))} per GPU and step "

@@ -9,10 +9,8 @@ from __future__ import annotations
 from tqdm import tqdm
 
 from minllama.console import show_record, training_bar
-from minllama.device import (
-    peak_flops,
-)
 from minllama.errors import Interrupted, RunFailed, TextLost
+from minllama.gpus import peak_flops
 from minllama.record import (
     SPIKE_WINDOW,
     gpu_telemetry,

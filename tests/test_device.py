@@ -16,7 +16,7 @@ from minllama.device import (
     compiler_problem,
     describe_device,
     dtype_name,
-    peak_flops,
+    training_precision,
     used_memory,
 )
 from minllama.errors import UsageError
@@ -76,30 +76,6 @@ def test_choose_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_dtype("auto", torch.device("mps")) == torch.float32
 
 
-@pytest.mark.parametrize(
-    ("name", "tflops"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H200", 989),
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA L40S", 362),
-        ("NVIDIA L4", 121),
-        ("Tesla V100-SXM2-16GB", 125),
-        ("Tesla T4", 65),
-        ("NVIDIA GeForce RTX 4090", 165),
-    ],
-)
-def test_the_peak_of_a_known_gpu(monkeypatch: pytest.MonkeyPatch, name: str, tflops: int) -> None:
-    """By whole words of its name: an L40S is no L4."""
-    pretend(monkeypatch, gpus=1, name=name)
-    assert peak_flops(CUDA, torch.bfloat16) == tflops * 1e12
-
-
-def test_the_peak_of_this_cpu() -> None:
-    """No data sheet has it: timed, and somewhere where CPUs are."""
-    assert 1e8 < peak_flops(CPU, torch.float32) < 1e15
-
-
 def test_memory_of_this_machine() -> None:
     """Bytes, not kilobytes or pages: this process alone takes more than 50 MB with torch."""
     free, used = available_memory(CPU), used_memory(CPU)
@@ -133,3 +109,17 @@ def test_a_compiler_that_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     assert compiler_problem(CPU) is None
     check_compiler(CPU)
+
+
+def test_training_in_float32_multiplies_in_tf32_and_nothing_else_does(monkeypatch) -> None:
+    """Predictions in float32 must not depend on their batch, and so not on TF32's kernels."""
+    seen: list[str] = []
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", seen.append)
+    for device, dtype in ((CPU, torch.float32), (CUDA, torch.bfloat16)):
+        with training_precision(device, dtype):
+            assert not seen
+    with pytest.raises(ZeroDivisionError), training_precision(CUDA, torch.float32):
+        assert seen == ["high"]
+        raise ZeroDivisionError
+    assert seen == ["high", "highest"]

@@ -8,7 +8,7 @@ import pytest
 
 from config import LlamaConfig, parse_options
 from minllama import plan as plans
-from minllama.device import Gpu
+from minllama.gpus import Gpu
 from minllama.plan import Cluster, TrainingPlan, warn_of_plan
 from minllama.units import human_size, human_time
 
@@ -142,7 +142,7 @@ def test_what_a_plan_cannot_do_is_said(changes, available, said, capsys):
 
 # ---------------------------------------------------------------------------- many GPUs
 
-CLUSTER = Cluster(Gpu(tflops=1000, memory_gb=80, link_gb_s=400))
+CLUSTER = Cluster(Gpu(1000, float32_tflops=500, memory_gb=80, link_gb_s=400))
 
 
 @pytest.fixture(autouse=True)
@@ -178,7 +178,7 @@ def test_ddp_on_one_node_by_hand():
 
 def test_ddp_waits_for_what_the_last_backward_pass_does_not_hide():
     """Slow links: two thirds of the last micro-batch's time hide the traffic, no more."""
-    slow = Cluster(Gpu(tflops=1000, memory_gb=80, link_gb_s=10))
+    slow = Cluster(Gpu(1000, float32_tflops=500, memory_gb=80, link_gb_s=10))
     plan = plan_of_preset(
         "1.1B", world_size=2, pretrain_batch_size=1, gradient_accumulation_steps=4
     )
