@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
-from torch.optim.adamw import adamw
 
 BETAS, EPS = (0.9, 0.95), 1e-8  # AdamW's, as Llama was pretrained
 WARMUP_START = 0.01  # of the peak: where linear warmup begins
+# Where the fused kernel decays, too, in the same pass; a CPU keeps the rounding that it had.
+DECAYED_INSIDE = ("cuda",)
 WSD_DECAY = 0.2  # of the run: the last part of the warmup-stable-decay schedule
 
 
@@ -52,8 +53,8 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            # Parameters of one step count share their bias correction, so one fused call each.
-            by_step: dict[int, list[nn.Parameter]] = {}
+            # What shares step count and device shares its bias correction, so one fused call each.
+            alike: dict[tuple, list[nn.Parameter]] = {}
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -65,8 +66,9 @@ class AdamW(torch.optim.Optimizer):
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
                 state["step"] += 1
-                by_step.setdefault(state["step"], []).append(parameter)
-            for step, parameters in by_step.items():
+                key = (state["step"], parameter.device, parameter.dtype)
+                alike.setdefault(key, []).append(parameter)
+            for (step, *_), parameters in alike.items():
                 self._update(parameters, group, step)
         return loss
 
@@ -80,43 +82,59 @@ class AdamW(torch.optim.Optimizer):
 
     def _update(self, parameters: list[nn.Parameter], group: dict, step: int) -> None:
         beta1, beta2 = group["betas"]
-        gradients = [p.grad for p in parameters]
-        exp_avg = [self.state[p]["exp_avg"] for p in parameters]
-        exp_avg_sq = [self.state[p]["exp_avg_sq"] for p in parameters]
+        weights, gradients = local(parameters), local([p.grad for p in parameters])
+        moments = [local([self.state[p][m] for p in parameters]) for m in ("exp_avg", "exp_avg_sq")]
         correction1, correction2 = 1 - beta1**step, math.sqrt(1 - beta2**step)
-        step_size = group["lr"]
+        step_size, decay = group["lr"], group["lr"] * group["weight_decay"]
         if group["correct_bias"]:
             step_size *= correction2 / correction1
-        one_layout = all(p.stride() == p.grad.stride() for p in parameters)
-        if one_layout and all(type(p) is nn.Parameter and p.is_cpu for p in parameters):
+        if is_fused(parameters, weights, gradients, *moments):
             # One pass over memory instead of seven. torch divides sqrt(v) by its correction before
             # it adds eps, so it gets the lr and eps that make this equal to the update below.
-            adamw(
-                parameters,
+            lr, eps, decay_before = step_size * correction1 / correction2, group["eps"], 0.0
+            if weights[0].device.type in DECAYED_INSIDE and 0 < decay < 1:
+                # Its decay comes before its update u: (1 - d) w - (1 - d) u is (1 - d) (w - u).
+                lr *= 1 - decay
+                decay_before, decay = decay / lr, 0.0
+            torch._fused_adamw_(
+                weights,
                 gradients,
-                exp_avg,
-                exp_avg_sq,
-                max_exp_avg_sqs=[],
-                state_steps=[torch.tensor(step - 1.0) for _ in parameters],
-                fused=True,
-                amsgrad=False,
+                *moments,
+                [],
+                # One count for all, filled in on the device: nothing waits.
+                [torch.full((), float(step), device=weights[0].device)] * len(weights),
+                lr=lr,
                 beta1=beta1,
                 beta2=beta2,
-                lr=step_size * correction1 / correction2,
-                weight_decay=0.0,
-                eps=group["eps"] / correction2,
+                weight_decay=decay_before,
+                eps=eps / correction2,
+                amsgrad=False,
                 maximize=False,
             )
         else:
+            exp_avg, exp_avg_sq = moments
             torch._foreach_lerp_(exp_avg, gradients, 1 - beta1)
             torch._foreach_mul_(exp_avg_sq, beta2)
             torch._foreach_addcmul_(exp_avg_sq, gradients, gradients, 1 - beta2)
             denominator = torch._foreach_sqrt(exp_avg_sq)
             torch._foreach_add_(denominator, group["eps"])
-            torch._foreach_addcdiv_(parameters, exp_avg, denominator, -step_size)
-        if group["weight_decay"]:
+            torch._foreach_addcdiv_(weights, exp_avg, denominator, -step_size)
+        if decay:
             # Added, since in float32 a factor of 1 - 1e-6 has lost most digits of the 1e-6.
-            torch._foreach_add_(parameters, parameters, alpha=-group["lr"] * group["weight_decay"])
+            torch._foreach_add_(weights, weights, alpha=-decay)
+
+
+def local(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Of tensors that FSDP2 shards this rank's shards, sharing their memory; others as they are."""
+    return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
+
+
+def is_fused(parameters: list[nn.Parameter], *lists: list[torch.Tensor]) -> bool:
+    """Whether torch's fused kernel takes these: it reads the tensors of a parameter, one from each
+    of the lists, in the order of their memory, and on the CPU and on CUDA alone."""
+    plain = all(type(p) is nn.Parameter or hasattr(p, "to_local") for p in parameters)
+    one_layout = all(len({t.stride() for t in of_one}) == 1 for of_one in zip(*lists, strict=True))
+    return plain and one_layout and lists[0][0].device.type in ("cpu", "cuda")
 
 
 def check_moments(optimizer: torch.optim.Optimizer, state: dict, *, names: set[str]) -> None:

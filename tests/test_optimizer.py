@@ -36,11 +36,15 @@ def adamw_by_hand(weight, gradients, *, lr, betas, eps, weight_decay, correct_bi
 @pytest.mark.parametrize("weight_decay", [0.0, 1e-4, 0.9])
 @pytest.mark.parametrize("scale", [1.0, 1e-7])
 @pytest.mark.parametrize("steps", [1, 20])
-@pytest.mark.parametrize("kind", [nn.Parameter, torch.clone])
-def test_update_is_the_equations(kind, correct_bias, weight_decay, scale, steps):
+@pytest.mark.parametrize("way", ["fused", "as on CUDA", "lists"])
+def test_update_is_the_equations(way, correct_bias, weight_decay, scale, steps, monkeypatch):
     """Large decay, tiny gradients (where eps rules) and few steps tell apart near-miss updates:
-    decay before the update, eps after the bias correction, decay not times lr. Parameters of a
-    CPU go through torch's fused kernel, other tensors through its operations on lists."""
+    decay before the update, eps after the bias correction, decay not times lr. Parameters go
+    through torch's fused kernel, which on CUDA decays as well; other tensors through its operations
+    on lists."""
+    kind = torch.clone if way == "lists" else nn.Parameter
+    if way == "as on CUDA":
+        monkeypatch.setattr("optimizer.DECAYED_INSIDE", ("cpu",))
     generator = torch.Generator().manual_seed(steps)
     start = torch.randn(5, 7, generator=generator)
     gradients = [scale * torch.randn(5, 7, generator=generator) for _ in range(steps)]
@@ -88,6 +92,41 @@ def test_a_gradient_laid_out_otherwise_meets_its_own_weights():
         AdamW([weight], lr=0.1).step()
         updated.append(weight.detach())
     torch.testing.assert_close(*updated)
+
+
+class Shard(torch.Tensor):
+    """What FSDP2 makes of a parameter, as far as an optimizer sees it: its shard is another tensor,
+    and to compute with the whole would need every rank."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def to_local(self) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (0, 5)])
+def test_shards_and_parameters_take_one_launch_a_group(shape, monkeypatch):
+    """Each of a group's tensors once, with one count between them: plain parameters, and shards as
+    the plain tensors that they are of; a rank may have none of a short tensor's rows."""
+    real, calls = torch._fused_adamw_, []
+
+    def fused(weights, *rest, **settings):
+        calls.append((list(map(type, weights)), {id(step) for step in rest[4]}))
+        real(weights, *rest, **settings)
+
+    monkeypatch.setattr(torch, "_fused_adamw_", fused)
+    start, gradient = torch.rand(shape), torch.rand(shape)
+    plain = nn.Parameter(start.clone())
+    sharded = start.clone().as_subclass(Shard)
+    for parameter in (plain, sharded):
+        parameter.grad = gradient.clone().as_subclass(type(parameter.data))
+        other = nn.Parameter(torch.ones(3))
+        other.grad = torch.ones(3)
+        AdamW([parameter, other], lr=0.1, weight_decay=0.1).step()
+    assert torch.equal(plain.detach(), sharded.to_local())
+    for types, counts in calls:
+        assert len(types) == 2 and len(counts) == 1 and Shard not in types
+    assert len(calls) == 2
 
 
 def test_parameters_without_gradient_keep_their_own_count():
