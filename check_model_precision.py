@@ -338,7 +338,8 @@ def convert(path: Path, args: argparse.Namespace) -> list[Path]:
         if not holds_vocabulary(second, tokenizer):
             check_output(path, args.convert, second, args.overwrite)
     stored = read_stored(path)[1]
-    extra = {key: stored[key] for key in ("classifier_head", "label_names") if key in stored}
+    of_classifier = ("classifier_head", "label_names", "pooling")
+    extra = {key: stored[key] for key in of_classifier if key in stored}
     options = {"dtype": args.save_dtype, "tokenizer": tokenizer, "extra": extra}
     written = export(model, args.convert, args.output, **options)
     if tokenizer is None:

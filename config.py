@@ -413,6 +413,11 @@ class Options:
     flag = section("--option finetune", "finetune")
     lr: float = flag(2e-5, "peak learning rate", above=0, below=1e6, instead="pretrain_lr")
     hidden_dropout_prob: float = flag(0.3, "dropout before the linear head", at_least=0, below=1)
+    pooling: Literal["last", "mean"] = flag(
+        "last",
+        "what the head reads of a sentence: the state after its last token, as the assignment, or "
+        "the mean over its tokens",
+    )
     freeze_backbone: bool = flag(False, "train the linear head alone")
     lora_rank: int | None = flag(
         None, "train adapters of this rank (LoRA) instead of the full weights", at_least=1
@@ -675,7 +680,7 @@ def find_idle_flags(options: Options) -> list[str]:
             remedy = f": --{instead} has" if options.option in READERS.get(instead, ()) else ""
             notes.append(f"note: --{name} has no effect on --option {options.option}{remedy}")
     if options.option == "finetune":
-        labels = {"label_names", "dev_out", "max_sentence_len", "hidden_dropout_prob"}
+        labels = {"label_names", "dev_out", "max_sentence_len", "hidden_dropout_prob", "pooling"}
         idle, what = (labels, "dialogues") if options.is_chat else ({"val_fraction"}, "sentences")
         for name in sorted(idle & options.given):
             notes.append(f"note: --{name} has no effect on --option finetune of {what}")

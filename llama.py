@@ -329,7 +329,11 @@ class NextTokenLoss(nn.Module):
 
 
 class LlamaEmbeddingClassifier(nn.Module):
-    """A linear head over the hidden state after the last real token."""
+    """A linear head over a sentence's hidden states.
+
+    `pooling` is "last", the state after the last real token, or "mean", the mean of those after
+    all real tokens.
+    """
 
     def __init__(
         self,
@@ -338,9 +342,10 @@ class LlamaEmbeddingClassifier(nn.Module):
         num_labels: int,
         hidden_dropout_prob: float = 0.3,
         freeze_backbone: bool = False,
+        pooling: str = "last",
     ) -> None:
         super().__init__()
-        self.llama = llama
+        self.llama, self.pooling = llama, pooling
         self.dropout = nn.Dropout(hidden_dropout_prob)
         self.classifier_head = nn.Linear(llama.config.dim, num_labels)
         if freeze_backbone:
@@ -353,9 +358,16 @@ class LlamaEmbeddingClassifier(nn.Module):
 
         Padding is never read: a row's result does not depend on the others of its batch.
         """
-        hidden = self.llama.hidden_states(tokens)
-        last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]  # (B, dim)
-        return F.log_softmax(self.classifier_head(self.dropout(last)).float(), dim=-1)
+        pooled = self._pool(self.llama.hidden_states(tokens), lengths)
+        return F.log_softmax(self.classifier_head(self.dropout(pooled)).float(), dim=-1)
+
+    def _pool(self, hidden: Tensor, lengths: Tensor) -> Tensor:
+        """One state (B, dim) a row from hidden (B, T, dim)."""
+        if self.pooling == "last":
+            return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+        padding = torch.arange(hidden.shape[1], device=hidden.device) >= lengths[:, None]  # (B, T)
+        summed = hidden.masked_fill(padding[:, :, None], 0).sum(dim=1, dtype=torch.float32)
+        return (summed / lengths[:, None]).to(hidden.dtype)
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:

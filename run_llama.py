@@ -291,6 +291,9 @@ def plan_for_gpus(options: Options, stop: StopRequest) -> int:
 # ---------------------------------------------------------------------------- finetune
 
 
+POOLED = {"last": "the state after the last token", "mean": "the mean over the tokens"}
+
+
 def finetune(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     """Train a classifier on top of a pretrained Llama, or a chat; returns the exit status."""
     if options.is_chat:
@@ -309,7 +312,9 @@ def finetune(options: Options, stop: StopRequest, ranks: Ranks) -> int:
             num_labels=len(files.label_names),
             hidden_dropout_prob=options.hidden_dropout_prob,
             freeze_backbone=options.freeze_backbone,
+            pooling=options.pooling,
         ).to(session.device)
+        say(f"pooling      {options.pooling}: the head reads {POOLED[options.pooling]} (--pooling)")
         identity = {
             "--train": fingerprint(files.paths["train"].read_bytes()),
             "model shape": llama.config.to_model_args(),
@@ -317,7 +322,10 @@ def finetune(options: Options, stop: StopRequest, ranks: Ranks) -> int:
             "--max_sentence_len": options.max_sentence_len,
             "--freeze_backbone": options.freeze_backbone,
             "--lora_rank": options.lora_rank,
+            "--pooling": options.pooling,
         }
+        if session.checkpoint is not None:  # one of before there were two does not say
+            session.checkpoint["identity"].setdefault("--pooling", "last")
         muon = layer_matrices(model) if options.optimizer == "muon" else []
         lengths = splits["train"].lengths
         session.settle(
@@ -384,6 +392,7 @@ class Finetuning(Task):
         return super().weights() | {
             "classifier_head": {name: tensor.cpu() for name, tensor in head.items()},
             "label_names": self.files.label_names,
+            "pooling": self.model.pooling,
         }
 
     def load_weights(self, path: Path) -> None:
@@ -491,11 +500,16 @@ def classify(options: Options, classifier: Classifier, stop: StopRequest, ranks:
     files = find_sentences(options, names)
     with contextlib.redirect_stdout(sys.stderr):
         device, note = choose_device(options.use_gpu)
-        say(f"device       {note}", f"classifier   fine-tuned to tell {', '.join(names)}")
+        say(
+            f"device       {note}",
+            f"classifier   fine-tuned to tell {', '.join(names)} from {POOLED[classifier.pooling]}",
+        )
         llama, tokenizer = load_model(options, device)
         context = llama.config.max_seq_len
         splits = load_splits(files, options, tokenizer, context=context, plain=True)
-    model = LlamaEmbeddingClassifier(llama, num_labels=len(names)).to(device)
+    model = LlamaEmbeddingClassifier(llama, num_labels=len(names), pooling=classifier.pooling).to(
+        device
+    )
     load_state(model.classifier_head, classifier.head)
     folder = RunFolder(options.save_dir, "prompt")  # nothing is written there
     session = Session(options, folder, ranks, stop, device, torch.float32, None)

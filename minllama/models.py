@@ -65,16 +65,20 @@ def find_model(options: Options) -> Path:
 
 
 class Classifier(NamedTuple):
-    """What a fine-tuning adds to a model: the head's weight (labels, dim) and bias, and names."""
+    """What a fine-tuning adds to a model: the head's weight (labels, dim) and bias, and names.
+
+    `pooling` is what the head was trained to read.
+    """
 
     head: dict[str, Tensor]
     label_names: list[str]
+    pooling: str
 
 
 def read_classifier(path: Path) -> Classifier | None:
     """The classifier in a fine-tuned model's file; None for a model without one.
 
-    Raises UsageError for a head that is not that of as many labels.
+    Raises UsageError for a head that is not that of as many labels, or reads what is not known.
     """
     if not path.is_file():
         return None
@@ -96,7 +100,10 @@ def read_classifier(path: Path) -> Classifier | None:
         tensor = head[name]
         if not (isinstance(tensor, Tensor) and tuple(tensor.shape) == shape):
             raise UsageError(f"{path}: classifier_head.{name} does not have the shape {shape}")
-    return Classifier(head, names)
+    pooling = payload.get("pooling", "last")  # files of before there were two do not say
+    if pooling not in ("last", "mean"):
+        raise UsageError(f"{path}: its classifier's pooling is {pooling!r}, not last or mean")
+    return Classifier(head, names, pooling)
 
 
 def pretrained_in(folder: Path) -> Path | None:

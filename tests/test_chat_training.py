@@ -133,8 +133,8 @@ def test_bad_input_ends_before_anything_is_made(more):
 
 def test_flags_of_labelled_sentences_are_said_to_be_idle():
     """They would have been taken without a word."""
-    done = command(f"{TRAIN} --plan --hidden_dropout_prob 0.1 --max_sentence_len 9")
-    for name in ("hidden_dropout_prob", "max_sentence_len"):
+    done = command(f"{TRAIN} --plan --hidden_dropout_prob 0.1 --max_sentence_len 9 --pooling mean")
+    for name in ("hidden_dropout_prob", "max_sentence_len", "pooling"):
         assert f"note: --{name} has no effect on --option finetune of dialogues" in done.error
 
 

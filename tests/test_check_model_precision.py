@@ -197,10 +197,11 @@ def test_a_fine_tuned_file_keeps_its_head_and_its_labels(tmp_path: Path):
     """Converted to half the size it must still be a classifier."""
     head = {"weight": torch.randn(2, 48), "bias": torch.randn(2)}
     payload = model_payload(make_model())
-    save_pt(tmp_path / "a.pt", payload | {"classifier_head": head, "label_names": ["bad", "good"]})
+    payload |= {"classifier_head": head, "label_names": ["bad", "good"], "pooling": "mean"}
+    save_pt(tmp_path / "a.pt", payload)
     assert convert(tmp_path / "a.pt", "pt-bfloat16", tmp_path / "b.pt") == 0
     found = torch.load(tmp_path / "b.pt", weights_only=True)
-    assert found["label_names"] == ["bad", "good"]
+    assert (found["label_names"], found["pooling"]) == (["bad", "good"], "mean")
     assert all(torch.equal(found["classifier_head"][name], head[name]) for name in head)
 
 

@@ -56,7 +56,7 @@ def test_the_flags_are_exactly_these():
         sample_prompt sample_tokens world_size gpu
         train dev test label_names batch_size max_sentence_len dev_out test_out
         minutes schedule_steps val_tokens
-        lr hidden_dropout_prob freeze_backbone lora_rank early_stopping
+        lr hidden_dropout_prob pooling freeze_backbone lora_rank early_stopping
         prompt_template label_norm shots pairs
         prompt prompt_file interactive weights max_new_tokens num_samples temperature top_k top_p
         min_p repetition_penalty stop

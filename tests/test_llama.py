@@ -470,6 +470,26 @@ def test_classifier_reads_the_last_real_token_and_never_padding(model: L.Llama):
     torch.testing.assert_close(classifier(*padded(rows, pad=63)), got, rtol=0, atol=0)
 
 
+def test_mean_pooling_equals_a_loop_over_the_real_tokens(model: L.Llama):
+    """Whatever the padding holds, and whichever rows are beside it."""
+    torch.manual_seed(1)
+    classifier = L.LlamaEmbeddingClassifier(model, num_labels=5, pooling="mean").eval()
+    rows = [torch.randint(64, (length,)).tolist() for length in (1, 9, 32, 4)]
+    got = classifier(*padded(rows))
+    for row, log_probs in zip(rows, got, strict=True):
+        states = model(torch.tensor([row]))[1][0]
+        mean = sum(states[i] for i in range(len(row))) / len(row)
+        want = F.log_softmax(classifier.classifier_head(mean), -1)
+        torch.testing.assert_close(log_probs, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(classifier(*padded(rows, pad=63)), got, rtol=0, atol=0)
+    gradients = []
+    for pad in (0, 63):
+        model.zero_grad()
+        classifier(*padded(rows, pad=pad))[:, 0].sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_frozen_backbone_trains_the_head_only(model: L.Llama):
     classifier = L.LlamaEmbeddingClassifier(model, num_labels=2, freeze_backbone=True)
     trained = [name for name, p in classifier.named_parameters() if p.requires_grad]

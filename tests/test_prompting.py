@@ -150,6 +150,7 @@ def test_a_classifier_is_applied_without_a_finetuning():
     """New sentences could only be classified by training again, with them as --test."""
     model, toy = write_model(Path.cwd(), dim=16, n_layers=1), write_labelled(Path.cwd())
     words = f"{toy} --pretrained_model_path {model} --save_dir run --max_steps 4 --lr 0.01"
+    words += " --pooling mean"  # as the file says from then on
     assert command(f"--option finetune {words}").status == 0
     tuned = Path("toy-test-finetuning-output.txt").read_text(encoding="utf-8")
     test = Path("toy-test.txt").read_text(encoding="utf-8")
@@ -158,7 +159,7 @@ def test_a_classifier_is_applied_without_a_finetuning():
     for file in ("new", "toy-test"):
         done = command(f"--option prompt --save_dir run --test {file}.txt")
         assert done.status == 0, done.error
-        assert "fine-tuned to tell awful, average, excellent" in done.error
+        assert "fine-tuned to tell awful, average, excellent from the mean" in done.error
         assert ("accuracy 0." in done.out) == (file == "toy-test")
         assert Path(f"{file}-prompting-output.txt").read_text(encoding="utf-8") == tuned
     asked = f"--option prompt {toy} --save_dir run --label_norm token"  # a flag of prompting
@@ -178,6 +179,7 @@ def test_a_classifier_is_applied_without_a_finetuning():
         {"classifier_head": {"weight": torch.zeros(3, 8), "bias": torch.zeros(3)}},
         {"classifier_head": {"weight": torch.zeros(3, 32)}},
         {"classifier_head": {"weight": [0], "bias": torch.zeros(3)}},
+        {"pooling": "max"},
     ],
 )
 def test_a_head_that_is_not_the_models_is_refused(change):
@@ -186,7 +188,8 @@ def test_a_head_that_is_not_the_models_is_refused(change):
     head = {"weight": torch.zeros(3, 32), "bias": torch.zeros(3)}
     payload |= {"classifier_head": head, "label_names": ["a", "b", "c"]}
     save_pt(Path("tuned.pt"), payload)
-    assert read_classifier(Path("tuned.pt")).label_names == ["a", "b", "c"]
+    found = read_classifier(Path("tuned.pt"))
+    assert (found.label_names, found.pooling) == (["a", "b", "c"], "last")  # it does not say
     save_pt(Path("tuned.pt"), payload | change)
     with pytest.raises(UsageError, match="tuned.pt: .*classifier"):
         read_classifier(Path("tuned.pt"))

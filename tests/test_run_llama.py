@@ -38,7 +38,7 @@ from config import parse_options
 from llama import load_pretrained
 from minllama import streaming
 from minllama.checkpoint import load_checkpoint
-from minllama.pt_file import load_pt
+from minllama.pt_file import load_pt, save_pt
 from minllama.signals import StopRequest
 from tokenizer import Tokenizer
 
@@ -320,7 +320,10 @@ def test_a_real_signal_saves_and_the_run_resumes():
 # ---------------------------------------------------------------------------- finetune
 
 
-@pytest.mark.parametrize("mode", ["", "--freeze_backbone", "--lora_rank 2", "--optimizer muon"])
+MODES = ["", "--freeze_backbone", "--lora_rank 2", "--optimizer muon", "--pooling mean"]
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_finetuning_learns_and_writes_predictions(finetune, model, mode):
     """Each mode ends with figures, prediction files in the file's order, and an ordinary model."""
     done = command(f"{finetune} {mode}")
@@ -363,6 +366,20 @@ def test_a_finetuning_checkpoint_is_a_model_file(finetune):
     best = "run/finetune-toy-best-model.pt"
     assert check_model_precision.main([best, "--convert", "pt", "--output", "copy.pt"]) == 0
     assert load_pt(Path("copy.pt"))["label_names"] == ["awful", "average", "excellent"]
+
+
+def test_a_finetuning_goes_on_with_its_pooling(finetune):
+    """A checkpoint of before there were two says nothing and read the last token's state."""
+    assert "pooling      last" in command(f"{finetune} --max_steps 1").out
+    path = next(Path("run").glob("finetune-toy-step-*.pt"))
+    checkpoint = load_pt(path)
+    assert checkpoint["identity"].pop("--pooling") == "last"
+    save_pt(path, checkpoint)
+    refused = command(f"{finetune} --max_steps 2 --resume auto --pooling mean")
+    assert (
+        refused.status == 2 and "--pooling mean differs from the checkpoint's last" in refused.error
+    )
+    assert command(f"{finetune} --max_steps 2 --resume auto").status == 0
 
 
 def test_the_embedded_reviews_need_no_flag():
