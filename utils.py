@@ -29,6 +29,8 @@ from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------- holding out
 
+MOST_BLOCKS = 16  # of a long document held out
+
 
 @dataclass(eq=False)
 class TokenStream:
@@ -67,6 +69,17 @@ class TokenStream:
             parts = (self.read(at, min(at + READ_BYTES, stop)) for at in places)
             size = sum(int(byte_lengths[part].sum()) for part in parts)
         return TokenStream(self.tokens, (self.starts + low)[some], (self.starts + high)[some], size)
+
+    @classmethod
+    def joined(cls, parts: Sequence[TokenStream]) -> TokenStream:
+        """Parts of one token array, in order, as one stream."""
+        sizes = [part.utf8_bytes for part in parts]
+        return cls(
+            parts[0].tokens,
+            np.concatenate([part.starts for part in parts]),
+            np.concatenate([part.stops for part in parts]),
+            None if None in sizes else sum(sizes),
+        )
 
     def first(self, tokens: int, byte_lengths: np.ndarray) -> TokenStream:
         """The first `tokens` of the stream, all if it has no more."""
@@ -109,8 +122,9 @@ def split_documents(
     """(train, val): whole documents are held out, by a pure function of their number.
 
     Of the `chosen` ones, (documents,) bool, by default all. Held-out tokens stay at or below
-    `val_fraction` of all. Where no document is so small, the last chunks of the last one are held
-    out, at least one. val is None for a fraction of 0 and for a corpus too small to spare anything.
+    `val_fraction` of all. Where no document is so small, blocks of chunks all over the text are
+    held out, at least one. val is None for a fraction of 0 and for a corpus too small to spare
+    anything.
     """
     whole = whole_stream(cache, chosen)
     if val_fraction <= 0:
@@ -122,7 +136,7 @@ def split_documents(
         order = order[chosen[order]]
     order = order[sizes[order] <= target]  # one huge document must not be the whole hold-out
     if not len(order):
-        return _split_last_chunks(whole, val_fraction, chunk_length, cache.token_byte_lengths)
+        return _split_blocks(whole, val_fraction, chunk_length, cache.token_byte_lengths)
     held_out = np.zeros(len(sizes), bool)
     held_out[order[: np.searchsorted(np.cumsum(sizes[order]), target, side="right")]] = True
     trained = ~held_out if chosen is None else chosen & ~held_out
@@ -138,16 +152,28 @@ def _scrambled(count: int, seed: int) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _split_last_chunks(
+def _split_blocks(
     whole: TokenStream, val_fraction: float, chunk_length: int, byte_lengths: np.ndarray | None
 ) -> tuple[TokenStream, TokenStream | None]:
+    """Hold out blocks of whole chunks, each at the end of an equal share of the stream.
+
+    One block at the very end would be of another chapter than all that is trained on.
+    """
     chunks = -(-len(whole) // chunk_length)
     held_out = min(chunks - 1, max(1, round(chunks * val_fraction)))
-    cut = (chunks - held_out) * chunk_length
+    blocks = min(held_out, MOST_BLOCKS)
+    kept, out, at = [], [], 0
+    for share in range(1, blocks + 1):
+        end = round(chunks * share / blocks)
+        size = held_out * share // blocks - held_out * (share - 1) // blocks
+        start, stop = (end - size) * chunk_length, min(end * chunk_length, len(whole))
+        kept.append(whole.part(at, start))
+        out.append(whole.part(start, stop, byte_lengths))
+        at = stop
     # No chunk to spare, or a single token: nothing to predict.
-    if held_out < 1 or len(whole) - cut < 2:
+    if sum(map(len, out)) < 2:
         return whole, None
-    return whole.part(0, cut), whole.part(cut, len(whole), byte_lengths)
+    return TokenStream.joined(kept), TokenStream.joined(out)
 
 
 # ---------------------------------------------------------------------------- pretraining chunks
