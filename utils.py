@@ -40,6 +40,7 @@ class TokenStream:
     starts: np.ndarray
     stops: np.ndarray
     utf8_bytes: int | None = None  # of the text, for bits per byte; None: not known
+    document_starts: np.ndarray | None = None  # in the token array, rising; None: not known
 
     def __post_init__(self) -> None:
         self.offsets = np.concatenate([[0], np.cumsum(self.stops - self.starts)])
@@ -68,7 +69,8 @@ class TokenStream:
             places = range(start, stop, READ_BYTES)
             parts = (self.read(at, min(at + READ_BYTES, stop)) for at in places)
             size = sum(int(byte_lengths[part].sum()) for part in parts)
-        return TokenStream(self.tokens, (self.starts + low)[some], (self.starts + high)[some], size)
+        starts, stops = (self.starts + low)[some], (self.starts + high)[some]
+        return TokenStream(self.tokens, starts, stops, size, self.document_starts)
 
     @classmethod
     def joined(cls, parts: Sequence[TokenStream]) -> TokenStream:
@@ -90,6 +92,26 @@ class TokenStream:
         index = int(np.searchsorted(self.offsets, position, side="right")) - 1
         return int(self.starts[index]) + position - int(self.offsets[index])
 
+    @functools.cached_property
+    def _documents_before(self) -> np.ndarray:
+        """How many documents begin in the stretches before each."""
+        begun = np.searchsorted(self.document_starts, (self.starts, self.stops))
+        return np.concatenate([[0], np.cumsum(begun[1] - begun[0])])
+
+    def count_documents(self, starts: np.ndarray, stops: np.ndarray) -> int:
+        """How many documents begin at tokens starts..stops-1 of the stream, all of them together.
+
+        From `document_starts` alone: nothing is read.
+        """
+        found = []
+        for positions in (starts, stops):
+            index = np.searchsorted(self.offsets, positions, side="right") - 1
+            index = index.clip(0, len(self.starts) - 1)
+            places = self.starts[index] + positions - self.offsets[index]
+            begun = np.searchsorted(self.document_starts, (self.starts[index], places))
+            found.append(int((self._documents_before[index] + begun[1] - begun[0]).sum()))
+        return found[1] - found[0]
+
 
 def documents_in(cache: TokenCache, stream: TokenStream) -> np.ndarray:
     """(documents,) bool: those of the cache of which the stream has at least a part."""
@@ -108,7 +130,8 @@ def whole_stream(cache: TokenCache, chosen: np.ndarray | None = None) -> TokenSt
     edges = np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8))
     first, last = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1) - 1
     starts, stops = cache.document_starts[first], cache.document_stops()[last]
-    return TokenStream(cache.tokens, starts, stops, int(cache.document_bytes[chosen].sum()))
+    size = int(cache.document_bytes[chosen].sum())
+    return TokenStream(cache.tokens, starts, stops, size, cache.document_starts)
 
 
 def split_documents(
@@ -246,6 +269,15 @@ class PretrainDataset:
             targets[targets == self.bos_id] = IGNORE_INDEX
         return tokens, targets
 
+    def count_targets(self, indices: Sequence[int]) -> int:
+        """The targets of `batch(indices)`, without reading these chunks where that can be."""
+        if self.bos_id is not None and self.stream.document_starts is None:
+            return int((self.batch(indices)[1] != IGNORE_INDEX).sum())
+        starts = np.asarray(indices) * self.chunk_length
+        stops = np.minimum(starts + self.chunk_length + 1, len(self.stream))
+        begun = 0 if self.bos_id is None else self.stream.count_documents(starts + 1, stops)
+        return int((stops - starts - 1).sum()) - begun
+
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -332,6 +364,11 @@ class ChatDataset:
         part.starts, part.stops = self.starts[chosen], self.stops[chosen]
         part.lines = self.lines[chosen]
         return part
+
+    def count_targets(self, indices: Sequence[int]) -> int:
+        """The targets of `batch(indices)`."""
+        ends = zip(self.starts[indices], self.stops[indices], strict=True)
+        return sum(int(self.is_answer[start + 1 : stop].sum()) for start, stop in ends)
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens, targets), both (B, T) int64, T the longest's; targets that are no answer's are

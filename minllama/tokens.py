@@ -14,6 +14,7 @@ import os
 import re
 import struct
 import tempfile
+import threading
 import time
 import weakref
 import zlib
@@ -223,7 +224,7 @@ class StoredTokens:
 
     def __init__(self, path: Path, file: BinaryIO, dtype: np.dtype, count: int) -> None:
         self.path, self.file, self.dtype, self.count = path, file, dtype, count
-        self.stamp = self._stamp()
+        self.stamp, self.lock = self._stamp(), threading.Lock()  # for one place in the file
         weakref.finalize(self, file.close)  # also at the interpreter's end
 
     def __len__(self) -> int:
@@ -233,10 +234,11 @@ class StoredTokens:
         start, stop, _ = part.indices(self.count)
         found = np.empty(max(0, stop - start), self.dtype)
         try:
-            self.file.seek(HEADER.size + start * self.dtype.itemsize)
             view, read = memoryview(found.view(np.uint8)), 0
-            while read < len(view) and (got := self.file.readinto(view[read:])):
-                read += got
+            with self.lock:
+                self.file.seek(HEADER.size + start * self.dtype.itemsize)
+                while read < len(view) and (got := self.file.readinto(view[read:])):
+                    read += got
             if read == len(view) and self._stamp() == self.stamp:
                 return found
             reason = "was cut off or written over"

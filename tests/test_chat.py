@@ -197,6 +197,7 @@ def test_the_loss_is_that_of_the_answers_alone(tokenizer):
     dialogues = [SPOKEN, Dialogue([("Hello!", "Hello.")])]
     tokens, targets = dataset(*dialogues).batch([1, 0])
     loss, count = NextTokenLoss(model)(tokens, targets)
+    assert count == dataset(*dialogues).count_targets([1, 0])
     expected, answers = 0.0, 0
     for dialogue in dialogues:
         ids: list[int] = []

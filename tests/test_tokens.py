@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import concurrent.futures
 import contextlib
 import copy
 import functools
@@ -517,6 +518,25 @@ def test_a_cache_that_is_hurt_while_it_is_read(hurt, corpus, tmp_path) -> None:
     cache.path.with_name("new").write_bytes(content)
     os.replace(cache.path.with_name("new"), cache.path)
     assert build(corpus, tmp_path / "cache").tokens[3:9].tolist() == before
+
+
+def test_two_threads_read_one_cache(corpus, tmp_path) -> None:
+    """A batch is read ahead while a validation reads: one moved the other's place in the file."""
+    tokens = build(corpus, tmp_path / "cache").tokens
+    whole, file, others = tokens[:].tolist(), tokens.file, []
+
+    class SlowFile:
+        fileno, readinto = file.fileno, file.readinto
+
+        def seek(self, place: int) -> None:
+            file.seek(place)
+            if not others:  # between place and reading another thread comes
+                others.append(pool.submit(lambda: tokens[:3].tolist()))
+                concurrent.futures.wait(others, timeout=0.2)
+
+    tokens.file = SlowFile()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert tokens[5:9].tolist() == whole[5:9] and others[0].result() == whole[:3]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows does not replace a file that is open")

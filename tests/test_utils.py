@@ -178,6 +178,36 @@ def test_chunks_cover_every_token_once(size: int) -> None:
     assert real.sum() == size - 1
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    sizes=st.lists(st.integers(2, 9), min_size=1, max_size=12),
+    held_out=st.floats(0, 0.5),
+    cut=st.integers(2, 60),
+    length=st.integers(1, 12),
+    seed=st.integers(0, 9),
+)
+def test_targets_are_counted_without_reading(
+    sizes: list[int], held_out: float, cut: int, length: int, seed: int
+) -> None:
+    """Ranks know each other's targets without exchanging them: whichever chunks, also of a stream
+    with holes, which ends within a document, and whose first tokens belong to an earlier one."""
+    cache, bos = fake_cache(sizes), sum(sizes)
+    cache.tokens[cache.document_starts] = bos
+    cache.token_byte_lengths = np.full(bos + 1, 3)
+    stream, _ = split_documents(cache, held_out, seed, chunk_length=length)
+    for part in (stream, stream.part(0, min(cut, len(stream))), stream.part(1, len(stream))):
+        if len(part) < 2:
+            continue
+        for bos_id in (bos, None):
+            dataset = PretrainDataset(part, length, bos_id=bos_id)
+            chosen = epoch_order(len(dataset), seed, 0)[: 1 + seed]
+            counted = int((dataset.batch(chosen)[1] != IGNORE_INDEX).sum())
+            assert dataset.count_targets(chosen) == counted
+            part.document_starts, known = None, part.document_starts
+            assert dataset.count_targets(chosen) == counted
+            part.document_starts = known
+
+
 def test_a_batch_is_padded_to_its_longest_only() -> None:
     """The short last chunk alone costs its own length."""
     dataset = PretrainDataset(stream_of(24), 10)
