@@ -19,7 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"
 sys.path.insert(0, str(DATA))
 
-import make_data  # noqa: E402  (a script of data/, found by the line above)
+import make_data  # noqa: E402  (this and what it imports are in data/, found by the line above)
+from grammar import Dice, expand, polish, read_grammar  # noqa: E402
+from stories import ANIMAL_BOYS, ANIMAL_GIRLS, BOYS, GIRLS, Cast, make_stories  # noqa: E402
 
 from minllama.chat import read_dialogues  # noqa: E402
 
@@ -82,7 +84,7 @@ def test_no_dependence_on_hashes_or_the_folder(tmp_path, hash_seed):
 
 
 def test_another_seed_makes_other_stories():
-    assert not set(make_data.make_stories(1, 80)) & set(make_data.make_stories(2, 80))
+    assert not set(make_stories(1, 80)) & set(make_stories(2, 80))
 
 
 def test_check_names_what_differs(tmp_path, capsys):
@@ -122,7 +124,7 @@ def test_model_is_the_bare_command_and_published_whole(tmp_path, monkeypatch):
 
 def test_expand_nests_choices_and_slots():
     look_up = {"x": "[{y}|{y}]", "y": "end"}.__getitem__
-    assert make_data.expand("[[a|a]|a] {x}", look_up, make_data.Dice(0)) == "a end"
+    assert expand("[[a|a]|a] {x}", look_up, Dice(0)) == "a end"
 
 
 @pytest.mark.parametrize(
@@ -135,24 +137,24 @@ def test_expand_nests_choices_and_slots():
     ],
 )
 def test_polish(rough, polished):
-    assert make_data.polish(rough) == polished
+    assert polish(rough) == polished
 
 
 def test_dice_draw_every_option_and_lose_none():
-    dice = make_data.Dice(3)
+    dice = Dice(3)
     assert {dice.pick("abc") for _ in range(100)} == set("abc")
     assert sorted(dice.shuffled(range(50))) == list(range(50))
 
 
 def test_every_plot_of_the_grammar_is_told_in_every_way():
     """A macro or a table row that is missing shows only when its line is drawn."""
-    grammar = make_data.read_grammar(DATA / "stories.grammar")
+    grammar = read_grammar(DATA / "stories.grammar")
     plots = [plot for plot in grammar.sections.values() if plot.ways]
     assert len(plots) >= 20
     for seed, plot in enumerate(plots):
         assert len(plot.ways) >= 1
         for line in (line for way in plot.ways for step in way.steps for line in step.lines):
-            cast = make_data.Cast(grammar, plot, make_data.Dice(seed))
+            cast = Cast(grammar, plot, Dice(seed))
             assert not re.search(r"[{}\[\]|]", cast.say(line)), line
 
 
@@ -173,7 +175,7 @@ def test_size_and_variety():
 
 def test_templates_with_names_and_things_taken_out_are_many():
     """Counted without names and capitals, so that swapped names make no new sentence."""
-    names = {*make_data.GIRLS, *make_data.BOYS, *make_data.ANIMAL_GIRLS, *make_data.ANIMAL_BOYS}
+    names = {*GIRLS, *BOYS, *ANIMAL_GIRLS, *ANIMAL_BOYS}
     frames = {
         " ".join("NAME" if word.strip("\"'.,!?s") in names else word for word in sentence.split())
         for story in STORIES
@@ -206,10 +208,10 @@ def test_nothing_of_the_notation_is_left():
 
 def test_pronouns_agree_with_the_hero():
     """Whoever tells of Tom and nobody else says he."""
-    grammar = make_data.read_grammar(DATA / "stories.grammar")
+    grammar = read_grammar(DATA / "stories.grammar")
     for seed in range(200):
-        cast = make_data.Cast(grammar, grammar.sections["lost"], make_data.Dice(seed))
-        she = cast.words["h"] in {*make_data.GIRLS, *make_data.ANIMAL_GIRLS}
+        cast = Cast(grammar, grammar.sections["lost"], Dice(seed))
+        she = cast.words["h"] in {*GIRLS, *ANIMAL_GIRLS}
         told = cast.say("{He} saw {himself}. {f.Intro} saw {f.himself}.")
         assert told.startswith("She saw herself." if she else "He saw himself.")
         assert told.endswith("saw himself." if she else "saw herself.")
@@ -217,8 +219,8 @@ def test_pronouns_agree_with_the_hero():
 
 
 def test_friend_is_introduced_once_and_not_in_speech():
-    grammar = make_data.read_grammar(DATA / "stories.grammar")
-    cast = make_data.Cast(grammar, grammar.sections["lost"], make_data.Dice(5))
+    grammar = read_grammar(DATA / "stories.grammar")
+    cast = Cast(grammar, grammar.sections["lost"], Dice(5))
     name = cast.words["f"]
     told = cast.say('"Was it {f}?" It was {f}. And {f} knew it.')
     assert told.startswith(f'"Was it {name}?" It was h')
@@ -226,7 +228,7 @@ def test_friend_is_introduced_once_and_not_in_speech():
 
 
 def test_the_thing_of_the_opening_comes_back_at_the_end():
-    grammar, dice = make_data.read_grammar(DATA / "stories.grammar"), make_data.Dice(0)
+    grammar, dice = read_grammar(DATA / "stories.grammar"), Dice(0)
     for plot in grammar.sections.values():
         for way in plot.ways:
             last = way.steps[-1].lines
