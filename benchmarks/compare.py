@@ -53,7 +53,7 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
         return {}
     in_child = job["who"] in C_PROGRAMS
     usage = resource.getrusage(resource.RUSAGE_CHILDREN if in_child else resource.RUSAGE_SELF)
-    return figures | {"memory": usage.ru_maxrss / 1000}
+    return {"memory": usage.ru_maxrss / 1000} | figures
 
 
 # ---------------------------------------------------------------------------- taking turns

@@ -7,7 +7,6 @@ timed before in seconds that do not count.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import math
 import pickle
@@ -16,11 +15,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import sentencepiece
 import torch
+from programs import model_module
 from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,15 +32,6 @@ def run(*words: object, cwd: Path = ROOT) -> str:
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
     return done.stdout
-
-
-def load_module(path: Path) -> ModuleType:
-    """A program's model.py, under a name of its own."""
-    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_model", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def iterations_in(minutes: float, seconds_of: Callable[[int], float], pilot: int) -> int:
@@ -92,7 +82,7 @@ def train_nanogpt(
 
     every = iterations_in(minutes, seconds_of, pilot=40) // 4
     seconds_of(4 * every, every)
-    module = load_module(checkout / "model.py")
+    module = model_module(checkout)
     saved = torch.load(checkout / "out" / "ckpt.pt", map_location="cpu", weights_only=True)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its size
         model = module.GPT(module.GPTConfig(**saved["model_args"]))
@@ -155,7 +145,7 @@ def train_llama2c(checkout: Path, train: str, val: str, minutes: float) -> float
 
     every = iterations_in(minutes, seconds_of, pilot=3)
     seconds_of(every, every)
-    module = load_module(checkout / "model.py")
+    module = model_module(checkout)
     saved = torch.load(checkout / "out" / "ckpt.pt", map_location="cpu", weights_only=True)
     model = module.Transformer(module.ModelArgs(**saved["model_args"]))
     model.load_state_dict(saved["model"])

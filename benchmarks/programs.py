@@ -2,34 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-SHAPES = {  # dim, layers, heads, vocabulary, sequence length, batch
-    "S": (288, 6, 6, 32000, 256, 8),
-    "T": (128, 4, 4, 4096, 256, 16),
-    "M": (512, 8, 8, 32000, 1024, 2),
+
+class Shape(NamedTuple):
+    """A model, and the batch that it is trained on."""
+
+    dim: int
+    layers: int
+    heads: int
+    vocabulary: int
+    length: int
+    batch: int
+    kv_heads: int | None = None  # None: as many as heads
+    hidden: int | None = None  # None: 8/3 of dim, rounded up to 32
+
+
+SHAPES = {
+    "S": Shape(288, 6, 6, 32000, 256, 8),
+    "T": Shape(128, 4, 4, 4096, 256, 16),
+    "M": Shape(512, 8, 8, 32000, 1024, 2),
+}
+GPU_SHAPES = {  # whose steps keep a GPU busy
+    "110M": Shape(768, 12, 12, 32000, 1024, 32),
+    "1.1B": Shape(2048, 22, 32, 32000, 2048, 4, kv_heads=4, hidden=5632),
 }
 
 
-def our_model(shape: str) -> Any:
-    """Our Llama of a shape, with our optimizer."""
+def our_model(name: str) -> Any:
+    """Our Llama of a shape."""
     import torch
 
     from config import LlamaConfig
     from llama import Llama
 
-    dim, layers, heads, vocabulary, length, _ = SHAPES[shape]
+    shape = (SHAPES | GPU_SHAPES)[name]
     torch.manual_seed(0)
     return Llama(
         LlamaConfig(
-            dim=dim, n_layers=layers, n_heads=heads, vocab_size=vocabulary, max_seq_len=length
+            dim=shape.dim, n_layers=shape.layers, n_heads=shape.heads, n_kv_heads=shape.kv_heads,
+            hidden_dim=shape.hidden, vocab_size=shape.vocabulary, max_seq_len=shape.length,
         )
-    )
+    )  # fmt: skip
 
 
 def hugging_face_model(shape: str) -> Any:
@@ -46,6 +67,7 @@ def hugging_face_model(shape: str) -> Any:
             intermediate_size=ours.hidden_dim,
             num_hidden_layers=ours.n_layers,
             num_attention_heads=ours.n_heads,
+            num_key_value_heads=ours.n_kv_heads,
             max_position_embeddings=ours.max_seq_len,
             rms_norm_eps=ours.layer_norm_eps,
             tie_word_embeddings=True,
@@ -55,14 +77,32 @@ def hugging_face_model(shape: str) -> Any:
     )
 
 
-def llama2c_model(shape: str, checkout: Path) -> Any:
-    """llama2.c's own model of the same shape, from a checkout."""
-    spec = importlib.util.spec_from_file_location("llama2c_model", checkout / "model.py")
-    module = importlib.util.module_from_spec(spec)
+def model_module(checkout: Path) -> Any:
+    """The model.py of another program's checkout, as a module."""
+    name = f"{checkout.name}_model"
+    spec = importlib.util.spec_from_file_location(name, checkout / "model.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    dim, layers, heads, vocabulary, length, _ = SHAPES[shape]
+    return module
+
+
+def llama2c_model(name: str, checkout: Path) -> Any:
+    """llama2.c's own model of the same shape, from a checkout."""
+    module, shape = model_module(checkout), (SHAPES | GPU_SHAPES)[name]
     arguments = module.ModelArgs(
-        dim=dim, n_layers=layers, n_heads=heads, n_kv_heads=heads, vocab_size=vocabulary,
-        multiple_of=32, max_seq_len=length, dropout=0.0,
+        dim=shape.dim, n_layers=shape.layers, n_heads=shape.heads, hidden_dim=shape.hidden,
+        n_kv_heads=shape.kv_heads or shape.heads, vocab_size=shape.vocabulary, multiple_of=32,
+        max_seq_len=shape.length, dropout=0.0,
     )  # fmt: skip
     return module.Transformer(arguments)
+
+
+def nanogpt_model(name: str, checkout: Path) -> Any:
+    """nanoGPT's GPT of as many layers, heads and dimensions, whose parameters are about as many."""
+    module, shape = model_module(checkout), (SHAPES | GPU_SHAPES)[name]
+    arguments = module.GPTConfig(
+        block_size=shape.length, vocab_size=shape.vocabulary, n_layer=shape.layers,
+        n_head=shape.heads, n_embd=shape.dim, dropout=0.0, bias=False,
+    )  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its size
+        return module.GPT(arguments)

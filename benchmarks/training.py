@@ -8,7 +8,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from programs import SHAPES, hugging_face_model, llama2c_model, our_model
+from programs import (
+    GPU_SHAPES,
+    SHAPES,
+    hugging_face_model,
+    llama2c_model,
+    nanogpt_model,
+    our_model,
+)
 
 # Each program as it comes, with glibc's best settings for its large tensors, which a user has to
 # know of, and compiled as well. Ours makes these settings itself.
@@ -25,7 +32,7 @@ def our_step(job: dict[str, Any], tokens: Any, targets: Any) -> tuple[Any, Any, 
     from optimizer import make_optimizer
 
     keep_freed_memory()
-    model = our_model(job["shape"])
+    model = our_model(job["shape"]).to(tokens.device)
     optimizer = make_optimizer(model, name="adamw", lr=1e-3, weight_decay=0.1)
     next_token_loss = NextTokenLoss(model)
     if job["compiled"]:
@@ -35,21 +42,24 @@ def our_step(job: dict[str, Any], tokens: Any, targets: Any) -> tuple[Any, Any, 
 
 
 def peers_step(job: dict[str, Any], tokens: Any, targets: Any) -> tuple[Any, Any, Callable]:
-    """The same of transformers or llama2.c, with torch's AdamW."""
+    """The same of another program, with torch's AdamW."""
     import torch
 
     if job["who"] == "transformers":
         model = hugging_face_model(job["shape"]).train()
+    elif job["who"] == "nanoGPT":
+        model = nanogpt_model(job["shape"], Path(job["nanogpt"]))
     else:
         model = llama2c_model(job["shape"], Path(job["llama2c"]))
-    optimizer = torch.optim.AdamW(model.parameters())
+    model.to(tokens.device)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=tokens.is_cuda or None)
     called = torch.compile(model, dynamic=False) if job["compiled"] else model
 
     def loss() -> torch.Tensor:
         if job["who"] == "transformers":
             return called(input_ids=tokens, labels=tokens).loss
-        called(tokens, targets)
-        return model.last_loss
+        found = called(tokens, targets)
+        return found[1] if job["who"] == "nanoGPT" else model.last_loss
 
     return model.parameters(), optimizer, loss
 
@@ -57,30 +67,35 @@ def peers_step(job: dict[str, Any], tokens: Any, targets: Any) -> tuple[Any, Any
 def train(job: dict[str, Any]) -> dict[str, float]:
     """Median tokens per second of forward, backward and optimizer step in bfloat16 autocast.
 
-    Also the share of the rate of a large bfloat16 product, measured here, that its arithmetic
-    reaches.
+    Also the share of the device's rate of large bfloat16 products that its arithmetic reaches, and
+    on a GPU the peak of its memory in MB.
     """
     import torch
 
+    from minllama.device import used_memory
     from minllama.gpus import peak_flops
 
-    _, _, _, vocabulary, length, batch = SHAPES[job["shape"]]
-    tokens = torch.randint(0, vocabulary, (batch, length + 1))
+    device, shape = torch.device(job.get("device", "cpu")), (SHAPES | GPU_SHAPES)[job["shape"]]
+    size = (shape.batch, shape.length + 1)
+    tokens = torch.randint(0, shape.vocabulary, size, device=device)
     make = our_step if job["who"] == "ours" else peers_step
     parameters, optimizer, loss = make(job, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
     parameters, seconds = list(parameters), []
     for _ in range(job["steps"] + 2):  # the first two compile, and fill the optimizer's state
         start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             value = loss()
         value.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    rate = batch * length / statistics.median(seconds[2:])
-    flops = our_model(job["shape"]).config.flops_per_token(length, logits=True)
-    return {"rate": rate, "share": rate * flops / peak_flops(torch.device("cpu"), torch.bfloat16)}
+    rate = shape.batch * shape.length / statistics.median(seconds[2:])
+    flops = our_model(job["shape"]).config.flops_per_token(shape.length, logits=True)
+    figures = {"rate": rate, "share": rate * flops / peak_flops(device, torch.bfloat16)}
+    return figures | ({"memory": used_memory(device) / 1e6} if device.type == "cuda" else {})
 
 
 def training_jobs(shape: str, *, steps: int, llama2c: str) -> dict[str, dict[str, Any]]:
