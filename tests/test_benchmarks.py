@@ -1,0 +1,34 @@
+"""The benchmarks that no machine of the tests can run as they are meant: that they run at all."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import gpu  # noqa: E402
+
+
+@pytest.mark.parametrize("part", ["loss", "attention", "optimizer"])
+@pytest.mark.filterwarnings("ignore")  # the profiler's
+def test_the_parts_of_gpu_run_on_a_cpu(part: str, monkeypatch):
+    """On a GPU a row that fails costs the others' minutes; each row of a table has its columns."""
+    monkeypatch.setattr(gpu, "seconds_of", lambda work, device: work() or 1.0)
+    args = argparse.Namespace(device="cpu", small=True, shapes=["T"])
+    lines = list(gpu.PARTS[part](args))
+    rows = [line for line in lines if line.startswith("|")]
+    assert len(rows) > 3 and len({row.count("|") for row in rows}) == 1
+    assert not [line for line in lines if "failed" in line]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(monkeypatch):
+    """And how to try it out; nothing is measured."""
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    with pytest.raises(SystemExit, match="gpu.py: torch finds no CUDA GPU here; --device cpu"):
+        gpu.main()
