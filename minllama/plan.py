@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from config import DTYPE_BYTES, LlamaConfig, Options, suited_lr
+from config import CONTINUED_LR, DTYPE_BYTES, LlamaConfig, Options, suited_lr
 from minllama.console import say
 from minllama.gpus import Gpu
 from minllama.kernels import chunk_rows_for, longest_kept
@@ -24,7 +24,7 @@ RECORD_BYTES = 400  # of a step in metrics.jsonl
 # the GB/s each way between two machines, all their network adapters together.
 GPUS_PER_NODE, ASSUMED_MFU, INTER_NODE_GB_S = 8, 0.4, 400
 
-# Of a pretraining: a learning rate so many times below the usual one, and fewer steps, are noted.
+# A learning rate so many times below the usual one is noted, and so are fewer steps to pretrain.
 FAR_BELOW, FEW_STEPS = 20, 200
 
 # What --compile auto assumes of a CPU: operations per second and thread of an eager step, the share
@@ -323,11 +323,13 @@ def warn_of_plan(plan: TrainingPlan, available: int | None) -> None:
             f"are free: try --activation_checkpointing{sharded}, a smaller batch with more "
             "--gradient_accumulation_steps, or a smaller model"
         )
-    suited = suited_lr(plan.config, plan.options.optimizer)
-    if plan.options.option == "pretrain" and plan.options.peak_lr() < suited / FAR_BELOW:
+    flag, what, share = "--pretrain_lr", "it from scratch", 1.0
+    if plan.options.option == "finetune":
+        flag, what, share = "--lr", "the fine-tuning of so small a model", CONTINUED_LR
+    lr, suited = plan.options.peak_lr(), share * suited_lr(plan.config, plan.options.optimizer)
+    if lr < suited / FAR_BELOW:
         print(
-            f"note: --pretrain_lr {plan.options.peak_lr():g} is "
-            f"{suited / plan.options.peak_lr():,.0f} times below what suits it from scratch "
+            f"note: {flag} {lr:g} is {suited / lr:,.0f} times below what suits {what} "
             f"({suited:g}): it will learn little in {plan.last_step:,} steps"
         )
     if plan.options.option == "pretrain" and plan.schedule_steps < FEW_STEPS:

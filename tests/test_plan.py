@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from config import LlamaConfig, parse_options
+from config import PRESETS, LlamaConfig, parse_options
 from minllama import plan as plans
 from minllama.gpus import Gpu
 from minllama.plan import Cluster, TrainingPlan, warn_of_plan
@@ -138,6 +138,20 @@ def test_what_a_plan_cannot_do_is_said(changes, available, said, capsys):
     warn_of_plan(plan_of(**changes), available)
     out = capsys.readouterr().out
     assert said in out and bool(out) == bool(said)
+
+
+def test_the_assignments_rate_is_noted_where_the_model_is_far_too_small_for_it(capsys):
+    """2e-5 is for its model of 42 million parameters: one of a million learns nothing by it."""
+    tiny = {"config": LlamaConfig(vocab_size=2048, **PRESETS["tiny"].shape), "option": "finetune"}
+    for changes, note in (
+        ({"option": "finetune"}, ""),
+        (tiny, "note: --lr 2e-05 is 50 times below what suits the fine-tuning of so small a model"),
+        (tiny | {"lr": 5e-4}, ""),
+        (tiny | {"option": "pretrain", "pretrain_lr": 2e-5}, "2e-05 is 250 times below what suits"),
+    ):
+        warn_of_plan(plan_of(optimizer="adamw", **changes), None)
+        out = capsys.readouterr().out
+        assert note in out and ("times below" in out) == bool(note)
 
 
 # ---------------------------------------------------------------------------- many GPUs
