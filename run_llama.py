@@ -35,7 +35,7 @@ from llama import (
 from minllama.adapters import add_lora, merge_lora
 from minllama.advice import Outcome, advise
 from minllama.chat_training import finetune_chat
-from minllama.classifying import labelled_batch, load_splits, predict, predict_files
+from minllama.classifying import load_splits, predict, predict_files
 from minllama.command_line import print_error, protect_output
 from minllama.console import progress_bar, say
 from minllama.conversation import converse
@@ -373,7 +373,10 @@ class Finetuning(Task):
         return self.order(epoch, index)
 
     def batch(self, numbers: np.ndarray) -> Batch:
-        return labelled_batch(self.train_set, numbers, self.session.device)
+        return Batch(self.train_set.collate(numbers))
+
+    def count(self, numbers: np.ndarray) -> tuple[int, int]:
+        return len(numbers), int(self.train_set.lengths[numbers].sum())
 
     def loss(self, tokens: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
         return nn.functional.nll_loss(self.compiled(tokens, lengths), labels, reduction="sum")

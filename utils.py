@@ -81,6 +81,7 @@ class TokenStream:
             np.concatenate([part.starts for part in parts]),
             np.concatenate([part.stops for part in parts]),
             None if None in sizes else sum(sizes),
+            parts[0].document_starts,
         )
 
     def first(self, tokens: int, byte_lengths: np.ndarray) -> TokenStream:

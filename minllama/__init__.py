@@ -33,7 +33,7 @@ A module imports only modules that are listed above it:
     ranks, sharding      several processes; DDP, FSDP2 and shards
     run_folder, saving   a run's folder and lock; writing its files while it trains
     advice               what a finished run's figures say
-    deadline             keeping a run to its --minutes
+    deadline, ahead      keeping a run to its --minutes; a step's batches while the last one runs
     plan, record         the arithmetic of a run; what it puts on record
     report, recording    a run as a page, report.html; where its records go while it trains
     session              before and after the loop

@@ -26,7 +26,6 @@ from minllama.ranks import Ranks
 from minllama.run import Run
 from minllama.session import Session, open_session, print_results, say_interrupted
 from minllama.signals import StopRequest
-from minllama.task import Batch
 from minllama.text import Reading, find_text_files
 from minllama.training import train
 from optimizer import layer_matrices
@@ -159,9 +158,9 @@ class ChatTuning(NextTokenTask):
     def sequences(self, epoch: int, index: int) -> np.ndarray:
         return self.order(epoch, index)
 
-    def batch(self, numbers: np.ndarray) -> Batch:
+    def count(self, numbers: np.ndarray) -> tuple[int, int]:
         tokens = int(self.train_set.lengths[numbers].sum())  # the questions' are read, too
-        return dataclasses.replace(super().batch(numbers), tokens=tokens)
+        return self.train_set.count_targets(numbers), tokens
 
     def locate(self, number: int) -> str:
         return f"{self.path}:{self.train_set.lines[number]}"

@@ -6,10 +6,8 @@ Knows nothing of how a classifier is trained.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from config import Options
 from llama import LlamaEmbeddingClassifier
@@ -50,13 +48,6 @@ def load_splits(
     return splits
 
 
-def labelled_batch(dataset: LlamaDataset, indices: Sequence[int], device: torch.device) -> Batch:
-    """Labelled sentences as a micro-batch on the device."""
-    batch = dataset.collate(indices)
-    tokens = int(batch.lengths.sum())
-    return Batch.on(device, batch, targets=len(indices), tokens=tokens, numbers=indices)
-
-
 def predict(model: LlamaEmbeddingClassifier, dataset: LlamaDataset, session: Session) -> list[int]:
     """The likeliest label of each sentence, in the file's order. Every rank must call this.
 
@@ -71,7 +62,7 @@ def predict(model: LlamaEmbeddingClassifier, dataset: LlamaDataset, session: Ses
         numbers = list(ranks.split_evenly(len(batches)))
         for number, counts in progress_bar(numbers, desc="predicting", leave=False, disable=None):
             ranks.check_stop(session.stop)
-            batch = labelled_batch(dataset, batches[number], session.device)
+            batch = Batch(dataset.collate(batches[number])).to(session.device)
             found = model(*batch.inputs[:2]).argmax(dim=-1).cpu().numpy()
             predictions[batches[number]] = counts * found
     model.train()

@@ -6,13 +6,10 @@ What pretraining and chat share; how sequences are ordered is their own.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from config import IGNORE_INDEX
 from llama import Llama, NextTokenLoss
 from minllama.console import progress_bar
 from minllama.device import autocast
@@ -47,7 +44,11 @@ class NextTokenTask(Task):
         self.goal = "loss" if val_set is None else "val_loss"
 
     def batch(self, numbers: np.ndarray) -> Batch:
-        return token_batch(self.train_set, numbers, self.session.device)
+        return Batch(self.train_set.batch(numbers))
+
+    def count(self, numbers: np.ndarray) -> tuple[int, int]:
+        targets = self.train_set.count_targets(numbers)
+        return targets, targets
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         return self.compiled(tokens, targets)[0]
@@ -56,13 +57,6 @@ class NextTokenTask(Task):
         if self.val_set is None:
             return {}
         return evaluate_tokens(self.next_token_loss, self.val_set, self.session)
-
-
-def token_batch(dataset: TokenDataset, indices: Sequence[int], device: torch.device) -> Batch:
-    """Sequences as a micro-batch on the device."""
-    tokens, targets = dataset.batch(indices)
-    real = int((targets != IGNORE_INDEX).sum())
-    return Batch.on(device, (tokens, targets), targets=real, tokens=real, numbers=indices)
 
 
 def evaluate_tokens(
@@ -81,9 +75,9 @@ def evaluate_tokens(
         for number, counts in progress_bar(numbers, desc="validating", leave=False, disable=None):
             ranks.check_stop(session.stop)
             indices = range(number * size, min((number + 1) * size, len(dataset)))
-            batch = token_batch(dataset, indices, device)
+            batch = Batch(dataset.batch(indices)).to(device)
             loss = next_token_loss(*batch.inputs)[0].item()
-            sums[:, number] = (loss, batch.targets) if counts else (0, 0)
+            sums[:, number] = (loss, dataset.count_targets(indices)) if counts else (0, 0)
     next_token_loss.train()
     loss_sum, targets = (sum(row) for row in ranks.sum_array(sums).tolist())
     metrics = {"val_loss": loss_sum / max(1, targets)}

@@ -230,11 +230,14 @@ def note_spike(record: dict[str, Any], earlier: Iterable[dict[str, Any]]) -> Non
 
 # ---------------------------------------------------------------------------- telemetry
 
+TELEMETRY_SECONDS = 2.0
+
 
 def gpu_telemetry(device: torch.device) -> Callable[[], dict[str, float]]:
     """What samples an NVIDIA GPU through NVML: bytes in use, % busy, watts, joules since now.
 
-    The sample is an empty dict where these are unknown.
+    A sample is up to TELEMETRY_SECONDS old: NVML takes as long as a small model's step. It is an
+    empty dict where these are unknown.
     """
     if device.type != "cuda":
         return dict  # called, it makes an empty one
@@ -248,7 +251,15 @@ def gpu_telemetry(device: torch.device) -> Callable[[], dict[str, float]]:
     except Exception:  # no driver, no permission, a GPU without the counter
         return dict
 
+    taken, last = -math.inf, {}
+
     def sample() -> dict[str, float]:
+        nonlocal taken, last
+        if time.monotonic() - taken >= TELEMETRY_SECONDS:
+            last, taken = read(), time.monotonic()
+        return last
+
+    def read() -> dict[str, float]:
         try:
             used = nvml.nvmlDeviceGetTotalEnergyConsumption(gpu) - energy
             return {

@@ -10,6 +10,7 @@ import contextlib
 import math
 import time
 import uuid
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, get_type_hints
 
@@ -17,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from llama import model_payload
+from minllama.ahead import Ahead
 from minllama.deadline import FINISHING, MOST_EPOCHS, TOLD, WRITTEN, Deadline, Pace, next_look
 from minllama.device import (
     describe_device,
@@ -92,6 +94,10 @@ class Run:
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.progress, self.run_id = Progress(), uuid.uuid4().hex
+        self.agreed: bool | None = None  # in the last step, whether to stop after it
+        # A CPU would only share its cores with the thread: there a batch takes a thousandth of a
+        # step. A GPU would wait for it.
+        self.windows = Ahead(task.window, enabled=self.device.type != "cpu")
         self.deadline = self._deadline()
         self.looks_at = 1  # at the clock, after this step
         self.said_steps: int | None = None  # as the end of a run that keeps to a time
@@ -229,16 +235,34 @@ class Run:
 
     # ------------------------------------------------------------------------ where it ends
 
-    def is_to_stop(self, *, at_end: bool = False) -> bool:
-        """Whether a rank was asked to stop, or what the run stands on is gone. All ranks call it.
+    def stop_number(self, *, now: bool = False) -> int:
+        """The signal that asks this rank to stop, 0: none; `now` looks at the folder in any case.
 
-        Then `stop.failure` says what is, on the ranks that noticed.
+        Where what the run stands on is gone, `stop.failure` says what is.
         """
-        failure = self.folder.find_loss(now=at_end)
+        failure = self.folder.find_loss(now=now)
         if self.ranks.launcher_is_gone():
             failure = LAUNCHER_GONE
         if failure and not self.stop.requested:
             self.stop.fail(failure)
+        return self.stop.signal_number or 0
+
+    def agree_to_stop(self, numbers: Iterable[float]) -> None:
+        """Take over what all ranks' `stop_number` said in a step: whether to stop after it."""
+        number = int(max(numbers))
+        if number and not self.stop.requested:
+            self.stop.signal_number = number
+        self.agreed = bool(number)
+
+    def is_to_stop(self, *, at_end: bool = False) -> bool:
+        """Whether a rank was asked to stop, or what the run stands on is gone. All ranks call it.
+
+        After a step several ranks go by what they agreed on in it.
+        """
+        agreed, self.agreed = self.agreed, None
+        if agreed is not None and self.ranks.world_size > 1 and not at_end:
+            return agreed
+        self.stop_number(now=at_end)
         return self.ranks.agree_to_stop(self.stop)
 
     def stop_for(self, lost: TextLost) -> None:

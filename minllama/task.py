@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,19 +25,20 @@ from minllama.sharding import distribute, full_state_dict
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch on the device: what the loss takes, and the targets it sums over."""
+    """A micro-batch: what the loss takes, a row for each sequence; the targets or labels last."""
 
-    inputs: tuple[torch.Tensor, ...]  # a row for each sequence
-    targets: int
-    tokens: int
-    numbers: Sequence[int] = ()  # the sequences' places in the data set
+    inputs: tuple[torch.Tensor, ...]
 
-    @classmethod
-    def on(cls, device: torch.device, inputs: Iterable[torch.Tensor], **fields: Any) -> Batch:
-        """A batch with its inputs copied to the device, to a GPU without waiting."""
-        gpu = device.type == "cuda"  # which takes them so from pinned memory only
-        pinned = [tensor.pin_memory() if gpu else tensor for tensor in inputs]
-        return cls(tuple(tensor.to(device, non_blocking=gpu) for tensor in pinned), **fields)
+    def pinned(self) -> Batch:
+        """A copy in memory that a GPU reads by itself."""
+        return Batch(tuple(tensor.pin_memory() for tensor in self.inputs))
+
+    def to(self, device: torch.device) -> Batch:
+        """A copy on the device, to a GPU without waiting."""
+        if device.type != "cuda":
+            return Batch(tuple(tensor.to(device) for tensor in self.inputs))
+        pinned = self.pinned()
+        return Batch(tuple(tensor.to(device, non_blocking=True) for tensor in pinned.inputs))
 
     def parts(self, count: int) -> list[tuple[torch.Tensor, ...]]:
         """The inputs in `count` parts of about as many rows, fewer where there are fewer rows."""
@@ -46,12 +46,19 @@ class Batch:
         return list(zip(*(tensor.split(rows) for tensor in self.inputs), strict=True))
 
     def without_targets(self) -> Batch:
-        """Its first row with nothing to predict: for a rank to take part in a pass of the others.
-
-        The last of the inputs are the targets or labels.
-        """
+        """Its first row with nothing to predict: for a rank that only joins in the others' pass."""
         *inputs, targets = (tensor[:1] for tensor in self.inputs)
-        return Batch((*inputs, torch.full_like(targets, IGNORE_INDEX)), targets=0, tokens=0)
+        return Batch((*inputs, torch.full_like(targets, IGNORE_INDEX)))
+
+
+@dataclass(frozen=True)
+class Window:
+    """An accumulation window: what one optimizer step trains on."""
+
+    numbers: np.ndarray  # of the sequences of all ranks, their places in the data set
+    targets: int  # of all ranks, that the loss is the mean over
+    tokens: int  # read by all ranks
+    batches: list[Batch]  # this rank's micro-batches, in the CPU's memory
 
 
 class Task(ABC):
@@ -88,22 +95,30 @@ class Task(ABC):
             device=session.device,
             dtype=dtype,
         )
+        # Whether its passes draw random numbers.
+        self.draws = any(isinstance(part, nn.Dropout) and part.p > 0 for part in model.modules())
         self.compiled = self.parallel
         if options.compile == "on":
             self.compiled = torch.compile(self.parallel, dynamic=dynamic)
 
-    def batches(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of optimizer step `step`, equally many on all ranks.
+    def window(self, step: int) -> Window:
+        """What optimizer step `step` trains on, by its number alone; any thread may make it.
 
-        A rank with one fewer than others gets one without targets: all take part in every pass.
+        All ranks have equally many micro-batches: one with one fewer gets one without targets, and
+        takes part in every pass. Raises TextLost.
         """
+        options, device = self.session.options, self.session.device
         numbers = self.sequences(*divmod(step, self.session.plan.steps_per_epoch))
-        size = self.session.options.micro_batch_size
+        size = options.micro_batch_size
         parts = np.split(numbers, range(size, len(numbers), size))
-        return [
+        batches = [
             self.batch(parts[part]) if counts else self.batch(parts[part][:1]).without_targets()
             for part, counts in self.session.ranks.split_evenly(len(parts))
         ]
+        if device.type == "cuda":
+            with torch.cuda.device(device):  # another thread's is the first GPU
+                batches = [batch.pinned() for batch in batches]
+        return Window(numbers, *self.count(numbers), batches)
 
     def warm_up_gradient_sync(self, step: int) -> None:
         """Pass once through several ranks' reduction of gradients, training nothing.
@@ -116,7 +131,7 @@ class Task(ABC):
         if self.session.ranks.world_size == 1:
             return
         random_before = random_state()
-        batch = self.batches(step)[0].without_targets()
+        batch = self.window(step).batches[0].without_targets().to(self.session.device)
         with autocast(self.session.device, self.session.dtype):
             loss = self.loss(*batch.inputs)
         loss.backward()
@@ -129,7 +144,11 @@ class Task(ABC):
 
     @abstractmethod
     def batch(self, numbers: np.ndarray) -> Batch:
-        """These sequences of the training data as a micro-batch."""
+        """These sequences of the training data as a micro-batch in the CPU's memory."""
+
+    @abstractmethod
+    def count(self, numbers: np.ndarray) -> tuple[int, int]:
+        """The targets and the tokens of these sequences, which other ranks may train on."""
 
     @abstractmethod
     def loss(self, *inputs: torch.Tensor) -> torch.Tensor:

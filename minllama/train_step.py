@@ -12,27 +12,17 @@ import time
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import record_function
 from tqdm import tqdm
 
-from minllama.device import (
-    autocast,
-    is_out_of_memory,
-    used_memory,
-)
+from minllama.device import autocast, is_out_of_memory, training_precision, used_memory
 from minllama.errors import RunFailed
 from minllama.random_state import random_state, restore_random_state
-from minllama.record import (
-    PHASES,
-    finite_or_none,
-)
+from minllama.record import PHASES, finite_or_none
 from minllama.run import Progress, Run
-from minllama.sharding import (
-    is_dtensor,
-    no_gradient_sync,
-)
-from minllama.task import Batch
+from minllama.sharding import is_dtensor, no_gradient_sync
+from minllama.task import Batch, Window
 from optimizer import learning_rate
 
 SHOWN_PLACES = 4  # of the sequences of a skipped step
@@ -45,7 +35,7 @@ def optimizer_step(run: Run) -> dict[str, Any]:
     accumulation, ragged batches and any number of ranks equal one big batch.
     """
     started = time.perf_counter()
-    progress, ranks = run.progress, run.ranks
+    progress = run.progress
     lr = progress.lr_scale * learning_rate(
         progress.pace.at(progress.step, run.plan.schedule_steps),
         peak_lr=run.options.peak_lr(),
@@ -57,21 +47,21 @@ def optimizer_step(run: Run) -> dict[str, Any]:
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     with record_function(PHASES[0]):
-        batches = run.task.batches(progress.step)
-    targets, tokens = ranks.sum(sum(b.targets for b in batches), sum(b.tokens for b in batches))
-    targets = max(1, targets)  # none at all: a loss of 0, not NaN
-    with record_function(PHASES[1]):
-        loss_sum = backward_in_parts(run, batches, targets)
-    with record_function(PHASES[2]):
-        run.scaler.unscale_(run.optimizer)
-        parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-        grad_norm = nn.utils.clip_grad_norm_(parameters, run.options.grad_clip or math.inf)
-        grad_norm = (grad_norm.full_tensor() if is_dtensor(grad_norm) else grad_norm).item()
-        loss_sum, memory = ranks.sum(loss_sum, used_memory(run.device) or 0)
-        loss = loss_sum / targets
-        update(run, batches, loss, grad_norm)
+        window = run.windows.get(progress.step, more=progress.step + 1 < run.last_step)
+        batches = [batch.to(run.device) for batch in window.batches]
+    targets = max(1, window.targets)  # none at all: a loss of 0, not NaN
+    with training_precision(run.device, run.dtype):
+        with record_function(PHASES[1]):
+            loss_sum = backward_in_parts(run, batches, targets)
+        with record_function(PHASES[2]):
+            run.scaler.unscale_(run.optimizer)
+            parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+            grad_norm = nn.utils.clip_grad_norm_(parameters, run.options.grad_clip or math.inf)
+            loss_sum, grad_norm, memory = exchange(run, loss_sum, grad_norm)
+            loss = loss_sum / targets
+            update(run, window, loss, grad_norm)
     progress.step += 1
-    progress.tokens += int(tokens)
+    progress.tokens += window.tokens
     return {
         "step": progress.step,
         "epoch": (progress.step - 1) // run.plan.steps_per_epoch + 1,
@@ -80,13 +70,28 @@ def optimizer_step(run: Run) -> dict[str, Any]:
         "val_loss": None,
         "lr": lr,
         "grad_norm": finite_or_none(grad_norm),
-        "tokens_per_second": tokens / (time.perf_counter() - started),
+        "tokens_per_second": window.tokens / (time.perf_counter() - started),
         "memory": int(memory) or None,
     }
 
 
-def backward(run: Run, batches: list[Batch], targets: float) -> float:
-    """Sum up the gradients of the window's mean loss; returns the sum of this rank's losses."""
+def exchange(run: Run, loss_sum: Tensor, grad_norm: Tensor) -> tuple[float, float, float]:
+    """The sum of all ranks' losses, their gradient's norm, and the bytes that they use.
+
+    Here alone in a step the host waits for the device, and the ranks for each other beside their
+    gradients; so they agree here, too, whether to stop after it.
+    """
+    if is_dtensor(grad_norm):
+        grad_norm = grad_norm.full_tensor()
+    computed = torch.stack((loss_sum, grad_norm.to(loss_sum)))
+    known = (used_memory(run.device) or 0, run.stop_number())
+    losses, norms, memories, stops = zip(*run.ranks.gather_numbers(computed, *known), strict=True)
+    run.agree_to_stop(stops)
+    return sum(losses), norms[0], sum(memories)
+
+
+def backward(run: Run, batches: list[Batch], targets: float) -> Tensor:
+    """Sum up the gradients of the window's mean loss; returns the sum of this rank's losses, ()."""
     loss_sum = torch.zeros((), device=run.device)
     share = targets / run.ranks.world_size  # since DDP and FSDP average over the ranks
     run.task.split = run.progress.split
@@ -98,16 +103,17 @@ def backward(run: Run, batches: list[Batch], targets: float) -> float:
                 batch_loss = run.task.loss(*inputs)
             run.scaler.scale(batch_loss / share).backward()
         loss_sum += batch_loss.detach()
-    return loss_sum.item()
+    return loss_sum
 
 
-def backward_in_parts(run: Run, batches: list[Batch], targets: float) -> float:
+def backward_in_parts(run: Run, batches: list[Batch], targets: float) -> Tensor:
     """`backward`, with micro-batches halved as often as it takes to fit the memory.
 
     The window's sequences, their order and the update stay the same. Raises RunFailed where one
     sequence alone does not fit, and with several ranks at once: one cannot repeat a step alone.
     """
-    random_before = random_state()  # a step tried again draws the dropout of the first attempt
+    # A step tried again draws the dropout of the first attempt.
+    random_before = random_state() if run.task.draws and run.ranks.world_size == 1 else None
     while True:
         try:
             return backward(run, batches, targets)
@@ -124,7 +130,8 @@ def backward_in_parts(run: Run, batches: list[Batch], targets: float) -> float:
         run.optimizer.zero_grad(set_to_none=True)
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
-        restore_random_state(random_before)
+        if random_before is not None:
+            restore_random_state(random_before)
         halve_micro_batch(run.progress, max(len(batch.inputs[0]) for batch in batches))
 
 
@@ -142,7 +149,7 @@ def halve_micro_batch(progress: Progress, rows: int) -> None:
     )
 
 
-def update(run: Run, batches: list[Batch], loss: float, grad_norm: float) -> None:
+def update(run: Run, window: Window, loss: float, grad_norm: float) -> None:
     """Update the weights, or skip the update where a number is not finite, and say where."""
     # Gradients that overflow float16: the scaler skips the update and halves its scale. At a scale
     # below 1 it is not their size that is wrong.
@@ -160,14 +167,13 @@ def update(run: Run, batches: list[Batch], loss: float, grad_norm: float) -> Non
     what = "gradient" if math.isfinite(loss) else "loss"
     tqdm.write(
         f"step {run.progress.step + 1:,} skipped: its {what} is not finite "
-        f"({run.progress.skipped} in a row); it trained on {describe_sequences(run, batches)}"
+        f"({run.progress.skipped} in a row); it trained on {describe_sequences(run, window)}"
     )
 
 
-def describe_sequences(run: Run, batches: list[Batch]) -> str:
-    """Where the sequences of a step are, those of all ranks. Every rank must call this."""
-    own = [int(number) for batch in batches for number in batch.numbers]
-    numbers = [number for of_rank in run.ranks.gather(own) for number in of_rank]
+def describe_sequences(run: Run, window: Window) -> str:
+    """Where the sequences of a step are, those of all ranks."""
+    numbers = window.numbers.tolist()
     places = "; ".join(run.task.locate(number) for number in numbers[:SHOWN_PLACES])
     more = len(numbers) - SHOWN_PLACES
     return places + (f"; and {more} more" if more > 0 else "")

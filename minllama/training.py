@@ -57,7 +57,7 @@ def train(run: Run) -> bool:
     checkpoints.next_step(progress.step)
     task.model.train()
     task.warm_up_gradient_sync(progress.step)
-    with checkpoints, recording, bar, profile as step_made:
+    with checkpoints, recording, bar, run.windows, profile as step_made:
         while run.has_more() and not run.is_to_stop():
             try:
                 record = progress.pending or optimizer_step(run)

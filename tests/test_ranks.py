@@ -97,6 +97,8 @@ def do_all_together(ranks: Ranks) -> None:
     rank = ranks.rank
     assert ranks.sum(rank + 1, 0.5) == [3, 1]
     assert ranks.sum_array(np.array([[rank, 2]])).tolist() == [[1, 4]]
+    numbers = ranks.gather_numbers(torch.tensor([rank, 0.5]), 80_000_000_001)
+    assert numbers == [[0, 0.5, 80_000_000_001], [1, 0.5, 80_000_000_001]]
     assert ranks.gather({"rank": rank, "x": torch.tensor(rank)})[1] == {"rank": 1, "x": 1}
     assert ranks.on_all(lambda: rank) == rank and ranks.on_main(lambda: rank) == 0
     assert ranks.first_on_node(lambda: rank) == rank

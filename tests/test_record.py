@@ -211,8 +211,12 @@ def test_telemetry_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="7"))
     sample = gpu_telemetry(torch.device("cuda"))
     nvml.nvmlDeviceGetHandleByUUID.assert_called_once_with("GPU-7")
+    clock = [0.0, 0.0, 1.9, 2.0, 2.0]
+    now = SimpleNamespace(monotonic=lambda: clock.pop(0))
+    monkeypatch.setattr("minllama.record.time", now)
     found = sample()
     assert (found["gpu_power_watts"], found["gpu_energy_joules"]) == (300, 2.5)
+    assert sample() == found and nvml.nvmlDeviceGetPowerUsage.call_count == 1
     assert sample() == {}
     nvml.nvmlInit.side_effect = ZeroDivisionError
     assert gpu_telemetry(torch.device("cuda"))() == {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import signal
@@ -27,6 +26,7 @@ from running import (
     write_stories,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import optimizer
 from config import IGNORE_INDEX
@@ -36,9 +36,11 @@ from minllama.checkpoint import load_checkpoint
 from minllama.device import is_out_of_memory
 from minllama.errors import RunFailed
 from minllama.pt_file import load_pt, save_pt
+from minllama.ranks import Ranks
 from minllama.run import Progress
 from minllama.signals import StopRequest
 from minllama.train_step import halve_micro_batch
+from utils import PretrainDataset
 
 
 @pytest.fixture(autouse=True)
@@ -138,16 +140,67 @@ def test_activation_checkpointing_changes_nothing_but_memory():
 
 def test_a_batch_without_targets_is_not_a_nan(monkeypatch):
     """Nothing to predict is a loss of 0 and no gradient, not 0 / 0."""
-    real = next_token.token_batch
+    real = PretrainDataset.batch
 
-    def empty(*arguments, **settings):
-        batch = real(*arguments, **settings)
-        targets = torch.full_like(batch.inputs[1], IGNORE_INDEX)
-        return dataclasses.replace(batch, inputs=(batch.inputs[0], targets), targets=0)
+    def empty(dataset, indices):
+        tokens, targets = real(dataset, indices)
+        return tokens, torch.full_like(targets, IGNORE_INDEX)
 
-    monkeypatch.setattr(next_token, "token_batch", empty)
+    monkeypatch.setattr(PretrainDataset, "batch", empty)
+    monkeypatch.setattr(PretrainDataset, "count_targets", lambda *_: 0)
     done = pretrain("--max_steps 2 --val_fraction 0")
     assert done.status == 0 and "not finite" not in done.out and records()[0]["loss"] == 0
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a device: a tensor's value, or a shape that depends on
+    values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = str(operation)
+        waits = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "is_nonzero")
+        self.count += any(word in name for word in waits)
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("words", ["", "--optimizer adamw", "--dropout 0.1 --document_mask"])
+def test_a_step_waits_once_for_the_device(words, monkeypatch):
+    """Loss, norm and all; with micro-batches accumulated, too. Twice a step a GPU stood idle."""
+    real, lists, waits = training.optimizer_step, [], []
+    monkeypatch.setattr(Ranks, "gather_numbers", watch_numbers(lists))
+
+    def optimizer_step(run):
+        with Waits() as mode:
+            record = real(run)
+        waits.append(mode.count)
+        return record
+
+    monkeypatch.setattr(training, "optimizer_step", optimizer_step)
+    assert pretrain(f"--max_steps 3 --gradient_accumulation_steps 2 {words}").status == 0
+    assert waits == [0, 0, 0] and lists == [2, 2, 2]
+
+
+def watch_numbers(lists: list[int]) -> Callable[..., Any]:
+    """`gather_numbers`, noting how many numbers the device is asked for."""
+    real = Ranks.gather_numbers
+
+    def gather_numbers(ranks, computed, *known):
+        lists.append(len(computed))
+        return real(ranks, computed, *known)
+
+    return gather_numbers
+
+
+def test_without_dropout_no_random_state_is_taken(monkeypatch):
+    """Nothing would be drawn again; of a GPU it takes as long as a small model's step."""
+    monkeypatch.setattr(train_step, "random_state", raising(ZeroDivisionError()))
+    assert pretrain("--max_steps 2").status == 0
+    with pytest.raises(ZeroDivisionError):
+        pretrain("--max_steps 2 --dropout 0.1 --overwrite")
 
 
 @pytest.mark.parametrize("words", [12, 13, 14, 15])

@@ -202,6 +202,7 @@ def test_targets_are_counted_without_reading(
             dataset = PretrainDataset(part, length, bos_id=bos_id)
             chosen = epoch_order(len(dataset), seed, 0)[: 1 + seed]
             counted = int((dataset.batch(chosen)[1] != IGNORE_INDEX).sum())
+            assert part.document_starts is not None
             assert dataset.count_targets(chosen) == counted
             part.document_starts, known = None, part.document_starts
             assert dataset.count_targets(chosen) == counted
