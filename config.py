@@ -318,9 +318,9 @@ class Options:
     )
     optimizer: Literal["auto", "adamw", "muon"] = flag(
         "auto",
-        "muon: Muon on the matrices inside the layers, AdamW on the rest, with the same learning "
-        "rate, schedule and decay; auto: muon to pretrain from scratch, adamw otherwise, where "
-        "--pretrain_lr is typed, and with --parallel fsdp",
+        "muon: Muon on the matrices inside the layers, AdamW on the rest, with the same schedule "
+        "and decay, the embedding at 4 times the learning rate; auto: muon to pretrain from "
+        "scratch, adamw otherwise, where --pretrain_lr is typed, and with --parallel fsdp",
     )
     lr_scheduler: Literal["cosine", "linear", "constant", "wsd"] = flag(
         "cosine", "what follows the warmup; wsd: constant, then linear over the last fifth"

@@ -23,7 +23,7 @@ from minllama.record import PHASES, finite_or_none
 from minllama.run import Progress, Run
 from minllama.sharding import is_dtensor, no_gradient_sync
 from minllama.task import Batch, Window
-from optimizer import learning_rate
+from optimizer import learning_rate, set_learning_rate
 
 SHOWN_PLACES = 4  # of the sequences of a skipped step
 
@@ -44,8 +44,7 @@ def optimizer_step(run: Run) -> dict[str, Any]:
         total_steps=run.plan.schedule_steps,
         scheduler=run.options.lr_scheduler,
     )
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
+    set_learning_rate(run.optimizer, lr)
     with record_function(PHASES[0]):
         window = run.windows.get(progress.step, more=progress.step + 1 < run.last_step)
         batches = [batch.to(run.device) for batch in window.batches]

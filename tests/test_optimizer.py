@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -12,7 +13,15 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from config import LlamaConfig
 from llama import Llama
-from optimizer import AdamW, Muon, MuonAndAdamW, learning_rate, make_optimizer, parameter_groups
+from optimizer import (
+    AdamW,
+    Muon,
+    MuonAndAdamW,
+    learning_rate,
+    make_optimizer,
+    parameter_groups,
+    set_learning_rate,
+)
 
 
 def adamw_by_hand(weight, gradients, *, lr, betas, eps, weight_decay, correct_bias):
@@ -291,6 +300,19 @@ def test_muon_is_torchs(dtype: torch.dtype, tolerance: float):
             optimizer.step()
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_beside_muon_the_embedding_learns_faster(tiny_config: LlamaConfig, tied: bool):
+    """At four times the rate, from the first update on and whatever the schedule says; alone so."""
+    model = Llama(dataclasses.replace(tiny_config, tie_word_embeddings=tied))
+    optimizer, rates = muon_of(model), {}
+    for lr in (0.01, 0.002):
+        for group in optimizer.param_groups:
+            rates |= {id(p): group["lr"] / lr for p in group["params"]}
+        for name, parameter in model.named_parameters():
+            assert rates[id(parameter)] == (4 if name == "tok_embeddings.weight" else 1), name
+        set_learning_rate(optimizer, 0.002)
 
 
 def test_muon_updates_have_the_size_of_adamws(tiny_config: LlamaConfig):
