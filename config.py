@@ -245,11 +245,14 @@ class Options:
     save_dtype: Literal["float32", "bfloat16", "float16"] = flag(
         "float32", "dtype of the weights in final-model.pt and best-model.pt"
     )
+    deterministic: bool = flag(
+        False, "on CUDA, slower: the same bits every time; on a CPU it is so in any case"
+    )
     flag = section("arithmetic", "pretrain", "finetune", "generate")
     compile: Literal["auto", "on", "off"] = flag(
         "auto",
-        "torch.compile the model, which takes half a minute; auto: to pretrain on the CPU, where "
-        "the plan says that it pays; --compile alone: on",
+        "torch.compile the model, which takes half a minute; auto: to pretrain, on CUDA wherever "
+        "Triton works, on the CPU where the plan says that it pays; --compile alone: on",
         alone="on",
     )
 

@@ -77,9 +77,12 @@ def check_compiler(device: torch.device) -> None:
     """Raise UsageError where torch.compile does not work."""
     problem = compiler_problem(device)
     if problem is not None:
+        needed = "a C++ compiler (g++, clang++ or Windows' cl) with Python's headers"
+        if device.type == "cuda":
+            needed = "Triton and a C compiler with Python's headers"
         raise UsageError(
-            f"--compile: torch cannot compile here ({problem}): install a C++ compiler (g++, "
-            "clang++ or Windows' cl) with Python's headers, or give --compile off"
+            f"--compile: torch cannot compile here ({problem}): install {needed}, or give "
+            "--compile off"
         )
 
 
@@ -143,17 +146,33 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 @contextlib.contextmanager
-def training_precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Within the block a GPU that trains in float32 multiplies in TF32, several times as fast.
+def training_arithmetic(
+    device: torch.device, dtype: torch.dtype, *, deterministic: bool = False
+) -> Iterator[None]:
+    """How a GPU computes within the block, where training is; beyond it all is as it was.
 
-    TF32 rounds factors to 10 bits and sums in float32. What does not train multiplies in float32.
+    Float32 training multiplies in TF32, which rounds factors to 10 bits and sums in float32, in a
+    fraction of the time. `deterministic` takes kernels that add in the same order every time.
     """
-    if device.type != "cuda" or dtype != torch.float32:
+    if device.type != "cuda":
         yield
         return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+    precision = torch.get_float32_matmul_precision()
+    kernels = torch.are_deterministic_algorithms_enabled()
+    if dtype == torch.float32:
+        torch.set_float32_matmul_precision("high")
+    if deterministic:
+        torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(precision)
+        if deterministic:
+            torch.use_deterministic_algorithms(kernels)
+
+
+def prepare_determinism() -> None:
+    """What deterministic kernels need before CUDA starts; called again it does nothing."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Memory that nothing reads before it is written need not be filled.
+    torch.utils.deterministic.fill_uninitialized_memory = False

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from minllama.device import dtype_name, training_precision
+from minllama.device import dtype_name, training_arithmetic
 
 
 class Gpu(NamedTuple):
@@ -79,7 +79,7 @@ def measured_flops(device: torch.device, dtype: torch.dtype, *, width: int) -> f
     generator = torch.Generator(device).manual_seed(0)  # not the run's own
     a = torch.randn(width, width, generator=generator, device=device).to(dtype)
     seconds = []
-    with training_precision(device, dtype):
+    with training_arithmetic(device, dtype):
         for _ in range(5):
             started = time.perf_counter()
             (a @ a)[0, 0].item()  # waits for the device

@@ -228,6 +228,30 @@ def note_spike(record: dict[str, Any], earlier: Iterable[dict[str, Any]]) -> Non
         )
 
 
+def recompilations() -> Callable[[dict[str, Any]], None]:
+    """What notes in a step's record that the model was compiled in it again, and says so.
+
+    The first time is none: every step after it should find what was compiled there.
+    """
+    compiled, before = False, _compiled_frames()
+
+    def note(record: dict[str, Any]) -> None:
+        nonlocal compiled, before
+        again, before = _compiled_frames() - before, _compiled_frames()
+        if again and compiled:
+            record["recompiled"] = again
+            tqdm.write(f"recompiled: step {record['step']:,} took as long as the first for it")
+        compiled |= again > 0
+
+    return note
+
+
+def _compiled_frames() -> int:
+    """How many functions torch.compile has compiled in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo.counters["frames"]["ok"] if dynamo else 0
+
+
 # ---------------------------------------------------------------------------- telemetry
 
 TELEMETRY_SECONDS = 2.0
@@ -296,6 +320,7 @@ def environment() -> dict[str, Any]:
 PHASES = ("data", "forward and backward", "optimizer")  # record_function's names in training
 UNPROFILED_STEPS, PROFILED_STEPS = 2, 5  # the first compile and warm up
 PROFILE_ROWS = 12
+ATTENTION = "aten::_scaled_dot_product_"  # and then which of torch's: flash_attention, ...
 
 
 @contextlib.contextmanager
@@ -343,6 +368,13 @@ def profile_table(profiler: torch.profiler.profile, device: torch.device) -> str
     on = "device" if device.type == "cuda" else "cpu"
     times = {name: getattr(event, f"self_{on}_time_total") for name, event in events.items()}
     slowest = sorted(times, key=times.get, reverse=True)[:PROFILE_ROWS]
+    kernels = [
+        f"{name.removeprefix(ATTENTION).replace('_', ' ')} {event.count / steps:,.0f} times a step"
+        for name, event in events.items()
+        if name.startswith(ATTENTION) and "backward" not in name
+    ]
+    own = "this program's own, none of torch's"
+    lines.append(f"  attention: {', '.join(kernels) or own}")
     lines.append(f"  {'operation':<48} calls/step   ms/step   share")
     lines += [
         f"  {name[:48]:<48} {events[name].count / steps:>10,.0f} "

@@ -27,6 +27,7 @@ from minllama.device import (
     choose_dtype,
     compiler_problem,
     dtype_name,
+    prepare_determinism,
 )
 from minllama.errors import UsageError
 from minllama.files import check_writable, free_disk, real_path, size_on_disk
@@ -69,7 +70,8 @@ class Session:
         self.plan = TrainingPlan(options, self.ranks.world_size, self.device.type, dtype, **sizes)
         self.ranks.on_main(lambda: print_plan(self.plan, self.device, self.folder))
         if options.option == "pretrain":
-            self.options = self.ranks.on_main(lambda: settle_compile(options, self.plan))
+            device = self.device
+            self.options = self.ranks.on_main(lambda: settle_compile(options, self.plan, device))
         self._check_ranks_agree(dtype)
 
     def _check_ranks_agree(self, dtype: str) -> None:
@@ -98,8 +100,12 @@ def open_session(
         options, checkpoint = find_start(options, folder, ranks)
         seed_everything(options.seed)
         local_rank = ranks.local_rank if ranks.world_size > 1 else None
+        if options.deterministic:
+            prepare_determinism()
         device, note = choose_device(options.use_gpu, local_rank=local_rank)
         say(f"device       {note}{ranks.note(options.parallel)}")
+        if options.deterministic:
+            say(f"repeatable   {describe_determinism(device)}")
         if options.compile == "on":
             check_compiler(device)
         dtype = choose_dtype(options.dtype, device)
@@ -208,6 +214,8 @@ def check_identity(earlier: dict[str, Any], identity: dict[str, Any]) -> None:
 
 # ---------------------------------------------------------------------------- the plan
 
+COMPILED_MINUTES = 10  # on CUDA a shorter --minutes is not compiled for
+
 
 def print_plan(plan: TrainingPlan, device: torch.device, folder: RunFolder) -> None:
     """Print the plan and warn of what will not fit.
@@ -232,18 +240,37 @@ def print_plan(plan: TrainingPlan, device: torch.device, folder: RunFolder) -> N
     say(f"warning: {problem}")
 
 
-def settle_compile(options: Options, plan: TrainingPlan) -> Options:
-    """The options of a pretraining with --compile auto decided by its plan; says what and why.
+def describe_determinism(device: torch.device) -> str:
+    """What --deterministic does on a device, and what it costs."""
+    if device.type != "cuda":
+        return "--deterministic has no effect here: it changes CUDA's kernels alone"
+    return (
+        "steps are the same bits every time (--deterministic), and take longer: attention's "
+        "backward pass adds in a fixed order, and the compiler does not try out kernels"
+    )
 
-    Checkpoints keep the decision: compiled arithmetic rounds differently, and a resumed run has to
-    be bit-equal.
+
+def settle_compile(options: Options, plan: TrainingPlan, device: torch.device) -> Options:
+    """The options of a pretraining with --compile auto decided; says what and why.
+
+    On the CPU by the plan, on CUDA wherever Triton works. Checkpoints keep the decision: compiled
+    arithmetic rounds differently, and a resumed run has to be bit-equal.
     """
     if options.compile == "on":
         say("compile      on: before the first step, which takes half a minute or more")
-    if options.compile != "auto" or plan.device != "cpu":
+    if options.compile != "auto" or device.type == "mps":
         return options
-    pays, reason = plan.compiling_pays(torch.get_num_threads())
-    if pays and (problem := compiler_problem(torch.device("cpu"))) is not None:
+    pays, reason = (
+        True,
+        "the first step compiles, which takes a minute; those that follow are short",
+    )
+    if device.type == "cpu":
+        pays, reason = plan.compiling_pays(torch.get_num_threads())
+    elif plan.shards > 1:
+        pays, reason = False, "with --parallel fsdp layers are gathered between their kernels"
+    elif options.minutes is not None and options.minutes < COMPILED_MINUTES:
+        pays, reason = False, f"--minutes {options.minutes:g} leave no minute for it"
+    if pays and (problem := compiler_problem(device)) is not None:
         pays, reason = False, f"{reason}, but torch cannot compile here ({problem})"
     settled = "on" if pays else "off"
     say(f"compile      {settled}: {reason}")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from tqdm import tqdm
 
-from minllama.device import autocast, is_out_of_memory, training_precision, used_memory
+from minllama.device import autocast, is_out_of_memory, training_arithmetic, used_memory
 from minllama.errors import RunFailed
 from minllama.random_state import random_state, restore_random_state
 from minllama.record import PHASES, finite_or_none
@@ -49,7 +49,8 @@ def optimizer_step(run: Run) -> dict[str, Any]:
         window = run.windows.get(progress.step, more=progress.step + 1 < run.last_step)
         batches = [batch.to(run.device) for batch in window.batches]
     targets = max(1, window.targets)  # none at all: a loss of 0, not NaN
-    with training_precision(run.device, run.dtype):
+    deterministic = run.options.deterministic
+    with training_arithmetic(run.device, run.dtype, deterministic=deterministic):
         with record_function(PHASES[1]):
             loss_sum = backward_in_parts(run, batches, targets)
         with record_function(PHASES[2]):

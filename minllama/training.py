@@ -16,6 +16,7 @@ from minllama.record import (
     gpu_telemetry,
     note_spike,
     profiled,
+    recompilations,
 )
 from minllama.recording import NoRecording, Recording
 from minllama.run import Run
@@ -33,7 +34,7 @@ def train(run: Run) -> bool:
     """
     plan, task, options, progress = run.plan, run.task, run.options, run.progress
     ranks, stop, checkpoints = run.ranks, run.stop, run.checkpoints
-    sample_gpu = gpu_telemetry(run.device)
+    sample_gpu, note_recompilation = gpu_telemetry(run.device), recompilations()
     peak = ranks.world_size * peak_flops(run.device, run.dtype)
     flops = plan.flops_per_token()
     done = progress.step - bool(progress.pending)  # steps whose record is complete
@@ -61,6 +62,7 @@ def train(run: Run) -> bool:
         while run.has_more() and not run.is_to_stop():
             try:
                 record = progress.pending or optimizer_step(run)
+                note_recompilation(record)
             except TextLost as lost:
                 run.stop_for(lost)
                 continue

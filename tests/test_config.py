@@ -44,7 +44,7 @@ def test_the_flags_are_exactly_these():
     assert set(FLAGS) == set(
         """
         option config seed use_gpu plan save_dir resume overwrite profile tensorboard
-        dtype save_dtype compile
+        dtype save_dtype deterministic compile
         model_size dim n_layers n_heads n_kv_heads hidden_dim max_seq_len dropout
         tokenizer_model pretrained_model_path
         pretrain_data val_data val_fraction document_per_line text_field sentences_only dedup

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 
 import pytest
@@ -16,7 +18,8 @@ from minllama.device import (
     compiler_problem,
     describe_device,
     dtype_name,
-    training_precision,
+    prepare_determinism,
+    training_arithmetic,
     used_memory,
 )
 from minllama.errors import UsageError
@@ -103,23 +106,46 @@ def test_a_compiler_that_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "compile", broken)
     assert compiler_problem(CPU) == "no C++ compiler"
-    with pytest.raises(UsageError, match=r"--compile: .*\(no C\+\+ compiler\): install") as error:
-        check_compiler(CPU)
-    assert "\n" not in str(error.value)
+    for device, needed in ((CPU, "a C++ compiler"), (CUDA, "Triton")):
+        found = r"--compile: .*\(no C\+\+ compiler\): install " + re.escape(needed)
+        with pytest.raises(UsageError, match=found) as error:
+            check_compiler(device)
+        assert "\n" not in str(error.value)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     assert compiler_problem(CPU) is None
     check_compiler(CPU)
 
 
-def test_training_in_float32_multiplies_in_tf32_and_nothing_else_does(monkeypatch) -> None:
-    """Predictions in float32 must not depend on their batch, and so not on TF32's kernels."""
-    seen: list[str] = []
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", seen.append)
-    for device, dtype in ((CPU, torch.float32), (CUDA, torch.bfloat16)):
-        with training_precision(device, dtype):
-            assert not seen
-    with pytest.raises(ZeroDivisionError), training_precision(CUDA, torch.float32):
-        assert seen == ["high"]
-        raise ZeroDivisionError
-    assert seen == ["high", "highest"]
+def test_the_arithmetic_of_training_ends_with_it(monkeypatch) -> None:
+    """Predictions in float32 must not depend on their batch, and so not on TF32's kernels; and a
+    sample draws with a sum that has no deterministic kernel. A CPU computes as ever."""
+
+    def now() -> tuple[str, bool]:
+        return torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+
+    cases = {
+        (CPU, torch.float32, True): ("highest", False),
+        (CUDA, torch.bfloat16, False): ("highest", False),
+        (CUDA, torch.bfloat16, True): ("highest", True),
+        (CUDA, torch.float32, False): ("high", False),
+        (CUDA, torch.float32, True): ("high", True),
+    }
+    for (device, dtype, deterministic), within in cases.items():
+        arithmetic = training_arithmetic(device, dtype, deterministic=deterministic)
+        with pytest.raises(ZeroDivisionError), arithmetic:
+            assert now() == within
+            raise ZeroDivisionError
+        assert now() == ("highest", False)
+
+
+def test_deterministic_kernels_are_asked_for_before_cuda_starts(monkeypatch) -> None:
+    """cuBLAS reads its environment once; what the user has set there stays."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    prepare_determinism()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    prepare_determinism()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"

@@ -26,6 +26,7 @@ from minllama.record import (
     note_spike,
     profiled,
     read_records,
+    recompilations,
 )
 
 CPU = torch.device("cpu")
@@ -195,6 +196,20 @@ def test_a_loss_spike_is_said_and_recorded(capsys: pytest.CaptureFixture) -> Non
 
 
 # ---------------------------------------------------------------------------- the rest
+
+
+def test_a_model_that_is_compiled_again_is_noted(capsys) -> None:
+    """The first time is expected, in whichever step it comes; another shape is no news to torch."""
+    function = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
+    note, noted = recompilations(), []
+    for size in (None, 3, 3, 4, 3):
+        if size is not None:
+            function(torch.ones(size))
+        record = {"step": len(noted) + 1}
+        note(record)
+        noted.append(record.get("recompiled"))
+    assert noted == [None, None, None, 1, None]
+    assert capsys.readouterr().out.count("recompiled: step 4") == 1
 
 
 def test_no_telemetry_without_a_gpu() -> None:

@@ -212,6 +212,7 @@ def test_profile_shows_where_a_step_goes():
     """A trace for a viewer, a table, the share that waits for data; the run itself is unchanged."""
     done = pretrain("--max_steps 8 --profile")
     assert "aten::mm" in done.out and "waiting for data" in done.out
+    assert "  attention: flash attention for cpu 1 times a step" in done.out
     with gzip.open("run/profile.json.gz", "rt", encoding="utf-8") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
     assert {"data", "forward and backward", "optimizer"} <= names

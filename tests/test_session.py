@@ -14,6 +14,7 @@ import several
 import torch
 from running import (
     RESUME,
+    assert_same,
     command,
     pretrain,
     progress,
@@ -31,7 +32,14 @@ from minllama.errors import UsageError
 from minllama.plan import TrainingPlan
 from minllama.ranks import Ranks
 from minllama.run_folder import RunFolder
-from minllama.session import GLOBAL_BATCH, Session, check_identity, print_results, settle_compile
+from minllama.session import (
+    GLOBAL_BATCH,
+    Session,
+    check_identity,
+    describe_determinism,
+    print_results,
+    settle_compile,
+)
 from minllama.signals import StopRequest
 
 
@@ -240,13 +248,53 @@ def test_compile_is_settled_by_the_plan(words, pays, problem, settled, said, mon
     monkeypatch.setattr(
         sessions, "compiler_problem", lambda device: looked.append(device) or problem
     )
-    plan = SimpleNamespace(device="cpu", compiling_pays=lambda threads: (pays, "why"))
+    plan = SimpleNamespace(compiling_pays=lambda threads: (pays, "why"))
     options = parse_options(f"--option pretrain {words}".split())
-    assert settle_compile(options, plan).compile == settled
+    assert settle_compile(options, plan, torch.device("cpu")).compile == settled
     assert said in capsys.readouterr().out
     assert bool(looked) == (pays and not words)
-    gpu = SimpleNamespace(device="cuda")
-    assert settle_compile(parse_options(["--option", "pretrain"]), gpu).compile == "auto"
+
+
+@pytest.mark.parametrize(
+    ("words", "shards", "problem", "settled", "said"),
+    [
+        ("", 1, None, "on", "compile      on: the first step compiles, which takes a minute"),
+        ("", 1, "no Triton", "off", "but torch cannot compile here (no Triton)"),
+        ("", 2, None, "off", "compile      off: with --parallel fsdp"),
+        ("--minutes 3", 1, None, "off", "compile      off: --minutes 3 leave no minute for it"),
+        ("--minutes 10", 1, None, "on", "compile      on"),
+        ("--compile off", 1, None, "off", ""),
+    ],
+)
+def test_on_a_gpu_compile_is_on_where_triton_works(
+    words, shards, problem, settled, said, monkeypatch, capsys
+):
+    """It was on there only where somebody typed it; on Apple's GPUs that is still so."""
+    monkeypatch.setattr(sessions, "compiler_problem", lambda device: problem)
+    plan, options = (
+        SimpleNamespace(shards=shards),
+        parse_options(f"--option pretrain {words}".split()),
+    )
+    assert settle_compile(options, plan, torch.device("cuda")).compile == settled
+    assert said in capsys.readouterr().out
+    if not words:
+        assert settle_compile(options, plan, torch.device("mps")).compile == "auto"
+
+
+def test_deterministic_says_what_it_does_here_and_is_kept(monkeypatch):
+    """On a CPU nothing changes, and that is said; a resumed run has what the run began with."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    done = pretrain("--max_steps 1 --deterministic")
+    assert "repeatable   --deterministic has no effect here" in done.out
+    resumed = command(f"{RESUME} --max_steps 2")
+    assert resumed.status == 0 and "repeatable   --deterministic has no effect" in resumed.out
+    assert "take longer" in describe_determinism(torch.device("cuda"))
+    assert pretrain("--max_steps 2 --save_dir plain").status == 0
+    models = [
+        load_checkpoint(Path(f"{name}/pretrain-step-2.pt"))["model"] for name in ("plain", "run")
+    ]
+    assert_same(*models)
 
 
 def test_what_compile_auto_chose_is_kept(monkeypatch):
@@ -324,7 +372,7 @@ def test_compile_is_settled_on_rank_0_for_all(monkeypatch):
     """Each machine decided for itself, by its own processor: some compiled and others did not."""
     decisions = iter(["on", "off"])
 
-    def settle(options, plan):
+    def settle(options, plan, device):
         return dataclasses.replace(options, compile=next(decisions))
 
     monkeypatch.setattr(sessions, "settle_compile", settle)
