@@ -23,7 +23,7 @@ from llama import Llama, NextTokenLoss
 from minllama.console import say
 from minllama.corpus import Texts
 from minllama.deadline import FINISHING, MOST_EPOCHS
-from minllama.device import autocast, is_out_of_memory
+from minllama.device import autocast, is_out_of_memory, training_arithmetic
 from minllama.random_state import random_state, restore_random_state
 from minllama.ranks import Ranks
 from minllama.units import human_time
@@ -199,11 +199,12 @@ def time_steps(
             torch.cuda.synchronize(device)
         return time.perf_counter() - started
 
-    for work in (passes, update):  # the first time memory is taken and kernels are chosen
-        work()
     times: list[tuple[float, float]] = []
-    while sum(map(sum, times)) < TIMED_SECONDS and len(times) < 10:
-        times.append((seconds(passes), seconds(update)))
+    with training_arithmetic(device, dtype, deterministic=options.deterministic):
+        for work in (passes, update):  # the first time memory is taken and kernels are chosen
+            work()
+        while sum(map(sum, times)) < TIMED_SECONDS and len(times) < 10:
+            times.append((seconds(passes), seconds(update)))
     of_passes, of_updates = zip(*times, strict=True)
     return Speed(statistics.median(of_passes) / (rows * context), statistics.median(of_updates))
 
