@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from config import LlamaConfig
@@ -136,6 +137,28 @@ def test_shards_and_parameters_take_one_launch_a_group(shape, monkeypatch):
     for types, counts in calls:
         assert len(types) == 2 and len(counts) == 1 and Shard not in types
     assert len(calls) == 2
+
+
+def test_on_cuda_a_group_is_one_launch_and_nothing_waits(monkeypatch):
+    """The count lies on the device, and the decay is in the kernel: no second pass, no copy."""
+    real, settings = torch._fused_adamw_, []
+
+    def fused(*lists, **rest):
+        assert {tensor.device.type for of_one in lists for tensor in of_one} == {"cuda"}
+        settings.append(rest)
+        real(*lists, **rest)
+
+    monkeypatch.setattr(torch, "_fused_adamw_", fused)
+    monkeypatch.setattr(torch, "_foreach_add_", lambda *_: 1 / 0)
+    monkeypatch.setattr("optimizer.is_fused", lambda parameters, *lists: True)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # without memory, on devices that are not here
+        weights = [nn.Parameter(torch.empty(shape, device="cuda")) for shape in ((4, 3), (0, 3))]
+        for weight in weights:
+            weight.grad = torch.empty_like(weight)
+        AdamW(weights, lr=0.1, weight_decay=0.2).step()
+    (found,) = settings
+    assert found["lr"] == pytest.approx(0.1 * (1 - 0.02))
+    assert found["lr"] * found["weight_decay"] == pytest.approx(0.02)
 
 
 def test_parameters_without_gradient_keep_their_own_count():
