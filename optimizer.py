@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -182,6 +182,9 @@ def layer_matrices(model: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in named if p.requires_grad and p.ndim == 2 and "layers." in name]
 
 
+STACKED = {"cuda": 2**24}  # numbers of matrices alike that Muon works on at once; a CPU on one
+
+
 class Muon(torch.optim.Muon):
     """torch's Muon, with its matrix products in `dtype`.
 
@@ -202,26 +205,49 @@ class Muon(torch.optim.Muon):
             moments: list[torch.Tensor] = []
             self._init_group(group, parameters, gradients, moments)
             torch._foreach_lerp_(moments, gradients, 1 - group["momentum"])
-            for parameter, gradient, moment in zip(parameters, gradients, moments, strict=True):
-                update = orthogonal(gradient.lerp(moment, group["momentum"]), self.dtype)
-                step_size = group["lr"] * 0.2 * math.sqrt(max(parameter.shape))
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-step_size)
+            for stack in stacks(parameters, gradients, moments):
+                weights, of_step, of_all = (list(tensors) for tensors in zip(*stack, strict=True))
+                ahead = torch._foreach_lerp(of_step, of_all, group["momentum"])
+                if len(ahead) == 1:
+                    updates = [orthogonal(ahead[0], self.dtype)]
+                else:
+                    updates = list(orthogonal(torch.stack(ahead), self.dtype).unbind())
+                step_size = group["lr"] * 0.2 * math.sqrt(max(weights[0].shape))
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(weights, updates, alpha=-step_size)
+
+
+def stacks(*lists: list[torch.Tensor]) -> Iterator[list[tuple[torch.Tensor, ...]]]:
+    """One from each of the lists, and with it those of the same shape, as many as STACKED allows.
+
+    Products of small matrices one by one leave a GPU waiting for the next launch.
+    """
+    alike: dict[torch.Size, list[tuple[torch.Tensor, ...]]] = {}
+    for one_of_each in zip(*lists, strict=True):
+        alike.setdefault(one_of_each[0].shape, []).append(one_of_each)
+    for shape, found in alike.items():
+        count = max(1, STACKED.get(found[0][0].device.type, 0) // shape.numel())
+        for start in range(0, len(found), count):
+            yield found[start : start + count]
 
 
 def orthogonal(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Near the orthogonal matrix closest to `matrix`, by Newton-Schulz iterations in `dtype`.
 
-    Its singular values come out between 0.5 and 1.5 (Jordan 2024).
+    Its singular values come out between 0.5 and 1.5 (Jordan 2024). Of a stack (n, rows, columns)
+    each matrix by itself.
     """
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
     x = wide.to(dtype)
-    x = x / x.norm().clamp(min=1e-7)
+    single = x.ndim == 2
+    size = x.norm() if single else x.norm(dim=(1, 2), keepdim=True)
+    add_product = torch.addmm if single else torch.baddbmm
+    x = x / size.clamp(min=1e-7)
     a, b, c = 3.4445, -4.7750, 2.0315
     for _ in range(5):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x if wide is matrix else x.T).to(matrix.dtype)
+        gram = x @ x.mT
+        x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x if wide is matrix else x.mT).to(matrix.dtype)
 
 
 class MuonAndAdamW:
