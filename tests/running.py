@@ -18,6 +18,7 @@ import run_llama
 from config import LlamaConfig, parse_options
 from llama import Llama, model_payload
 from minllama import streaming, training
+from minllama.ahead import Ahead
 from minllama.checkpoint import load_checkpoint
 from minllama.pt_file import save_pt
 from minllama.signals import StopRequest
@@ -80,6 +81,11 @@ def stop_after(step: int, patch: pytest.MonkeyPatch) -> StopRequest:
 
     patch.setattr(training, "optimizer_step", optimizer_step)
     return stop
+
+
+def read_ahead(patch: pytest.MonkeyPatch) -> None:
+    """Have each step's batches made in a thread while the one before runs, as for a GPU."""
+    patch.setattr("minllama.run.Ahead", lambda make, *, enabled: Ahead(make, enabled=True))
 
 
 def records(name: str = "run/metrics.jsonl") -> list[dict[str, Any]]:

@@ -8,7 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from running import RESUME, assert_same, command, pretrain, steps, write_stories
+from running import (
+    RESUME,
+    assert_same,
+    assert_same_run,
+    command,
+    pretrain,
+    read_ahead,
+    steps,
+    write_stories,
+)
 
 from minllama import run_folder, training
 from minllama.checkpoint import load_checkpoint
@@ -45,6 +54,26 @@ def write_over() -> None:
     path = next(Path("cache").glob("*.tokens"))
     path.write_bytes(b"\xff" * path.stat().st_size)
     os.utime(path, (1, 1))
+
+
+def test_a_batch_that_could_not_be_read_ahead_ends_the_run_at_its_own_step(monkeypatch):
+    """Not at the one that ran meanwhile, whose batches were there: it is trained, and saved."""
+    assert pretrain("--max_steps 5 --save_dir whole").status == 0
+    real = training.optimizer_step
+
+    def optimizer_step(run: training.Run):
+        if run.progress.step == 2:
+            run.windows.next[1].result()  # step 3's batches
+            cut_off()
+        return real(run)
+
+    with monkeypatch.context() as patch:
+        read_ahead(patch)
+        patch.setattr(training, "optimizer_step", optimizer_step)
+        done = pretrain("--max_steps 5")
+    assert done.status == 1 and "stopped after step 3, and saved" in done.error
+    assert command(f"{RESUME} --max_steps 5").status == 0
+    assert_same_run("whole", "run", "pretrain-step-5.pt")
 
 
 @pytest.mark.parametrize("hurt", [cut_off, write_over])

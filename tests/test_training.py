@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from running import (
     command,
     pretrain,
     progress,
+    read_ahead,
     records,
     steps,
     stop_after,
@@ -299,6 +301,20 @@ def test_a_signal_in_the_first_step_saves_after_it(monkeypatch):
     monkeypatch.setattr("minllama.session.check_compiler", lambda device: None)
     assert pretrain("--compile").status == 128 + signal.SIGTERM
     assert progress("run/pretrain-step-1.pt")["step"] == 1
+
+
+def test_batches_read_ahead_are_the_same_batches(monkeypatch):
+    """As for a GPU: over the ends of epochs, evaluations beside it, a stop and the run's end; and
+    the thread ends with the loop, however that ends."""
+    words = "--epochs 2 --dropout 0.1 --eval_interval 4 --optimizer adamw"
+    assert pretrain(f"{words} --save_dir whole").status == 0
+    read_ahead(monkeypatch)
+    with monkeypatch.context() as patch:
+        assert pretrain(words, stop=stop_after(13, patch)).status == 130
+        assert not [t for t in threading.enumerate() if t.name.startswith("ahead")]
+    assert command(RESUME).status == 0
+    assert_same_run("whole", "run", "pretrain-epoch-2.pt")
+    assert not [t for t in threading.enumerate() if t.name.startswith("ahead")]
 
 
 def test_a_resumed_run_takes_the_flags_of_the_run(monkeypatch):
