@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from llama import Llama, NextTokenLoss
@@ -69,6 +70,7 @@ def evaluate_tokens(
     """
     ranks, device, size = session.ranks, session.device, session.options.micro_batch_size
     sums = np.zeros((2, -(-len(dataset) // size)))  # each batch's loss and targets
+    losses: list[Tensor] = []  # on the device, for which nothing waits until the end
     next_token_loss.eval()
     with no_gradients(next_token_loss), autocast(device, session.dtype):
         numbers = list(ranks.split_evenly(sums.shape[1]))
@@ -76,9 +78,11 @@ def evaluate_tokens(
             ranks.check_stop(session.stop)
             indices = range(number * size, min((number + 1) * size, len(dataset)))
             batch = Batch(dataset.batch(indices)).to(device)
-            loss = next_token_loss(*batch.inputs)[0].item()
-            sums[:, number] = (loss, dataset.count_targets(indices)) if counts else (0, 0)
+            losses.append(next_token_loss(*batch.inputs)[0])
+            sums[1, number] = counts * dataset.count_targets(indices)
     next_token_loss.train()
+    for (number, counts), loss in zip(numbers, torch.stack(losses).tolist(), strict=True):
+        sums[0, number] = loss if counts else 0
     loss_sum, targets = (sum(row) for row in ranks.sum_array(sums).tolist())
     metrics = {"val_loss": loss_sum / max(1, targets)}
     metrics["val_perplexity"] = perplexity(metrics["val_loss"])
