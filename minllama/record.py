@@ -13,7 +13,6 @@ import json
 import math
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -219,7 +218,7 @@ def note_spike(record: dict[str, Any], earlier: Iterable[dict[str, Any]]) -> Non
     losses = [r["loss"] for r in earlier if r.get("loss") is not None]
     if record["loss"] is None or len(losses) < SPIKE_LEAST:
         return
-    mean, std = statistics.fmean(losses), statistics.stdev(losses)
+    mean, std = float(np.mean(losses)), float(np.std(losses, ddof=1))
     if record["loss"] > mean + SPIKE_STDS * std:
         record["loss_spike"] = record["loss"] - mean
         tqdm.write(

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -284,6 +285,28 @@ def test_finetuning_resumes_bit_equal(finetune, words, monkeypatch):
     assert command(f"{finetune} {words} --resume auto").status == 0
     assert_same_run("whole", "run", "finetune-toy-epoch-2.pt", "finetune-toy-metrics.jsonl")
     assert Path("toy-dev-finetuning-output.txt").read_bytes() == expected
+
+
+def test_ranks_stop_by_what_they_agreed_on_in_the_step(monkeypatch):
+    """With loss and norm, without an exchange of its own; before the first step and at the end they
+    ask each other, and so one that was told since then does not leave the others waiting."""
+
+    class Stub(training.Run):
+        def __init__(self) -> None:
+            self.ranks, self.stop, self.agreed = Ranks(world_size=2), StopRequest(), None
+            self.folder = SimpleNamespace(find_loss=lambda *, now: None)
+
+    asked, run = [], Stub()
+    monkeypatch.setattr(Ranks, "agree_to_stop", lambda ranks, stop: asked.append(1) or True)
+    assert run.is_to_stop() and len(asked) == 1
+    run.agree_to_stop([0, 0])
+    run.stop.signal_number = signal.SIGINT  # this rank alone, after the step
+    assert not run.is_to_stop() and len(asked) == 1
+    run.stop.signal_number = None
+    run.agree_to_stop([0, signal.SIGTERM])
+    assert run.stop.signal_number == signal.SIGTERM
+    assert run.is_to_stop() and len(asked) == 1
+    assert run.is_to_stop(at_end=True) and len(asked) == 2
 
 
 def test_a_signal_in_the_first_step_saves_after_it(monkeypatch):
