@@ -1,101 +1,112 @@
-"""Does pretraining help? Fine-tune SST-5 from a pretrained and from an untrained model, in pairs.
+"""Does pretraining help? SST-5 fine-tuned with all weights, from a pretrained model and from none.
 
-    python data/download.py sst cfimdb
-    python benchmarks/pretraining_helps.py --data data --seeds 1 2 3
+    python data/download.py sst
+    python benchmarks/pretraining_helps.py --text reviews.txt --minutes 30
 
-One model is pretrained on the training sentences of SST-5 and CFIMDB; for each seed another of the
-same shape and vocabulary is stopped after a single step with a learning rate of next to nothing.
-Both are fine-tuned alike, by adapters: with all weights trained, SST-5 alone teaches a model of a
-million parameters as much as its pretraining did. The table has the dev accuracy of the best epoch.
+One model is pretrained on the text, a document a line, which holds no sentence of SST. Another
+goes on from it with SST's training sentences, without their labels. The untrained one has their
+shape and vocabulary and random weights. Each is fine-tuned with every learning rate and pooling and
+the first seed, and with what was best for it with all seeds. The accuracy on dev is that of the
+best epoch, on test that of the same model.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
+import re
 import statistics
-import subprocess
 import sys
-import tempfile
-from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-SHAPE = "--dim 128 --n_layers 4 --n_heads 2 --max_seq_len 128 --dropout 0.1".split()
-PRETRAIN = "--epochs 5 --pretrain_lr 3e-3".split()
-UNTRAINED = "--max_steps 1 --pretrain_lr 1e-9".split()
-FINETUNE = "--lora_rank 8 --epochs 4 --batch_size 32 --lr 3e-3".split()
-TEXTS = ("sst-train.txt", "cfimdb-train.txt")
+import torch
+from peers import ROOT, run
+
+sys.path.insert(0, str(ROOT))
+
+from llama import load_pretrained, model_payload
+from minllama.pt_file import save_pt
+
+FINETUNE = "--batch_size 32 --epochs 3".split()
+SENTENCES = "--sentences_only --document_per_line --epochs 3 --max_seq_len 128".split()
 
 
-def run(*words: str | Path) -> None:
-    """Run one of the program's scripts; a failure ends this one with what it said."""
-    done = subprocess.run(
-        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        sys.exit(f"{' '.join(map(str, words))}\n{done.stdout}\n{done.stderr}")
-
-
-def dev_accuracy(folder: Path) -> float:
-    """The best dev accuracy on record in a fine-tuning run's folder."""
-    lines = (folder / "finetune-sst-metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return max(json.loads(line).get("dev_accuracy") or 0.0 for line in lines)
-
-
-def pretrain(folder: Path, data: Path, vocabulary: Path, flags: list[str], seed: int) -> Path:
+def pretrain(folder: Path, *words: object) -> Path:
     """The model of a pretraining run, made unless an earlier one left it."""
     model = folder / "final-model.pt"
     if not model.is_file():
-        texts = [data / name for name in TEXTS]
-        run("run_llama.py", "--option", "pretrain", "--pretrain_data", *texts, "--sentences_only",
-            "--tokenizer_model", vocabulary, "--pretrain_batch_size", "16", *SHAPE, *flags,
-            "--seed", str(seed), "--cache_dir", folder.parent / "cache", "--save_dir", folder,
-            "--overwrite")  # fmt: skip
+        run("run_llama.py", "--option", "pretrain", "--document_per_line", "--save_dir", folder,
+            "--cache_dir", folder.parent / "cache", "--overwrite", *words)  # fmt: skip
     return model
 
 
-def finetune(model: Path, folder: Path, data: Path, seed: int) -> float:
-    """Dev accuracy of the best epoch on SST-5."""
+def untrained(like: Path, path: Path, seed: int) -> Path:
+    """A model of the same shape and vocabulary with random weights."""
+    torch.manual_seed(seed)
+    model = load_pretrained(like)
+    model.init_weights()
+    save_pt(path, model_payload(model))
+    return path
+
+
+def finetune(model: Path, data: Path, folder: Path, *words: object) -> tuple[float, float]:
+    """The accuracies on dev and test of a fine-tuning's best epoch."""
     splits = [w for s in ("train", "dev", "test") for w in (f"--{s}", data / f"sst-{s}.txt")]
     outs = ["--dev_out", folder / "dev.txt", "--test_out", folder / "test.txt"]
-    run("run_llama.py", "--option", "finetune", *splits, *outs, *FINETUNE, "--seed", str(seed),
-        "--pretrained_model_path", model, "--save_dir", folder, "--overwrite")  # fmt: skip
-    return dev_accuracy(folder)
+    printed = run("run_llama.py", "--option", "finetune", *splits, *outs, *FINETUNE,
+                  "--pretrained_model_path", model, "--save_dir", folder, "--overwrite",
+                  *words)  # fmt: skip
+    dev, test = (float(re.search(rf"{s} accuracy ([\d.]+)", printed)[1]) for s in ("dev", "test"))
+    return dev, test
+
+
+def measure(
+    name: str, models: Sequence[Path], data: Path, work: Path, args: argparse.Namespace
+) -> str:
+    """A row of the table: the best recipe of those asked for, with a model for each seed."""
+    recipes = list(itertools.product(args.pooling, args.lr))
+
+    def accuracies(number: int, pooling: str, lr: float) -> tuple[float, float]:
+        words = ["--pooling", pooling, "--lr", lr, "--seed", args.seeds[number]]
+        found = finetune(models[number], data, work / "finetuned", *words)
+        print(f"{name}: {' '.join(map(str, words))}: dev {found[0]}, test {found[1]}", flush=True)
+        return found
+
+    first = {recipe: accuracies(0, *recipe) for recipe in recipes}
+    best = max(first, key=first.__getitem__)
+    rows = [first[best], *(accuracies(number, *best) for number in range(1, len(models)))]
+    columns = zip(*rows, strict=True)
+    cells = [f"{statistics.mean(v):.3f} ({', '.join(f'{x:.3f}' for x in v)})" for v in columns]
+    return f"| {name} | {best[0]}, {best[1]:g} | {' | '.join(cells)} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--text", type=Path, required=True, help="to pretrain on, a document a line"
+    )
+    parser.add_argument("--minutes", type=float, default=30.0, help="of the pretraining")
     parser.add_argument("--data", type=Path, default=ROOT / "data", help="folder of sst-*.txt")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--work", type=Path, help="folder to keep the models in, and to reuse")
-    arguments = parser.parse_args()
-    data = arguments.data.resolve()
-    labels = [
-        line.split(" ||| ")[0]
-        for line in (data / "sst-dev.txt").read_text(encoding="utf-8").splitlines()
-    ]
-    print(f"majority class on dev: {max(Counter(labels).values()) / len(labels):.3f}")
-    rows = []
-    with tempfile.TemporaryDirectory() as temporary:
-        work = arguments.work or Path(temporary)
-        vocabulary = work / "sst.model"
-        if not vocabulary.is_file():
-            run("tokenizer.py", "train", "--input", *(data / name for name in TEXTS),
-                "--sentences_only", "--vocab_size", "4096", "--output", vocabulary)  # fmt: skip
-        pretrained = pretrain(work / "pretrained", data, vocabulary, PRETRAIN, arguments.seeds[0])
-        print("| seed | untrained | pretrained |\n|---|---|---|")
-        for seed in arguments.seeds:
-            bare = pretrain(work / f"untrained-{seed}", data, vocabulary, UNTRAINED, seed)
-            models = {"untrained": bare, "pretrained": pretrained}
-            row = {
-                name: finetune(model, work / f"{name}-finetuned-{seed}", data, seed)
-                for name, model in models.items()
-            }
-            rows.append(row)
-            print(f"| {seed} | {row['untrained']:.3f} | {row['pretrained']:.3f} |", flush=True)
-    means = [statistics.mean(row[start] for row in rows) for start in ("untrained", "pretrained")]
-    print(f"| mean | {means[0]:.3f} | {means[1]:.3f} |")
+    parser.add_argument("--lr", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
+    parser.add_argument("--pooling", nargs="+", default=["last", "mean"])
+    parser.add_argument("--work", type=Path, required=True, help="folder of the models, kept there")
+    args = parser.parse_args()
+    data, work = args.data.resolve(), args.work.resolve()
+    text = args.text.resolve()
+    pretrained = pretrain(work / "pretrained", "--pretrain_data", text, "--minutes", args.minutes)
+    sentences = [data / "sst-train.txt", *SENTENCES, "--pretrained_model_path", pretrained]
+    further = pretrain(work / "further", "--pretrain_data", *sentences)
+    random = [untrained(pretrained, work / f"untrained-{seed}.pt", seed) for seed in args.seeds]
+    every = len(args.seeds)
+    starts = {
+        "random weights": random,
+        "pretrained": [pretrained] * every,
+        "pretrained, then on SST's sentences": [further] * every,
+    }
+    rows = [measure(name, models, data, work, args) for name, models in starts.items()]
+    print("\n| start | pooling, lr | dev | test |\n|---|---|---|---|\n" + "\n".join(rows))
 
 
 if __name__ == "__main__":
