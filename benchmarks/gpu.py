@@ -5,8 +5,9 @@
     python benchmarks/gpu.py --nanogpt ../nanoGPT --only steps runs
 
 `steps` is a training step beside other programs', `runs` whole pretrainings with what their plans
-said, `loss` and `attention` the kernels, `optimizer` its update, `generate` decoding, and `resume`
-whether a run interrupted under --deterministic ends bit-equal. A part that fails says why, and the
+said, `loss` and `attention` the kernels, `optimizer` its update, `generate` decoding, `waits` how
+often a step waits for the GPU, and `resume` whether a run interrupted under --deterministic ends
+bit-equal. A part that fails says why, and the
 others go on. `--device cpu --small` tries all parts out where there is no GPU.
 """
 
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -140,11 +142,39 @@ def runs(args: Args) -> Iterable[str]:
             first = tokens / records[0]["tokens_per_second"]
             peak = max(record["memory"] or 0 for record in records) / 1e9
             planned = re.search(r"^memory +([\d.]+ \w+)", out, re.MULTILINE)[1]
-            again = "yes" if "recompiled" in out else "no"
+            again = sum("recompiled" in record for record in records)
             yield (
                 f"| {shape} | {name} | {rate:,.0f} | {mfu:.0%} | {first:.1f} | {peak:.1f} | "
                 f"{planned} | {again} |"
             )
+
+
+def waits(args: Args) -> Iterable[str]:
+    """How often the host waits for the GPU in a step of the program: once is meant."""
+    import torch
+
+    import run_llama
+    from config import parse_options
+    from minllama import training
+
+    counts, real = [], training.optimizer_step
+
+    def counted(run: Any) -> dict[str, Any]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            record = real(run)
+            torch.cuda.set_sync_debug_mode("default")
+        counts.append(sum("synchronizing" in str(w.message) for w in caught))
+        return record
+
+    training.optimizer_step = counted
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["--option", "pretrain", "--use_gpu", "--compile", "off", "--max_steps", 8,
+                 "--save_dir", folder, "--cache_dir", folder, *shape_words("T")]  # fmt: skip
+        run_llama.main(parse_options([str(word) for word in words]))
+    training.optimizer_step = real
+    yield f"\nwaits in steps 1 to 8: {counts}"
 
 
 def resume(args: Args) -> Iterable[str]:
@@ -311,7 +341,8 @@ def continue_prompts(model: Any, rows: int, count: int, step: Any) -> None:
 
 
 PARTS = {
-    part.__name__: part for part in (steps, runs, loss, attention, optimizer, generate, resume)
+    part.__name__: part
+    for part in (steps, runs, loss, attention, optimizer, generate, waits, resume)
 }
 
 
@@ -327,6 +358,8 @@ def main() -> None:
     args = parser.parse_args()
     import torch
 
+    from minllama.gpus import measured_flops
+
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("gpu.py: torch finds no CUDA GPU here; --device cpu --small tries the script out")
     if args.small:
@@ -334,6 +367,9 @@ def main() -> None:
     if args.device == "cuda":
         name = torch.cuda.get_device_name()
         print(f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+        for dtype in (torch.bfloat16, torch.float32):
+            rate = measured_flops(torch.device("cuda"), dtype, width=8192)
+            print(f"products of 8,192 x 8,192 in {str(dtype)[6:]}: {rate / 1e12:,.0f} TFLOP/s")
     for name in args.only:
         part, started = PARTS[name], time.monotonic()
         print(f"\n{name}: {part.__doc__.splitlines()[0]}\n", flush=True)
