@@ -287,7 +287,7 @@ class Options:
 
     flag = section("text to pretrain on", "pretrain")
     pretrain_data: tuple[str, ...] = flag(
-        (), "files, folders or globs: .txt, .jsonl, each also .gz; unset: the stories", many=True
+        (), "files, folders or globs: .txt, .jsonl, each also .gz; unset: embedded ones", many=True
     )
     val_data: tuple[str, ...] = flag((), "the same, held out for validation", many=True)
     flag = section("text to pretrain on", "pretrain", "finetune")

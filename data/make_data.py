@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dialogues import dialogue_line, make_dialogues
-from reviews import LABELS, make_reviews
+from reviews import LABELS, make_review_texts, make_reviews
 from stories import make_stories
 
 DATA = Path(__file__).resolve().parent
@@ -34,6 +34,7 @@ STORIES = 2500  # about 2 MB
 VAL_EVERY = 20  # one story in twenty is held out
 VOCAB_SIZE = 2048
 REVIEWS = {"train": 3000, "dev": 400, "test": 400}
+REVIEW_TEXTS = 1600  # to pretrain on: a tenth of the text
 MODEL_NAME = "stories-tiny.pt"
 
 # ---------------------------------------------------------------------------- the files
@@ -48,10 +49,11 @@ def make_files(output: Path, *, seed: int = SEED, stories: int = STORIES) -> lis
         splits["val" if index % VAL_EVERY == 0 else "train"].append(story)
     made = []
     for name, part in splits.items():
-        lines = (json.dumps({"text": story}, ensure_ascii=False) for story in part)
-        made.append(write_lines(output / f"stories-{name}.jsonl", lines))
+        made.append(write_lines(output / f"stories-{name}.jsonl", map(text_line, part)))
 
     reviews = make_reviews(seed, sum(REVIEWS.values()))
+    texts = make_review_texts(seed + 1, REVIEW_TEXTS, {sentence for _, sentence in reviews})
+    made.append(write_lines(output / "reviews-unlabelled.jsonl", map(text_line, texts)))
     for name, size in REVIEWS.items():
         part, reviews = reviews[:size], reviews[size:]
         lines = (f"{label} ||| {sentence}" for label, sentence in part)
@@ -61,6 +63,11 @@ def make_files(output: Path, *, seed: int = SEED, stories: int = STORIES) -> lis
         made.append(write_lines(output / f"chat-{name}.jsonl", map(dialogue_line, dialogues)))
     made.append(make_vocabulary(output))
     return made
+
+
+def text_line(text: str) -> str:
+    """A line of .jsonl that holds a document."""
+    return json.dumps({"text": text}, ensure_ascii=False)
 
 
 def make_vocabulary(output: Path) -> Path:

@@ -1,13 +1,20 @@
-"""The embedded reviews: labelled sentences, whose words are in `reviews.grammar`."""
+"""The embedded reviews, whose words are in `reviews.grammar`: labelled sentences, and plain text.
+
+The text is for pretraining. It holds none of the labelled sentences, and relates how films are
+spoken of to what they are said to be, as reviews do.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Set
 from pathlib import Path
 
 from grammar import Dice, Grammar, expand, polish, read_grammar
 
 LABELS = ["awful", "bad", "average", "good", "excellent"]
 FRAMED = 0.75  # this share of the reviews uses sentences that are the same in all classes
+SENTENCE_END = re.compile(r"(?<=[.?!]) ")
 REVIEWS_GRAMMAR = Path(__file__).with_name("reviews.grammar")
 
 
@@ -22,8 +29,26 @@ def make_reviews(seed: int, count: int) -> list[tuple[int, str]]:
     return [(label, sentence) for sentence, label in reviews.items()]
 
 
-def make_review(grammar: Grammar, name: str, dice: Dice) -> str:
-    """One sentence of the class `name`; a word is used only once in it."""
+def make_review_texts(seed: int, count: int, without: Set[str]) -> list[str]:
+    """`count` different reviews: one or two sentences of a class, and what the film is then called.
+
+    None of the sentences, nor a part of one that is a sentence itself, is in `without`.
+    """
+    grammar, dice = read_grammar(REVIEWS_GRAMMAR), Dice(seed)
+    texts: dict[str, None] = {}
+    while len(texts) < count:
+        name = dice.pick(LABELS)
+        sections = [dice.pick(["plain", "plain", name]) for _ in range(dice.pick([1, 2]))]
+        sentences = [make_review(grammar, name, dice, section=section) for section in sections]
+        if not any(without & {drawn, *SENTENCE_END.split(drawn)} for drawn in sentences):
+            line = dice.pick(grammar.sections["conclusions"].lines)
+            end = polish(expand(line, {"label": name}.__getitem__, dice))
+            texts[" ".join([*sentences, end])] = None
+    return list(texts)
+
+
+def make_review(grammar: Grammar, name: str, dice: Dice, *, section: str | None = None) -> str:
+    """One sentence of the class `name`, of any `section`; a word is used only once in it."""
     used: set[str] = set()
 
     def look_up(slot: str) -> str:
@@ -37,6 +62,6 @@ def make_review(grammar: Grammar, name: str, dice: Dice) -> str:
         used.add(word)
         return word[:1].upper() + word[1:] if slot.endswith(".Cap") else word
 
-    section = "frames" if dice.chance(FRAMED) else name
+    section = section or ("frames" if dice.chance(FRAMED) else name)
     line = dice.pick(grammar.sections[section].lines)
     return polish(expand(line, look_up, dice)).replace(" ,", ",")

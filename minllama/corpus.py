@@ -33,6 +33,7 @@ from minllama.tokens import TokenCache, build_or_load
 from tokenizer import Tokenizer
 from utils import PretrainDataset, count_chunks, split_documents, whole_stream
 
+EMBEDDED_TEXTS = ("stories-train.jsonl", "reviews-unlabelled.jsonl")
 TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 FEW_FILES = 3  # have a line each
 MIN_CONTEXT, WANTED_STEPS = 128, 1000
@@ -89,7 +90,7 @@ def find_texts(options: Options) -> TextFiles:
     """The files that the flags mean; raises UsageError."""
     patterns, val_data = options.pretrain_data, options.val_data
     if not patterns:
-        patterns = (str(DATA_DIR / "stories-train.jsonl"),)
+        patterns = tuple(str(DATA_DIR / name) for name in EMBEDDED_TEXTS)
         if not val_data and options.val_fraction:
             val_data = (str(DATA_DIR / "stories-val.jsonl"),)
     files = find_text_files(patterns, flag="--pretrain_data")

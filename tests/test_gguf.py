@@ -84,9 +84,15 @@ def test_llama_cpp_continues_with_our_very_tokens(tmp_path: Path, dtype: str):
     with llama_cpp(path) as ask:
         for text in filter(None, SAMPLES):  # it puts a space token before nothing
             assert their_ids(ask, text) == tokenizer.encode(text, bos=True, eos=False), text
-        count = 100 if dtype == "float32" else 30
-        wanted = our_tokens(model, tokenizer, "One day a fox", count)
-        assert their_tokens(ask, "One day a fox", count) == wanted
+        theirs = their_tokens(ask, "One day a fox", 100)
+    if dtype == "float32":
+        assert theirs == our_tokens(model, tokenizer, "One day a fox", 100)
+    else:  # llama.cpp rounds what it multiplies them by, too: where two are nearly as likely
+        ids = tokenizer.encode("One day a fox", bos=True, eos=False)
+        every = torch.tensor([ids + theirs])
+        logits = model(every, targets=every)[0][0, len(ids) - 1 : -1]
+        behind = logits.amax(dim=-1) - logits.gather(1, torch.tensor(theirs)[:, None])[:, 0]
+        assert behind.max() < 0.5 and (behind == 0).float().mean() > 0.9, behind
 
 
 def test_llama_cpp_reads_grouped_queries_an_own_head_and_another_theta(tmp_path, tokenizer):

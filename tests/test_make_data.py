@@ -263,6 +263,18 @@ def test_no_single_word_decides_a_review():
         assert max(labels.values()) / sum(labels.values()) < 0.6, word
 
 
+def test_reviews_to_pretrain_on_hold_no_labelled_sentence():
+    """A figure on dev or test would else be that of what was read before."""
+    lines = (DATA / "reviews-unlabelled.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    assert len(set(texts)) == len(texts) == make_data.REVIEW_TEXTS
+    labelled = {text for name in make_data.REVIEWS for _, text in read_reviews(name)}
+    assert not [text for text in texts if any(sentence in text for sentence in labelled)]
+    assert not [text for text in texts if re.search(r"[{}\[\]|]|  | [,.;]|\ba [aeio]", text)]
+    ends = Counter(text.split()[-1] for text in texts)
+    assert all(ends[f"{label}."] > 50 for label in make_data.LABELS)
+
+
 # ---------------------------------------------------------------------------- the dialogues
 
 

@@ -43,7 +43,7 @@ def folder(tmp_path_factory) -> Path:
     """A folder with the program's data, a reader's own text, and small labelled files."""
     path = tmp_path_factory.mktemp("readme")
     shutil.copytree(ROOT / "data", path / "data")
-    for name in ("reviews-*.txt", "chat-*.jsonl"):
+    for name in ("reviews-*.*", "chat-*.jsonl"):
         for file in (path / "data").glob(name):
             lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
             file.write_text("".join(lines[:40]), encoding="utf-8", newline="\n")
