@@ -84,7 +84,7 @@ from minllama.training import train
 from minllama.vocabulary import choose_vocabulary
 from optimizer import layer_matrices
 from tokenizer import Tokenizer
-from utils import LlamaDataset, batch_indices, batches_by_length
+from utils import ORDER_VERSION, LlamaDataset, batch_indices, batches_by_length
 
 CURVE_POINTS = 2000  # of the training loss in its picture
 WORSE = 1.005  # than its best: a validation loss that has risen
@@ -107,6 +107,7 @@ def pretrain(options: Options, stop: StopRequest, ranks: Ranks) -> int:
             "model shape": config.to_model_args() | {"dropout": 0.0},
             "--max_seq_len": options.max_seq_len,
             STARTING_WEIGHTS: start and start.weights,
+            "the version of the order of the text's chunks": ORDER_VERSION,
         }
         session.settle(identity, **pretraining_sizes(options, config, texts))
         if options.plan:

@@ -168,9 +168,14 @@ def split_documents(
 
 
 def _scrambled(count: int, seed: int) -> np.ndarray:
-    """(count,) uint64: splitmix64 of 0..count-1, so a document's number decides alone."""
+    """(count,) uint64 of 0..count-1, so a document's number decides alone."""
     x = np.arange(count, dtype=np.uint64) + np.uint64(seed % (1 << 32) << 32 | 0x6D696E69)
-    x *= np.uint64(0x9E3779B97F4A7C15)
+    return _mixed(x)
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """splitmix64 of each number of x, uint64 (Steele, Lea and Flood 2014)."""
+    x = x * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -280,9 +285,35 @@ class PretrainDataset:
         return int((stops - starts - 1).sum()) - begun
 
 
+ORDER_VERSION = 2  # of `shuffled`, in a run's identity: 1 was a sorted table
+ROUNDS = 6  # of its Feistel network
+
+
+def shuffled(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """What is at these positions of an epoch's permutation of 0..n-1, int64; nothing is kept.
+
+    A Feistel network permutes the numbers of an even count of bits; what comes out at n or above
+    goes through it again, which makes it a permutation of 0..n-1 (Black and Rogaway 2002). The
+    same for ever for the same numbers: a run may be resumed after an upgrade.
+    """
+    half = np.uint64((max(1, n - 1).bit_length() + 1) // 2)
+    low = (np.uint64(1) << half) - np.uint64(1)
+    key = _mixed(np.array([seed], np.uint64)) + np.array([epoch], np.uint64)
+    keys = _mixed(key + np.arange(ROUNDS, dtype=np.uint64) * np.uint64(1 << 32))
+    x = np.array(positions, np.uint64)
+    outside = np.ones(x.shape, bool)
+    while outside.any():
+        left, right = x[outside] >> half, x[outside] & low
+        for of_round in keys:
+            left, right = right, left ^ (_mixed(right + of_round) & low)
+        x[outside] = left << half | right
+        outside = x >= n
+    return x.astype(np.int64)
+
+
 @functools.lru_cache(maxsize=4)
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of 0..n-1, (n,) int64, read-only; the same for ever for the same numbers.
+    """A permutation of 0..n-1 as a table, (n,) int64, read-only; for labelled data and dialogues.
 
     It sorts the raw output of PCG64, a stream that NumPy promises to keep (NEP 19); it promises no
     such thing for `Generator.permutation`, and a run may be resumed after an upgrade.
@@ -298,7 +329,7 @@ def batch_indices(n: int, batch_size: int, seed: int, epoch: int, index: int) ->
     first = index * batch_size
     if not 0 <= first < n:
         raise IndexError(f"batch {index} of {-(-n // batch_size)}")
-    return epoch_order(n, seed, epoch)[first : first + batch_size]
+    return shuffled(np.arange(first, min(first + batch_size, n)), n, seed, epoch)
 
 
 # ---------------------------------------------------------------------------- dialogues

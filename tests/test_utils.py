@@ -24,6 +24,7 @@ from utils import (
     count_chunks,
     documents_in,
     epoch_order,
+    shuffled,
     split_documents,
     whole_stream,
 )
@@ -245,6 +246,34 @@ def test_chunks_of_files(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------- orders
 
 
+def test_the_order_of_chunks_is_for_ever() -> None:
+    """A resumed run reads what the uninterrupted one would have: literal numbers, any version."""
+    numbers = [shuffled(np.arange(8), 8, 1337, epoch).tolist() for epoch in (0, 1)]
+    assert numbers == [[3, 1, 7, 2, 6, 4, 0, 5], [6, 7, 2, 3, 0, 1, 4, 5]]
+
+
+@given(n=st.integers(1, 3000), seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_the_order_of_chunks_has_each_once(n: int, seed: int, epoch: int) -> None:
+    """Asked for in one piece or in several."""
+    order = shuffled(np.arange(n), n, seed, epoch)
+    assert sorted(order) == list(range(n))
+    assert shuffled(np.arange(n)[n // 2 :], n, seed, epoch).tolist() == order[n // 2 :].tolist()
+
+
+@pytest.mark.parametrize("n", [1000, 1 << 14, (1 << 40) + 1])
+def test_the_order_of_chunks_is_shuffled(n: int) -> None:
+    """As far from their places as of a random order, neighbours apart, no table of a trillion."""
+    places = np.arange(1000) * (n // 1000)
+    orders = [shuffled(places, n, *key) / n for key in ((1, 0), (1, 1), (2, 0))]
+    for order in orders:
+        assert 0.29 < np.abs(order - places / n).mean() < 0.38  # 1/3
+        assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.12
+        assert abs(np.corrcoef(order, places)[0, 1]) < 0.12
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert abs(np.corrcoef(orders[a], orders[b])[0, 1]) < 0.12
+
+
 def test_epoch_order_is_for_ever() -> None:
     """A resumed run reads what the uninterrupted one would have: literal numbers, any version."""
     assert epoch_order(8, 1337, 0).tolist() == [5, 1, 6, 7, 4, 0, 2, 3]
@@ -259,7 +288,7 @@ def test_batches_of_an_epoch() -> None:
     """Each chunk once; the last batch is short; no batch beyond it."""
     batches = [batch_indices(23, 5, 7, 3, index) for index in range(5)]
     assert [len(batch) for batch in batches] == [5, 5, 5, 5, 3]
-    assert np.array_equal(np.concatenate(batches), epoch_order(23, 7, 3))
+    assert np.array_equal(np.concatenate(batches), shuffled(np.arange(23), 23, 7, 3))
     with pytest.raises(IndexError):
         batch_indices(23, 5, 7, 3, 5)
 
