@@ -143,34 +143,34 @@ def split_documents(
     chunk_length: int,
     chosen: np.ndarray | None = None,
 ) -> tuple[TokenStream, TokenStream | None]:
-    """(train, val): whole documents are held out, by a pure function of their number.
+    """(train, val): whole documents are held out, those whose content's hash is low.
 
-    Of the `chosen` ones, (documents,) bool, by default all. Held-out tokens stay at or below
-    `val_fraction` of all. Where no document is so small, blocks of chunks all over the text are
-    held out, at least one. val is None for a fraction of 0 and for a corpus too small to spare
-    anything.
+    So text that is added later moves no document from one side to the other, and copies are on the
+    same one. Of the `chosen` documents, (documents,) bool, by default all, about `val_fraction` of
+    the tokens is held out: where the hashes give less than half or more than twice of that, as of
+    few documents, the lowest of them up to it. Where no document is so small, blocks of chunks all
+    over the text are held out, at least one. val is None for a fraction of 0 and for a corpus too
+    small to spare anything.
     """
     whole = whole_stream(cache, chosen)
     if val_fraction <= 0:
         return whole, None
     sizes = cache.document_stops() - cache.document_starts
     target = val_fraction * len(whole)
-    order = np.argsort(_scrambled(len(sizes), seed), kind="stable")
+    small = sizes <= target  # one huge document must not be the whole hold-out
     if chosen is not None:
-        order = order[chosen[order]]
-    order = order[sizes[order] <= target]  # one huge document must not be the whole hold-out
-    if not len(order):
+        small &= chosen
+    if not small.any():
         return _split_blocks(whole, val_fraction, chunk_length, cache.token_byte_lengths)
-    held_out = np.zeros(len(sizes), bool)
-    held_out[order[: np.searchsorted(np.cumsum(sizes[order]), target, side="right")]] = True
+    hashes = _mixed(cache.fingerprints[:, 0] + np.uint64(seed))
+    held_out = small & (hashes < np.uint64(val_fraction * 2.0**64))
+    most = min(2 * target, (target + len(whole)) / 2)  # something is left to train on
+    if not target / 2 <= sizes[held_out].sum() <= most:
+        order = np.flatnonzero(small)[np.argsort(hashes[small], kind="stable")]
+        held_out = np.zeros(len(sizes), bool)
+        held_out[order[: np.searchsorted(np.cumsum(sizes[order]), target, side="right")]] = True
     trained = ~held_out if chosen is None else chosen & ~held_out
     return whole_stream(cache, trained), whole_stream(cache, held_out)
-
-
-def _scrambled(count: int, seed: int) -> np.ndarray:
-    """(count,) uint64 of 0..count-1, so a document's number decides alone."""
-    x = np.arange(count, dtype=np.uint64) + np.uint64(seed % (1 << 32) << 32 | 0x6D696E69)
-    return _mixed(x)
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
@@ -387,7 +387,8 @@ class ChatDataset:
         count = min(len(lines) - 1, max(1, round(fraction * len(lines))))
         if not fraction or not count:
             return self, None
-        chosen = lines[np.argsort(_scrambled(len(lines), 0), kind="stable")[:count]]
+        scrambled = _mixed(np.arange(len(lines), dtype=np.uint64) + np.uint64(0x6D696E69))
+        chosen = lines[np.argsort(scrambled, kind="stable")[:count]]
         held_out = np.isin(self.lines, chosen)
         return self._where(~held_out), self._where(held_out)
 

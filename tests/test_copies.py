@@ -57,7 +57,7 @@ def test_text_without_copies_has_no_line(capsys):
 
 
 def test_copies_in_the_text_are_counted_and_dropped(capsys):
-    """The first stays, also where the copies are in another file; none is on both sides then."""
+    """The first stays, also where the copies are in another file; none is on both sides."""
     write("a.txt", LINES)
     write("b.txt", [LINES[7], "One day .", LINES[7], *LINES[20:]])
     words = "--pretrain_data a.txt b.txt --document_per_line --val_fraction"
@@ -68,14 +68,13 @@ def test_copies_in_the_text_are_counted_and_dropped(capsys):
         and "are copies of others; --dedup drops them" in out
     )
     held_out, trained = documents(plain.val.stream), documents(plain.train.stream)
-    both = sum(document in trained for document in held_out)
-    assert both and f"shared       {both} of {len(held_out)} held-out documents" in out
+    assert not {*held_out} & {*trained} and "shared" not in out
     dedup = load(f"{words} 0.3 --dedup")
     out = capsys.readouterr().out
     assert "duplicates   22 of 63 documents (3" in out and "shared" not in out
     held_out, trained = documents(dedup.val.stream), documents(dedup.train.stream)
     assert sorted([*held_out, *trained]) == sorted([*LINES, "One day ."]) and held_out
-    assert len(dedup.val.stream) <= 0.3 * (len(dedup.val.stream) + len(dedup.train.stream))
+    assert len(dedup.val.stream) <= 0.6 * (len(dedup.val.stream) + len(dedup.train.stream))
     assert dedup.val.stream.utf8_bytes == sum(map(len, held_out))
     assert documents(load(f"{words} 0 --dedup").train.stream) == [*LINES, "One day ."]
     assert len({plain.key, dedup.key, load(f"{words} 0.3").key}) == 2
