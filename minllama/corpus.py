@@ -120,15 +120,15 @@ def load_texts(
     """
 
     def load(paths: Sequence[Path]) -> TokenCache:
-        cache = ranks.first_on_node(
-            lambda: build_or_load(
-                paths,
-                tokenizer,
-                files.reading,
-                options.cache_dir,
-                should_stop=lambda: stop.requested,
-            )
+        build = functools.partial(
+            build_or_load,
+            paths,
+            tokenizer,
+            files.reading,
+            options.cache_dir,
+            should_stop=lambda: stop.requested,
         )
+        cache = ranks.first_on_node(build, then=functools.partial(build, is_verified=True))
         if cache.rebuilt_because not in (None, "there was none"):
             print(f"tokenized again: the cache in {options.cache_dir}: {cache.rebuilt_because}")
         return cache

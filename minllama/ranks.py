@@ -238,8 +238,9 @@ class Ranks:
         name = f"work {next(self.calls)} of rank 0"
         return self.lead(name, work) if self.is_main else self.follow(name)
 
-    def first_on_node(self, work: Callable[[], T]) -> T:
-        """Do something long on one process of each machine, and then, quickly, on the others."""
+    def first_on_node(self, work: Callable[[], T], *, then: Callable[[], T]) -> T:
+        """Do something long on one process of each machine, and `then` on the others what is quick
+        once that is done."""
         if self.world_size == 1:
             return work()
         name = f"work {next(self.calls)} of machine"
@@ -249,7 +250,7 @@ class Ranks:
                 self.lead(f"{name} {self.node}", lambda: results.append(work()))
         for node in range(self.nodes):
             self.follow(f"{name} {node}")
-        return results[0] if results else work()
+        return results[0] if results else then()
 
     def lead(self, name: str, work: Callable[[], T]) -> T:
         """Do the work that others follow, with a sign of life every second."""

@@ -423,18 +423,20 @@ def build_or_load(
     threads: int | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     progress: bool = True,
+    is_verified: bool = False,
 ) -> TokenCache:
     """The token cache of `files` in `cache_dir`, built unless a valid one is there.
 
-    Memory is bounded whatever the size of the text. `should_stop` is polled several times a
-    second. Raises Interrupted; UsageError for text that cannot be read, changes meanwhile or is
-    empty, and, naming --cache_dir, for a folder that cannot be written.
+    Its checksum is compared unless another process has just done so (`is_verified`). Memory is
+    bounded whatever the size of the text. `should_stop` is polled several times a second. Raises
+    Interrupted; UsageError for text that cannot be read, changes meanwhile or is empty, and, naming
+    --cache_dir, for a folder that cannot be written.
     """
     wanted = text_signature(files, reading, tokenizer)
     path = cache_dir / _cache_name(files, tokenizer, reading)
 
     def load() -> TokenCache:
-        return TokenCache(path, signature=wanted, should_stop=should_stop)
+        return TokenCache(path, signature=wanted, verify=not is_verified, should_stop=should_stop)
 
     def build(because: BadCache) -> TokenCache:
         encoder, file_documents = DocumentEncoder(tokenizer, threads=threads), []

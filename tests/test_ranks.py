@@ -101,7 +101,7 @@ def do_all_together(ranks: Ranks) -> None:
     assert numbers == [[0, 0.5, 80_000_000_001], [1, 0.5, 80_000_000_001]]
     assert ranks.gather({"rank": rank, "x": torch.tensor(rank)})[1] == {"rank": 1, "x": 1}
     assert ranks.on_all(lambda: rank) == rank and ranks.on_main(lambda: rank) == 0
-    assert ranks.first_on_node(lambda: rank) == rank
+    assert ranks.first_on_node(lambda: rank, then=lambda: 10 + rank) == (0, 11)[rank]
     fail = UsageError(f"wrong on rank {rank}")
     with pytest.raises(UsageError, match="wrong on rank 1"):
         ranks.on_all(lambda: raises(fail) if rank == 1 else None)
@@ -133,7 +133,7 @@ def test_alone_everything_is_done_at_once():
     ranks = Ranks()
     with ranks.connected(use_gpu=False):
         assert ranks.sum(1, 2) == [1, 2] and ranks.gather("x") == ["x"]
-        assert [ranks.on_all(int), ranks.on_main(int), ranks.first_on_node(int)] == [0, 0, 0]
+        assert ranks.on_all(int) == ranks.on_main(int) == ranks.first_on_node(int, then=str) == 0
         assert ranks.is_to_say("anything")
     with pytest.raises(ZeroDivisionError):
         ranks.on_main(lambda: 1 / 0)
@@ -200,7 +200,7 @@ def test_each_machine_does_long_work_once_and_first(store, quick_signs):
             order.append(ranks.rank)
             return unpicklable
 
-        return ranks.first_on_node(work)
+        return ranks.first_on_node(work, then=work)
 
     assert several.on_threads(4, work_on, nodes=2) == [unpicklable] * 4
     assert order[:2] == [0, 2] and sorted(order) == [0, 1, 2, 3]
@@ -208,7 +208,10 @@ def test_each_machine_does_long_work_once_and_first(store, quick_signs):
 
 def test_long_work_that_fails_on_one_machine_fails_on_all(store):
     def work_on(ranks: Ranks) -> str:
-        return ranks.first_on_node(lambda: raises(UsageError("no text")) if ranks.node else "text")
+        def work() -> str:
+            return raises(UsageError("no text")) if ranks.node else "text"
+
+        return ranks.first_on_node(work, then=work)
 
     found = several.on_threads(4, work_on, nodes=2)
     assert [str(error) for error in found] == ["no text"] * 4

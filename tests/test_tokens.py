@@ -385,6 +385,15 @@ def test_every_flipped_byte_and_every_truncation_is_found(tmp_path: Path) -> Non
             TokenCache(tmp_path / "damaged.tokens")
 
 
+def test_a_cache_that_was_just_verified_is_not_read_again(corpus, tmp_path, monkeypatch) -> None:
+    """Of eight processes of a machine each read all of it before the first step."""
+    tokenizer = vocabulary("embedded")
+    first = build_or_load(corpus, tokenizer, Reading(), tmp_path)
+    monkeypatch.setattr(tokens, "_digests", lambda *_: pytest.fail("read again"))
+    again = build_or_load(corpus, tokenizer, Reading(), tmp_path, is_verified=True)
+    assert again.key == first.key and again.rebuilt_because is None
+
+
 def test_a_damaged_cache_is_rebuilt(corpus: list[Path], tmp_path: Path) -> None:
     """A flipped bit, a lost end, nothing left: the tokens come back, and why is said."""
     path = build(corpus, tmp_path / "cache").path
