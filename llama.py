@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -204,24 +204,48 @@ class Llama(nn.Module):
         self.vocabulary: bytes | None = None
         self.chat_template: ChatTemplate | None = None
         self.activation_checkpointing = False  # recompute each layer in backward: memory for time
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
-        self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(LlamaLayer(i, config) for i in range(config.n_layers))
-        self.norm = RMSNorm(config.dim, config.layer_norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        device = torch.get_default_device()
+        with torch.device("meta"):  # neither memory nor random numbers for what torch would draw
+            self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+            self.dropout = nn.Dropout(config.dropout)
+            self.layers = nn.ModuleList(LlamaLayer(i, config) for i in range(config.n_layers))
+            self.norm = RMSNorm(config.dim, config.layer_norm_eps)
+            self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.register_buffer("rotary", torch.empty(0), persistent=False)
         self._settle()
-        self.init_weights()
+        if device.type != "meta":
+            self.to_empty(device=device)
+            self.init_weights(self)
 
-    def init_weights(self) -> None:
-        """Draw the weights as GPT-2 does: normal 0.02, less where 2 n_layers branches add up."""
-        for name, parameter in self.named_parameters():
+    def init_weights(self, part: nn.Module) -> None:
+        """Draw a part's weights as GPT-2: normal 0.02, less where 2 n_layers branches add up."""
+        for name, parameter in part.named_parameters():
             if parameter.dim() == 1:
                 nn.init.ones_(parameter)
             else:
                 ends_branch = name.endswith(("compute_output.weight", "w2.weight"))
                 scale = math.sqrt(2 * self.config.n_layers) if ends_branch else 1.0
                 nn.init.normal_(parameter, std=0.02 / scale)
+
+    def blocks(self) -> Iterator[LlamaLayer]:
+        """The layers. Those of a model on meta get memory and weights as they are reached, and what
+        is around them before and after: where each is sharded at once, no rank has the whole.
+
+        The weights are those that the same generator draws for a model that is whole.
+        """
+
+        def materialise(part: nn.Module) -> None:
+            if next(part.parameters()).is_meta:
+                self.init_weights(part.to_empty(device="cpu"))
+
+        materialise(self.tok_embeddings)
+        for layer in self.layers:
+            materialise(layer)
+            yield layer
+        materialise(self.norm)
+        if not self.config.tie_word_embeddings:
+            materialise(self.output)
+        self._settle()
 
     def _settle(self) -> None:
         """Tie head and embedding, and make the rotary table on the weights' device."""

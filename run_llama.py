@@ -113,7 +113,11 @@ def pretrain(options: Options, stop: StopRequest, ranks: Ranks) -> int:
         if options.plan:
             return 0
         keep_freed_memory()
-        model = start and start.model or Llama(config)
+        model = start and start.model
+        if model is None:  # sharded it gets its weights block by block, and no process has all
+            shards = options.parallel == "fsdp" and ranks.world_size > 1
+            with torch.device("meta" if shards else "cpu"):
+                model = Llama(config)
         model.vocabulary = texts.tokenizer.model_bytes
         run = Run(session, Pretraining(session, texts, model))
         run.start()

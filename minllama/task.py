@@ -89,7 +89,7 @@ class Task(ABC):
         llama.activation_checkpointing = options.activation_checkpointing
         self.parallel = distribute(
             module,
-            llama.layers,
+            llama.blocks(),
             ranks=session.ranks,
             parallel=options.parallel,
             device=session.device,

@@ -42,7 +42,7 @@ def test_a_model_learns_the_answers():
     lines = Path("chat.jsonl").read_text(encoding="utf-8").splitlines()
     for name, chosen in {"chat": lines[:1] * 8, "chat-test": lines[:4]}.items():
         Path(f"{name}.jsonl").write_text("\n".join(chosen), encoding="utf-8")
-    more = "--epochs 12 --batch_size 4 --lr 0.02 --lr_scheduler constant --val_fraction 0"
+    more = "--epochs 16 --batch_size 4 --lr 0.02 --lr_scheduler constant --val_fraction 0"
     done = command(f"{TRAIN} {more} --test chat-test.jsonl")
     assert done.status == 0 and not done.error
     assert "Loaded 8 dialogues from chat.jsonl (train)" in done.out
@@ -52,7 +52,7 @@ def test_a_model_learns_the_answers():
     names = {path.name for path in Path("run").iterdir()}
     last = records("run/finetune-chat-metrics.jsonl")[-1]
     assert {"finetune-chat-best-model.pt", "finetune-chat-metrics.jsonl"} <= names
-    assert last["loss"] < 0.5 and last["tokens"] > 12 * 8 * 20
+    assert last["loss"] < 0.5 and last["tokens"] > 16 * 8 * 20
     out = Path("chat-test-finetuning-output.jsonl").read_text(encoding="utf-8").splitlines()
     found = [json.loads(line) for line in out]
     assert found[0]["response"] == found[0]["expected"] == "A fox lives in a den."

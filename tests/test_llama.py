@@ -77,7 +77,7 @@ def test_a_model_made_on_meta_is_whole_once_it_has_memory(tiny_config: LlamaConf
     """Sharded training makes it so: the table must hold angles and the head stay tied."""
     with torch.device("meta"):
         model = L.Llama(tiny_config)
-    model.to_empty(device="cpu").init_weights()
+    model.to_empty(device="cpu").init_weights(model)
     assert model.output.weight is model.tok_embeddings.weight
     assert torch.equal(model.rotary, L.rotary_table(8, 32))
 

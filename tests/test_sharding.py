@@ -65,22 +65,26 @@ def train_together(ranks: Ranks) -> None:
     """Both ways of sharing a model train what one process trains, and each loads the other's."""
     rows = torch.randint(0, 17, (6, 8), generator=torch.Generator().manual_seed(1))
     whole = small_llama()
+    first = copy.deepcopy(whole.state_dict())
     alone = make_optimizer(whole, name="adamw", lr=0.01, weight_decay=0.1)
     mean = NextTokenLoss(whole)
     for _ in range(2):
         # Both ranks' rows at once, at the mean of the ranks' losses.
         train_a_step(lambda *batch: (mean(*batch)[0] / ranks.world_size,), whole, alone, rows)
     for parallel in ("ddp", "fsdp"):
-        model = small_llama()
+        with torch.device("meta" if parallel == "fsdp" else "cpu"):
+            model = small_llama()
         module = distribute(
             NextTokenLoss(model),
-            model.layers,
+            model.blocks(),
             ranks=ranks,
             parallel=parallel,
             device=torch.device("cpu"),
             dtype=torch.float32,
         )
         assert is_sharded(model) == (parallel == "fsdp")
+        for name, tensor in full_state_dict(model, ranks).items():  # drawn a block at a time
+            assert torch.equal(tensor, first[name]), name
         optimizer = make_optimizer(model, name="adamw", lr=0.01, weight_decay=0.1)
         own = rows.chunk(ranks.world_size)[ranks.rank]
         for _ in range(2):
