@@ -52,7 +52,7 @@ def decoding_groups(shape: str, *, llama2c: str, folder: str) -> dict[str, dict[
     return {
         "greedy": hugging_face | c_programs | ours,
         "top-p 0.9": each(c_programs | fewer, top_p=0.9),
-        "16 rows": each(hugging_face | fewer, rows=16),
+        "16 rows": each(hugging_face | ours, rows=16),
     }
 
 

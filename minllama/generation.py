@@ -28,7 +28,7 @@ if torch.backends.mkldnn.is_available():
     _MKLDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _INT8_LINEAR = getattr(torch, "_weight_int8pack_mm", None)
 INT8_WIDTH = 16  # a row's length must be a multiple of it: else the kernel reads out of bounds
-FEW_ROWS = 32  # on a CPU, weight @ x.T is faster than x @ weight.T up to this many rows
+FEW_ROWS = range(2, 9)  # on a CPU, in float32, weight @ x.T is faster than x @ weight.T for these
 
 # ---------------------------------------------------------------------------- the cache
 
@@ -164,20 +164,22 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows, weight, on_cpu = x.flatten(0, -2), self.weight, x.device.type == "cpu"
-        in_int8 = self.scale is not None
-        if torch.compiler.is_compiling() and len(rows) == 1:
+        in_int8, compiling = self.scale is not None, torch.compiler.is_compiling()
+        if compiling and len(rows) == 1:
             # One loop, which reads the weight as it is stored at memory's full speed.
             product = (weight.float() * rows).sum(-1)
         elif in_int8 and (not on_cpu or _INT8_LINEAR is None or weight.shape[1] % INT8_WIDTH):
             product = F.linear(rows, weight.to(x.dtype))
         elif in_int8:
             product = _INT8_LINEAR(rows.bfloat16(), weight, self.ones)  # fast with bfloat16 alone
-        elif not on_cpu or len(rows) > FEW_ROWS:
+        elif not on_cpu or weight.dtype != torch.float32:
             product = F.linear(rows.to(weight.dtype), weight)
-        elif len(rows) == 1 and weight.dtype == torch.float32 and _MKLDNN_LINEAR is not None:
+        elif len(rows) in FEW_ROWS:
+            product = (weight @ rows.t()).t().contiguous()
+        elif _MKLDNN_LINEAR is not None and not compiling:  # a compiled step has no constants
             product = _MKLDNN_LINEAR(rows, weight, None, "none", [], "")
         else:
-            product = (weight @ rows.to(weight.dtype).t()).t().contiguous()
+            product = F.linear(rows, weight)
         product = product.float().view(*x.shape[:-1], -1)
         return product * self.scale if in_int8 else product
 
