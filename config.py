@@ -450,7 +450,9 @@ class Options:
     prompt_file: Path | None = flag(None, "continue every line of this file")
     interactive: bool = flag(False, "hold a conversation, or continue what is typed; Ctrl-D ends")
     weights: Literal["float32", "bfloat16", "int8"] = flag(
-        "float32", "what the weights are rounded to: fewer bytes are read, and text comes, faster"
+        "float32",
+        "what the weights are rounded to: fewer bytes are read, and text comes, faster; int8: on "
+        "the CPU",
     )
     max_new_tokens: int = flag(75, "tokens to add", at_least=1)
     num_samples: int = flag(1, "continuations of each prompt", at_least=1, at_most=10_000)

@@ -564,6 +564,10 @@ def generate(options: Options, stop: StopRequest, ranks: Ranks) -> int:
         for name, (_, path) in zip(("low", "high"), outputs, strict=True):
             check_writable_file(path, f"--generated_sentence_{name}_temp_out")
     device, note = choose_device(options.use_gpu)
+    if options.weights == "int8" and device.type != "cpu":
+        raise UsageError(
+            "--weights int8 is faster on the CPU alone: with --use_gpu give --weights bfloat16"
+        )
     if options.compile == "on":
         check_compiler(device)
     with contextlib.redirect_stdout(sys.stderr):  # the text is the result

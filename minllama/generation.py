@@ -239,8 +239,8 @@ def sample_rows(
         logits = torch.stack([penalize(row, history, penalty) for row, history in pairs])
     if sampling.temperature < LOWEST_TEMPERATURE:
         return logits.argmax(-1).tolist()
-    # On the CPU: Apple's GPU has no float64, which keeps the sum of many small numbers exact.
-    logits = logits.float().cpu()
+    # Apple's GPU has no float64, which keeps the sum of many small numbers exact.
+    logits = logits.float() if logits.is_cuda else logits.float().cpu()
     probs = torch.softmax((logits - logits.amax(-1, True)) / sampling.temperature, dim=-1)
     if sampling.top_k is not None and sampling.top_k < probs.shape[-1]:
         probs = torch.where(probs >= probs.topk(sampling.top_k).values[:, -1:], probs, 0)
@@ -253,7 +253,8 @@ def sample_rows(
         if not (total > 0).all():
             raise UsageError("the model's logits are not numbers: its training diverged")
         draws = [torch.rand(1, generator=generators[row], dtype=torch.float64) for row in rows]
-        drawn = torch.searchsorted(cumulated, torch.stack(draws) * total, right=True)
+        places = torch.stack(draws).to(total.device) * total
+        drawn = torch.searchsorted(cumulated, places, right=True)
         for row, token in zip(rows, drawn[:, 0].tolist(), strict=True):
             tokens[row] = token
         chosen = probs.gather(-1, drawn)

@@ -626,3 +626,11 @@ def test_main_takes_options_as_they_are(capsys):
     assert run_llama.main(parse_options(words)) == 0
     sample = capsys.readouterr().out.split("a sample of what it writes:\n")[1].split("\n\n")[0]
     assert sample.split() and records()[0]["mfu"] > 0
+
+
+@pytest.mark.usefixtures("empty_folder")
+def test_int8_is_refused_where_it_is_slower(monkeypatch):
+    """On a GPU its weights would be cast at every token; before a model is read."""
+    monkeypatch.setattr(run_llama, "choose_device", lambda use_gpu: (torch.device("cuda"), "a GPU"))
+    done = command("--option generate --prompt One --weights int8 --use_gpu")
+    assert done.status == 2 and "--use_gpu give --weights bfloat16" in done.error
