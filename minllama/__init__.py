@@ -52,6 +52,8 @@ The modules in parentheses are the user's, at the top of the repository.
 
 import os
 
-# Threads that wait for others sleep instead of spinning: beside other work a spinning one holds the
-# core that the others need. OpenMP reads this when torch is first imported, which is later.
+# Threads that wait for others soon sleep: beside other work a spinning one holds the core that the
+# others need, and one that sleeps at once wakes too late where there is none. GNU's OpenMP counts
+# its turns. It reads these when torch is first imported, which is later.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
