@@ -576,7 +576,7 @@ def generate(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     if device.type == "cpu" or options.weights != "float32":
         pack_weights(llama, getattr(torch, options.weights))
     template = llama.chat_template if prompts or options.interactive else None
-    step = compile_step() if options.compile == "on" else None
+    step = compile_step(device.type) if options.compile == "on" else None
     writer = Writer(llama, tokenizer, options, stop, step, template)
     for temperature, path in outputs:
         print(f"Temperature is {temperature:g}", file=sys.stderr)

@@ -325,7 +325,7 @@ def generate(args: Args) -> Iterable[str]:
         for rows in (1, 16):
             rates = [
                 rows * count / seconds_of(decode, args.device, repeats=2)
-                for step in (None, compile_step())
+                for step in (None, compile_step(args.device))
                 for decode in [functools.partial(continue_prompts, model, rows, count, step)]
             ]
             yield f"| {shape} | {rows} | {weights} | {rates[0]:,.0f} | {rates[1]:,.0f} |"

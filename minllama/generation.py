@@ -7,6 +7,7 @@ T tokens, D numbers per head, H heads (H_kv key/value heads), V vocabulary, S pl
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,14 @@ class KVCache:
         self.lengths = [0] * batch_size
         self.capacity = capacity
         self.layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layers
+        self.in_place = False
+
+    def stay_in_place(self) -> None:
+        """Promise a CUDA graph, which writes to these tensors, that they stay where they are."""
+        if not self.in_place:
+            for tensor in itertools.chain.from_iterable(self.layers):
+                torch._dynamo.mark_static_address(tensor, guard=False)
+            self.in_place = True
 
     def place(self, width: int, device: torch.device) -> slice | Tensor:
         """Where the next `width` tokens of each row go: a slice, or positions (B, T).
@@ -287,9 +296,13 @@ def layout(model: Llama) -> str:
     return f"{model.config} {[(name, t.dtype) for name, t in model.state_dict().items()]}"
 
 
-def compile_step() -> Callable[..., Tensor]:
-    """decode_step under torch.compile, once for each layout, number of rows and capacity."""
-    options = {
+def compile_step(device: str = "cpu") -> Callable[..., Tensor]:
+    """decode_step under torch.compile, once for each layout, number of rows and capacity.
+
+    On CUDA its kernels are one graph, which the host starts once a token.
+    """
+    options: dict[str, Any] = {
+        "triton.cudagraphs": device == "cuda",
         "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,  # none changes
         "cpp.enable_floating_point_contract_flag": "fast",  # x * y + z in one: a tenth faster
     }
@@ -364,6 +377,9 @@ def _next_logits(
         cache.lengths = [len(text) for text in texts]
         tokens = torch.tensor([text[-1] for text in texts], device=device)
         positions = torch.tensor(cache.lengths, device=device) - 1
+        if device.type == "cuda":
+            cache.stay_in_place()
+            torch.compiler.cudagraph_mark_step_begin()  # the last step's logits are read
         return step(tokens, positions, cache.layers)
     if in_cache:
         new = [text[held:] for text, held in zip(texts, cache.lengths, strict=False)]

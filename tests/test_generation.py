@@ -385,3 +385,14 @@ def test_a_diverged_model_says_so():
         for sampling in (G.Sampling(), G.Sampling(top_p=0.5), G.Sampling(top_k=2, min_p=0.1)):
             with pytest.raises(UsageError, match="diverged"):
                 sample_row(damaged, sampling)
+
+
+def test_on_cuda_a_compiled_step_is_one_graph(model: Llama, monkeypatch):
+    """Whose cache is where it was: a graph that may not write to its inputs is none."""
+    monkeypatch.setattr(torch, "compile", lambda step, **settings: settings["options"])
+    assert G.compile_step("cuda")["triton.cudagraphs"] is True
+    assert G.compile_step("cpu")["triton.cudagraphs"] is False
+    cache = G.KVCache(model.config.n_layers, 1, 8)
+    model.extend(cache, [[1, 2]])
+    cache.stay_in_place()
+    assert all(hasattr(t, "_dynamo_static_input_type") for pair in cache.layers for t in pair)

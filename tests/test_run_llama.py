@@ -570,7 +570,7 @@ def test_packed_weights_and_a_compiled_step_are_what_is_generated_with(model, mo
     packed, calls = [], []
     pack, step = run_llama.pack_weights, run_llama.compile_step.__globals__["decode_step"]
 
-    def compile_step():
+    def compile_step(device: str):
         return lambda *args, **key: calls.append(len(args[1])) or step(*args, **key)
 
     monkeypatch.setattr(run_llama, "compile_step", compile_step)
