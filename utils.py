@@ -30,6 +30,7 @@ from tokenizer import Tokenizer
 # ---------------------------------------------------------------------------- holding out
 
 MOST_BLOCKS = 16  # of a long document held out
+LEAST_SHARE = 0.1  # of what was asked for, that whole documents have to come to
 
 
 @dataclass(eq=False)
@@ -145,12 +146,12 @@ def split_documents(
 ) -> tuple[TokenStream, TokenStream | None]:
     """(train, val): whole documents are held out, those whose content's hash is low.
 
-    So text that is added later moves no document from one side to the other, and copies are on the
-    same one. Of the `chosen` documents, (documents,) bool, by default all, about `val_fraction` of
-    the tokens is held out: where the hashes give less than half or more than twice of that, as of
-    few documents, the lowest of them up to it. Where no document is so small, blocks of chunks all
-    over the text are held out, at least one. val is None for a fraction of 0 and for a corpus too
-    small to spare anything.
+    So text that is added later moves hardly a document from one side to the other, and copies are
+    on the same one. Of the `chosen` documents, (documents,) bool, by default all, about
+    `val_fraction` of the tokens is held out: where the hashes give less than half or more than
+    twice of that, as of few documents, the lowest of them up to it. Where no document is so small,
+    or they come to next to nothing, blocks of chunks all over the text are held out, at least one.
+    val is None for a fraction of 0 and for a corpus too small to spare anything.
     """
     whole = whole_stream(cache, chosen)
     if val_fraction <= 0:
@@ -160,15 +161,18 @@ def split_documents(
     small = sizes <= target  # one huge document must not be the whole hold-out
     if chosen is not None:
         small &= chosen
-    if not small.any():
-        return _split_blocks(whole, val_fraction, chunk_length, cache.token_byte_lengths)
     hashes = _mixed(cache.fingerprints[:, 0] + np.uint64(seed))
     held_out = small & (hashes < np.uint64(val_fraction * 2.0**64))
     most = min(2 * target, (target + len(whole)) / 2)  # something is left to train on
     if not target / 2 <= sizes[held_out].sum() <= most:
         order = np.flatnonzero(small)[np.argsort(hashes[small], kind="stable")]
+        end = np.searchsorted(np.cumsum(sizes[order]), target, side="right")
+        if end < len(order):  # not between copies
+            end = np.searchsorted(hashes[order], hashes[order[end]])
         held_out = np.zeros(len(sizes), bool)
-        held_out[order[: np.searchsorted(np.cumsum(sizes[order]), target, side="right")]] = True
+        held_out[order[:end]] = True
+    if sizes[held_out].sum() < LEAST_SHARE * target:  # a scrap beside documents that are too large
+        return _split_blocks(whole, val_fraction, chunk_length, cache.token_byte_lengths)
     trained = ~held_out if chosen is None else chosen & ~held_out
     return whole_stream(cache, trained), whole_stream(cache, held_out)
 

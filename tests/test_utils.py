@@ -96,12 +96,19 @@ def test_text_that_is_added_moves_no_document() -> None:
     assert len(of_more) > len(of_few)
 
 
-def test_copies_are_on_the_same_side() -> None:
-    """Held out and trained on as well they flatter the validation loss."""
-    cache = fake_cache([20] * 1000)
+@pytest.mark.parametrize("count", [8, 20, 50, 1000])
+def test_copies_are_on_the_same_side(count: int) -> None:
+    """Held out and trained on as well they flatter the validation loss; also where few are."""
+    cache = fake_cache([20] * count)
     cache.fingerprints = np.repeat(cache.fingerprints[::2], 2, axis=0)
-    _, val = split_documents(cache, 0.1, chunk_length=8)
+    _, val = split_documents(cache, 0.15 if count < 1000 else 0.1, chunk_length=8)
     assert (np.flatnonzero(documents_in(cache, val)).reshape(-1, 2) % 2 == [0, 1]).all()
+
+
+def test_a_scrap_is_no_validation() -> None:
+    """One document of five tokens beside large ones was all that was held out of 80,005."""
+    train, val = split_documents(fake_cache([5] + [10_000] * 8), 0.1, chunk_length=64)
+    assert 7_900 < len(val) < 8_100 and len(train) + len(val) == 80_005
 
 
 @pytest.mark.parametrize(
