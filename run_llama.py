@@ -86,6 +86,7 @@ from optimizer import layer_matrices
 from tokenizer import Tokenizer
 from utils import ORDER_VERSION, LlamaDataset, batch_indices, batches_by_length
 
+CHUNK_ORDER = "the order of the text's chunks (of another version of this program)"
 CURVE_POINTS = 2000  # of the training loss in its picture
 WORSE = 1.005  # than its best: a validation loss that has risen
 
@@ -107,8 +108,10 @@ def pretrain(options: Options, stop: StopRequest, ranks: Ranks) -> int:
             "model shape": config.to_model_args() | {"dropout": 0.0},
             "--max_seq_len": options.max_seq_len,
             STARTING_WEIGHTS: start and start.weights,
-            "the version of the order of the text's chunks": ORDER_VERSION,
+            CHUNK_ORDER: ORDER_VERSION,
         }
+        if session.checkpoint is not None:  # one that says nothing has the first order
+            session.checkpoint["identity"].setdefault(CHUNK_ORDER, 1)
         session.settle(identity, **pretraining_sizes(options, config, texts))
         if options.plan:
             return 0

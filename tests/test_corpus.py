@@ -51,6 +51,7 @@ def test_a_validation_file_is_read_as_it_is(capsys):
     assert len(texts.train.stream) == len(whole.train.stream)
     assert "met a bear" in Tokenizer().decode(texts.val.stream.read(0, 20).tolist())
     assert "chunks from val.txt" in capsys.readouterr().out
+    assert len(texts.cut(16, 10).val.stream) == 10 < len(texts.val.stream)
 
 
 def test_the_stories_bring_their_own_validation():

@@ -30,6 +30,7 @@ from minllama import session as sessions
 from minllama.checkpoint import load_checkpoint
 from minllama.errors import UsageError
 from minllama.plan import TrainingPlan
+from minllama.pt_file import load_pt, save_pt
 from minllama.ranks import Ranks
 from minllama.run_folder import RunFolder
 from minllama.session import (
@@ -168,6 +169,18 @@ def test_the_micro_batches_of_a_batch_may_change():
     assert "changed      --dropout from 0.0 to 0.1" in done.out
     assert "changed      --pretrain_batch_size from 4 to 2" in done.out
     assert "--max_steps from" not in done.out
+
+
+def test_a_run_whose_chunks_came_in_another_order_is_refused():
+    """It would read some of the text twice and some of it not at all."""
+    assert pretrain("--max_steps 1").status == 0
+    path = Path("run/pretrain-step-1.pt")
+    state = load_pt(path)
+    del state["identity"][run_llama.CHUNK_ORDER]
+    save_pt(path, state)
+    done = command(f"{RESUME} --max_steps 2")
+    assert done.status == 2 and "order of the text's chunks" in done.error
+    assert "2 differs from the checkpoint's 1" in done.error
 
 
 def test_identity_shows_only_what_differs():
