@@ -74,7 +74,7 @@ from minllama.ranks import Ranks, check_runs_alone, exit_at_once, is_lost_peer
 from minllama.record import loss_curve_svg, read_records
 from minllama.run import Run
 from minllama.run_folder import RunFolder
-from minllama.session import Session, open_session, print_results, say_interrupted
+from minllama.session import CHUNK_ORDER, Session, open_session, print_results, say_interrupted
 from minllama.sharding import full_state_dict, is_sharded, load_state
 from minllama.signals import LAUNCHER_REPEATS, StopRequest
 from minllama.streaming import CHAT_TEMPERATURE, PROMPT_TEMPERATURE, Writer, sample_text
@@ -86,7 +86,6 @@ from optimizer import layer_matrices
 from tokenizer import Tokenizer
 from utils import ORDER_VERSION, LlamaDataset, batch_indices, batches_by_length
 
-CHUNK_ORDER = "the order of the text's chunks (of another version of this program)"
 CURVE_POINTS = 2000  # of the training loss in its picture
 WORSE = 1.005  # than its best: a validation loss that has risen
 
@@ -110,8 +109,6 @@ def pretrain(options: Options, stop: StopRequest, ranks: Ranks) -> int:
             STARTING_WEIGHTS: start and start.weights,
             CHUNK_ORDER: ORDER_VERSION,
         }
-        if session.checkpoint is not None:  # one that says nothing has the first order
-            session.checkpoint["identity"].setdefault(CHUNK_ORDER, 1)
         session.settle(identity, **pretraining_sizes(options, config, texts))
         if options.plan:
             return 0
@@ -332,8 +329,6 @@ def finetune(options: Options, stop: StopRequest, ranks: Ranks) -> int:
             "--lora_rank": options.lora_rank,
             "--pooling": options.pooling,
         }
-        if session.checkpoint is not None:  # one of before there were two does not say
-            session.checkpoint["identity"].setdefault("--pooling", "last")
         muon = layer_matrices(model) if options.optimizer == "muon" else []
         lengths = splits["train"].lengths
         session.settle(

@@ -7,8 +7,8 @@
 `steps` is a training step beside other programs', `runs` whole pretrainings with what their plans
 said, `loss` and `attention` the kernels, `optimizer` its update, `generate` decoding, `waits` how
 often a step waits for the GPU, and `resume` whether a run interrupted under --deterministic ends
-bit-equal. A part that fails says why, and the
-others go on. `--device cpu --small` tries all parts out where there is no GPU.
+bit-equal. A part that fails says why, and the others go on. `--device cpu --small` tries all parts
+out where there is no GPU.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,10 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from compare import take_turns
-from programs import GPU_SHAPES, SHAPES, our_model
+from programs import GPU_SHAPES, SHAPES, our_config, our_model, run
 from training import training_rows
 
-ROOT = Path(__file__).resolve().parents[1]
 Args = argparse.Namespace
 
 
@@ -92,28 +89,26 @@ RUNS = {  # of the program itself, by what is typed beside the shape
 }
 
 
-def run(*words: object) -> str:
-    """Run the program; returns what it printed. Raises RuntimeError where it failed."""
-    command = [sys.executable, ROOT / "run_llama.py", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError((done.stderr or done.stdout).strip().splitlines()[-1])
-    return done.stdout
-
-
 def pretrain(args: Args, work: Path, *words: object) -> tuple[str, list[dict[str, Any]]]:
     """A pretraining on the stories; what it printed, and the records of its steps."""
+    from minllama.record import read_records
+
     gpu = ["--use_gpu"] if args.device == "cuda" else []
-    out = run("--option", "pretrain", *gpu, "--save_dir", work / "run", "--cache_dir",
-              work / "cache", "--sample_tokens", 0, "--checkpoint_interval", 0, *words)  # fmt: skip
-    lines = (work / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return out, [json.loads(line) for line in lines]
+    out = run("run_llama.py", "--option", "pretrain", *gpu, "--save_dir", work / "run",
+              "--cache_dir", work / "cache", "--sample_tokens", 0, "--checkpoint_interval", 0,
+              *words)  # fmt: skip
+    return out, list(read_records(work / "run" / "metrics.jsonl"))
+
+
+def last_line(error: SystemExit) -> str:
+    """What a program that failed said last."""
+    return str(error).strip().splitlines()[-1]
 
 
 def shape_words(name: str) -> list[object]:
     """The flags that give the program a shape and its batch; the vocabulary is the stories'."""
     shape = (SHAPES | GPU_SHAPES)[name]
-    config = our_model(name).config
+    config = our_config(name)
     return ["--dim", config.dim, "--n_layers", config.n_layers, "--n_heads", config.n_heads,
             "--n_kv_heads", config.n_kv_heads, "--hidden_dim", config.hidden_dim, "--max_seq_len",
             shape.length, "--pretrain_batch_size", shape.batch]  # fmt: skip
@@ -130,8 +125,8 @@ def runs(args: Args) -> Iterable[str]:
                     out, records = pretrain(
                         args, Path(folder), *shape_words(shape), "--max_steps", args.steps, *words
                     )
-                except RuntimeError as error:
-                    yield f"| {shape} | {name} | failed: {error} | | | | | |"
+                except SystemExit as error:
+                    yield f"| {shape} | {name} | failed: {last_line(error)} | | | | | |"
                     continue
             late = records[len(records) // 2 :]
             rate, mfu = (

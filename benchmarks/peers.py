@@ -10,8 +10,6 @@ import contextlib
 import io
 import math
 import pickle
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,19 +17,8 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 import torch
-from programs import model_module
+from programs import model_module, run
 from torch.nn import functional as F
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def run(*words: object, cwd: Path = ROOT) -> str:
-    """Run a script; returns what it printed, and ends this program where it failed."""
-    command = [sys.executable, *map(str, words)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
-    return done.stdout
 
 
 def iterations_in(minutes: float, seconds_of: Callable[[int], float], pilot: int) -> int:

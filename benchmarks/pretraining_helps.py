@@ -16,14 +16,11 @@ import argparse
 import itertools
 import re
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peers import ROOT, run
-
-sys.path.insert(0, str(ROOT))
+from programs import ROOT, run
 
 from llama import load_pretrained, model_payload
 from minllama.pt_file import save_pt
@@ -45,7 +42,7 @@ def untrained(like: Path, path: Path, seed: int) -> Path:
     """A model of the same shape and vocabulary with random weights."""
     torch.manual_seed(seed)
     model = load_pretrained(like)
-    model.init_weights()
+    model.init_weights(model)
     save_pt(path, model_payload(model))
     return path
 

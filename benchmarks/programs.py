@@ -5,11 +5,22 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def run(*words: object, cwd: Path = ROOT) -> str:
+    """Run a script; returns what it printed, and ends this program where it failed."""
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
+    return done.stdout
 
 
 class Shape(NamedTuple):
@@ -36,21 +47,25 @@ GPU_SHAPES = {  # whose steps keep a GPU busy
 }
 
 
+def our_config(name: str) -> Any:
+    """A shape as our Llama has it."""
+    from config import LlamaConfig
+
+    shape = (SHAPES | GPU_SHAPES)[name]
+    return LlamaConfig(
+        dim=shape.dim, n_layers=shape.layers, n_heads=shape.heads, n_kv_heads=shape.kv_heads,
+        hidden_dim=shape.hidden, vocab_size=shape.vocabulary, max_seq_len=shape.length,
+    )  # fmt: skip
+
+
 def our_model(name: str) -> Any:
     """Our Llama of a shape."""
     import torch
 
-    from config import LlamaConfig
     from llama import Llama
 
-    shape = (SHAPES | GPU_SHAPES)[name]
     torch.manual_seed(0)
-    return Llama(
-        LlamaConfig(
-            dim=shape.dim, n_layers=shape.layers, n_heads=shape.heads, n_kv_heads=shape.kv_heads,
-            hidden_dim=shape.hidden, vocab_size=shape.vocabulary, max_seq_len=shape.length,
-        )
-    )  # fmt: skip
+    return Llama(our_config(name))
 
 
 def hugging_face_model(shape: str) -> Any:
@@ -58,7 +73,7 @@ def hugging_face_model(shape: str) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    ours = our_model(shape).config
+    ours = our_config(shape)
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(

@@ -24,7 +24,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from peers import NANOGPT_CPU, run, train_llama2c, train_nanogpt
+from peers import NANOGPT_CPU, train_llama2c, train_nanogpt
+from programs import run
 
 HELD_OUT = 0.1
 OURS = "ours, --minutes"

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from programs import run
+
+from minllama.record import read_records
+
 SHAPES = ((64, 3, 2), (96, 4, 3), (128, 4, 2), (192, 4, 3), (256, 4, 4))  # width, layers, heads
 SHARES = (0.05, 0.1, 0.2, 0.4, 1.0)
 REPEATED = ((0.05, 4), (0.05, 12))  # share, epochs
@@ -26,14 +27,6 @@ COMMON = (
 ).split()
 
 
-def run(*words: object) -> None:
-    """Run one of the program's scripts; a failure ends this one with what it said."""
-    command = [sys.executable, *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
-
-
 def train(work: Path, vocabulary: Path, share: float, epochs: int, shape: tuple) -> dict:
     """One run; returns its tokens and the last and best bits per byte."""
     dim, layers, heads = shape
@@ -41,8 +34,7 @@ def train(work: Path, vocabulary: Path, share: float, epochs: int, shape: tuple)
         work / "val.txt", "--tokenizer_model", vocabulary, "--dim", dim, "--n_layers", layers,
         "--n_heads", heads, "--epochs", epochs, "--save_dir", work / "run",
         "--cache_dir", work / "cache")  # fmt: skip
-    lines = (work / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    records = list(read_records(work / "run" / "metrics.jsonl"))
     bits = [r["bits_per_byte"] for r in records if r.get("bits_per_byte") is not None]
     return {"tokens": records[-1]["tokens"], "last": bits[-1], "best": min(bits)}
 

@@ -14,6 +14,7 @@ from programs import (
     hugging_face_model,
     llama2c_model,
     nanogpt_model,
+    our_config,
     our_model,
 )
 
@@ -93,7 +94,7 @@ def train(job: dict[str, Any]) -> dict[str, float]:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     rate = shape.batch * shape.length / statistics.median(seconds[2:])
-    flops = our_model(job["shape"]).config.flops_per_token(shape.length, logits=True)
+    flops = our_config(job["shape"]).flops_per_token(shape.length, logits=True)
     figures = {"rate": rate, "share": rate * flops / peak_flops(device, torch.bfloat16)}
     return figures | ({"memory": used_memory(device) / 1e6} if device.type == "cuda" else {})
 

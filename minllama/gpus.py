@@ -15,9 +15,7 @@ class Gpu(NamedTuple):
     """A GPU by its maker's data sheet, the rates without sparsity."""
 
     tflops: float  # of bfloat16 matrix products summed in float32 (V100, T4: float16)
-    float32_tflops: (
-        float  # of float32 ones in TF32, as training multiplies them; without it in FP32
-    )
+    float32_tflops: float  # of float32 ones, in TF32 where it has it, as training has them
     memory_gb: float
     link_gb_s: float  # each way to another GPU of the machine: NVLink, else PCIe
 

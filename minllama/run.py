@@ -7,6 +7,7 @@ that is stopped anywhere and resumed ends as if it had never stopped.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 import uuid
@@ -20,19 +21,12 @@ from tqdm import tqdm
 from llama import model_payload
 from minllama.ahead import Ahead
 from minllama.deadline import FINISHING, MOST_EPOCHS, TOLD, WRITTEN, Deadline, Pace, next_look
-from minllama.device import (
-    describe_device,
-    dtype_name,
-    is_out_of_memory,
-)
+from minllama.device import describe_device, dtype_name, is_out_of_memory
 from minllama.errors import TextLost, UsageError
 from minllama.pt_file import load_pt
 from minllama.random_state import random_state, rank_seed, restore_random_state, seed_everything
 from minllama.ranks import LAUNCHER_GONE, is_lost_peer
-from minllama.record import (
-    environment,
-    finite_or_none,
-)
+from minllama.record import environment, finite_or_none
 from minllama.saving import Checkpoints
 from minllama.session import Session
 from minllama.sharding import (
@@ -167,14 +161,16 @@ class Run:
         """Take over the session's checkpoint or clear the folder, and record what will run."""
         ranks, checkpoint = self.ranks, self.session.checkpoint
         self.session.checkpoint = None  # its memory can be freed, and its file replaced
-        if checkpoint is not None:
-            ranks.on_all(lambda: self.restore(checkpoint))
+        resumes = checkpoint is not None
+        if resumes:
+            ranks.on_all(functools.partial(self.restore, checkpoint))
             ranks.on_main(lambda: self.folder.set_aside_later(self.run_id, self.progress.step))
         elif not ranks.is_main:
             self.seed_rank()
+        del checkpoint  # before anything is evaluated
 
         def begin() -> None:
-            if checkpoint is None and self.options.overwrite:
+            if not resumes and self.options.overwrite:
                 self.folder.clear()
             self.folder.remove_incomplete()
             start = {
@@ -192,10 +188,10 @@ class Run:
         ranks.on_main(begin)
         if self.progress.first is None:
             self.progress.first = self.evaluate().get(self.task.goal)
-        if checkpoint is not None and not self.has_more():
+        if resumes and not self.has_more():
             self._say_nothing_is_left()
         self.check_best()
-        if checkpoint is not None and self.progress.best is None and not self.has_more():
+        if resumes and self.progress.best is None and not self.has_more():
             self.note_best(self.evaluate())  # these weights are the best there are
             self.progress.best_step = self.progress.step
             self.save_best()

@@ -187,6 +187,9 @@ def find_start(
     return options, checkpoint
 
 
+CHUNK_ORDER = "the order of the text's chunks (of another version of this program)"
+# What runs were before there was a choice, and their checkpoints do not say.
+UNSAID = {CHUNK_ORDER: 1, "--pooling": "last"}
 GLOBAL_BATCH = (
     "--global_batch_size (--pretrain_batch_size or --batch_size x --gradient_accumulation_steps x "
     "processes)"
@@ -197,7 +200,7 @@ def check_identity(earlier: dict[str, Any], identity: dict[str, Any]) -> None:
     """Raise UsageError, a line for each thing in which a run differs from its checkpoint."""
     problems = []
     for name, value in identity.items():
-        before = earlier.get(name)
+        before = earlier.get(name, UNSAID.get(name))
         if before == value:
             continue
         if isinstance(value, dict) and isinstance(before, dict):  # of a shape, what differs
