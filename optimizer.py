@@ -6,7 +6,6 @@ learning rate after the update. Knows nothing of models beyond their parameters'
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 
@@ -294,10 +293,10 @@ class MuonAndAdamW:
         return {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over a copy of what state_dict gave; raises KeyError for another optimizer's."""
+        """Take over what state_dict gave; raises KeyError for another optimizer's."""
         check_moments(self.parts["muon"], state["muon"], names={"momentum_buffer"})
         for name, part in self.parts.items():
-            part.load_state_dict(copy.deepcopy(state[name]))
+            part.load_state_dict(state[name])
 
 
 def make_optimizer(

@@ -30,6 +30,7 @@ from minllama.files import (
 )
 from minllama.locks import Busy, Lock, hold
 from minllama.ranks import Ranks
+from minllama.sharding import shapes_alone
 
 CHECKPOINT_NAME = r"-(epoch|step)-\d+(\.pt|-sharded)"  # after the run's prefix
 RUN_FILES = (
@@ -292,6 +293,19 @@ class RunFolder:
 def read_on_ranks(
     ranks: Ranks, find: Callable[[], tuple[Path, dict[str, Any]] | None]
 ) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint that rank 0 finds and verifies, read by every rank, which all call this."""
-    path = ranks.on_main(lambda: (find() or (None,))[0])
-    return path and ranks.on_all(lambda: (path, load_checkpoint(path, verify=False)))
+    """The checkpoint that rank 0 finds. Every rank must call this.
+
+    Rank 0 alone reads it: what is plain is told to the others, and the tensors of model and
+    optimizer have no values there until `sharding.receive` fetches them, one at a time.
+    """
+    found: list[tuple[Path, dict[str, Any]] | None] = []
+
+    def look() -> tuple[Path, dict[str, Any]] | None:
+        found.append(find())
+        if found[0] is None:
+            return None
+        path, state = found[0]
+        return path, state | {key: shapes_alone(state[key]) for key in ("model", "optimizer")}
+
+    told = ranks.on_main(look)
+    return found[0] if found else told

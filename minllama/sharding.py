@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -120,24 +121,40 @@ def join_shards(value: Tensor | list[Tensor]) -> Tensor:
     return torch.cat(value) if isinstance(value, list) else value
 
 
-def shard_like(value: Tensor | list[Tensor], like: Tensor) -> Tensor:
-    """A copy of a whole tensor that all ranks have, of which each takes its shard as of `like`.
+def shapes_alone(node: Any) -> Any:
+    """Nested dicts and lists with every tensor on `meta`: what other ranks need of rank 0's."""
+    if torch.is_tensor(node):
+        return node.detach().to("meta")
+    if isinstance(node, dict):
+        return {key: shapes_alone(value) for key, value in node.items()}
+    return [shapes_alone(value) for value in node] if isinstance(node, list) else node
 
-    Raises ValueError for another shape. Every rank must call this.
+
+def receive(value: Tensor | list[Tensor], like: Tensor) -> Tensor:
+    """A copy of rank 0's tensor, of which each rank takes its shard where `like` is sharded.
+
+    Other ranks give that tensor or one of its shape on `meta`. Raises ValueError for another shape
+    than that of `like`. Every rank must call this.
     """
     whole = join_shards(value)
     if whole.shape != like.shape:
         raise ValueError(f"a tensor of shape {(*whole.shape,)} where {(*like.shape,)} is asked for")
-    if not is_dtensor(like):
+    if not dist.is_initialized():
         return whole.clone() if whole is value else whole
-    from torch.distributed.tensor import distribute_tensor
+    if whole.is_meta:
+        own = torch.empty_like(whole, device=like.device)
+    else:
+        own = whole.to(like.device, copy=True)
+    if is_dtensor(like):
+        from torch.distributed.tensor import distribute_tensor
 
-    mesh, placements = like.device_mesh, like.placements
-    return distribute_tensor(whole.to(like.device), mesh, placements, src_data_rank=None)
+        return distribute_tensor(own, like.device_mesh, like.placements)
+    dist.broadcast(own, src=0)
+    return own
 
 
 def load_state(module: nn.Module, state: dict[str, Tensor | list[Tensor]]) -> None:
-    """`load_state_dict` of whole or sharded tensors, of which each rank takes its shard.
+    """`load_state_dict` of rank 0's tensors, whole or in shards; see `receive`.
 
     Every rank must call this. Raises RuntimeError or ValueError for other names or shapes.
     """
@@ -147,11 +164,11 @@ def load_state(module: nn.Module, state: dict[str, Tensor | list[Tensor]]) -> No
         raise ValueError(f"tensor {strange[0]} is missing or not of this model")
     with torch.no_grad():
         for name, like in own.items():  # one at a time: the whole model may not fit
-            like.copy_(shard_like(state[name], like))
+            like.copy_(receive(state[name], like))
 
 
 def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
-    """Load whole or sharded moments, of which each rank takes its shard.
+    """Load rank 0's moments, whole or in shards; see `receive`.
 
     Learning rate, decay and the like stay those of the optimizer, not the checkpoint's. Every rank
     must call this. Raises LookupError, TypeError, ValueError or AttributeError for a state that is
@@ -159,14 +176,22 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
     """
     groups = optimizer.param_groups
     settings = [{key: group[key] for key in group if key != "params"} for group in groups]
-    parameters = [p for group in groups for p in group["params"]]
-    if "state" in state:  # else Muon's, which is never sharded
-        own = {index: dict(of_one) for index, of_one in state["state"].items()}
-        for index, of_one in own.items():
-            for key, value in of_one.items():
-                if isinstance(value, Tensor | list):
-                    of_one[key] = shard_like(value, parameters[index])
-        state = state | {"state": own}
-    optimizer.load_state_dict(state)
+    parts = getattr(optimizer, "parts", None)  # Muon has AdamW beside it
+    if parts is None:
+        optimizer.load_state_dict(_received(optimizer, state))
+    else:
+        own = {name: _received(part, state[name]) for name, part in parts.items()}
+        optimizer.load_state_dict(own)
     for group, before in zip(optimizer.param_groups, settings, strict=True):
         group.update(before)
+
+
+def _received(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state with each moment received, or this rank's shard of it."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {index: dict(of_one) for index, of_one in state["state"].items()}
+    for index, of_one in moments.items():
+        for name, value in of_one.items():
+            if isinstance(value, Tensor | list):
+                of_one[name] = receive(value, parameters[index])
+    return state | {"state": moments}

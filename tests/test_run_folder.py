@@ -8,10 +8,13 @@ import platform
 import shlex
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import several
 from golden import make_golden
-from survivor import content_digest, small_payload, start_process
+from running import assert_same
+from survivor import small_payload, start_process
 
 from config import parse_options
 from minllama import run_folder
@@ -427,24 +430,27 @@ def test_a_future_is_given_up_twice(folder, sharded):
     assert len(names(folder)) == 1
 
 
-class SecondRank(Ranks):
-    """Rank 1, to which rank 0 tells what it found."""
-
-    def on_main(self, work):
-        return Path("run", "pretrain-step-3.pt")
-
-    def on_all(self, work):
-        return work()
-
-
-def test_every_rank_reads_what_rank_0_found(folder):
-    """Not what it finds itself, where a file system shows a checkpoint late."""
+def test_rank_0_alone_reads_a_checkpoint(folder):
+    """Every rank once read all of it, which many machines ask of one network disk."""
     add(folder, 3, 6)
-    path, state = read_on_ranks(SecondRank(rank=1, world_size=2), lambda: pytest.fail("looked"))
-    assert path == folder.step_checkpoint(3)
-    assert content_digest(state["model"]) == content_digest(small_payload(3)["model"])
+    read = []
+
+    def on_rank(ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
+        def find() -> tuple[Path, dict[str, Any]] | None:
+            read.append(ranks.rank)
+            return folder.find_checkpoint("auto")
+
+        return read_on_ranks(ranks, find)
+
+    with several.thread_store():
+        (path, state), (told, shapes) = several.on_threads(2, on_rank)
+    assert read == [0] and path == told == folder.step_checkpoint(6)
+    assert shapes.keys() == state.keys() and shapes["progress"] == state["progress"]
+    for name, tensor in state["model"].items():
+        assert shapes["model"][name].is_meta and shapes["model"][name].shape == tensor.shape
+    assert_same(state["rng"], shapes["rng"])
     assert read_on_ranks(Ranks(), lambda: None) is None
-    assert read_on_ranks(Ranks(), lambda: (path, state))[0] == path
+    assert read_on_ranks(Ranks(), lambda: (path, state))[1]["model"] == state["model"]
 
 
 # ---------------------------------------------------------------------------- a run repeated

@@ -30,7 +30,7 @@ from minllama import session as sessions
 from minllama.checkpoint import load_checkpoint
 from minllama.errors import UsageError
 from minllama.plan import TrainingPlan
-from minllama.pt_file import load_pt, save_pt
+from minllama.pt_file import load_pt, save_pt, tensors_in
 from minllama.ranks import Ranks
 from minllama.run_folder import RunFolder
 from minllama.session import (
@@ -195,19 +195,24 @@ def test_identity_shows_only_what_differs():
         check_identity({**now, "--seed": None}, now)
 
 
-def test_a_resumed_run_lets_go_of_the_checkpoint(monkeypatch):
+@pytest.mark.parametrize("words", ["", "--optimizer adamw"])
+def test_a_resumed_run_lets_go_of_the_checkpoint(words, monkeypatch):
     """It is as large as three models, and was once held in memory to the end."""
-    assert pretrain("--max_steps 1").status == 0
+    assert pretrain(f"--max_steps 1 {words}").status == 0
     held, seen, read, train = [], [], sessions.read_on_ranks, run_llama.train
 
     def watched(*arguments):
         path, state = read(*arguments)
-        held.append(weakref.ref(next(iter(state["model"].values()))))
+        found = tensors_in({key: state[key] for key in ("model", "optimizer")})
+        held.extend(weakref.ref(tensor) for _, tensor in found)
         return path, state
 
     monkeypatch.setattr(sessions, "read_on_ranks", watched)
-    monkeypatch.setattr(run_llama, "train", lambda run: seen.append(held[0]()) or train(run))
-    assert command(f"{RESUME} --max_steps 2").status == 0 and seen == [None]
+    monkeypatch.setattr(
+        run_llama, "train", lambda run: seen.extend(ref() for ref in held) or train(run)
+    )
+    assert command(f"{RESUME} --max_steps 2 {words}").status == 0
+    assert len(seen) > 10 and not any(tensor is not None for tensor in seen)
 
 
 # ---------------------------------------------------------------------------- the plan

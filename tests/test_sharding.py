@@ -37,7 +37,8 @@ from minllama.sharding import (
     local_shards,
     no_gradient_sync,
     no_gradients,
-    shard_like,
+    receive,
+    shapes_alone,
 )
 from optimizer import make_optimizer
 
@@ -104,20 +105,34 @@ def train_together(ranks: Ranks) -> None:
     full = full_state_dict(model, ranks)
     for name, tensor in full.items():
         assert torch.equal(join_shards(weights[name]), tensor)
-    load_state(model, whole.state_dict())
-    gathered = dict(full_state_dict(model, ranks))
-    assert_same(gathered, dict(whole.state_dict()) if ranks.is_main else {})
-    load_optimizer_state(optimizer, alone.state_dict())
-    assert_same(joined(ranks, optimizer)["state"], alone.state_dict()["state"])
-    load_state(model, weights)
-    load_optimizer_state(optimizer, moments)
+    saved = dict(whole.state_dict()), alone.state_dict()
+    load_together(ranks, model, optimizer, *saved)
+    assert_same(dict(full_state_dict(model, ranks)), saved[0] if ranks.is_main else {})
+    assert_same(joined(ranks, optimizer)["state"], saved[1]["state"])
+    load_together(ranks, model, optimizer, weights, moments)
     assert_same(full_state_dict(model, ranks), full)
     assert_same(local_shards(optimizer.state_dict()), parts[ranks.rank][1])
-    load_state(whole, weights)
-    load_optimizer_state(alone, moments)
+    load_together(ranks, whole, alone, weights, moments)
     if ranks.is_main:
         assert_same(dict(whole.state_dict()), full)
     assert_same(joined(ranks, optimizer)["state"], alone.state_dict()["state"])
+    # Muon's, which has two states.
+    muon = [make_optimizer(whole, name="muon", lr=0.01, weight_decay=0.1) for _ in range(2)]
+    train_a_step(lambda *batch: mean(*batch), whole, muon[0], rows)
+    saved = copy.deepcopy([dict(whole.state_dict()), muon[0].state_dict()])
+    train_a_step(lambda *batch: mean(*batch), whole, muon[0], rows)
+    load_together(ranks, whole, muon[1], *saved)
+    assert_same([dict(whole.state_dict()), muon[1].state_dict()], saved)
+
+
+def load_together(
+    ranks: Ranks, model: Llama, optimizer: Any, weights: dict[str, Any], moments: dict[str, Any]
+) -> None:
+    """Load what rank 0 alone has; the others know its shapes."""
+    if not ranks.is_main:
+        weights, moments = shapes_alone(weights), shapes_alone(moments)
+    load_state(model, weights)
+    load_optimizer_state(optimizer, moments)
 
 
 def joined(ranks: Ranks, optimizer: Any) -> dict[str, Any]:
@@ -176,10 +191,10 @@ def test_one_process_loads_shards_of_any_number_and_no_others():
         load_state(module, {name: list(ranks_of(t, count)) for name, t in state.items()})
         assert_same(dict(module.state_dict()), state)
     with pytest.raises(ValueError, match=r"of shape \(4, 3\) where \(5, 3\) is asked for"):
-        shard_like([state["weight"][:2], state["weight"][3:]], module.weight)
+        receive([state["weight"][:2], state["weight"][3:]], module.weight)
     with pytest.raises(ValueError, match="tensor bias is missing or not of this model"):
         load_state(module, {"weight": state["weight"]})
-    copied = shard_like(state["bias"], module.bias)
+    copied = receive(state["bias"], module.bias)
     assert copied is not state["bias"] and torch.equal(copied, state["bias"])
 
 
