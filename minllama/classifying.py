@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 
 import numpy as np
+import torch
 
 from config import Options
 from llama import LlamaEmbeddingClassifier
@@ -60,11 +61,14 @@ def predict(model: LlamaEmbeddingClassifier, dataset: LlamaDataset, session: Ses
     with no_gradients(model):
         batches = dataset.length_sorted_batches(session.options.batch_size)
         numbers = list(ranks.split_evenly(len(batches)))
+        found = []  # stays on the device, which none of the batches waits for
         for number, counts in progress_bar(numbers, desc="predicting", leave=False, disable=None):
             ranks.check_stop(session.stop)
             batch = Batch(dataset.collate(batches[number])).to(session.device)
-            found = model(*batch.inputs[:2]).argmax(dim=-1).cpu().numpy()
-            predictions[batches[number]] = counts * found
+            found.append(counts * model(*batch.inputs[:2]).argmax(dim=-1))
+        if found:
+            places = np.concatenate([batches[number] for number, _ in numbers])
+            predictions[places] = torch.cat(found).cpu().numpy()
     model.train()
     return ranks.sum_array(predictions).tolist()
 

@@ -85,8 +85,11 @@ class TrainingPlan:
         """What a micro-batch keeps for the backward pass, and the gradient of its last states."""
         config, compute = self.config, DTYPE_BYTES[self.dtype]
         kv_dim = config.n_kv_heads * config.head_dim
-        residual = (compute if self.device == "cuda" else 4) * config.dim
-        layer = 2 * residual + compute * (5 * config.dim + 3 * kv_dim + 4 * config.hidden_dim)
+        on_gpu = self.device == "cuda"
+        residual = (compute if on_gpu else 4) * config.dim
+        # Two normed states, queries, keys, values and what attention gives; a CPU keeps others.
+        attention = 4 * config.dim + 2 * kv_dim + (0 if on_gpu else config.dim + kv_dim)
+        layer = 2 * residual + compute * (attention + 4 * config.hidden_dim)
         if self.device == "cpu" and self.sequence_length <= longest_kept(
             getattr(torch, self.dtype)
         ):
