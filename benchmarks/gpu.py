@@ -1,4 +1,4 @@
-"""Everything that a GPU changes, measured in ten minutes: the tables of benchmarks/README.md.
+"""Everything that a GPU changes, measured in a quarter of an hour, for benchmarks/README.md.
 
     pip install transformers
     python benchmarks/gpu.py
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import io
 import re
 import statistics
 import sys
@@ -71,22 +72,25 @@ def steps(args: Args) -> Iterable[str]:
     others = ["transformers", *(["nanoGPT"] if args.nanogpt else [])]
     for shape in args.shapes:
         common = {"task": "train", "shape": shape, "steps": 10, "device": args.device}
+        both = {"as it comes": False, "compiled": True}
+        ways = both if shape == args.shapes[0] else {"compiled": True}
         jobs = {
             f"{who}, {way}": common | {"who": who, "compiled": compiled, "nanogpt": args.nanogpt}
             for who in ("ours", *others)
-            for way, compiled in (("as it comes", False), ("compiled", True))
+            for way, compiled in ways.items()
         }
         yield from training_rows(shape, take_turns(jobs, 1))
 
 
-RUNS = {  # of the program itself, by what is typed beside the shape
-    "as it comes": [],
-    "--compile off": ["--compile", "off"],
-    "--dtype float32": ["--dtype", "float32", "--compile", "off"],
-    "--document_mask": ["--document_mask"],
-    "--deterministic": ["--deterministic"],
-    "--optimizer adamw": ["--optimizer", "adamw"],
-}
+OFF = "--compile off"  # compiling each would take the most of the time
+RUNS = (  # of the program itself: what is typed beside the shape
+    "",
+    OFF,
+    f"{OFF} --optimizer adamw",
+    f"{OFF} --document_mask",
+    f"{OFF} --deterministic",
+    f"{OFF} --dtype float32",
+)
 
 
 def pretrain(args: Args, work: Path, *words: object) -> tuple[str, list[dict[str, Any]]]:
@@ -119,12 +123,12 @@ def runs(args: Args) -> Iterable[str]:
     yield "| shape | run | tokens/s | MFU | first step, s | peak GB | planned GB | recompiled |"
     yield "|---|---|---:|---:|---:|---:|---:|---|"
     for shape in args.shapes:
-        for name, words in [*RUNS.items()][: None if shape == args.shapes[0] else 1]:
+        for words in RUNS[: None if shape == args.shapes[0] else 1]:
+            name = words or "as it comes"
             with tempfile.TemporaryDirectory() as folder:
                 try:
-                    out, records = pretrain(
-                        args, Path(folder), *shape_words(shape), "--max_steps", args.steps, *words
-                    )
+                    more = "--max_steps", args.steps, *words.split()
+                    out, records = pretrain(args, Path(folder), *shape_words(shape), *more)
                 except SystemExit as error:
                     yield f"| {shape} | {name} | failed: {last_line(error)} | | | | | |"
                     continue
@@ -167,7 +171,8 @@ def waits(args: Args) -> Iterable[str]:
     with tempfile.TemporaryDirectory() as folder:
         words = ["--option", "pretrain", "--use_gpu", "--compile", "off", "--max_steps", 8,
                  "--save_dir", folder, "--cache_dir", folder, *shape_words("T")]  # fmt: skip
-        run_llama.main(parse_options([str(word) for word in words]))
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            run_llama.main(parse_options([str(word) for word in words]))
     training.optimizer_step = real
     yield f"\nwaits in steps 1 to 8: {counts}"
 
@@ -179,7 +184,7 @@ def resume(args: Args) -> Iterable[str]:
     from minllama.pt_file import load_pt
 
     weights = []
-    words = [*shape_words("T"), "--deterministic", "--epochs", 1]
+    words = [*shape_words("T"), *OFF.split(), "--deterministic", "--epochs", 1]
     with tempfile.TemporaryDirectory() as folder:
         for stops in ([], [7]):
             work = Path(folder) / f"{len(stops)}"
@@ -262,7 +267,7 @@ def attention(args: Args) -> Iterable[str]:
                 way = functools.partial(summed, attend, masks)
                 work = functools.partial(both_passes, way, *(x.requires_grad_() for x in inputs))
                 taken = seconds_of(work, args.device)
-                with profile(activities=[activity]) as found:
+                with profile(activities=[activity], acc_events=True) as found:
                     work()
                 names = sorted({event.key[:60] for event in found.key_averages()})
                 kernels = [n for n in names if re.search("flash|fmha|attention|softmax", n, re.I)]
