@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -109,25 +109,26 @@ def full_state_dict(module: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
 
 def local_shards(node: Any) -> Any:
     """Nested dicts and lists with this rank's shard of every tensor in them, on the CPU."""
+    return _changed(node, lambda t: (t.to_local() if is_dtensor(t) else t).cpu())
+
+
+def shapes_alone(node: Any) -> Any:
+    """Nested dicts and lists with every tensor on `meta`: what other ranks need of rank 0's."""
+    return _changed(node, lambda t: t.to("meta"))
+
+
+def _changed(node: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Nested dicts and lists with every tensor in them changed."""
     if torch.is_tensor(node):
-        return (node.detach().to_local() if is_dtensor(node) else node.detach()).cpu()
+        return change(node.detach())
     if isinstance(node, dict):
-        return {key: local_shards(value) for key, value in node.items()}
-    return [local_shards(value) for value in node] if isinstance(node, list) else node
+        return {key: _changed(value, change) for key, value in node.items()}
+    return [_changed(value, change) for value in node] if isinstance(node, list) else node
 
 
 def join_shards(value: Tensor | list[Tensor]) -> Tensor:
     """The whole tensor of all ranks' shards, in the order of the ranks; of a tensor, itself."""
     return torch.cat(value) if isinstance(value, list) else value
-
-
-def shapes_alone(node: Any) -> Any:
-    """Nested dicts and lists with every tensor on `meta`: what other ranks need of rank 0's."""
-    if torch.is_tensor(node):
-        return node.detach().to("meta")
-    if isinstance(node, dict):
-        return {key: shapes_alone(value) for key, value in node.items()}
-    return [shapes_alone(value) for value in node] if isinstance(node, list) else node
 
 
 def receive(value: Tensor | list[Tensor], like: Tensor) -> Tensor:
@@ -178,10 +179,10 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
     settings = [{key: group[key] for key in group if key != "params"} for group in groups]
     parts = getattr(optimizer, "parts", None)  # Muon has AdamW beside it
     if parts is None:
-        optimizer.load_state_dict(_received(optimizer, state))
+        state = _received(optimizer, state)
     else:
-        own = {name: _received(part, state[name]) for name, part in parts.items()}
-        optimizer.load_state_dict(own)
+        state = {name: _received(part, state[name]) for name, part in parts.items()}
+    optimizer.load_state_dict(state)
     for group, before in zip(optimizer.param_groups, settings, strict=True):
         group.update(before)
 
