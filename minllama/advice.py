@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 GAP = 0.15  # of the validation loss: by so much less the training loss shows learning by heart
 FEW, MANY = 10, 100  # tokens per parameter
+REREAD = 4  # epochs up to which a text read again is worth about as much as new text
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,11 @@ def advise(outcome: Outcome, *, rose: bool) -> list[str]:
         help_ = "more text; else fewer epochs, a smaller model or --dropout 0.2"
     elif outcome.by_heart and outcome.epochs > 2:
         help_ = "more text: it knows its own much better than other text; then --dropout 0.2"
+    elif outcome.epochs > REREAD:
+        help_ = f"more text: it has read its own {outcome.epochs:.0f} times"
     elif per_parameter < FEW:
         help_ = "more training (--minutes, --epochs): it has seen little for its size"
-    elif per_parameter > MANY and outcome.epochs <= 4:
+    elif per_parameter > MANY:
         help_ = "a larger model (--dim, --n_layers): this one has read much for its size"
     else:
         help_ = "more text and more training together"
