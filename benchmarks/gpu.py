@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from compare import take_turns
 from programs import GPU_SHAPES, SHAPES, our_config, our_model, run
@@ -150,6 +151,9 @@ def runs(args: Args) -> Iterable[str]:
 
 def waits(args: Args) -> Iterable[str]:
     """How often the host waits for the GPU in a step of the program: once is meant."""
+    if args.device != "cuda":
+        yield "a CPU is not waited for"
+        return
     import torch
 
     import run_llama
@@ -167,13 +171,15 @@ def waits(args: Args) -> Iterable[str]:
         counts.append(sum("synchronizing" in str(w.message) for w in caught))
         return record
 
-    training.optimizer_step = counted
-    with tempfile.TemporaryDirectory() as folder:
-        words = ["--option", "pretrain", "--use_gpu", "--compile", "off", "--max_steps", 8,
+    nowhere = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(contextlib.redirect_stdout(nowhere))
+        stack.enter_context(contextlib.redirect_stderr(nowhere))
+        stack.enter_context(mock.patch.object(training, "optimizer_step", counted))
+        words = ["--option", "pretrain", "--use_gpu", *OFF.split(), "--max_steps", 8,
                  "--save_dir", folder, "--cache_dir", folder, *shape_words("T")]  # fmt: skip
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            run_llama.main(parse_options([str(word) for word in words]))
-    training.optimizer_step = real
+        run_llama.main(parse_options([str(word) for word in words]))
     yield f"\nwaits in steps 1 to 8: {counts}"
 
 
