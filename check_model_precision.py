@@ -52,6 +52,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--compare", type=Path, metavar="OTHER", help="largest difference per tensor and of logits")
     add("--text", nargs="+", metavar="TEXT", help="text files: bits per byte, perplexity of them")
     add("--text_field", default="text", help="of .jsonl text (default: text)")
+    add("--encoding", default="utf-8", help="of --text (default utf-8)")
     add("--encoding_errors", choices=("strict", "replace"), default="strict", help="of --text")
     add("--json", action="store_true", help="machine-readable output, and nothing else on stdout")
     add("--convert", choices=FORMATS, metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
@@ -110,6 +111,7 @@ from torch import Tensor
 
 from config import SHIPPED_MODEL
 from llama import Llama, load_pretrained
+from minllama.encodings import check_encoding
 from minllama.evaluation import score_text
 from minllama.export import HUGGING_FACE_FILES, MODELFILE, TOKENIZER_BIN, export
 from minllama.files import (
@@ -410,7 +412,9 @@ def score(path: Path, texts: list[Path], args: argparse.Namespace) -> dict[str, 
     if tokenizer is None:
         remedy = vocabulary_remedy(model.config.vocab_size)
         raise UsageError(f"--text: {path} has no vocabulary: {remedy}")
-    reading = Reading(text_field=args.text_field, encoding_errors=args.encoding_errors)
+    reading = Reading(
+        text_field=args.text_field, encoding=args.encoding, encoding_errors=args.encoding_errors
+    )
     found = score_text(model, tokenizer, texts, reading)
     if not args.json:
         print(f"{path} on {', '.join(args.text)}: {found.line()}")
@@ -461,6 +465,7 @@ def run(args: argparse.Namespace) -> int:
         check_output(files[0], args.convert, args.output, args.overwrite)
         if args.convert == "hf" and importlib.util.find_spec("safetensors") is None:
             raise UsageError("--convert hf needs another package: pip install safetensors")
+    check_encoding(args.encoding)
     texts = find_text_files(args.text, flag="--text") if args.text else []
     reports = [inspect(path, verify=args.verify) for path in files]
     results: list[dict[str, Any]] = [asdict(report) for report in reports]

@@ -525,7 +525,8 @@ def classify(options: Options, classifier: Classifier, stop: StopRequest, ranks:
 
 def judge_pairs(options: Options, stop: StopRequest) -> int:
     """Say how often the good sentence of a pair is the likelier one."""
-    pairs = read_pairs(find_text_files(options.pairs, flag="--pairs"))
+    reading = Reading(encoding=options.encoding)
+    pairs = read_pairs(find_text_files(options.pairs, flag="--pairs"), reading)
     device, note = choose_device(options.use_gpu)
     print(f"device       {note}")
     llama, tokenizer = load_model(options, device)

@@ -100,7 +100,7 @@ class Pair:
     where: str
 
 
-def read_pairs(files: Sequence[Path]) -> list[Pair]:
+def read_pairs(files: Sequence[Path], reading: Reading) -> list[Pair]:
     """The pairs of files: lines `good<TAB>bad`, perhaps `<TAB>category`, or BLiMP's .jsonl.
 
     Without a category of its own a pair has its file's name. Raises UsageError `file:line: ...`.
@@ -108,7 +108,7 @@ def read_pairs(files: Sequence[Path]) -> list[Pair]:
     pairs = []
     for path in files:
         read = _json_pair if path.name.lower().endswith(JSON_SUFFIXES) else _tabbed_pair
-        for number, line in read_lines(path):
+        for number, line in read_lines(path, reading):
             if line.strip():
                 good, bad, category = read(line, f"{path}:{number}")
                 pairs.append(Pair(good, bad, category or path.name, f"{path}:{number}"))

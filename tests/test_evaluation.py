@@ -125,7 +125,7 @@ def write_pairs() -> list[Path]:
 def test_a_pair_is_judged_as_transformers_judges_it(transformer, tokenizer, batch_size: int):
     """By the sum over each whole sentence, whatever else is in the batch."""
     model, theirs, _ = transformer
-    pairs = read_pairs(write_pairs())
+    pairs = read_pairs(write_pairs(), Reading())
     assert [(pair.good, pair.bad, pair.category) for pair in pairs] == PAIRS
     options = {"batch_size": batch_size, "stop": StopRequest()}
     found = compare_pairs(LlamaZeroShotClassifier(model), tokenizer, pairs, **options)
@@ -182,7 +182,7 @@ def test_lm_eval_judges_the_exported_folder_alike(tmp_path: Path, tokenizer: Tok
     lines = samples.read_text(encoding="utf-8").splitlines()
     answers = sorted(map(json.loads, lines), key=lambda sample: sample["doc_id"])
     theirs = [float(a[0][0]) - float(b[0][0]) for a, b in (x["resps"] for x in answers)]
-    pairs = read_pairs([Path("pairs.jsonl")])
+    pairs = read_pairs([Path("pairs.jsonl")], Reading())
     options = {"batch_size": 4, "stop": StopRequest()}
     ours = compare_pairs(LlamaZeroShotClassifier(model), tokenizer, pairs, **options)
     assert theirs == pytest.approx(ours.tolist(), abs=1e-3)
@@ -196,7 +196,7 @@ def test_shares_and_intervals():
         for edge in wilson_interval(right, n):
             far = abs(right / n - edge) / math.sqrt(edge * (1 - edge) / n)
             assert far == pytest.approx(1.959964, rel=1e-6)
-    pairs = read_pairs(write_pairs())
+    pairs = read_pairs(write_pairs(), Reading())
     lines = pair_report(pairs, np.array([1.0, -1.0, 0.0, 2.0]))
     assert lines[-1].startswith("all") and " 0.625 (" in lines[-1]
     assert len(pair_report(pairs[:1], np.ones(1))) == 2  # one category: no line of its own
@@ -220,9 +220,30 @@ def test_shares_and_intervals():
 def test_bad_pairs_are_named(name: str, content: str, message: str, tokenizer: Tokenizer):
     Path(name).write_text(content, encoding="utf-8")
     with pytest.raises(UsageError, match=message):
-        pairs = read_pairs([Path(name)])
+        pairs = read_pairs([Path(name)], Reading())
         model = LlamaZeroShotClassifier(load_pretrained(write_model(Path.cwd())))
         compare_pairs(model, tokenizer, pairs, batch_size=8, stop=StopRequest())
+
+
+def test_texts_and_pairs_in_another_encoding(capsys):
+    """The error named --encoding, which the one ignored and the other did not have."""
+    good, bad = "他从前有一座山，山里有一座庙。", "山从前有一座他，庙里有一座山。"
+    for encoding in ("utf-8", "gb18030"):
+        Path(f"{encoding}.tsv").write_text(f"{good}\t{bad}\n", encoding=encoding)
+        Path(f"{encoding}.txt").write_text(f"{good}\n{bad}\n", encoding=encoding)
+    model, scored = str(write_model(Path.cwd())), []
+    for encoding in ("utf-8", "gb18030"):
+        pairs = read_pairs([Path(f"{encoding}.tsv")], Reading(encoding=encoding))
+        assert (pairs[0].good, pairs[0].bad) == (good, bad)
+        words = ["--encoding", encoding] if encoding != "utf-8" else []
+        capsys.readouterr()
+        assert C.main([model, "--text", f"{encoding}.txt", *words]) == 0
+        scored.append(capsys.readouterr().out.splitlines()[-1].partition(": ")[2])
+        line = f"--option prompt --pairs {encoding}.tsv --pretrained_model_path {model}"
+        assert command(" ".join([line, *words])).status == 0
+    assert scored[0] == scored[1]
+    assert C.main([model, "--text", "utf-8.txt", "--encoding", "klingon"]) == 2
+    assert "--encoding klingon" in capsys.readouterr().err
 
 
 def test_pairs_need_no_labels():
