@@ -501,6 +501,13 @@ class Options:
         a stored value that the flag could not have.
         """
         typed = self.given | TYPED_ON_RESUME
+        for name in ("minutes", "schedule_steps"):
+            for other in sorted(self.given & {"epochs", "schedule_steps"} - {name}):
+                if stored.get(name) is not None and name not in self.given:
+                    raise UsageError(
+                        f"--{other} {getattr(self, other)}: the run to resume is as long as its "
+                        f"--{name} {stored[name]} says: leave --{other} out"
+                    )
         name = "gradient_accumulation_steps"
         if name in self.given and getattr(self, name) != stored.get(name):
             typed |= {"global_batch_size"}
@@ -660,7 +667,9 @@ def parse_options(arguments: Sequence[str]) -> Options:
     parser = build_parser(known.option if known.option in EVERY else None)
     namespace = None
     if known.config is not None:
-        before = toml_words(known.config, FLAGS, HINTS, without=typed)
+        # Of two that exclude each other the one that is typed counts.
+        excluded = {b for a, b in (("resume", "overwrite"), ("overwrite", "resume")) if a in typed}
+        before = toml_words(known.config, FLAGS, HINTS, without=typed | excluded)
         namespace = parse_words(parser, before, READERS, where=f"--config {known.config}: ")
         typed |= {word[2:].partition("=")[0] for word in before if word.startswith("--")}
     namespace = parse_words(parser, words, READERS, namespace)

@@ -24,6 +24,7 @@ from minllama.console import say
 from minllama.corpus import Texts
 from minllama.deadline import FINISHING, MOST_EPOCHS
 from minllama.device import autocast, is_out_of_memory, training_arithmetic
+from minllama.errors import UsageError
 from minllama.random_state import random_state, restore_random_state
 from minllama.ranks import Ranks
 from minllama.units import human_time
@@ -129,11 +130,13 @@ def fit_to_time(
     for candidate in candidates(options, fixed=config is not None):
         shape = config or candidate.llama_config(texts.tokenizer.n_words)
         measured = functools.partial(measure, candidate, shape, device, dtype)
-        try:
-            speeds = ranks.gather(ranks.on_all(measured))
-        except (MemoryError, RuntimeError) as error:
-            if not fits or not is_out_of_memory(error):
-                raise
+        speeds = ranks.gather(ranks.on_all(measured))
+        if None in speeds:
+            if not fits:
+                raise UsageError(
+                    f"--max_seq_len {candidate.max_seq_len}: with --dim {shape.dim} not one "
+                    "row of it fits the memory: give a smaller one of either"
+                )
             break
         speed = Speed(*(max(values) for values in zip(*speeds, strict=True)))
         left, over = ranks.on_main(clock)
@@ -157,16 +160,20 @@ def candidates(options: Options, *, fixed: bool) -> Iterator[Options]:
 
 def measure(
     options: Options, config: LlamaConfig, device: torch.device, dtype: torch.dtype
-) -> Speed:
-    """Time some steps of a model of this shape on random tokens, as many as fit the memory."""
+) -> Speed | None:
+    """Time some steps of a model of this shape on random tokens, as many as fit the memory.
+
+    None where not even a row of them does.
+    """
     rows = max(1, TIMED_TOKENS[device.type] // options.max_seq_len)
-    while True:
+    while rows:
         try:
             return time_steps(options, config, rows, device, dtype)
         except (MemoryError, RuntimeError) as error:
-            if rows == 1 or not is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         rows //= 2
+    return None
 
 
 def time_steps(
@@ -237,12 +244,15 @@ def fit(
         tokens = min(steps_of(batch) * batch, MOST_EPOCHS * distinct)
         batch = batch_tokens(tokens, context * processes)
     micro = min(MICRO_TOKENS[device.type], max(context, batch // processes))
+    rows = max(1, micro // context)
+    if "global_batch_size" in options.given:  # of which a micro-batch is a whole share
+        rows = math.gcd(rows, max(1, options.global_batch_size // processes))
     chosen: dict[str, Any] = {
-        "pretrain_batch_size": max(1, micro // context),
+        "pretrain_batch_size": rows,
         "gradient_accumulation_steps": max(1, batch // processes // micro),
         "lr_scheduler": "linear",
         "early_stopping": PATIENCE,
-        "val_tokens": max(1, val_tokens),
+        "val_tokens": max(2, val_tokens),
     }
     options = options.choose(chosen)
     if "global_batch_size" not in options.given:

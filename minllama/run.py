@@ -148,8 +148,6 @@ class Run:
             reason = str(error).strip().split("\n")[0]
             raise UsageError(f"the checkpoint is not one of this program ({reason})") from None
         self.run_id = state.get("run_id", self.run_id)
-        if self.deadline is not None:
-            self.deadline.before = self.progress.spent
         if self.ranks.world_size > 1:
             self.progress.split = 1  # several processes train on micro-batches as given
 
@@ -164,6 +162,8 @@ class Run:
         resumes = checkpoint is not None
         if resumes:
             ranks.on_all(functools.partial(self.restore, checkpoint))
+            if self.deadline is not None:
+                self.deadline.before = self.progress.spent
             ranks.on_main(lambda: self.folder.set_aside_later(self.run_id, self.progress.step))
         elif not ranks.is_main:
             self.seed_rank()
@@ -217,16 +217,19 @@ class Run:
 
     def _say_nothing_is_left(self) -> None:
         """Of a resumed run that had ended: what would let it continue."""
-        flag = "--epochs"
+        remedy = "a larger --epochs lets it continue"
         if self.out_of_patience():
-            flag = "--early_stopping"
+            remedy = "a larger --early_stopping lets it continue"
         elif self.plan.last_step < self.plan.schedule_steps:
-            flag = "--max_steps"
+            remedy = "a larger --max_steps lets it continue"
         elif self.deadline is not None:
-            flag = "--minutes"
+            final = self.folder.file("final-model.pt")
+            remedy = f"--pretrained_model_path {final} and another --save_dir train its model on"
+        elif self.options.schedule_steps is not None:
+            remedy = "a larger --schedule_steps lets it continue"
         print(
-            f"nothing is left to train: the run ended after step {self.progress.step:,}; a larger "
-            f"{flag} lets it continue. Its last files are written again"
+            f"nothing is left to train: the run ended after step {self.progress.step:,}; {remedy}. "
+            "Its last files are written again"
         )
 
     # ------------------------------------------------------------------------ where it ends

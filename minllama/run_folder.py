@@ -205,10 +205,13 @@ class RunFolder:
         settled = "gradient_accumulation_steps"
         if whole == stored.get("global_batch_size"):
             settled = "global_batch_size"
+        without = NOT_REPEATED | {settled}
+        if stored.get("schedule_steps") is not None:
+            without |= {"minutes"}  # what was chosen for them is how long it trains
         fields = {
             name: field
             for name, field in FLAGS.items()
-            if option in READERS[name] and name not in NOT_REPEATED | {settled}
+            if option in READERS[name] and name not in without
         }
         words = typed_words(stored, fields, HINTS, where=str(self.file("run.json")))
         folder = self.path.with_name(f"{Path(real_path(self.path)).name}-again")
@@ -223,6 +226,7 @@ class RunFolder:
         none yet. Raises UsageError where all are damaged.
         """
         if resume != "auto":
+            summarize(Path(resume))
             return Path(resume), load_checkpoint(Path(resume))
         for path, _ in self._newest_first():
             try:

@@ -277,6 +277,10 @@ def test_flags_in_a_file_are_as_if_typed(tmp_path, monkeypatch):
     assert (both.epochs, both.pretrain_data, both.pretrain_lr) == (4, ("e",), 1e-4)
     Path("say.toml").write_text('prompt = ["--a", "b"]\nstop = "x"', encoding="utf-8")
     assert parse_options(["--config", "say.toml"]).prompt == ("--a", "b")
+    # What a stopped run is continued with has the file in it, which began it anew.
+    Path("new.toml").write_text('option = "pretrain"\noverwrite = true', encoding="utf-8")
+    assert parse_options(["--config", "new.toml"]).overwrite
+    assert not parse_options(["--config", "new.toml", "--resume", "auto"]).overwrite
     words = ["--prompt", "c", "--config", "say.toml"]
     assert parse_options(words).prompt == ("c",) and parse_options(words).stop == ("x",)
 

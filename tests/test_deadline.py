@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 
 import pytest
 from running import assert_same, pretrain, records, steps, stop_after, write_stories
 
-from minllama import deadline, training
+from minllama import deadline, train_step, training
 from minllama.checkpoint import load_checkpoint
 from minllama.deadline import Deadline, Pace, next_look
 from optimizer import learning_rate
@@ -103,6 +104,23 @@ def test_a_machine_that_turns_slow_is_told(timed):
     assert done.status == 0 and clock.spent() <= 63
     assert "the machine is slower than it was" in done.error + done.out
     assert records()[-1]["lr"] < 0.3 * max(record["lr"] for record in records())
+
+
+def test_a_rollback_does_not_count_its_time_twice(timed, monkeypatch):
+    """The seconds up to the checkpoint were added to those since the command began.
+
+    So the run ended early, and said that the machine was slow.
+    """
+    real = train_step.backward
+
+    def backward(run, *rest):
+        bad = 10 <= run.progress.step < 20 and run.progress.lr_scale == 1
+        return real(run, *rest) * (math.nan if bad else 1)
+
+    monkeypatch.setattr(train_step, "backward", backward)
+    clock, done = timed(lambda step: 1.0, "--checkpoint_interval 5")
+    assert done.status == 0 and "back to step 10" in done.error + done.out
+    assert 54 < clock.spent() <= 60
 
 
 def test_interrupted_and_resumed_it_goes_the_same_way(timed, monkeypatch):

@@ -6,14 +6,17 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import several
 import torch
 from running import RESUME, command, records, write_stories
 
 from config import LlamaConfig, parse_options
 from minllama import fitting
 from minllama.corpus import Texts, find_texts, load_texts
+from minllama.errors import UsageError
 from minllama.fitting import SHAPES, Speed, candidates, fit, predicted_loss
 from minllama.ranks import Ranks
+from minllama.run_folder import RunFolder
 from minllama.signals import StopRequest
 from tokenizer import Tokenizer
 
@@ -107,6 +110,44 @@ def test_a_text_read_often_is_protected(texts):
     assert many.tokens / len(texts.train.stream) < 1.1 * fitting.MOST_EPOCHS
 
 
+def test_what_is_chosen_can_be_resumed(texts):
+    """Without a held-out text --val_tokens 1 was chosen, which a checkpoint could not have."""
+    options = fitted(dataclasses.replace(texts, val=None)).options
+    assert options_of().resumed(options.to_plain()).schedule_steps == options.schedule_steps
+
+
+def test_a_global_batch_that_was_typed_is_made_of_whole_micro_batches(texts):
+    """16 rows were chosen beside a typed 24, and then refused."""
+    large = dataclasses.replace(texts, train=Sized(10**9))
+    for typed in (24, 7):
+        options = fitted(large, f"--global_batch_size {typed}").options
+        assert options.global_batch_size == typed and typed % options.pretrain_batch_size == 0
+
+
+@pytest.mark.parametrize("largest, chosen", [(64, 64), (0, None)])
+def test_a_shape_beyond_the_memory_of_one_rank_is_beyond_all(texts, largest, chosen, monkeypatch):
+    """Of several ranks the error of one ended them all, with a traceback."""
+    real = fitting.time_steps
+
+    def time_steps(options, *rest):
+        if options.dim > largest:
+            raise torch.OutOfMemoryError
+        return real(options, *rest)
+
+    monkeypatch.setattr(fitting, "time_steps", time_steps)
+
+    def on_rank(ranks: Ranks):
+        settings = {"device": CPU, "dtype": torch.float32, "ranks": ranks}
+        return fitting.fit_to_time(options_of("--max_seq_len 32"), texts, None, **settings)
+
+    with several.thread_store():
+        for found in several.on_threads(2, on_rank):
+            if chosen is None:
+                assert isinstance(found, UsageError) and "--dim 64" in str(found)
+            else:
+                assert found.dim == chosen
+
+
 def test_minutes_alone_make_a_model():
     """From the plan to the last file; a resumed run finds the choices in its checkpoint."""
     write_stories(Path.cwd(), 60)
@@ -122,7 +163,12 @@ def test_minutes_alone_make_a_model():
     assert made[-1]["lr"] < 0.5 * max(record["lr"] for record in made)
     assert made[-1]["val_loss"] < made[0]["loss"]
     done = command(f"{RESUME} --compile off")
-    assert done.status == 0 and "a larger --minutes lets it continue" in done.out
+    assert done.status == 0 and "--pretrained_model_path run" in done.out
+    for flag in ("--epochs 9", "--schedule_steps 999"):
+        done = command(f"{RESUME} --compile off {flag}")
+        assert done.status == 2 and f"{flag}: the run to resume is as long as" in done.error
+    again = RunFolder(Path("run"), "pretrain").repeating_words()
+    assert parse_options(again).schedule_steps and "--minutes" not in again
 
 
 @pytest.mark.parametrize(

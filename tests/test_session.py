@@ -121,6 +121,24 @@ def test_without_a_checkpoint_auto_starts_from_the_beginning():
     assert steps() == [1, 2]
 
 
+def test_a_named_checkpoint_without_a_step_is_refused():
+    """It was a KeyError; auto skipped it."""
+    assert pretrain("--max_steps 1").status == 0
+    payload = load_pt(Path("run/pretrain-step-1.pt"))
+    save_pt(Path("run/pretrain-step-2.pt"), payload | {"progress": {}})
+    done = command("--option pretrain --cache_dir cache --resume run/pretrain-step-2.pt")
+    assert done.status == 2 and "is damaged: its step is 'None'" in done.error
+
+
+def test_epochs_do_not_change_a_run_of_steps():
+    """They were said to, twice, and changed nothing."""
+    assert pretrain("--schedule_steps 2").status == 0
+    done = command(f"{RESUME} --epochs 9")
+    assert done.status == 2 and "as long as its --schedule_steps 2 says" in done.error
+    assert "a larger --schedule_steps lets it continue" in command(RESUME).out
+    assert command(f"{RESUME} --schedule_steps 3").status == 0 and steps() == [1, 2, 3]
+
+
 def test_a_damaged_checkpoint_is_skipped_and_said():
     """--resume auto takes the newest that verifies; only where there is none it is an error."""
 
