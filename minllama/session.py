@@ -168,6 +168,7 @@ def find_start(
     if resume is not None:
         found = read_on_ranks(ranks, lambda: folder.find_checkpoint(resume))
         if found is None:
+            ranks.on_main(lambda: check_names_its_data(options, folder))
             print(f"--resume auto: no checkpoint in {folder.path} yet: starting from the beginning")
     if found is None:
         return options.with_global_batch(ranks.world_size), None
@@ -185,6 +186,17 @@ def find_start(
         if name in before and now[name] not in (before[name], "auto"):
             print(f"changed      --{name} from {before[name]} to {now[name]}")
     return options, checkpoint
+
+
+def check_names_its_data(options: Options, folder: RunFolder) -> None:
+    """Raise UsageError where only runs on other data than the default could be meant."""
+    runs = [path.name.removesuffix("-run.json") for path in folder.path.glob("finetune-*-run.json")]
+    if options.option == "finetune" and "train" not in options.given:
+        if runs and folder.prefix not in runs:
+            raise UsageError(
+                f"--resume {options.resume}: {folder.path} holds no {folder.prefix} run, but "
+                f"that of {min(runs)}: name its --train"
+            )
 
 
 CHUNK_ORDER = "the order of the text's chunks (of another version of this program)"

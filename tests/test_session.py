@@ -121,6 +121,15 @@ def test_without_a_checkpoint_auto_starts_from_the_beginning():
     assert steps() == [1, 2]
 
 
+def test_a_finetuning_is_resumed_by_the_name_of_its_data():
+    """Without --train the embedded reviews were trained on, anew, beside the run that was meant."""
+    Path("run").mkdir()
+    Path("run/finetune-mine-run.json").write_text("{}", encoding="utf-8")
+    done = command("--option finetune --save_dir run --resume auto")
+    assert done.status == 2 and "but that of finetune-mine: name its --train" in done.error
+    assert not list(Path("run").glob("finetune-reviews-run.json"))
+
+
 def test_a_named_checkpoint_without_a_step_is_refused():
     """It was a KeyError; auto skipped it."""
     assert pretrain("--max_steps 1").status == 0
