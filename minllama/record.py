@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from torch.autograd import DeviceType
 from tqdm import tqdm
 
 from minllama.files import atomic_write, check_regular
@@ -320,6 +322,7 @@ PHASES = ("data", "forward and backward", "optimizer")  # record_function's name
 UNPROFILED_STEPS, PROFILED_STEPS = 2, 5  # the first compile and warm up
 PROFILE_ROWS = 12
 ATTENTION = "aten::_scaled_dot_product_"  # and then which of torch's: flash_attention, ...
+NAMESPACES = re.compile(r"^void |at::native::|\(anonymous namespace\)::")
 
 
 @contextlib.contextmanager
@@ -343,20 +346,22 @@ def profiled(
     steps = torch.profiler.schedule(
         wait=UNPROFILED_STEPS - 1, warmup=1, active=PROFILED_STEPS, repeat=1
     )
-    with torch.profiler.profile(schedule=steps, on_trace_ready=report) as profiler:
+    with torch.profiler.profile(schedule=steps, on_trace_ready=report, acc_events=True) as profiler:
         yield profiler.step
     if profiler.step_num <= UNPROFILED_STEPS:
         tqdm.write(f"--profile: a run of {UNPROFILED_STEPS} steps or fewer has none to profile")
 
 
 def profile_table(profiler: torch.profiler.profile, device: torch.device) -> str:
-    """Where the profiled steps' time went."""
-    events = {
-        event.key: event
+    """Where the profiled steps' time went: on a CPU in torch's operations, on a GPU in kernels."""
+    averages = [
+        event
         for event in profiler.key_averages()
-        if not event.key.startswith(("ProfilerStep*", "Optimizer.step#"))  # brackets around others
-    }
-    phases = {name: events.pop(name) for name in PHASES}
+        if not event.key.startswith(("ProfilerStep*", "Optimizer."))  # brackets around others
+    ]
+    # A GPU's kernels are beside what the host did, and so are the phases again, as seen there.
+    on_host = {event.key: event for event in averages if event.device_type == DeviceType.CPU}
+    phases = {name: on_host.pop(name) for name in PHASES}
     steps = phases["data"].count
     total = sum(event.cpu_time_total for event in phases.values())  # in microseconds
     shares = ", ".join(
@@ -364,21 +369,25 @@ def profile_table(profiler: torch.profiler.profile, device: torch.device) -> str
         for name, event in phases.items()
     )
     lines = [f"profile of {steps} steps of {total / steps / 1000:,.1f} ms: {shares}"]
-    on = "device" if device.type == "cuda" else "cpu"
-    times = {name: getattr(event, f"self_{on}_time_total") for name, event in events.items()}
-    slowest = sorted(times, key=times.get, reverse=True)[:PROFILE_ROWS]
-    kernels = [
+    on_gpu = device.type == "cuda"
+    times = {event.key: (event.count, event.self_cpu_time_total) for event in on_host.values()}
+    if on_gpu:
+        kernels = [e for e in averages if e.device_type == DeviceType.CUDA and e.key not in PHASES]
+        times = {event.key: (event.count, event.self_device_time_total) for event in kernels}
+        lines[0] += f"; the GPU computed {sum(taken for _, taken in times.values()) / total:.0%}"
+    attention = [
         f"{name.removeprefix(ATTENTION).replace('_', ' ')} {event.count / steps:,.0f} times a step"
-        for name, event in events.items()
+        for name, event in on_host.items()
         if name.startswith(ATTENTION) and "backward" not in name
     ]
     own = "this program's own, none of torch's"
-    lines.append(f"  attention: {', '.join(kernels) or own}")
-    lines.append(f"  {'operation':<48} calls/step   ms/step   share")
+    lines.append(f"  attention: {', '.join(attention) or own}")
+    lines.append(f"  {'kernel' if on_gpu else 'operation':<48} calls/step   ms/step   share")
+    slowest = sorted(times.items(), key=lambda item: item[1][1], reverse=True)
     lines += [
-        f"  {name[:48]:<48} {events[name].count / steps:>10,.0f} "
-        f"{times[name] / steps / 1000:>9,.2f} {times[name] / total:>7.1%}"
-        for name in slowest
+        f"  {NAMESPACES.sub('', name)[:48]:<48} {count / steps:>10,.0f} "
+        f"{taken / steps / 1000:>9,.2f} {taken / total:>7.1%}"
+        for name, (count, taken) in slowest[:PROFILE_ROWS]
     ]
     return "\n".join(lines)
 

@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from minllama.errors import UsageError
 from minllama.record import (
@@ -24,6 +25,7 @@ from minllama.record import (
     gpu_telemetry,
     loss_curve_svg,
     note_spike,
+    profile_table,
     profiled,
     read_records,
     recompilations,
@@ -251,3 +253,28 @@ def test_a_profile_that_is_not_asked_for(tmp_path: Path) -> None:
         for _ in range(20):
             step_is_done()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_gpus_profile_is_of_kernels() -> None:
+    """A GPU has the phases once more, without the host's time, which was divided by."""
+
+    def event(key: str, where: DeviceType, on_host: float, on_device: float) -> SimpleNamespace:
+        return SimpleNamespace(
+            key=key, device_type=where, count=2, cpu_time_total=on_host,
+            self_cpu_time_total=on_host, self_device_time_total=on_device,
+        )  # fmt: skip
+
+    phases = "data", "forward and backward", "optimizer"
+    found = [event(name, DeviceType.CPU, 1000, 0) for name in phases]
+    found += [event(name, DeviceType.CUDA, 0, 900) for name in phases]
+    found += [event("aten::mm", DeviceType.CPU, 300, 500)]
+    found += [event("aten::_scaled_dot_product_cudnn_attention", DeviceType.CPU, 10, 0)]
+    found += [event("void at::native::(anonymous namespace)::adds<4>", DeviceType.CUDA, 0, 600)]
+    table = profile_table(SimpleNamespace(key_averages=lambda: found), torch.device("cuda"))
+    assert table.splitlines() == [
+        "profile of 2 steps of 1.5 ms: waiting for data 33.33%, forward and backward 33.33%, "
+        "optimizer 33.33%; the GPU computed 20%",
+        "  attention: cudnn attention 1 times a step",
+        f"  {'kernel':<48} calls/step   ms/step   share",
+        f"  {'adds<4>':<48}          1      0.30   20.0%",
+    ]
