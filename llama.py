@@ -79,11 +79,16 @@ def rotary_table(head_dim: int, max_seq_len: int, theta: float = 10000.0) -> Ten
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Rotate adjacent pairs of x (B, T, H, D) by the angles of table (T or B, T; 1, D/2, 2)."""
     pairs = x.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():  # inductor fuses real arithmetic and has no complex kernels
-        (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
-        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
-    else:  # one complex product: 5-8 times faster than the line above run op by op on a CPU
+    if not torch.compiler.is_compiling():
+        # One complex product: 5-8 times faster than the lines below run op by op on a CPU.
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
+        return turned.flatten(-2).type_as(x)
+    cos, sin = table.unbind(-1)  # inductor fuses real arithmetic and has no complex kernels
+    if x.is_cuda:  # two thirds of the time of interleaving, which a CPU does three times faster
+        turned = pairs * cos[..., None] + pairs.flip(-1) * torch.stack((-sin, sin), dim=-1)
+    else:
+        a, b = pairs.unbind(-1)
+        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
     return turned.flatten(-2).type_as(x)
 
 

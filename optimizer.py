@@ -181,7 +181,7 @@ def layer_matrices(model: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in named if p.requires_grad and p.ndim == 2 and "layers." in name]
 
 
-STACKED = {"cuda": 2**24}  # numbers of matrices alike that Muon works on at once; a CPU on one
+STACKED = {"cuda": 2**26}  # numbers of matrices alike that Muon works on at once; a CPU on one
 
 
 class Muon(torch.optim.Muon):

@@ -34,6 +34,7 @@ class Shape(NamedTuple):
     batch: int
     kv_heads: int | None = None  # None: as many as heads
     hidden: int | None = None  # None: 8/3 of dim, rounded up to 32
+    accumulated: int = 1  # batches of a whole run's step
 
 
 SHAPES = {
@@ -43,7 +44,7 @@ SHAPES = {
 }
 GPU_SHAPES = {  # whose steps keep a GPU busy
     "110M": Shape(768, 12, 12, 32000, 1024, 32),
-    "1.1B": Shape(2048, 22, 32, 32000, 2048, 4, kv_heads=4, hidden=5632),
+    "1.1B": Shape(2048, 22, 32, 32000, 2048, 4, kv_heads=4, hidden=5632, accumulated=8),
 }
 
 

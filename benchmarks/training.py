@@ -128,6 +128,7 @@ def training_rows(shape: str, figures: dict[str, list[dict[str, float]]]) -> Ite
             ratios = " / ".join(
                 f"{statistics.median(a['rate'] / b['rate'] for a, b in pairs):.2f}"
                 for ours in WAYS["ours"]
+                if f"ours, {ours}" in figures
                 for pairs in [zip(figures[f"ours, {ours}"], rounds, strict=True)]
             )
         yield f"| {shape} | {name} | {rate:,.0f} | {share:.0%} | {memory:,.0f} | {ratios} |"

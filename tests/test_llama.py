@@ -58,11 +58,17 @@ def test_rotary_scores_depend_on_distance_only():
 
 
 def test_compiled_rotation_equals_the_complex_one(monkeypatch):
-    """The compiler gets real arithmetic, eager mode a complex product: one function of two ways."""
+    """The compiler gets real arithmetic, a CPU's and a GPU's, eager mode a complex product."""
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
     x, table = torch.randn(2, 9, 3, 8), L.rotary_table(8, 9)
     eager = L.rotate(x, table)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    torch.testing.assert_close(L.rotate(x, table), eager, rtol=1e-6, atol=1e-6)
+    for placed in (x, x.as_subclass(OnGPU)):
+        turned = L.rotate(placed, table).as_subclass(torch.Tensor)
+        torch.testing.assert_close(turned, eager, rtol=1e-6, atol=1e-6)
 
 
 def test_rotary_table_stays_float32_in_a_bfloat16_model(model: L.Llama):
