@@ -1,4 +1,4 @@
-"""Everything that a GPU changes, measured in a quarter of an hour, for benchmarks/README.md.
+"""Everything that a GPU changes, measured in some twenty minutes, for benchmarks/README.md.
 
     pip install transformers
     python benchmarks/gpu.py
