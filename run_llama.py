@@ -572,10 +572,12 @@ def generate(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # the text is the result
         say(f"device       {note}")
         llama, tokenizer = load_model(options, device)
-    if device.type == "cpu" or options.weights != "float32":
-        pack_weights(llama, getattr(torch, options.weights))
     template = llama.chat_template if prompts or options.interactive else None
     step = compile_step(device.type) if options.compile == "on" else None
+    if device.type == "cpu" or options.weights != "float32":
+        one_row = options.interactive or max(1, len(prompts)) * options.num_samples == 1
+        reorder = step is None or not one_row
+        pack_weights(llama, getattr(torch, options.weights), reorder=reorder)
     writer = Writer(llama, tokenizer, options, stop, step, template)
     for temperature, path in outputs:
         print(f"Temperature is {temperature:g}", file=sys.stderr)

@@ -24,13 +24,12 @@ if TYPE_CHECKING:
     from llama import Llama
 
 LOWEST_TEMPERATURE = 1e-6  # below it the likeliest token is as good as certain
-# Private operators of torch, which read a CPU's memory faster than the public ones.
-_MKLDNN_LINEAR = None  # torch without oneDNN, as on Apple's computers, may have just its name
-if torch.backends.mkldnn.is_available():
-    _MKLDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+# Private operators of torch, which read a CPU's memory faster than the public ones. Those of oneDNN
+# may be just names, as on Apple's computers; they want the matrix in an order of their own.
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+REORDERED_FOR = 16  # rows; measured from 1 to 64, the order for 16 was as good as any
 _INT8_LINEAR = getattr(torch, "_weight_int8pack_mm", None)
 INT8_WIDTH = 16  # a row's length must be a multiple of it: else the kernel reads out of bounds
-FEW_ROWS = range(2, 9)  # on a CPU, in float32, weight @ x.T is faster than x @ weight.T for these
 
 # ---------------------------------------------------------------------------- the cache
 
@@ -129,16 +128,19 @@ def single_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tens
 # ---------------------------------------------------------------------------- packed weights
 
 
-def pack_weights(model: Llama, dtype: torch.dtype = torch.float32) -> None:
+def pack_weights(model: Llama, dtype: torch.dtype = torch.float32, *, reorder: bool = True) -> None:
     """Store every matrix of a Llama for generation, in float32, bfloat16 or int8; irreversible.
 
-    Decoding multiplies matrices by single rows, which memory's bandwidth bounds: fewer bytes are
-    faster. Matrices that multiply the same input become one, for fewer and longer products.
+    Decoding multiplies matrices by few rows, which memory's bandwidth bounds: fewer bytes are
+    faster. Matrices that multiply the same input become one, for fewer and longer products. With
+    `reorder` a CPU has them in oneDNN's own order, and the embedding beside the head. That is
+    faster but for compiled steps of one row, which read a plain matrix at memory's full speed.
     """
 
-    def pack(*linears: nn.Linear) -> PackedLinear:
+    def pack(*linears: nn.Module) -> PackedLinear:
         weights = [linear.weight for linear in linears]
-        return PackedLinear(torch.cat(weights) if len(weights) > 1 else weights[0], dtype)
+        packed = PackedLinear(torch.cat(weights) if len(weights) > 1 else weights[0], dtype)
+        return packed.reorder() if reorder else packed
 
     for layer in model.layers:
         part = layer.attention
@@ -148,11 +150,29 @@ def pack_weights(model: Llama, dtype: torch.dtype = torch.float32) -> None:
         part = layer.feed_forward
         part.w1_w3, part.w2 = pack(part.w1, part.w3), pack(part.w2)
         del part.w1, part.w3
-    model.output = pack(model.output)
-    if model.config.tie_word_embeddings:
-        model.tok_embeddings = PackedEmbedding(model.output)
+    table = PackedLinear(model.tok_embeddings.weight, dtype)
+    model.tok_embeddings = PackedEmbedding(table)
+    if not model.config.tie_word_embeddings:
+        model.output = pack(model.output)
     else:
-        model.tok_embeddings = PackedEmbedding(PackedLinear(model.tok_embeddings.weight, dtype))
+        model.output = table.reorder() if reorder else table
+
+
+@functools.cache
+def bfloat16_in_onednn() -> bool:
+    """Whether it multiplies bfloat16 by this CPU's own instructions."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@torch.library.custom_op("minllama::reordered_linear", mutates_args=())
+def reordered_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T of a weight in oneDNN's order; an operator, since the compiler knows no such."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+@reordered_linear.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 class PackedLinear(nn.Module):
@@ -171,25 +191,33 @@ class PackedLinear(nn.Module):
         self.register_buffer("weight", weight.to(dtype).contiguous())
         self.register_buffer("scale", scale)
         self.register_buffer("ones", ones)
+        self.reordered = False
+
+    def reorder(self) -> PackedLinear:
+        """Put the weight in oneDNN's order, where that is fast: from then on oneDNN alone reads it.
+
+        Returns itself.
+        """
+        fast = ONEDNN and self.weight.is_cpu and self.scale is None
+        if fast and (self.weight.dtype == torch.float32 or bfloat16_in_onednn()):
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, REORDERED_FOR)
+            self.reordered = True
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         rows, weight, on_cpu = x.flatten(0, -2), self.weight, x.device.type == "cpu"
         in_int8, compiling = self.scale is not None, torch.compiler.is_compiling()
-        if compiling and len(rows) == 1:
+        if self.reordered:
+            product = reordered_linear(rows.to(weight.dtype), weight)
+        elif compiling and len(rows) == 1:
             # One loop, which reads the weight as it is stored at memory's full speed.
             product = (weight.float() * rows).sum(-1)
         elif in_int8 and (not on_cpu or _INT8_LINEAR is None or weight.shape[1] % INT8_WIDTH):
             product = F.linear(rows, weight.to(x.dtype))
         elif in_int8:
             product = _INT8_LINEAR(rows.bfloat16(), weight, self.ones)  # fast with bfloat16 alone
-        elif not on_cpu or weight.dtype != torch.float32:
-            product = F.linear(rows.to(weight.dtype), weight)
-        elif len(rows) in FEW_ROWS:
-            product = (weight @ rows.t()).t().contiguous()
-        elif _MKLDNN_LINEAR is not None and not compiling:  # a compiled step has no constants
-            product = _MKLDNN_LINEAR(rows, weight, None, "none", [], "")
         else:
-            product = F.linear(rows, weight)
+            product = F.linear(rows.to(weight.dtype), weight)
         product = product.float().view(*x.shape[:-1], -1)
         return product * self.scale if in_int8 else product
 
@@ -293,8 +321,9 @@ def decode_step(
 
 
 def layout(model: Llama) -> str:
-    """Equal for models that one compiled step serves: their shape, and each tensor's dtype."""
-    return f"{model.config} {[(name, t.dtype) for name, t in model.state_dict().items()]}"
+    """Equal for models that one compiled step serves: their shape, how a tensor is stored."""
+    stored = [(name, t.dtype, t.layout) for name, t in model.state_dict().items()]
+    return f"{model.config} {stored}"
 
 
 def compile_step(device: str = "cpu") -> Callable[..., Tensor]:
@@ -306,6 +335,7 @@ def compile_step(device: str = "cpu") -> Callable[..., Tensor]:
         "triton.cudagraphs": device == "cuda",
         "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,  # none changes
         "cpp.enable_floating_point_contract_flag": "fast",  # x * y + z in one: a tenth faster
+        "size_asserts": False,  # a reordered weight has no strides
     }
     # What is asked for in float32 is computed in float32.
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)

@@ -576,17 +576,25 @@ def test_packed_weights_and_a_compiled_step_are_what_is_generated_with(model, mo
     monkeypatch.setattr(run_llama, "compile_step", compile_step)
     monkeypatch.setattr(run_llama, "check_compiler", lambda device: None)
     monkeypatch.setattr(
-        run_llama, "pack_weights", lambda llama, dtype: packed.append(dtype) or pack(llama, dtype)
+        run_llama,
+        "pack_weights",
+        lambda llama, dtype, **how: packed.append((dtype, *how.values())) or pack(llama, dtype),
     )
     base = f"--option generate --pretrained_model_path {model} --temperature 0".split()
     base += ["--prompt", "One day", "--max_new_tokens", "9"]
     texts = []
-    for words in ([], ["--compile", "on"], ["--weights", "bfloat16"], ["--weights", "int8"]):
-        done = command([*base, *words])
+    two = ["--prompt", "She"]
+    for words in ("", "--compile on", "--weights bfloat16", "--weights int8", "--compile on"):
+        done = command([*base, *(two if len(texts) == 4 else []), *words.split()])
         assert done.status == 0
         texts.append(done.out.splitlines()[-1])
-    assert packed == [torch.float32, torch.float32, torch.bfloat16, torch.int8]
-    assert calls == [1] * 9  # one to compile with, then 8: the first token came with the prompt
+    # A compiled step of one row reads plain weights, of two those in oneDNN's order.
+    assert packed == [
+        (torch.float32, True), (torch.float32, False), (torch.bfloat16, True), (torch.int8, True),
+        (torch.float32, True),
+    ]  # fmt: skip
+    # One to compile with, then 8: the first token came with the prompt.
+    assert calls == [1] * 9 + [2] * 9
     assert texts[1] == texts[0] and texts[0].startswith("One day")
 
 
