@@ -574,10 +574,11 @@ def generate(options: Options, stop: StopRequest, ranks: Ranks) -> int:
         llama, tokenizer = load_model(options, device)
     template = llama.chat_template if prompts or options.interactive else None
     step = compile_step(device.type) if options.compile == "on" else None
+    size = max(1, options.batch_size // options.num_samples)  # prompts continued at once
     if device.type == "cpu" or options.weights != "float32":
-        one_row = options.interactive or max(1, len(prompts)) * options.num_samples == 1
-        reorder = step is None or not one_row
-        pack_weights(llama, getattr(torch, options.weights), reorder=reorder)
+        rows = 1 if options.interactive else min(size, max(1, len(prompts))) * options.num_samples
+        dtype, compiled = getattr(torch, options.weights), step is not None
+        pack_weights(llama, dtype, rows=rows, compiled=compiled)
     writer = Writer(llama, tokenizer, options, stop, step, template)
     for temperature, path in outputs:
         print(f"Temperature is {temperature:g}", file=sys.stderr)
@@ -595,7 +596,6 @@ def generate(options: Options, stop: StopRequest, ranks: Ranks) -> int:
         print("chat         each prompt is a question, which the model answers", file=sys.stderr)
     if not outputs:
         prompts = prompts or [PREFIX]
-        size = max(1, options.batch_size // options.num_samples)
         for start in range(0, len(prompts), size):
             if stop.requested:
                 break

@@ -81,13 +81,13 @@ def our_decoding(job: Row) -> Callable[[int], None]:
     from minllama.generation import Sampling, compile_step, generate_tokens, pack_weights
 
     model = our_model(job["shape"]).eval()
-    step = compile_step() if job["compiled"] else None
-    reorder = step is None or job.get("rows", 1) > 1
-    pack_weights(model, getattr(torch, job["weights"]), reorder=reorder)
+    rows, compiled = job.get("rows", 1), job["compiled"]
+    pack_weights(model, getattr(torch, job["weights"]), rows=rows, compiled=compiled)
+    step = compile_step() if compiled else None
     sampling = Sampling(temperature=0)
     if "top_p" in job:
         sampling = Sampling(temperature=1, top_p=job["top_p"])
-    prompts = [PROMPT] * job.get("rows", 1)
+    prompts = [PROMPT] * rows
 
     def decode(count: int) -> None:
         steps = generate_tokens(

@@ -30,6 +30,7 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 REORDERED_FOR = 16  # rows; measured from 1 to 64, the order for 16 was as good as any
 _INT8_LINEAR = getattr(torch, "_weight_int8pack_mm", None)
 INT8_WIDTH = 16  # a row's length must be a multiple of it: else the kernel reads out of bounds
+FEW_ROWS = range(2, 9)  # on a CPU, in float32, weight @ x.T is fastest for these
 
 # ---------------------------------------------------------------------------- the cache
 
@@ -128,14 +129,17 @@ def single_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tens
 # ---------------------------------------------------------------------------- packed weights
 
 
-def pack_weights(model: Llama, dtype: torch.dtype = torch.float32, *, reorder: bool = True) -> None:
+def pack_weights(
+    model: Llama, dtype: torch.dtype = torch.float32, *, rows: int = 1, compiled: bool = False
+) -> None:
     """Store every matrix of a Llama for generation, in float32, bfloat16 or int8; irreversible.
 
     Decoding multiplies matrices by few rows, which memory's bandwidth bounds: fewer bytes are
-    faster. Matrices that multiply the same input become one, for fewer and longer products. With
-    `reorder` a CPU has them in oneDNN's own order, and the embedding beside the head. That is
-    faster but for compiled steps of one row, which read a plain matrix at memory's full speed.
+    faster. Matrices that multiply the same input become one, for fewer and longer products. Where
+    `rows` texts at once, in a compiled step or not, are faster with oneDNN's own order of a matrix,
+    it has that, and a tied embedding is stored beside the head.
     """
+    reorder = reordering_pays(dtype, rows, compiled)
 
     def pack(*linears: nn.Module) -> PackedLinear:
         weights = [linear.weight for linear in linears]
@@ -158,19 +162,26 @@ def pack_weights(model: Llama, dtype: torch.dtype = torch.float32, *, reorder: b
         model.output = table.reorder() if reorder else table
 
 
-@functools.cache
-def bfloat16_in_onednn() -> bool:
-    """Whether it multiplies bfloat16 by this CPU's own instructions."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def reordering_pays(dtype: torch.dtype, rows: int, compiled: bool) -> bool:
+    """Whether a CPU decodes so many rows faster from matrices in oneDNN's order."""
+    if not ONEDNN or dtype == torch.int8:
+        return False
+    if dtype == torch.float32:
+        return rows > FEW_ROWS[-1]
+    # A compiled step of one row reads a plain matrix at memory's full speed.
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and not (compiled and rows == 1)
 
 
-@torch.library.custom_op("minllama::reordered_linear", mutates_args=())
-def reordered_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T of a weight in oneDNN's order; an operator, since the compiler knows no such."""
+def onednn_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T by oneDNN, of a weight in any order."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
-@reordered_linear.register_fake
+# For the compiler, which knows no order but the plain one; called eagerly it takes 5 us longer.
+onednn_operator = torch.library.custom_op("minllama::linear", onednn_product, mutates_args=())
+
+
+@onednn_operator.register_fake
 def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
@@ -194,12 +205,8 @@ class PackedLinear(nn.Module):
         self.reordered = False
 
     def reorder(self) -> PackedLinear:
-        """Put the weight in oneDNN's order, where that is fast: from then on oneDNN alone reads it.
-
-        Returns itself.
-        """
-        fast = ONEDNN and self.weight.is_cpu and self.scale is None
-        if fast and (self.weight.dtype == torch.float32 or bfloat16_in_onednn()):
+        """Put the weight of a CPU in oneDNN's order, which oneDNN alone reads; returns itself."""
+        if self.weight.is_cpu:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, REORDERED_FOR)
             self.reordered = True
         return self
@@ -207,8 +214,10 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows, weight, on_cpu = x.flatten(0, -2), self.weight, x.device.type == "cpu"
         in_int8, compiling = self.scale is not None, torch.compiler.is_compiling()
+        in_float32 = on_cpu and weight.dtype == torch.float32
         if self.reordered:
-            product = reordered_linear(rows.to(weight.dtype), weight)
+            multiply = onednn_operator if compiling else onednn_product
+            product = multiply(rows.to(weight.dtype), weight)
         elif compiling and len(rows) == 1:
             # One loop, which reads the weight as it is stored at memory's full speed.
             product = (weight.float() * rows).sum(-1)
@@ -216,6 +225,10 @@ class PackedLinear(nn.Module):
             product = F.linear(rows, weight.to(x.dtype))
         elif in_int8:
             product = _INT8_LINEAR(rows.bfloat16(), weight, self.ones)  # fast with bfloat16 alone
+        elif in_float32 and len(rows) in FEW_ROWS:
+            product = (weight @ rows.t()).t().contiguous()
+        elif in_float32 and ONEDNN and not compiling:
+            product = onednn_product(rows, weight)
         else:
             product = F.linear(rows.to(weight.dtype), weight)
         product = product.float().view(*x.shape[:-1], -1)

@@ -209,7 +209,7 @@ def test_compiled_generation_equals_eager(tiny_config: LlamaConfig, monkeypatch)
     monkeypatch.setattr(G, "_INT8_LINEAR", None)  # it rounds to bfloat16, a compiled step does not
     model = make_llama(tiny_config)
     in_int8 = copy.deepcopy(model)
-    G.pack_weights(model, torch.float32, reorder=False)
+    G.pack_weights(model, torch.float32)
     G.pack_weights(in_int8, torch.int8)
     model.layers[1] = in_int8.layers[1]
     model.output.reorder()
@@ -250,10 +250,11 @@ def test_int8_products_of_any_width(width: int, rows: int):
 
 
 @pytest.mark.parametrize("private", [True, False], ids=["torch's own operators", "plain"])
+@pytest.mark.parametrize("rows", [1, 16])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_packed_weights_compute_what_their_values_say(
-    tiny_config: LlamaConfig, dtype: torch.dtype, tied: bool, private: bool, monkeypatch
+    tiny_config: LlamaConfig, dtype: torch.dtype, tied: bool, rows: int, private: bool, monkeypatch
 ):
     """The oracle is a plain model whose weights were rounded by the definition and put back.
 
@@ -264,7 +265,7 @@ def test_packed_weights_compute_what_their_values_say(
         monkeypatch.setattr(G, "_INT8_LINEAR", None)
     model = make_llama(dataclasses.replace(tiny_config, tie_word_embeddings=tied))
     packed = copy.deepcopy(model)
-    G.pack_weights(packed, dtype)
+    G.pack_weights(packed, dtype, rows=rows)
     with torch.inference_mode():
         for weight in model.parameters():
             if weight.dim() == 2 and dtype == torch.int8:

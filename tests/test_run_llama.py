@@ -588,10 +588,9 @@ def test_packed_weights_and_a_compiled_step_are_what_is_generated_with(model, mo
         done = command([*base, *(two if len(texts) == 4 else []), *words.split()])
         assert done.status == 0
         texts.append(done.out.splitlines()[-1])
-    # A compiled step of one row reads plain weights, of two those in oneDNN's order.
     assert packed == [
-        (torch.float32, True), (torch.float32, False), (torch.bfloat16, True), (torch.int8, True),
-        (torch.float32, True),
+        (torch.float32, 1, False), (torch.float32, 1, True), (torch.bfloat16, 1, False),
+        (torch.int8, 1, False), (torch.float32, 2, True),
     ]  # fmt: skip
     # One to compile with, then 8: the first token came with the prompt.
     assert calls == [1] * 9 + [2] * 9
