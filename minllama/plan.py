@@ -141,12 +141,18 @@ class TrainingPlan:
 
     def memory(self) -> dict[str, int]:
         """Bytes by part while training."""
+        gradients = {"gradients": 4 * self.trainable_parameters // self.shards}
+        activations = {"activations": self.activation_bytes()}
+        if self.device == "cuda" and self.world_size == self.accumulation_steps == 1:
+            # Layer by layer, backward, the ones take the place of the others.
+            largest = max(*gradients.values(), *activations.values())
+            gradients, activations = {}, {"activations or gradients": largest}
         return {
             "weights": self.weights_file_bytes("float32") // self.shards,
-            "gradients": 4 * self.trainable_parameters // self.shards,
+            **gradients,
             "optimizer": self.optimizer_bytes() // self.shards,
             "copies": self.gathered_bytes(),
-            "activations": self.activation_bytes(),
+            **activations,
             "logits": self.logits_bytes(),
             "process": PROCESS_BYTES[self.device],
         }
