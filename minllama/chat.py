@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minllama.errors import UsageError
-from minllama.text import UTF8, Reading, parse_json, read_lines
+from minllama.text import UTF8, Reading, parse_object, read_lines
 
 if TYPE_CHECKING:
     from tokenizer import Tokenizer
@@ -140,6 +140,8 @@ FORMS = (
     'a line is {"conversations": [{"role": "user", "content": "..."}, {"role": "assistant", '
     '"content": "..."}]} or {"prompt": "...", "response": "..."}'
 )
+# What a line without turns calls a question and its answer; the second is Alpaca's.
+PAIRS = (("prompt", "response"), ("instruction", "output"), ("prompt", "completion"))
 
 
 def read_dialogues(
@@ -152,27 +154,22 @@ def read_dialogues(
     for number, line in read_lines(path, reading, on_bytes):
         if line.strip():
             where = f"{path}:{number}"
-            record = parse_json(line, where)
-            if not isinstance(record, dict):
-                what = "a JSON list" if isinstance(record, list) else "not a JSON object"
-                raise UsageError(f"{where}: {what}; {FORMS}")
-            yield Dialogue(*_exchanges(record, where), number)
+            yield Dialogue(*_exchanges(parse_object(line, where), where), number)
 
 
 def _exchanges(record: dict[str, Any], where: str) -> tuple[list[Exchange], str]:
     """The questions and answers of one line, and its system text."""
     turns = record.get("conversations", record.get("messages"))
     if turns is None:
-        if not {"prompt", "response"} <= record.keys():
-            has = ", ".join(sorted(record)[:8]) or "nothing"
-            raise UsageError(f"{where}: no dialogue (has: {has}); {FORMS}")
-        turns = [
-            {"role": "user", "content": record["prompt"]},
-            {"role": "assistant", "content": record["response"]},
-        ]
+        turns = _turns_of_pairs(record, where)
+    if turns is None:
+        has = ", ".join(sorted(record)[:8]) or "nothing"
+        raise UsageError(f"{where}: no dialogue (has: {has}); {FORMS}")
     if not isinstance(turns, list) or not turns:
         raise UsageError(f"{where}: its turns are {str(turns)[:40]!r}; {FORMS}")
     said = [_turn(turn, where) for turn in turns]
+    if record.get("system") and said[0][0] != "system":
+        said.insert(0, _turn({"role": "system", "content": record["system"]}, where))
     system = said.pop(0)[1] if said[0][0] == "system" else ""
     for number, (role, _) in enumerate(said):
         if role != ("user", "assistant")[number % 2]:
@@ -185,6 +182,29 @@ def _exchanges(record: dict[str, Any], where: str) -> tuple[list[Exchange], str]
         raise UsageError(f"{where}: a dialogue without an answer; add one or take the line out")
     texts = [text for _, text in said]
     return list(zip(texts[::2], texts[1::2], strict=False)), system
+
+
+def _turns_of_pairs(record: dict[str, Any], where: str) -> list[dict[str, Any]] | None:
+    """The turns of a line that has a question and its answer in fields of their own, if it does.
+
+    Alpaca's `input` is what the instruction is about; LLaMA-Factory's `history` was said before.
+    """
+    names = next((names for names in PAIRS if {*names} <= record.keys()), None)
+    if names is None:
+        return None
+    asked, answer = (record[name] for name in names)
+    if names[0] == "instruction" and record.get("input") and isinstance(asked, str):
+        asked = f"{asked}\n{record['input']}"
+    history = record.get("history") or []
+    pairs = [*history, [asked, answer]] if isinstance(history, list) else [history]
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise UsageError(f'{where}: its history is no list of ["question", "answer"]')
+    roles = ("user", "assistant")
+    return [
+        {"role": role, "content": text}
+        for pair in pairs
+        for role, text in zip(roles, pair, strict=True)
+    ]
 
 
 def _turn(turn: Any, where: str) -> tuple[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from llama import Llama, LlamaZeroShotClassifier, common_prefix
 from minllama.errors import UsageError
 from minllama.signals import StopRequest
-from minllama.text import JSON_SUFFIXES, Reading, read_documents, read_lines
+from minllama.text import JSON_SUFFIXES, Reading, parse_object, read_documents, read_lines
 from minllama.tokens import DocumentEncoder
 from tokenizer import Tokenizer
 from utils import PretrainDataset, TokenStream
@@ -125,11 +124,7 @@ def _tabbed_pair(line: str, where: str) -> tuple[str, str, str]:
 
 
 def _json_pair(line: str, where: str) -> tuple[str, str, str]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: not JSON ({error})") from None
-    said = record if isinstance(record, dict) else {}
+    said = parse_object(line, where)
     texts = {key: value for key, value in said.items() if isinstance(value, str) and value.strip()}
     if not {"sentence_good", "sentence_bad"} <= texts.keys():
         raise UsageError(f"{where}: lacks a text in sentence_good or sentence_bad, BLiMP's fields")

@@ -274,21 +274,26 @@ def _whole_document(blocks: Iterable[str]) -> Iterator[Block]:
         yield Block("", True)
 
 
-def parse_json(line: str, where: str) -> Any:
-    """What a line of JSON holds; UsageError that begins with `where` for anything else."""
+def parse_object(line: str, where: str) -> dict[str, Any]:
+    """The JSON object in a line; UsageError that begins with `where` for anything else."""
     try:
-        return json.loads(line)
+        record, what = json.loads(line), "not a JSON object"
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: not JSON ({error})") from None
+        record, what = None, f"not JSON ({error})"
+    if isinstance(record, dict):
+        return record
+    if line.lstrip().startswith("["):
+        what += "; if the file is one list, `jq -c '.[]' FILE > NEW.jsonl` has its items in lines"
+    raise UsageError(f"{where}: {what}")
 
 
 def _json_text(path: Path, number: int, line: str, reading: Reading) -> str:
     where, name = f"{path}:{number}", reading.text_field
-    value = record = parse_json(line, where)
-    for part in [name] if isinstance(record, dict) and name in record else name.split("."):
+    value = record = parse_object(line, where)
+    for part in [name] if name in record else name.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     if not isinstance(value, str):
-        fields = ", ".join(sorted(record)[:8]) if isinstance(record, dict) else "no fields"
+        fields = ", ".join(sorted(record)[:8]) or "no fields"
         what = "no field" if value is None else f"{type(value).__name__}, not a string, in field"
         raise UsageError(f"{where}: {what} {name!r} (has: {fields}); name it with --text_field")
     text = value.replace("\r\n", "\n")
@@ -305,7 +310,8 @@ def _json_text(path: Path, number: int, line: str, reading: Reading) -> str:
 def first_words(text: str) -> str:
     """How a text begins: four words of it, or a few characters where words have no spaces."""
     words = text.split()
-    return " ".join(words[:4]) if len(words) >= 8 else text.strip()[: min(8, len(text) // 2)]
+    few = text.strip()[: min(8, len(text) // 2)]
+    return " ".join(words[:4]) if len(words) >= 8 else few.strip()
 
 
 def is_labelled(path: Path, reading: Reading = UTF8) -> bool:

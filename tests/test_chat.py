@@ -75,12 +75,39 @@ def test_a_prompt_and_its_response_are_a_dialogue(tmp_path):
     ]
 
 
+def test_alpacas_fields_are_a_dialogue(tmp_path):
+    """As most of the Chinese sets have it, with LLaMA-Factory's `system` and `history`."""
+    path = tmp_path / "a.jsonl"
+    lines = [
+        {"instruction": "翻译成英文", "input": "狐狸", "output": "fox"},
+        {"instruction": "Say hi.", "input": "", "output": "Hi.", "system": "Be brief."},
+        {"instruction": "And now?", "output": "Yes.", "history": [["Is it day?", "No."]]},
+        {"prompt": "Hi", "completion": " Ho"},
+        {"conversations": FORMS["minimind"]["conversations"], "system": "Be brief."},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    assert [*read_dialogues(path)] == [
+        Dialogue([("翻译成英文\n狐狸", "fox")], "", 1),
+        Dialogue([("Say hi.", "Hi.")], "Be brief.", 2),
+        Dialogue([("Is it day?", "No."), ("And now?", "Yes.")], "", 3),
+        Dialogue([("Hi", "Ho")], "", 4),
+        Dialogue(ASKED, "Be brief.", 5),
+    ]
+
+
 BAD = {
     "{": "not JSON",
     "[" * 100_000: "not JSON",
     '{"prompt": ' + "1" * 5000 + ', "response": "b"}': "not JSON",
     '"hello"': "not a JSON object",
-    "[]": "a JSON list",
+    "[]": "not a JSON object; if the file is one list, `jq -c",
+    "[": "not JSON .*; if the file is one list, `jq -c",
+    '{"instruction": "a", "output": "b", "history": 5}': "its history is no list of",
+    '{"instruction": "a", "output": "b", "history": ["ab"]}': "its history is no list of",
+    '{"instruction": "a", "output": "b", "history": [["a", "b", "c"]]}': "its history is no list",
+    '{"instruction": "a", "output": "b", "history": [["a", 3]]}': "'assistant' is '3'",
+    '{"instruction": null, "input": "a", "output": "b"}': "the text of a turn of 'user' is 'None'",
+    '{"prompt": "a", "response": "b", "system": 3}': "the text of a turn of 'system' is '3'",
     "{}": r"no dialogue \(has: nothing\); a line is",
     '{"text": "Once"}': r"no dialogue \(has: text\)",
     '{"prompt": "a"}': r"\(has: prompt\)",

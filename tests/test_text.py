@@ -115,7 +115,7 @@ def test_readers(tmp_path: Path, suffix: str) -> None:
         ("a.jsonl", b"[" * 100_000, "a.jsonl:1: not JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"body": "a"}\n', "a.jsonl:2: no field 'text' .has: body"),
         ("a.jsonl", b'{"text": 3}', "a.jsonl:1: int, not a string"),
-        ("a.jsonl", b"[1]", "a.jsonl:1: no field"),
+        ("a.jsonl", b"[1]", "a.jsonl:1: not a JSON object"),
         ("a.jsonl", b'{"text": "\\ud800"}', "a.jsonl:1: half a surrogate"),
     ],
 )
