@@ -61,6 +61,8 @@ def find_problems(options: Options) -> Iterator[str]:
         yield "--lora_rank leaves --parallel fsdp little to shard: leave --parallel out"
     if options.interactive and (options.prompt or options.prompt_file):
         yield "--interactive asks for prompts: leave --prompt and --prompt_file out"
+    if "" in options.stop:
+        yield "--stop '': every text has this in it and would end at once; leave it out"
     if options.resume and options.overwrite:
         yield "--resume continues a run, --overwrite removes it: give one"
     fields = {*re.findall(r"\{\w*\}", options.prompt_template)}

@@ -153,6 +153,7 @@ def test_compile_is_a_choice_or_a_plain_flag():
         ("--option finetune --parallel fsdp --lora_rank 2", ["--parallel fsdp", "--lora_rank"]),
         ("--option generate --profile", ["--profile", "pretrain"]),
         ("--option generate --plan", ["--plan", "pretrain"]),
+        ("--option generate --stop=", ["--stop ''", "leave it out"]),
         ("--option pretrain --world_size 8", ["--world_size", "--plan"]),
         ("--option pretrain --plan --gpu h200", ["--gpu", "--world_size N"]),
         ("--option finetune --resume auto --overwrite", ["--resume", "--overwrite"]),
