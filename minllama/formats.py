@@ -119,6 +119,8 @@ def read_model(path: Path, *, adapters: bool = False) -> StoredModel:
     """
     if path.is_dir():
         return _read_hugging_face(path)
+    if path.name in ("model.safetensors", "model.safetensors.index.json") and path.exists():
+        return _read_hugging_face(path.parent)  # its shape is in the file beside it
     check_regular(path)
     try:
         with path.open("rb") as file:
@@ -285,7 +287,10 @@ def _read_llama2c(path: Path) -> StoredModel:
         group = struct.unpack_from("<i", header, 37)[0] if version == 2 else 0
         known = version in (0, 1) or (version == 2 and group > 0 == numbers[0] % group)
         if not known or 0 in numbers or max(map(abs, numbers)) >= 2**26:  # text looks like that
-            raise UsageError(f"{path}: not a model file: neither a .pt file nor llama2.c's .bin")
+            raise UsageError(
+                f"{path}: not a model file: neither .pt nor GGUF nor llama2.c's .bin; a model of "
+                "Hugging Face is a folder"
+            )
         args = dict(zip(LLAMA2C_SHAPE, numbers, strict=True))
         args |= {"vocab_size": abs(args["vocab_size"]), "tie_word_embeddings": tied}
         config = read_shape(path, args)

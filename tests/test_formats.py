@@ -292,9 +292,12 @@ def test_hugging_face_folders_load(
     tiny_config: LlamaConfig, tmp_path: Path, tied: bool, shards: int
 ):
     model = make_llama(dataclasses.replace(tiny_config, tie_word_embeddings=tied))
-    got = load_pretrained(write_hugging_face(tmp_path / "hf", model, shards))
-    assert_same_weights(got, model)
-    assert got.vocabulary == b"a vocabulary"
+    folder = write_hugging_face(tmp_path / "hf", model, shards)
+    inside = "model.safetensors" + ".index.json" * (shards > 1)
+    for named in (folder, folder / inside):  # its weights name the folder, too
+        got = load_pretrained(named)
+        assert_same_weights(got, model)
+        assert got.vocabulary == b"a vocabulary"
 
 
 THETA = {"rope_type": "default", "rope_theta": 10000.0}
