@@ -251,8 +251,8 @@ class Options:
     flag = section("arithmetic", "pretrain", "finetune", "generate")
     compile: Literal["auto", "on", "off"] = flag(
         "auto",
-        "torch.compile the model, which takes half a minute; auto: to pretrain, on CUDA wherever "
-        "Triton works, on the CPU where the plan says that it pays; --compile alone: on",
+        "torch.compile the model, which takes half a minute; auto: to pretrain, where the plan "
+        "says that it pays; --compile alone: on",
         alone="on",
     )
 

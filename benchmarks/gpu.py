@@ -97,7 +97,7 @@ def compile_side_by_side(jobs: dict[str, dict[str, Any]]) -> None:
 
 OFF = "--compile off"  # compiling each would take the most of the time
 RUNS = (  # of the program itself: what is typed beside the shape
-    "",
+    "--compile",
     OFF,
     f"{OFF} --optimizer adamw",
     f"{OFF} --document_mask",
@@ -138,14 +138,13 @@ def runs(args: Args) -> Iterable[str]:
     yield "|---|---|---:|---:|---:|---:|---:|---|"
     for shape in args.shapes:
         for words in RUNS[: 1 if shape == LARGEST else None]:
-            name = words or "as it comes"
             with tempfile.TemporaryDirectory() as folder:
                 try:
                     count = args.steps // 3 if shape == LARGEST else args.steps
                     more = "--max_steps", count, *words.split()
                     out, records = pretrain(args, Path(folder), *shape_words(shape), *more)
                 except SystemExit as error:
-                    yield f"| {shape} | {name} | failed: {last_line(error)} | | | | | |"
+                    yield f"| {shape} | {words} | failed: {last_line(error)} | | | | | |"
                     continue
             late = records[len(records) // 2 :]
             rate, mfu = (
@@ -158,7 +157,7 @@ def runs(args: Args) -> Iterable[str]:
             planned = re.search(r"^memory +([\d.]+ \w+)", out, re.MULTILINE)[1]
             again = sum("recompiled" in record for record in records)
             yield (
-                f"| {shape} | {name} | {rate:,.0f} | {mfu:.0%} | {first:.1f} | {peak:.1f} | "
+                f"| {shape} | {words} | {rate:,.0f} | {mfu:.0%} | {first:.1f} | {peak:.1f} | "
                 f"{planned} | {again} |"
             )
 

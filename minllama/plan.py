@@ -27,10 +27,10 @@ GPUS_PER_NODE, ASSUMED_MFU, INTER_NODE_GB_S = 8, 0.4, 400
 # A learning rate so many times below the usual one is noted, and so are fewer steps to pretrain.
 FAR_BELOW, FEW_STEPS = 20, 200
 
-# What --compile auto assumes of a CPU: operations per second and thread of an eager step, the share
-# of its time that a compiled one saves (4 to 15 %), and seconds that compiling takes.
-EAGER_FLOPS = {"float32": 60e9, "bfloat16": 120e9, "float16": 60e9}
-COMPILED_SAVES, COMPILING_TAKES = 0.08, 35
+# What --compile auto assumes: the share of an eager step that a compiled one saves (4 to 15 % on a
+# CPU, 16 on a GPU), seconds that compiling takes, and that a GPU waits for a layer's launches.
+COMPILED_SAVES, COMPILING_TAKES = {"cpu": 0.08, "cuda": 0.16}, {"cpu": 35, "cuda": 30}
+LAUNCHING_A_LAYER = 1e-3
 
 
 @dataclass(frozen=True)
@@ -110,16 +110,20 @@ class TrainingPlan:
         logits = self.logits_width == self.config.vocab_size
         return self.config.flops_per_token(self.sequence_length, logits=logits)
 
-    def compiling_pays(self, threads: int) -> tuple[bool, str]:
-        """Whether a run on this many CPU threads is long enough to compile for, and why."""
+    def compiling_pays(self, eager_flops: float) -> tuple[bool, str]:
+        """Whether a run is long enough to compile for where eager steps reach so many FLOP/s, and
+        why."""
         tokens = self.tokens * self.last_step / self.steps_per_epoch / self.world_size
-        seconds = tokens * self.flops_per_token() / (EAGER_FLOPS[self.dtype] * threads)
-        saved = COMPILED_SAVES * seconds
+        seconds = tokens * self.flops_per_token() / eager_flops
+        if self.device == "cuda":  # where small models take longer than their arithmetic
+            layers = self.last_step * self.accumulation_steps * self.config.n_layers
+            seconds = max(seconds, LAUNCHING_A_LAYER * layers, 60 * (self.options.minutes or 0))
+        saved, takes = COMPILED_SAVES[self.device] * seconds, COMPILING_TAKES[self.device]
         reason = (
             f"it would save about {human_time(saved)} of {human_time(seconds)} and takes about "
-            f"{human_time(COMPILING_TAKES)}"
+            f"{human_time(takes)}"
         )
-        return saved > 2 * COMPILING_TAKES, reason
+        return saved > 2 * takes, reason
 
     @property
     def shards(self) -> int:

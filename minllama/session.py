@@ -31,6 +31,7 @@ from minllama.device import (
 )
 from minllama.errors import UsageError
 from minllama.files import check_writable, free_disk, real_path, size_on_disk
+from minllama.gpus import peak_flops
 from minllama.plan import TrainingPlan, warn_of_plan
 from minllama.random_state import seed_everything
 from minllama.ranks import Ranks
@@ -229,7 +230,8 @@ def check_identity(earlier: dict[str, Any], identity: dict[str, Any]) -> None:
 
 # ---------------------------------------------------------------------------- the plan
 
-COMPILED_MINUTES = 10  # on CUDA a shorter --minutes is not compiled for
+# Without the compiler: FLOP/s of a CPU's thread, and the share of a GPU's peak.
+EAGER_FLOPS, EAGER_MFU = {"float32": 60e9, "bfloat16": 120e9, "float16": 60e9}, 0.28
 
 
 def print_plan(plan: TrainingPlan, device: torch.device, folder: RunFolder) -> None:
@@ -268,28 +270,29 @@ def describe_determinism(device: torch.device) -> str:
 def settle_compile(options: Options, plan: TrainingPlan, device: torch.device) -> Options:
     """The options of a pretraining with --compile auto decided; says what and why.
 
-    On the CPU by the plan, on CUDA wherever Triton works. Checkpoints keep the decision: compiled
-    arithmetic rounds differently, and a resumed run has to be bit-equal.
+    The plan decides by how long the run takes. Checkpoints keep the decision: compiled arithmetic
+    rounds differently, and a resumed run has to be bit-equal.
     """
     if options.compile == "on":
         say("compile      on: before the first step, which takes half a minute or more")
     if options.compile != "auto" or device.type == "mps":
         return options
-    pays, reason = (
-        True,
-        "the first step compiles, which takes a minute; those that follow are short",
-    )
-    if device.type == "cpu":
-        pays, reason = plan.compiling_pays(torch.get_num_threads())
-    elif plan.shards > 1:
+    if device.type == "cuda" and plan.shards > 1:
         pays, reason = False, "with --parallel fsdp layers are gathered between their kernels"
-    elif options.minutes is not None and options.minutes < COMPILED_MINUTES:
-        pays, reason = False, f"--minutes {options.minutes:g} leave no minute for it"
+    else:
+        pays, reason = plan.compiling_pays(eager_flops(device, plan.dtype))
     if pays and (problem := compiler_problem(device)) is not None:
         pays, reason = False, f"{reason}, but torch cannot compile here ({problem})"
     settled = "on" if pays else "off"
     say(f"compile      {settled}: {reason}")
     return dataclasses.replace(options, compile=settled)
+
+
+def eager_flops(device: torch.device, dtype: str) -> float:
+    """FLOP/s that training without the compiler reaches, from what was measured."""
+    if device.type == "cuda":
+        return EAGER_MFU * peak_flops(device, getattr(torch, dtype))
+    return EAGER_FLOPS[dtype] * torch.get_num_threads()
 
 
 # ---------------------------------------------------------------------------- the end

@@ -150,11 +150,23 @@ def test_memory_of_a_gpu_is_what_was_measured(
 
 def test_compiling_is_for_long_runs():
     """The run's operations decide: not its name, and not how many steps an epoch has."""
-    pays, why = plan_of().compiling_pays(2)
+    pays, why = plan_of().compiling_pays(120e9)
     assert pays and "would save about" in why
-    assert not plan_of(epochs=1).compiling_pays(2)[0]
-    assert not plan_of(max_steps=10).compiling_pays(2)[0]
-    assert not plan_of().compiling_pays(1000)[0]
+    assert not plan_of(epochs=1).compiling_pays(120e9)[0]
+    assert not plan_of(max_steps=10).compiling_pays(120e9)[0]
+    assert not plan_of().compiling_pays(60e12)[0]
+
+
+def test_a_gpu_compiles_for_runs_of_minutes():
+    """It compiled for the bare command, too, which is over sooner than the compiler."""
+    on_gpu = {"device": "cuda", "dtype": "bfloat16"}
+    small = LlamaConfig(vocab_size=2048, dim=128, n_layers=4, n_heads=2, max_seq_len=256)
+    bare = plan_of(**on_gpu, config=small, sequences=9216, tokens=2_900_000, epochs=5)
+    assert bare.last_step > 1000 and not bare.compiling_pays(0.28 * 989e12)[0]
+    assert "of 26 s" in plan_of(**on_gpu).compiling_pays(0.28 * 989e12)[1]  # launches, not products
+    assert plan_of(**on_gpu, epochs=3000).compiling_pays(0.28 * 989e12)[0]
+    for minutes, pays in ((6, False), (7, True)):
+        assert changed(bare, minutes=minutes).compiling_pays(0.28 * 989e12)[0] is pays
 
 
 @pytest.mark.parametrize(

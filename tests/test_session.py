@@ -293,7 +293,7 @@ def test_compile_is_settled_by_the_plan(words, pays, problem, settled, said, mon
     monkeypatch.setattr(
         sessions, "compiler_problem", lambda device: looked.append(device) or problem
     )
-    plan = SimpleNamespace(compiling_pays=lambda threads: (pays, "why"))
+    plan = SimpleNamespace(compiling_pays=lambda flops: (pays, "why"), dtype="float32")
     options = parse_options(f"--option pretrain {words}".split())
     assert settle_compile(options, plan, torch.device("cpu")).compile == settled
     assert said in capsys.readouterr().out
@@ -301,27 +301,31 @@ def test_compile_is_settled_by_the_plan(words, pays, problem, settled, said, mon
 
 
 @pytest.mark.parametrize(
-    ("words", "shards", "problem", "settled", "said"),
+    ("words", "pays", "shards", "problem", "settled", "said"),
     [
-        ("", 1, None, "on", "compile      on: the first step compiles, which takes a minute"),
-        ("", 1, "no Triton", "off", "but torch cannot compile here (no Triton)"),
-        ("", 2, None, "off", "compile      off: with --parallel fsdp"),
-        ("--minutes 3", 1, None, "off", "compile      off: --minutes 3 leave no minute for it"),
-        ("--minutes 10", 1, None, "on", "compile      on"),
-        ("--compile off", 1, None, "off", ""),
+        ("", True, 1, None, "on", "compile      on: why"),
+        ("", False, 1, None, "off", "compile      off: why"),
+        ("", True, 1, "no Triton", "off", "why, but torch cannot compile here (no Triton)"),
+        ("", True, 2, None, "off", "compile      off: with --parallel fsdp"),
+        ("--compile off", True, 1, None, "off", ""),
     ],
 )
-def test_on_a_gpu_compile_is_on_where_triton_works(
-    words, shards, problem, settled, said, monkeypatch, capsys
+def test_on_a_gpu_compile_is_on_for_long_runs_where_triton_works(
+    words, pays, shards, problem, settled, said, monkeypatch, capsys
 ):
     """It was on there only where somebody typed it; on Apple's GPUs that is still so."""
     monkeypatch.setattr(sessions, "compiler_problem", lambda device: problem)
-    plan, options = (
-        SimpleNamespace(shards=shards),
-        parse_options(f"--option pretrain {words}".split()),
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    speeds = []
+    plan = SimpleNamespace(
+        shards=shards,
+        dtype="bfloat16",
+        compiling_pays=lambda flops: speeds.append(flops) or (pays, "why"),
     )
+    options = parse_options(f"--option pretrain {words}".split())
     assert settle_compile(options, plan, torch.device("cuda")).compile == settled
     assert said in capsys.readouterr().out
+    assert speeds == [0.28 * 989e12] * (not words and shards == 1)
     if not words:
         assert settle_compile(options, plan, torch.device("mps")).compile == "auto"
 
@@ -348,10 +352,10 @@ def test_what_compile_auto_chose_is_kept(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda module, **_: compiled.append(module) or module)
     monkeypatch.setattr(sessions, "compiler_problem", lambda device: None)
     monkeypatch.setattr(sessions, "check_compiler", lambda device: None)
-    monkeypatch.setattr(TrainingPlan, "compiling_pays", lambda plan, threads: (True, "why"))
+    monkeypatch.setattr(TrainingPlan, "compiling_pays", lambda plan, flops: (True, "why"))
     done = pretrain("--max_steps 1")
     assert "compile      on: why" in done.out and len(compiled) == 1
-    monkeypatch.setattr(TrainingPlan, "compiling_pays", lambda plan, threads: (False, "short"))
+    monkeypatch.setattr(TrainingPlan, "compiling_pays", lambda plan, flops: (False, "short"))
     assert command(f"{RESUME} --max_steps 2").status == 0 and len(compiled) == 2
     done = pretrain("--max_steps 1 --overwrite")
     assert "compile      off: short" in done.out and len(compiled) == 2
