@@ -113,13 +113,20 @@ def pretrain(options: Options, stop: StopRequest, ranks: Ranks) -> int:
         if options.plan:
             return 0
         keep_freed_memory()
-        model = start and start.model
-        if model is None:  # sharded it gets its weights block by block, and no process has all
-            shards = options.parallel == "fsdp" and ranks.world_size > 1
-            with torch.device("meta" if shards else "cpu"):
+        given = start and start.model
+        sharded = options.parallel == "fsdp" and ranks.world_size > 1
+        if given is None or sharded:  # sharded it gets its weights block by block
+            with torch.device("meta" if sharded else "cpu"):
                 model = Llama(config)
+        else:  # DDP gives the other ranks rank 0's weights
+            model = given if ranks.is_main else given.to_empty(device="cpu")
         model.vocabulary = texts.tokenizer.model_bytes
-        run = Run(session, Pretraining(session, texts, model))
+        task = Pretraining(session, texts, model)
+        if given is not None and sharded:
+            load_state(model, given.state_dict())
+            model.chat_template = given.chat_template
+        start, given = start and start._replace(model=None), None  # no rank keeps the whole
+        run = Run(session, task)
         run.start()
         if run.progress.step == 0 and start is not None and run.progress.first is not None:
             print(
@@ -143,7 +150,7 @@ def prepare_pretraining(
 
     Every rank must call this. Raises UsageError.
     """
-    options, start = find_start_model(options, checkpoint)
+    options, start = find_start_model(options, checkpoint, ranks)
     files = find_texts(options)
     if start is None:
         tokenizer = choose_vocabulary(options, files, checkpoint=checkpoint, ranks=ranks)

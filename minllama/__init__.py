@@ -23,6 +23,7 @@ A module imports only modules that are listed above it:
     formats, generation  reading other programs' files; caches, sampling, packed weights
     kernels              attention and the loss, by what is fastest where
     (llama, optimizer)   the model; AdamW, Muon, schedules
+    ranks, sharding      several processes; DDP, FSDP2 and shards
     models, adapters     which model to use, and its vocabulary; LoRA
     export               writing other programs' files
     prompting, streaming zero-shot scoring; text shown as it comes
@@ -30,7 +31,6 @@ A module imports only modules that are listed above it:
     conversation         questions and answers in the terminal
     random_state, device random numbers; device, dtype, memory, compiler
     gpus                 GPUs by their data sheets; the rate that MFU is measured against
-    ranks, sharding      several processes; DDP, FSDP2 and shards
     run_folder, saving   a run's folder and lock; writing its files while it trains
     advice               what a finished run's figures say
     deadline, ahead      keeping a run to its --minutes; a step's batches while the last one runs

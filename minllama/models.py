@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from minllama.checkpoint import STATE_FILE
 from minllama.errors import UsageError
 from minllama.formats import StoredModel, read_model, read_shape, read_vocabulary
 from minllama.pt_file import is_pt, load_pt
+from minllama.ranks import Ranks
 from minllama.text import download_hint
 from tokenizer import Tokenizer, vocabulary_remedy
 
@@ -203,34 +203,42 @@ def find_vocabulary(model: Llama | StoredModel, path: Path, options: Options) ->
 STARTING_WEIGHTS = "--pretrained_model_path: SHA-256 of its weights"  # in a run's identity
 
 
-@dataclass(frozen=True)
-class Start:
+class Start(NamedTuple):
     """What a pretraining goes on from."""
 
     config: LlamaConfig
     tokenizer: Tokenizer
     weights: str  # their fingerprint
-    model: Llama | None  # with those weights; None: the checkpoint of a resumed run has later ones
+    # With those weights on rank 0, on `meta` elsewhere. None: a resumed run's checkpoint has later
+    # ones.
+    model: Llama | None
 
 
 def find_start_model(
-    options: Options, checkpoint: dict[str, Any] | None
+    options: Options, checkpoint: dict[str, Any] | None, ranks: Ranks
 ) -> tuple[Options, Start | None]:
     """The shape, vocabulary and weights to pretrain from, and the options that suit them.
 
     Without --pretrained_model_path there are none: from scratch. Shape and vocabulary are the
     file's, and a larger --max_seq_len makes its context longer. A resumed run finds all of it in
-    its `checkpoint`; a file that is named anew is read to see that it is the one of before. Raises
-    UsageError.
+    its `checkpoint`; a file that is named anew is read to see that it is the one of before. Rank 0
+    alone reads it; every rank must call this. Raises UsageError.
     """
     path = options.pretrained_model_path
     weights = checkpoint and checkpoint["identity"].get(STARTING_WEIGHTS)
     if path is None and weights is None:
         return options, None
-    reads_file = weights is None or ("pretrained_model_path" in options.given and path.exists())
+    named = "pretrained_model_path" in options.given
+    reads_file = weights is None or (named and ranks.on_main(path.exists))
+    kept: list[Any] = []  # on rank 0, as the others are only told of it
+
+    def read() -> tuple[Path, StoredModel]:
+        found = find_model(options)
+        kept.append(read_model(found))
+        return found, kept[0]._replace(weights={})
+
     if reads_file:
-        path = find_model(options)
-        stored = read_model(path)
+        path, stored = ranks.on_main(read)
     else:
         path = Path("the checkpoint")
         config = read_shape(path, checkpoint.get("model_args"))
@@ -243,10 +251,17 @@ def find_start_model(
         options = options.suited_to(stored.config, continued=True)
     context = max(stored.config.max_seq_len, options.max_seq_len or 0)
     config = dataclasses.replace(stored.config, max_seq_len=context, dropout=options.dropout)
+
+    def build() -> str:
+        kept[0] = build_model(kept[0]._replace(config=config))
+        return weights_fingerprint(kept[0])
+
     model = None
     if reads_file:
-        model = build_model(stored._replace(config=config))
-        weights = weights_fingerprint(model)
+        weights = ranks.on_main(build)
+        with torch.device("meta"):
+            model = kept[0] if kept else Llama(config)
+        model.vocabulary, model.chat_template = stored.vocabulary, stored.chat_template
         longer = f", made longer than its {stored.config.max_seq_len:,}"
         print(
             f"goes on from {path}, context {context:,}"

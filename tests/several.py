@@ -27,7 +27,7 @@ import torch.distributed as dist
 import run_llama
 from config import parse_options
 from llama import Llama
-from minllama import training
+from minllama import models, training
 from minllama.ranks import Ranks, exit_at_once
 
 TESTS = Path(__file__).resolve().parent
@@ -217,9 +217,20 @@ def not_finite(rank: int) -> None:
     lossy(rank, lambda step, loss: loss * float("nan") if 5 <= step <= 7 else loss)
 
 
+def without_the_model(rank: int) -> None:
+    """Rank 1 cannot read the model that all start from."""
+
+    def read(path: Path) -> None:
+        raise AssertionError(f"rank {rank} reads {path}")
+
+    if rank == 1:
+        models.read_model = read
+
+
 FAULTS: dict[str, Callable[[int], None]] = {
     "killed-once": killed_once,
     "without-memory": without_memory,
+    "without-the-model": without_the_model,
     "not-finite": not_finite,
     "told-to-stop": functools.partial(signalled, 6, signal.SIGTERM),
     "silent": functools.partial(signalled, 6, getattr(signal, "SIGSTOP", 0)),

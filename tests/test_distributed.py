@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -107,6 +108,20 @@ def test_machines_with_caches_of_their_own_train_what_one_process_trains(count):
     assert output.count("Loaded") == 1, "rank 0 alone prints"
     assert all(list(Path(f"cache{rank}").glob("*.tokens")) for rank in range(count))
     assert_same_losses("run", "alone")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_rank_0_alone_reads_the_model_to_go_on_from(parallel):
+    """Each rank had the whole of it in memory, as many times as the machine has GPUs."""
+    model = write_model(Path(), dim=16, n_kv_heads=1)
+    line = f"--epochs 1 --checkpoint_interval 0 --pretrained_model_path {model}"
+    alone = command(pretraining("alone", line))
+    assert alone.status == 0, alone.error
+    words = pretraining("run", f"{line} --parallel {parallel}")
+    output = several.run(2, words, fault="without-the-model")
+    assert_same_losses("run", "alone")
+    before = re.search("before the first step: val loss .*", alone.out)[0]
+    assert before in output
 
 
 def test_a_folder_that_machines_do_not_share_is_refused(monkeypatch):
