@@ -230,7 +230,7 @@ def find_start_model(
         return options, None
     named = "pretrained_model_path" in options.given
     reads_file = weights is None or (named and ranks.on_main(path.exists))
-    kept: list[Any] = []  # on rank 0, as the others are only told of it
+    kept: list[Any] = []  # on rank 0: what was read, then the model of it
 
     def read() -> tuple[Path, StoredModel]:
         found = find_model(options)
