@@ -12,7 +12,7 @@ A module imports only modules that are listed above it:
     console              progress bars; status lines at the terminal's width
     (config)             the model's shape, presets, every flag
     signals              Ctrl-C, SIGTERM, a closed terminal
-    text                 text files as documents
+    json_lines, text     JSON in text files; text files as documents
     (tokenizer)          SentencePiece, training a vocabulary
     tokens               documents to token ids; the token cache
     labelled, chat       labelled files and scores; dialogues and their template

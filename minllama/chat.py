@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minllama.errors import UsageError
-from minllama.text import UTF8, Reading, parse_object, read_lines
+from minllama.json_lines import read_objects
+from minllama.text import UTF8, Reading, read_lines
 
 if TYPE_CHECKING:
     from tokenizer import Tokenizer
@@ -151,10 +152,8 @@ def read_dialogues(
 
     Raises UsageError `file:line: ...` for a line that is none.
     """
-    for number, line in read_lines(path, reading, on_bytes):
-        if line.strip():
-            where = f"{path}:{number}"
-            yield Dialogue(*_exchanges(parse_object(line, where), where), number)
+    for number, record in read_objects(read_lines(path, reading, on_bytes), path):
+        yield Dialogue(*_exchanges(record, f"{path}:{number}"), number)
 
 
 def _exchanges(record: dict[str, Any], where: str) -> tuple[list[Exchange], str]:

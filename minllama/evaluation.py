@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +15,9 @@ from tqdm import tqdm
 
 from llama import Llama, LlamaZeroShotClassifier, common_prefix
 from minllama.errors import UsageError
+from minllama.json_lines import read_objects
 from minllama.signals import StopRequest
-from minllama.text import JSON_SUFFIXES, Reading, parse_object, read_documents, read_lines
+from minllama.text import JSON_SUFFIXES, Reading, read_documents, read_lines
 from minllama.tokens import DocumentEncoder
 from tokenizer import Tokenizer
 from utils import PretrainDataset, TokenStream
@@ -106,11 +108,13 @@ def read_pairs(files: Sequence[Path], reading: Reading) -> list[Pair]:
     """
     pairs = []
     for path in files:
-        read = _json_pair if path.name.lower().endswith(JSON_SUFFIXES) else _tabbed_pair
-        for number, line in read_lines(path, reading):
-            if line.strip():
-                good, bad, category = read(line, f"{path}:{number}")
-                pairs.append(Pair(good, bad, category or path.name, f"{path}:{number}"))
+        lines, read = read_lines(path, reading), _tabbed_pair
+        found = ((number, line) for number, line in lines if line.strip())
+        if path.name.lower().endswith(JSON_SUFFIXES):
+            found, read = read_objects(lines, path), _json_pair
+        for number, said in found:
+            good, bad, category = read(said, f"{path}:{number}")
+            pairs.append(Pair(good, bad, category or path.name, f"{path}:{number}"))
     if not pairs:
         raise UsageError(f"{files[0]}: empty, there is no pair of sentences")
     return pairs
@@ -123,8 +127,7 @@ def _tabbed_pair(line: str, where: str) -> tuple[str, str, str]:
     return good, bad, category
 
 
-def _json_pair(line: str, where: str) -> tuple[str, str, str]:
-    said = parse_object(line, where)
+def _json_pair(said: dict[str, Any], where: str) -> tuple[str, str, str]:
     texts = {key: value for key, value in said.items() if isinstance(value, str) and value.strip()}
     if not {"sentence_good", "sentence_bad"} <= texts.keys():
         raise UsageError(f"{where}: lacks a text in sentence_good or sentence_bad, BLiMP's fields")

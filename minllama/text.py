@@ -8,7 +8,6 @@ from __future__ import annotations
 import codecs
 import glob
 import gzip
-import json
 import os
 import re
 import runpy
@@ -26,6 +25,7 @@ from minllama.console import say
 from minllama.encodings import is_utf8, likely_encoding
 from minllama.errors import UsageError
 from minllama.files import check_regular, real_path
+from minllama.json_lines import read_objects
 
 # ---------------------------------------------------------------------------- finding files
 
@@ -252,7 +252,8 @@ def read_documents(
     """
     lines = read_lines(path, reading, on_bytes)
     if path.name.lower().endswith(JSON_SUFFIXES):
-        texts = (_json_text(path, n, line, reading) for n, line in lines if line.strip())
+        objects = read_objects(lines, path)
+        texts = (_json_text(record, f"{path}:{n}", reading) for n, record in objects)
     elif reading.sentences_only and is_labelled(path, reading):
         texts = (split_labelled(path, n, line)[1] for n, line in lines if line.strip())
     elif reading.document_per_line:
@@ -274,22 +275,8 @@ def _whole_document(blocks: Iterable[str]) -> Iterator[Block]:
         yield Block("", True)
 
 
-def parse_object(line: str, where: str) -> dict[str, Any]:
-    """The JSON object in a line; UsageError that begins with `where` for anything else."""
-    try:
-        record, what = json.loads(line), "not a JSON object"
-    except (ValueError, RecursionError) as error:
-        record, what = None, f"not JSON ({error})"
-    if isinstance(record, dict):
-        return record
-    if line.lstrip().startswith("["):
-        what += "; if the file is one list, `jq -c '.[]' FILE > NEW.jsonl` has its items in lines"
-    raise UsageError(f"{where}: {what}")
-
-
-def _json_text(path: Path, number: int, line: str, reading: Reading) -> str:
-    where, name = f"{path}:{number}", reading.text_field
-    value = record = parse_object(line, where)
+def _json_text(record: dict[str, Any], where: str, reading: Reading) -> str:
+    name, value = reading.text_field, record
     for part in [name] if name in record else name.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     if not isinstance(value, str):

@@ -86,6 +86,10 @@ def test_alpacas_fields_are_a_dialogue(tmp_path):
         {"conversations": FORMS["minimind"]["conversations"], "system": "Be brief."},
     ]
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    one_list = tmp_path / "a.json"
+    one_list.write_text(json.dumps(lines, indent=2, ensure_ascii=False), encoding="utf-8")
+    of_list = [(each.exchanges, each.system) for each in read_dialogues(one_list)]
+    assert of_list == [(each.exchanges, each.system) for each in read_dialogues(path)]
     assert [*read_dialogues(path)] == [
         Dialogue([("翻译成英文\n狐狸", "fox")], "", 1),
         Dialogue([("Say hi.", "Hi.")], "Be brief.", 2),
@@ -100,8 +104,8 @@ BAD = {
     "[" * 100_000: "not JSON",
     '{"prompt": ' + "1" * 5000 + ', "response": "b"}': "not JSON",
     '"hello"': "not a JSON object",
-    "[]": "not a JSON object; if the file is one list, `jq -c",
-    "[": "not JSON .*; if the file is one list, `jq -c",
+    "[]": "not a JSON object",
+    "[": "not JSON",
     '{"instruction": "a", "output": "b", "history": 5}': "its history is no list of",
     '{"instruction": "a", "output": "b", "history": ["ab"]}': "its history is no list of",
     '{"instruction": "a", "output": "b", "history": [["a", "b", "c"]]}': "its history is no list",
