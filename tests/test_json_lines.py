@@ -66,6 +66,6 @@ def test_what_is_no_json_is_named(text):
 
 
 def test_a_list_in_one_line_is_read_once():
-    """A shard of TinyStories is one line of 130 MB: for a quadratic reader this would take hours."""
+    """A shard of TinyStories is one line of 130 MB, which a quadratic reader reads for hours."""
     text = json.dumps([{"story": "Once upon a time."}] * 300_000)
     assert sum(1 for _ in read(text)) == 300_000
