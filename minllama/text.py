@@ -57,6 +57,8 @@ def _expand(pattern: str, flag: str) -> list[Path]:
         if files:
             _say_skipped(path, [p for p in inside if not p.name.startswith(".")])
         problem = f"the folder holds no {', '.join(TEXT_SUFFIXES)} file"
+        if inside:
+            problem += f"; name what else to read, as in '{path / '*'}{inside[0].suffix}'"
     elif path.exists():
         check_regular(path)
         return [path]

@@ -50,7 +50,10 @@ def test_text_files_that_are_not_there(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=f"--train .*{words}"):
             find_text_files([tmp_path / pattern], flag="--train")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="--pretrain_data .*holds no .txt"):
+    with pytest.raises(UsageError, match="--pretrain_data .*holds no .txt.* file$"):
+        find_text_files([tmp_path / "empty"])
+    (tmp_path / "empty" / "data00.json").touch()
+    with pytest.raises(UsageError, match=r"name what else to read, as in '.*empty.\*\.json'$"):
         find_text_files([tmp_path / "empty"])
     with pytest.raises(UsageError, match="no file is named"):
         find_text_files([])
