@@ -114,7 +114,7 @@ def pretrain(options: Options, stop: StopRequest, ranks: Ranks) -> int:
             return 0
         keep_freed_memory()
         given = start and start.model
-        sharded = options.parallel == "fsdp" and ranks.world_size > 1
+        sharded = session.plan.shards > 1
         if given is None or sharded:  # sharded it gets its weights block by block
             with torch.device("meta" if sharded else "cpu"):
                 model = Llama(config)

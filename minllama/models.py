@@ -230,15 +230,11 @@ def find_start_model(
         return options, None
     named = "pretrained_model_path" in options.given
     reads_file = weights is None or (named and ranks.on_main(path.exists))
-    kept: list[Any] = []  # on rank 0: what was read, then the model of it
-
-    def read() -> tuple[Path, StoredModel]:
-        found = find_model(options)
-        kept.append(read_model(found))
-        return found, kept[0]._replace(weights={})
-
     if reads_file:
-        path, stored = ranks.on_main(read)
+        path = ranks.on_main(lambda: find_model(options))
+        stored = ranks.on_main(
+            lambda: read_model(path), tell=lambda found: found._replace(weights={})
+        )
     else:
         path = Path("the checkpoint")
         config = read_shape(path, checkpoint.get("model_args"))
@@ -252,16 +248,17 @@ def find_start_model(
     context = max(stored.config.max_seq_len, options.max_seq_len or 0)
     config = dataclasses.replace(stored.config, max_seq_len=context, dropout=options.dropout)
 
-    def build() -> str:
-        kept[0] = build_model(kept[0]._replace(config=config))
-        return weights_fingerprint(kept[0])
+    def build() -> tuple[Llama | None, str]:
+        built = build_model(stored._replace(config=config))
+        return built, weights_fingerprint(built)
 
     model = None
     if reads_file:
-        weights = ranks.on_main(build)
-        with torch.device("meta"):
-            model = kept[0] if kept else Llama(config)
-        model.vocabulary, model.chat_template = stored.vocabulary, stored.chat_template
+        model, weights = ranks.on_main(build, tell=lambda built: (None, built[1]))
+        if model is None:
+            with torch.device("meta"):
+                model = Llama(config)
+            model.chat_template = stored.chat_template
         longer = f", made longer than its {stored.config.max_seq_len:,}"
         print(
             f"goes on from {path}, context {context:,}"

@@ -229,14 +229,28 @@ class Ranks:
                 raise failed
         return value
 
-    def on_main(self, work: Callable[[], T]) -> T:
-        """Do something on rank 0 alone, however long; what it returns or raises, all do."""
+    def on_main(
+        self, work: Callable[[], T], *, tell: Callable[[T], Any] = lambda value: value
+    ) -> T:
+        """Do something on rank 0 alone, however long; what it returns or raises, all do.
+
+        Ranks other than 0 return what `tell` makes of it, where not all of it is to be sent.
+        """
         if self.world_size == 1:
             return work()
         if self.launcher_is_gone():  # and with it the store through which the others would learn
             return work() if self.is_main else None
         name = f"work {next(self.calls)} of rank 0"
-        return self.lead(name, work) if self.is_main else self.follow(name)
+        if not self.is_main:
+            return self.follow(name)
+        kept: list[T] = []
+
+        def work_and_tell() -> Any:
+            kept.append(work())
+            return tell(kept[0])
+
+        self.lead(name, work_and_tell)
+        return kept[0]
 
     def first_on_node(self, work: Callable[[], T], *, then: Callable[[], T]) -> T:
         """Do something long on one process of each machine, and `then` on the others what is quick

@@ -302,14 +302,11 @@ def read_on_ranks(
     Rank 0 alone reads it: what is plain is told to the others, and the tensors of model and
     optimizer have no values there until `sharding.receive` fetches them, one at a time.
     """
-    found: list[tuple[Path, dict[str, Any]] | None] = []
 
-    def look() -> tuple[Path, dict[str, Any]] | None:
-        found.append(find())
-        if found[0] is None:
+    def tell(found: tuple[Path, dict[str, Any]] | None) -> tuple[Path, dict[str, Any]] | None:
+        if found is None:
             return None
-        path, state = found[0]
+        path, state = found
         return path, state | {key: shapes_alone(state[key]) for key in ("model", "optimizer")}
 
-    told = ranks.on_main(look)
-    return found[0] if found else told
+    return ranks.on_main(find, tell=tell)

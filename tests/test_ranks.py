@@ -161,6 +161,16 @@ def test_long_work_of_rank_0_is_no_hang(store, quick_signs):
     assert several.on_threads(3, lambda ranks: ranks.on_main(work), timeout=0.5) == ["done"] * 3
 
 
+def test_the_others_are_told_what_rank_0_need_not_send(store):
+    """Rank 0 itself has the very object, which may be too large to send."""
+    large = object()
+
+    def work(ranks: Ranks) -> object:
+        return ranks.on_main(lambda: large, tell=lambda value: "told")
+
+    assert several.on_threads(2, work) == [large, "told"]
+
+
 def test_work_without_a_sign_of_life_is_given_up_by_name(store, monkeypatch):
     monkeypatch.setattr(room, "SIGN_OF_LIFE", 60)
     began = time.monotonic()
