@@ -82,12 +82,11 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
         # One complex product: 5-8 times faster than the lines below run op by op on a CPU.
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
-        return turned.flatten(-2).type_as(x)
-    cos, sin = table.unbind(-1)  # inductor fuses real arithmetic and has no complex kernels
-    if x.is_cuda:  # two thirds of the time of interleaving, which a CPU does three times faster
+    elif x.is_cuda:  # two thirds of the time of interleaving, which a CPU does three times faster
+        cos, sin = table.unbind(-1)
         turned = pairs * cos[..., None] + pairs.flip(-1) * torch.stack((-sin, sin), dim=-1)
-    else:
-        a, b = pairs.unbind(-1)
+    else:  # inductor fuses real arithmetic and has no complex kernels
+        (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
         turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
     return turned.flatten(-2).type_as(x)
 

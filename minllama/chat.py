@@ -161,9 +161,6 @@ def _exchanges(record: dict[str, Any], where: str) -> tuple[list[Exchange], str]
     turns = record.get("conversations", record.get("messages"))
     if turns is None:
         turns = _turns_of_pairs(record, where)
-    if turns is None:
-        has = ", ".join(sorted(record)[:8]) or "nothing"
-        raise UsageError(f"{where}: no dialogue (has: {has}); {FORMS}")
     if not isinstance(turns, list) or not turns:
         raise UsageError(f"{where}: its turns are {str(turns)[:40]!r}; {FORMS}")
     said = [_turn(turn, where) for turn in turns]
@@ -183,14 +180,15 @@ def _exchanges(record: dict[str, Any], where: str) -> tuple[list[Exchange], str]
     return list(zip(texts[::2], texts[1::2], strict=False)), system
 
 
-def _turns_of_pairs(record: dict[str, Any], where: str) -> list[dict[str, Any]] | None:
-    """The turns of a line that has a question and its answer in fields of their own, if it does.
+def _turns_of_pairs(record: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """The turns of a line that has a question and its answer in fields of their own.
 
     Alpaca's `input` is what the instruction is about; LLaMA-Factory's `history` was said before.
     """
     names = next((names for names in PAIRS if {*names} <= record.keys()), None)
     if names is None:
-        return None
+        has = ", ".join(sorted(record)[:8]) or "nothing"
+        raise UsageError(f"{where}: no dialogue (has: {has}); {FORMS}")
     asked, answer = (record[name] for name in names)
     if names[0] == "instruction" and record.get("input") and isinstance(asked, str):
         asked = f"{asked}\n{record['input']}"
@@ -198,11 +196,10 @@ def _turns_of_pairs(record: dict[str, Any], where: str) -> list[dict[str, Any]] 
     pairs = [*history, [asked, answer]] if isinstance(history, list) else [history]
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise UsageError(f'{where}: its history is no list of ["question", "answer"]')
-    roles = ("user", "assistant")
     return [
         {"role": role, "content": text}
         for pair in pairs
-        for role, text in zip(roles, pair, strict=True)
+        for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
 
 

@@ -108,10 +108,11 @@ def read_pairs(files: Sequence[Path], reading: Reading) -> list[Pair]:
     """
     pairs = []
     for path in files:
-        lines, read = read_lines(path, reading), _tabbed_pair
-        found = ((number, line) for number, line in lines if line.strip())
+        lines = read_lines(path, reading)
         if path.name.lower().endswith(JSON_SUFFIXES):
             found, read = read_objects(lines, path), _json_pair
+        else:
+            found, read = (pair for pair in lines if pair[1].strip()), _tabbed_pair
         for number, said in found:
             good, bad, category = read(said, f"{path}:{number}")
             pairs.append(Pair(good, bad, category or path.name, f"{path}:{number}"))

@@ -41,6 +41,7 @@ LLAMA2C_SHAPE = (
     "vocab_size",
     "max_seq_len",
 )
+SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 HUGGING_FACE_NAMES = {
     "tok_embeddings": "model.embed_tokens",
     "norm": "model.norm",
@@ -119,7 +120,7 @@ def read_model(path: Path, *, adapters: bool = False) -> StoredModel:
     """
     if path.is_dir():
         return _read_hugging_face(path)
-    if path.name in ("model.safetensors", "model.safetensors.index.json") and path.exists():
+    if path.name in (SAFETENSORS, SAFETENSORS_INDEX) and path.exists():
         return _read_hugging_face(path.parent)  # its shape is in the file beside it
     check_regular(path)
     try:
@@ -442,8 +443,8 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
     except ImportError:
         raise UsageError(f"{folder}: reading it needs `pip install safetensors`") from None
-    files = ["model.safetensors"]
-    index = folder / "model.safetensors.index.json"
+    files = [SAFETENSORS]
+    index = folder / SAFETENSORS_INDEX
     if index.is_file():
         shards = read_json_object(index).get("weight_map")
         if not isinstance(shards, dict):

@@ -139,12 +139,10 @@ def pack_weights(
     `rows` texts at once, in a compiled step or not, are faster with oneDNN's own order of a matrix,
     it has that, and a tied embedding is stored beside the head.
     """
-    reorder = reordering_pays(dtype, rows, compiled)
 
-    def pack(*linears: nn.Module) -> PackedLinear:
+    def pack(*linears: nn.Linear) -> PackedLinear:
         weights = [linear.weight for linear in linears]
-        packed = PackedLinear(torch.cat(weights) if len(weights) > 1 else weights[0], dtype)
-        return packed.reorder() if reorder else packed
+        return PackedLinear(torch.cat(weights) if len(weights) > 1 else weights[0], dtype)
 
     for layer in model.layers:
         part = layer.attention
@@ -154,12 +152,15 @@ def pack_weights(
         part = layer.feed_forward
         part.w1_w3, part.w2 = pack(part.w1, part.w3), pack(part.w2)
         del part.w1, part.w3
-    table = PackedLinear(model.tok_embeddings.weight, dtype)
-    model.tok_embeddings = PackedEmbedding(table)
-    if not model.config.tie_word_embeddings:
-        model.output = pack(model.output)
+    model.output = pack(model.output)
+    if model.config.tie_word_embeddings:
+        model.tok_embeddings = PackedEmbedding(model.output)
     else:
-        model.output = table.reorder() if reorder else table
+        model.tok_embeddings = PackedEmbedding(PackedLinear(model.tok_embeddings.weight, dtype))
+    if model.rotary.is_cpu and reordering_pays(dtype, rows, compiled):
+        for part in model.modules():
+            if isinstance(part, PackedLinear):
+                part.reorder()
 
 
 def reordering_pays(dtype: torch.dtype, rows: int, compiled: bool) -> bool:
@@ -204,12 +205,10 @@ class PackedLinear(nn.Module):
         self.register_buffer("ones", ones)
         self.reordered = False
 
-    def reorder(self) -> PackedLinear:
-        """Put the weight of a CPU in oneDNN's order, which oneDNN alone reads; returns itself."""
-        if self.weight.is_cpu:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, REORDERED_FOR)
-            self.reordered = True
-        return self
+    def reorder(self) -> None:
+        """Put the weight, on a CPU, in oneDNN's order, which oneDNN alone reads."""
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, REORDERED_FOR)
+        self.reordered = True
 
     def forward(self, x: Tensor) -> Tensor:
         rows, weight, on_cpu = x.flatten(0, -2), self.weight, x.device.type == "cpu"

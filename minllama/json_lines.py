@@ -23,10 +23,11 @@ def read_objects(lines: Lines, path: Path) -> Iterator[tuple[int, dict[str, Any]
     Raises UsageError `file:line: ...` for anything else.
     """
     lines = iter(lines)
-    begin = list(itertools.islice((pair for pair in lines if pair[1].strip()), 1))
-    lines = itertools.chain(begin, lines)
-    one_list = bool(begin) and begin[0][1].lstrip().startswith("[")
-    for number, value in (_items if one_list else _values)(lines, path):
+    first = next((pair for pair in lines if pair[1].strip()), None)
+    if first is None:
+        return
+    read = _items if first[1].lstrip().startswith("[") else _values
+    for number, value in read(itertools.chain([first], lines), path):
         if not isinstance(value, dict):
             raise UsageError(f"{path}:{number}: not a JSON object")
         yield number, value

@@ -111,8 +111,7 @@ class TrainingPlan:
         return self.config.flops_per_token(self.sequence_length, logits=logits)
 
     def compiling_pays(self, eager_flops: float) -> tuple[bool, str]:
-        """Whether a run is long enough to compile for where eager steps reach so many FLOP/s, and
-        why."""
+        """Whether a run is long enough to compile for, at an eager step's FLOP/s, and why."""
         tokens = self.tokens * self.last_step / self.steps_per_epoch / self.world_size
         seconds = tokens * self.flops_per_token() / eager_flops
         if self.device == "cuda":  # where small models take longer than their arithmetic
