@@ -21,14 +21,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from config import DTYPE_BYTES
-from minllama.command_line import (
+from minllama.cli.command_line import (
     OneLineParser,
     parse_or_exit,
     print_error,
     protect_output,
     quoted,
 )
-from minllama.errors import UsageError
+from minllama.system.errors import UsageError
 
 PROGRAM = "check_model_precision.py"
 FORMATS = ("pt", *(f"pt-{name}" for name in DTYPE_BYTES), "bin", "bin-int8", "gguf", "hf")
@@ -111,10 +111,17 @@ from torch import Tensor
 
 from config import SHIPPED_MODEL
 from llama import Llama, load_pretrained
-from minllama.encodings import check_encoding
-from minllama.evaluation import score_text
-from minllama.export import HUGGING_FACE_FILES, MODELFILE, TOKENIZER_BIN, export
-from minllama.files import (
+from minllama.formats.export import HUGGING_FACE_FILES, MODELFILE, TOKENIZER_BIN, export
+from minllama.formats.formats import LLAMA2C_MAGIC, own_name, read_model, read_safetensors
+from minllama.formats.gguf import GGUF_MAGIC, read_gguf
+from minllama.formats.models import model_in
+from minllama.formats.pt_file import is_pt, load_pt, tensors_in
+from minllama.inference.evaluation import score_text
+from minllama.machine.ranks import check_runs_alone
+from minllama.runs.report import compare_runs
+from minllama.runs.run_folder import RunFolder
+from minllama.system.encodings import check_encoding
+from minllama.system.files import (
     check_regular,
     real_path,
     remove_temporaries,
@@ -122,15 +129,8 @@ from minllama.files import (
     size_on_disk,
     write_text,
 )
-from minllama.formats import LLAMA2C_MAGIC, own_name, read_model, read_safetensors
-from minllama.gguf import GGUF_MAGIC, read_gguf
-from minllama.models import model_in
-from minllama.pt_file import is_pt, load_pt, tensors_in
-from minllama.ranks import check_runs_alone
-from minllama.report import compare_runs
-from minllama.run_folder import RunFolder
-from minllama.text import Reading, find_text_files
-from minllama.units import human_size
+from minllama.system.units import human_size
+from minllama.text.reading import Reading, find_text_files
 from tokenizer import Tokenizer, tokenizer_bin, vocabulary_remedy
 
 # ---------------------------------------------------------------------------- what is in a file

@@ -18,11 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from minllama.command_line import OneLineParser, add_flag, read_stored, section, with_underscores
-from minllama.config_file import toml_words
-from minllama.contradictions import find_problems
-from minllama.errors import UsageError
-from minllama.suggestions import parse_words
+from minllama.cli.command_line import (
+    OneLineParser,
+    add_flag,
+    read_stored,
+    section,
+    with_underscores,
+)
+from minllama.cli.config_file import toml_words
+from minllama.cli.contradictions import find_problems
+from minllama.cli.suggestions import parse_words
+from minllama.system.errors import UsageError
 
 DATA_DIR = Path(__file__).resolve().parent / "data"
 SHIPPED_MODEL = DATA_DIR / "stories-tiny.pt"

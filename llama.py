@@ -22,10 +22,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config import LlamaConfig, fingerprint
-from minllama.chat import ChatTemplate
-from minllama.errors import UsageError
-from minllama.formats import StoredModel, read_model
-from minllama.generation import (
+from minllama.formats.formats import StoredModel, read_model
+from minllama.model.generation import (
     KVCache,
     PackedLinear,
     Sampling,
@@ -33,7 +31,7 @@ from minllama.generation import (
     generate_tokens,
     single_token_attention,
 )
-from minllama.kernels import (
+from minllama.model.kernels import (
     attend,
     compute_dtype,
     document_begins,
@@ -41,6 +39,8 @@ from minllama.kernels import (
     fused_attention,
     linear_cross_entropy,
 )
+from minllama.system.errors import UsageError
+from minllama.text.chat import ChatTemplate
 
 AnyCache = KVCache | StepCache
 
@@ -479,7 +479,7 @@ def load_pretrained(path: str | Path) -> Llama:
     """Read a model, in float32 on the CPU and in eval mode, whatever program wrote it.
 
     Runs no code from the file. Raises UsageError, naming file and tensor, for anything that is not
-    a Llama of one of the formats that `minllama.formats` reads.
+    a Llama of one of the formats that `minllama.formats.formats` reads.
     """
     return build_model(read_model(Path(path)))
 

@@ -9,7 +9,7 @@ import signal
 import sys
 
 from config import parse_options
-from minllama.command_line import parse_or_exit
+from minllama.cli.command_line import parse_or_exit
 
 if __name__ == "__main__":  # --help and bad flags are answered before torch, which takes seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until then Ctrl-C ends it without a traceback
@@ -32,22 +32,43 @@ from llama import (
     LlamaZeroShotClassifier,
     load_pretrained,
 )
-from minllama.adapters import add_lora, merge_lora
-from minllama.advice import Outcome, advise
-from minllama.chat_training import finetune_chat
-from minllama.classifying import load_splits, predict, predict_files
-from minllama.command_line import print_error, protect_output
-from minllama.console import progress_bar, say
-from minllama.conversation import converse
-from minllama.corpus import Texts, find_texts, load_texts
-from minllama.device import check_compiler, choose_device, is_out_of_memory, keep_freed_memory
-from minllama.errors import Interrupted, RunFailed, UsageError
-from minllama.evaluation import compare_pairs, pair_report, perplexity, read_pairs
-from minllama.files import check_writable_file, write_text
-from minllama.fitting import TIMED_CONTEXT, fit_to_time
-from minllama.generation import compile_step, pack_weights
-from minllama.gpus import GPUS
-from minllama.labelled import (
+from minllama.cli.command_line import print_error, protect_output
+from minllama.cli.console import progress_bar, say
+from minllama.formats.formats import read_vocabulary
+from minllama.formats.models import (
+    STARTING_WEIGHTS,
+    Classifier,
+    Start,
+    find_model,
+    find_start_model,
+    load_model,
+    read_classifier,
+)
+from minllama.formats.pt_file import load_pt
+from minllama.inference.conversation import converse
+from minllama.inference.evaluation import compare_pairs, pair_report, perplexity, read_pairs
+from minllama.inference.prompting import Prompts, score_labels
+from minllama.inference.streaming import CHAT_TEMPERATURE, PROMPT_TEMPERATURE, Writer, sample_text
+from minllama.machine.device import (
+    check_compiler,
+    choose_device,
+    is_out_of_memory,
+    keep_freed_memory,
+)
+from minllama.machine.gpus import GPUS
+from minllama.machine.ranks import Ranks, check_runs_alone, exit_at_once, is_lost_peer
+from minllama.machine.sharding import full_state_dict, is_sharded, load_state
+from minllama.model.generation import compile_step, pack_weights
+from minllama.model.lora import add_lora, merge_lora
+from minllama.runs.advice import Outcome, advise
+from minllama.runs.plan import Cluster, TrainingPlan, warn_of_plan
+from minllama.runs.record import loss_curve_svg, read_records
+from minllama.runs.run_folder import RunFolder
+from minllama.system.errors import Interrupted, RunFailed, UsageError
+from minllama.system.files import check_writable_file, write_text
+from minllama.system.signals import LAUNCHER_REPEATS, StopRequest
+from minllama.text.corpus import Texts, find_texts, load_texts
+from minllama.text.labelled import (
     LabelledFiles,
     Scores,
     find_labelled_files,
@@ -57,31 +78,22 @@ from minllama.labelled import (
     read_labelled,
     report_predictions,
 )
-from minllama.models import (
-    STARTING_WEIGHTS,
-    Classifier,
-    Start,
-    find_model,
-    find_start_model,
-    load_model,
-    read_classifier,
+from minllama.text.reading import Reading, find_text_files, first_words, read_lines
+from minllama.text.vocabulary import choose_vocabulary
+from minllama.training.chat_training import finetune_chat
+from minllama.training.classifying import load_splits, predict, predict_files
+from minllama.training.fitting import TIMED_CONTEXT, fit_to_time
+from minllama.training.next_token import NextTokenTask
+from minllama.training.run import Run
+from minllama.training.session import (
+    CHUNK_ORDER,
+    Session,
+    open_session,
+    print_results,
+    say_interrupted,
 )
-from minllama.next_token import NextTokenTask
-from minllama.plan import Cluster, TrainingPlan, warn_of_plan
-from minllama.prompting import Prompts, score_labels
-from minllama.pt_file import load_pt
-from minllama.ranks import Ranks, check_runs_alone, exit_at_once, is_lost_peer
-from minllama.record import loss_curve_svg, read_records
-from minllama.run import Run
-from minllama.run_folder import RunFolder
-from minllama.session import CHUNK_ORDER, Session, open_session, print_results, say_interrupted
-from minllama.sharding import full_state_dict, is_sharded, load_state
-from minllama.signals import LAUNCHER_REPEATS, StopRequest
-from minllama.streaming import CHAT_TEMPERATURE, PROMPT_TEMPERATURE, Writer, sample_text
-from minllama.task import Batch, Task
-from minllama.text import Reading, find_text_files, first_words, read_lines
-from minllama.training import train
-from minllama.vocabulary import choose_vocabulary
+from minllama.training.task import Batch, Task
+from minllama.training.training import train
 from optimizer import layer_matrices
 from tokenizer import Tokenizer
 from utils import ORDER_VERSION, LlamaDataset, batch_indices, batches_by_length
@@ -153,7 +165,8 @@ def prepare_pretraining(
     options, start = find_start_model(options, checkpoint, ranks)
     files = find_texts(options)
     if start is None:
-        tokenizer = choose_vocabulary(options, files, checkpoint=checkpoint, ranks=ranks)
+        stored = checkpoint and read_vocabulary(Path("the checkpoint"), checkpoint)
+        tokenizer = choose_vocabulary(options, files, stored=stored, ranks=ranks)
         longest = MAX_CONTEXT
     else:
         tokenizer, longest = start.tokenizer, min(MAX_CONTEXT, start.config.max_seq_len)

@@ -30,11 +30,11 @@ import numpy as np
 import sentencepiece
 
 from config import DATA_DIR, fingerprint
-from minllama.command_line import OneLineParser, number_reader, print_error, protect_output
-from minllama.encodings import check_encoding
-from minllama.errors import UsageError
-from minllama.files import atomic_write, check_regular
-from minllama.text import (
+from minllama.cli.command_line import OneLineParser, number_reader, print_error, protect_output
+from minllama.system.encodings import check_encoding
+from minllama.system.errors import UsageError
+from minllama.system.files import atomic_write, check_regular
+from minllama.text.reading import (
     READ_BYTES,
     Block,
     Reading,

@@ -1,8 +1,8 @@
 """The data sets: text cut into chunks, dialogues, labelled sentences, and the order of batches.
 
 Every order is a pure function of (seed, epoch, index), so the state of a run's data is integers.
-Tokens come from `minllama.tokens`, labelled lines from `minllama.labelled`; knows nothing of models
-or of how many processes train.
+Tokens come from `minllama.text.tokens`, labelled lines from `minllama.text.labelled`. It knows
+nothing of models, nor of how many processes train.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from config import IGNORE_INDEX
-from minllama.chat import ChatTemplate, Cuts, Dialogue, encode_dialogue
-from minllama.errors import UsageError
-from minllama.labelled import UNLABELLED, read_labelled
-from minllama.text import Reading, find_text_files
-from minllama.tokens import READ_BYTES, StoredTokens, TokenCache, build_or_load
+from minllama.system.errors import UsageError
+from minllama.text.chat import ChatTemplate, Cuts, Dialogue, encode_dialogue
+from minllama.text.labelled import UNLABELLED, read_labelled
+from minllama.text.reading import Reading, find_text_files
+from minllama.text.tokens import READ_BYTES, StoredTokens, TokenCache, build_or_load
 from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------- holding out

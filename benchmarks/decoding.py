@@ -78,7 +78,7 @@ def our_decoding(job: Row) -> Callable[[int], None]:
     """A function that generates `count` tokens with our model."""
     import torch
 
-    from minllama.generation import Sampling, compile_step, generate_tokens, pack_weights
+    from minllama.model.generation import Sampling, compile_step, generate_tokens, pack_weights
 
     model = our_model(job["shape"]).eval()
     rows, compiled = job.get("rows", 1), job["compiled"]
@@ -141,7 +141,7 @@ def prepare_c_programs(checkout: Path, folder: Path, shapes: list[str]) -> None:
     """Compile llama2.c's programs into the folder, and put our models and vocabularies there."""
     import check_model_precision
     from llama import model_payload
-    from minllama.pt_file import save_pt
+    from minllama.formats.pt_file import save_pt
 
     for name in C_PROGRAMS:
         flags = ["-Ofast", "-march=native", "-fopenmp", "-o", folder / name.removesuffix(".c")]
@@ -171,7 +171,7 @@ def perplexity_cost() -> dict[str, float]:
 
     from config import DATA_DIR, SHIPPED_MODEL
     from llama import load_pretrained
-    from minllama.generation import pack_weights
+    from minllama.model.generation import pack_weights
     from tokenizer import Tokenizer
 
     lines = (DATA_DIR / "stories-val.jsonl").read_text(encoding="utf-8").splitlines()

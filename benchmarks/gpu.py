@@ -108,7 +108,7 @@ RUNS = (  # of the program itself: what is typed beside the shape
 
 def pretrain(args: Args, work: Path, *words: object) -> tuple[str, list[dict[str, Any]]]:
     """A pretraining on the stories; what it printed, and the records of its steps."""
-    from minllama.record import read_records
+    from minllama.runs.record import read_records
 
     gpu = ["--use_gpu"] if args.device == "cuda" else []
     out = run("run_llama.py", "--option", "pretrain", *gpu, "--save_dir", work / "run",
@@ -171,7 +171,7 @@ def waits(args: Args) -> Iterable[str]:
 
     import run_llama
     from config import parse_options
-    from minllama import training
+    from minllama.training import training
 
     counts, real = [], training.optimizer_step
 
@@ -200,7 +200,7 @@ def resume(args: Args) -> Iterable[str]:
     """The weights of a run that was stopped and resumed, against those of one that was not."""
     import torch
 
-    from minllama.pt_file import load_pt
+    from minllama.formats.pt_file import load_pt
 
     weights = []
     words = [*shape_words("T"), *OFF.split(), "--deterministic", "--epochs", 1]
@@ -234,7 +234,7 @@ def loss(args: Args) -> Iterable[str]:
     import torch
     import torch.nn.functional as F
 
-    from minllama.kernels import linear_cross_entropy, sums_in_float32
+    from minllama.model.kernels import linear_cross_entropy, sums_in_float32
 
     found = sums_in_float32(torch.device(args.device), torch.bfloat16)
     yield f"sums of bfloat16 products in float32: {found}\n"
@@ -268,7 +268,7 @@ def attention(args: Args) -> Iterable[str]:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from minllama.kernels import attend, document_begins, document_masks
+    from minllama.model.kernels import attend, document_begins, document_masks
 
     yield "| attention | ms | kernels |"
     yield "|---|---:|---|"
@@ -328,8 +328,8 @@ def generate(args: Args) -> Iterable[str]:
     """Decoding 100 tokens after a prompt of 8, greedily."""
     import torch
 
-    from minllama.errors import UsageError
-    from minllama.generation import compile_step, pack_weights
+    from minllama.model.generation import compile_step, pack_weights
+    from minllama.system.errors import UsageError
 
     yield "| shape | rows | weights | tokens/s | compiled, tokens/s |"
     yield "|---|---:|---|---:|---:|"
@@ -352,7 +352,7 @@ def generate(args: Args) -> Iterable[str]:
 
 def continue_prompts(model: Any, rows: int, count: int, step: Any) -> None:
     """Continue so many prompts of 8 tokens by `count`, greedily."""
-    from minllama.generation import Sampling, generate_tokens
+    from minllama.model.generation import Sampling, generate_tokens
 
     prompts, sampling = [[*range(10, 18)]] * rows, Sampling(temperature=0)
     for _ in generate_tokens(model, prompts, max_new_tokens=count, sampling=sampling, step=step):
@@ -377,7 +377,7 @@ def main() -> None:
     args = parser.parse_args()
     import torch
 
-    from minllama.gpus import measured_flops
+    from minllama.machine.gpus import measured_flops
 
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("gpu.py: torch finds no CUDA GPU here; --device cpu --small tries the script out")

@@ -23,7 +23,7 @@ import torch
 from programs import ROOT, run
 
 from llama import load_pretrained, model_payload
-from minllama.pt_file import save_pt
+from minllama.formats.pt_file import save_pt
 
 FINETUNE = "--batch_size 32 --epochs 3".split()
 SENTENCES = "--sentences_only --document_per_line --epochs 3 --max_seq_len 128".split()

@@ -29,7 +29,7 @@ def our_step(job: dict[str, Any], tokens: Any, targets: Any) -> tuple[Any, Any, 
     import torch
 
     from llama import NextTokenLoss
-    from minllama.device import keep_freed_memory
+    from minllama.machine.device import keep_freed_memory
     from optimizer import make_optimizer
 
     keep_freed_memory()
@@ -73,8 +73,8 @@ def train(job: dict[str, Any]) -> dict[str, float]:
     """
     import torch
 
-    from minllama.device import used_memory
-    from minllama.gpus import peak_flops
+    from minllama.machine.device import used_memory
+    from minllama.machine.gpus import peak_flops
 
     device, shape = torch.device(job.get("device", "cpu")), (SHAPES | GPU_SHAPES)[job["shape"]]
     size = (shape.batch, shape.length + 1)

@@ -72,7 +72,7 @@ def text_line(text: str) -> str:
 
 def make_vocabulary(output: Path) -> Path:
     """Train the vocabulary on the training parts of the stories and the reviews in `output`."""
-    from minllama.text import Reading  # here, so that `--help` needs no packages
+    from minllama.text.reading import Reading  # here, so that `--help` needs no packages
     from tokenizer import train_vocabulary
 
     path = output / "stories-vocabulary.model"

@@ -33,8 +33,8 @@ import check_model_precision
 import run_llama
 import tokenizer
 from config import EVERY, FLAGS, HINTS, parse_options
-from minllama.command_line import parse_or_exit, protect_output, without_none
-from minllama.pt_file import load_pt, save_pt
+from minllama.cli.command_line import parse_or_exit, protect_output, without_none
+from minllama.formats.pt_file import load_pt, save_pt
 
 MEMORY = 2 << 30  # bytes that an attack may add to those of a process that has imported torch
 PATIENCE, GRACE = 4.0, 60.0  # seconds until an attack that works is interrupted, and then killed

@@ -6,7 +6,7 @@ import torch
 
 from config import LlamaConfig
 from llama import Llama
-from minllama.formats import hugging_face_name
+from minllama.formats.formats import hugging_face_name
 from tokenizer import Tokenizer
 
 

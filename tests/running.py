@@ -17,11 +17,12 @@ import torch
 import run_llama
 from config import LlamaConfig, parse_options
 from llama import Llama, model_payload
-from minllama import streaming, training
-from minllama.ahead import Ahead
-from minllama.checkpoint import load_checkpoint
-from minllama.pt_file import save_pt
-from minllama.signals import StopRequest
+from minllama.formats.pt_file import save_pt
+from minllama.inference import streaming
+from minllama.runs.checkpoint import load_checkpoint
+from minllama.system.signals import StopRequest
+from minllama.training import training
+from minllama.training.ahead import Ahead
 from tokenizer import EMBEDDED_VOCABULARY, Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,7 +86,7 @@ def stop_after(step: int, patch: pytest.MonkeyPatch) -> StopRequest:
 
 def read_ahead(patch: pytest.MonkeyPatch) -> None:
     """Have each step's batches made in a thread while the one before runs, as for a GPU."""
-    patch.setattr("minllama.run.Ahead", lambda make, *, enabled: Ahead(make, enabled=True))
+    patch.setattr("minllama.training.run.Ahead", lambda make, *, enabled: Ahead(make, enabled=True))
 
 
 def records(name: str = "run/metrics.jsonl") -> list[dict[str, Any]]:

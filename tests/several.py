@@ -27,8 +27,9 @@ import torch.distributed as dist
 import run_llama
 from config import parse_options
 from llama import Llama
-from minllama import models, training
-from minllama.ranks import Ranks, exit_at_once
+from minllama.formats import models
+from minllama.machine.ranks import Ranks, exit_at_once
+from minllama.training import training
 
 TESTS = Path(__file__).resolve().parent
 PATHS = os.pathsep.join((str(TESTS.parent), str(TESTS)))  # for a process that imports this first
@@ -259,7 +260,7 @@ def thread_store() -> Iterator[dist.Store]:
     """A store for ranks that are threads of this process, within the block."""
     STORES.append(dist.HashStore())
     try:
-        with mock.patch("minllama.ranks.run_store", lambda: STORES[-1]):
+        with mock.patch("minllama.machine.ranks.run_store", lambda: STORES[-1]):
             yield STORES[-1]
     finally:
         STORES.pop()

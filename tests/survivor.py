@@ -37,16 +37,19 @@ import torch.distributed as dist
 import run_llama
 from config import LlamaConfig, parse_options
 from llama import Llama, load_pretrained
-from minllama import next_token, pt_file, ranks, sharding, tokens, training
-from minllama.checkpoint import load_checkpoint
-from minllama.errors import UsageError
-from minllama.files import atomic_folder, remove_temporaries, restore_folder
-from minllama.pt_file import FORMAT_VERSION, SealingFile, load_pt, save_pt
-from minllama.ranks import Ranks
-from minllama.run_folder import RunFolder
-from minllama.saving import Checkpoints
-from minllama.signals import HANDLED
-from minllama.tokens import BadCache, TokenCache
+from minllama.formats import pt_file
+from minllama.formats.pt_file import FORMAT_VERSION, SealingFile, load_pt, save_pt
+from minllama.machine import ranks, sharding
+from minllama.machine.ranks import Ranks
+from minllama.runs.checkpoint import load_checkpoint
+from minllama.runs.run_folder import RunFolder
+from minllama.runs.saving import Checkpoints
+from minllama.system.errors import UsageError
+from minllama.system.files import atomic_folder, remove_temporaries, restore_folder
+from minllama.system.signals import HANDLED
+from minllama.text import tokens
+from minllama.text.tokens import BadCache, TokenCache
+from minllama.training import next_token, training
 from tokenizer import EMBEDDED_VOCABULARY, Tokenizer, train_vocabulary
 
 SMALL = (

@@ -16,9 +16,9 @@ from oracles import make_model
 import check_model_precision as C
 from config import parse_options
 from llama import LlamaEmbeddingClassifier, load_pretrained, model_payload
-from minllama.adapters import add_lora
-from minllama.pt_file import save_pt
-from minllama.run_folder import RunFolder
+from minllama.formats.pt_file import save_pt
+from minllama.model.lora import add_lora
+from minllama.runs.run_folder import RunFolder
 from tokenizer import EMBEDDED_VOCABULARY, Tokenizer
 
 

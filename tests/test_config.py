@@ -30,8 +30,8 @@ from config import (
     find_idle_flags,
     parse_options,
 )
-from minllama.errors import UsageError
-from minllama.suggestions import NEIGHBOURS, suggest
+from minllama.cli.suggestions import NEIGHBOURS, suggest
+from minllama.system.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = ("pretrain", "finetune", "prompt", "generate")
@@ -415,7 +415,8 @@ class Watched(Options):
     def __getattribute__(self, name: str):
         if name in FLAGS:
             code = sys._getframe(1).f_code
-            own = Path(code.co_filename).parent in (ROOT, ROOT / "minllama")
+            path = Path(code.co_filename)
+            own = path.parent == ROOT or ROOT / "minllama" in path.parents
             if own and code.co_name not in ("to_plain", "resumed", "find_problems", "main"):
                 Watched.reads.add(name)
         return super().__getattribute__(name)

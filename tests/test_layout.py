@@ -1,4 +1,4 @@
-"""The modules and how they hang together: who may import whom, and how much."""
+"""The floors and how they hang together: who may import whom, and how much."""
 
 from __future__ import annotations
 
@@ -12,11 +12,26 @@ ROOT = Path(__file__).resolve().parents[1]
 TOP = {
     "check_model_precision", "config", "llama", "optimizer", "run_llama", "tokenizer", "utils",
 }  # fmt: skip
-FILES = {path.stem: path for path in ROOT.glob("*.py")} | {
-    f"minllama.{path.stem}": path for path in (ROOT / "minllama").glob("*.py")
-}
+# A module of a folder imports from its own and from the folders before it.
+FOLDERS = "system cli machine text model formats inference runs training".split()
 LONGEST, LONGEST_OF_SOME = 600, dict.fromkeys(("run_llama", "llama", "config"), 750)
 MOST_NAMES = 12
+
+
+def module_name(path: Path) -> str:
+    """minllama/text/chat.py: minllama.text.chat; a folder's __init__.py is the folder."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {
+    module_name(path): path for path in (*ROOT.glob("*.py"), *ROOT.glob("minllama/**/*.py"))
+}  # fmt: skip
+
+
+def docstring(module: str) -> str:
+    """What a module says of itself."""
+    return ast.get_docstring(ast.parse(FILES[module].read_text(encoding="utf-8")))
 
 
 class Imports(ast.NodeVisitor):
@@ -32,16 +47,16 @@ class Imports(ast.NodeVisitor):
             self.generic_visit(node)
 
     def visit_Import(self, node: ast.Import) -> None:
-        """`import minllama.files`: as if it took one name."""
+        """`import minllama.system.files`: as if it took one name."""
         for alias in node.names:
             self._add(alias.name, "*")
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
-        """`from minllama.files import a, b`, and `from minllama import files`."""
+        """`from minllama.system.files import a`, and `from minllama.system import files`."""
         assert not node.level, "modules are named in full"
         for alias in node.names:
-            if node.module == "minllama":
-                self._add(f"minllama.{alias.name}", "*")
+            if f"{node.module}.{alias.name}" in FILES:
+                self._add(f"{node.module}.{alias.name}", "*")
             else:
                 self._add(node.module, alias.name)
 
@@ -54,8 +69,18 @@ IMPORTS = {module: Imports(path).names for module, path in FILES.items()}
 
 
 def test_the_modules_of_the_top_are_the_seven():
-    """A user finds the commands and what they import from; everything else has a room."""
-    assert {module for module in FILES if "." not in module} == TOP
+    """A user finds the commands and what they import from; everything else has a floor."""
+    assert {module for module in FILES if "." not in module} == TOP | {"minllama"}
+
+
+def test_every_folder_is_a_floor_and_lists_its_files():
+    """`__init__.py` of the package lists the folders from the ground up, theirs the files."""
+    listed = re.findall(r"^ {4}(\w+) ", docstring("minllama"), re.M)
+    assert listed == FOLDERS
+    for folder in FOLDERS:
+        files = {path.stem for path in (ROOT / "minllama" / folder).glob("*.py")} - {"__init__"}
+        assert set(re.findall(r"^ {4}(\w+) ", docstring(f"minllama.{folder}"), re.M)) == files
+    assert {path.parent.name for path in ROOT.glob("minllama/*/*.py")} == set(FOLDERS)
 
 
 def test_imports_form_no_circle():
@@ -73,22 +98,15 @@ def test_imports_form_no_circle():
         visit(module, ())
 
 
-def test_imports_go_down_the_map():
-    """`minllama/__init__.py` lists every room; a module imports only those above it, or beside."""
-    text = ast.get_docstring(ast.parse(FILES["minllama.__init__"].read_text(encoding="utf-8")))
-    level: dict[str, int] = {}
-    for number, line in enumerate(text.splitlines()):
-        if re.match(r" {4}\S", line):
-            users = line.strip().startswith("(")
-            names = line.split(")")[0] if users else line[:25]
-            for name in re.findall(r"\w+", names):
-                level[name if users else f"minllama.{name}"] = number
-    assert set(level) == set(FILES) - {"minllama.__init__"}
+def test_folders_import_from_those_below():
+    """One direction: what is on a lower floor can be read without what is above it."""
+    level = {folder: number for number, folder in enumerate(FOLDERS)}
     wrong = [
         f"{module} imports {other}"
         for module, names in IMPORTS.items()
         for other in names
-        if level[other] > level[module]
+        if module.startswith("minllama.") and other.startswith("minllama.")
+        if level[module.split(".")[1]] < level[other.split(".")[1]]
     ]
     assert not wrong
 

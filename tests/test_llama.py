@@ -14,8 +14,8 @@ from oracles import assert_same_weights, make_llama, to_hugging_face
 
 import llama as L
 from config import IGNORE_INDEX, LlamaConfig
-from minllama import kernels
-from minllama.errors import UsageError
+from minllama.model import kernels
+from minllama.system.errors import UsageError
 
 
 @pytest.fixture

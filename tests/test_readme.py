@@ -17,7 +17,8 @@ import check_model_precision
 import run_llama
 import tokenizer
 from config import parse_options
-from minllama import corpus, labelled, training
+from minllama.text import corpus, labelled
+from minllama.training import training
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORTER = {

@@ -36,10 +36,10 @@ import check_model_precision
 import run_llama
 from config import parse_options
 from llama import load_pretrained
-from minllama import streaming
-from minllama.checkpoint import load_checkpoint
-from minllama.pt_file import load_pt, save_pt
-from minllama.signals import StopRequest
+from minllama.formats.pt_file import load_pt, save_pt
+from minllama.inference import streaming
+from minllama.runs.checkpoint import load_checkpoint
+from minllama.system.signals import StopRequest
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,14 +16,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from survivor import run_here, write_text_file
 
-from minllama import pt_file, session, signals
-from minllama.checkpoint import load_checkpoint
-from minllama.errors import UsageError
-from minllama.labelled import read_labelled
-from minllama.pt_file import load_pt, save_pt
-from minllama.ranks import Ranks
-from minllama.run_folder import RunFolder
-from minllama.text import Reading, read_documents
+from minllama.formats import pt_file
+from minllama.formats.pt_file import load_pt, save_pt
+from minllama.machine.ranks import Ranks
+from minllama.runs.checkpoint import load_checkpoint
+from minllama.runs.run_folder import RunFolder
+from minllama.system import signals
+from minllama.system.errors import UsageError
+from minllama.text.labelled import read_labelled
+from minllama.text.reading import Reading, read_documents
+from minllama.training import session
 
 
 @pytest.fixture

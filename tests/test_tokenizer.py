@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vocabularies import FRAGMENTS, OTHERS, PLAIN, corpus_lines, train, vocabulary
 
-from minllama.errors import UsageError
-from minllama.text import Reading
+from minllama.system.errors import UsageError
+from minllama.text.reading import Reading
 from tokenizer import (
     SPACE,
     Tokenizer,

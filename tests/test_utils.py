@@ -12,9 +12,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from vocabularies import vocabulary
 
-from minllama.errors import UsageError
-from minllama.labelled import UNLABELLED
-from minllama.tokens import TokenCache
+from minllama.system.errors import UsageError
+from minllama.text.labelled import UNLABELLED
+from minllama.text.tokens import TokenCache
 from utils import (
     IGNORE_INDEX,
     LlamaDataset,

@@ -22,8 +22,8 @@ import torch
 from survivor import content_digest, tiny_model
 
 from llama import model_payload
-from minllama.pt_file import FORMAT_VERSION, load_pt, save_pt
-from minllama.random_state import random_state, restore_random_state, seed_everything
+from minllama.formats.pt_file import FORMAT_VERSION, load_pt, save_pt
+from minllama.machine.random_state import random_state, restore_random_state, seed_everything
 from optimizer import AdamW, parameter_groups
 
 

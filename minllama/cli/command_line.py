@@ -1,0 +1,229 @@
+"""What the command lines share: one-line errors, bounded numbers, flags from a dataclass.
+
+Pure Python, so that `--help` and bad flags are answered before torch is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from operator import ge, gt, le, lt
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TextIO, TypeVar
+
+from minllama.system.errors import UsageError
+
+Parsed = TypeVar("Parsed")
+# All but line ends, tabs, and how tqdm moves up a line.
+CONTROL = re.compile(r"\x1b(?!\[A)|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
+BOUNDS = {"at_least": ge, "above": gt, "at_most": le, "below": lt}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse that raises UsageError instead of printing its usage above the message.
+
+    Flags may be typed with `-` for `_`.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([with_underscores(word) for word in words], namespace)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message.removeprefix("argument "))
+
+
+def with_underscores(word: str) -> str:
+    """`--save-dir=x` as `--save_dir=x`: both spellings are accepted on the command line."""
+    return re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word)
+
+
+def number_reader(kind: type, **bounds: float) -> Callable[[str], Any]:
+    """A `type` for argparse: reads an int or float within the bounds, named as in BOUNDS."""
+    noun = "a whole number" if kind is int else "a number"
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+            if not math.isfinite(value):
+                raise ValueError
+        except (ValueError, OverflowError):
+            glued = re.match(r".+?(--\w.*)", text)
+            remedy = f"; a space is missing before {glued[1]}" if glued else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun}{remedy}") from None
+        for name, bound in bounds.items():
+            if not BOUNDS[name](value, bound):
+                words = name.replace("_", " ")
+                raise argparse.ArgumentTypeError(f"{text} must be {words} {bound:g}")
+        return value
+
+    return read
+
+
+# ---------------------------------------------------------------------------- a table of flags
+
+
+def section(
+    title: str, *read_by: str, on_resume: Literal["stored", "typed"] = "stored"
+) -> Callable[..., Any]:
+    """Begin or continue a section of the table: returns `flag`, which makes a field of each row.
+
+    `read_by` are the values of --option that read these flags; `on_resume` says whether a resumed
+    run takes the value that its checkpoint stored or what is typed.
+    """
+
+    def flag(
+        default: Any,
+        help: str,
+        *,
+        many: bool = False,  # takes several values at once, else the flag is repeated
+        metavar: str | None = None,
+        alone: str | None = None,  # what the flag means when it is typed without a value
+        instead: str | None = None,  # the flag that the other options have for the same thing
+        **bounds: float,
+    ) -> Any:
+        own = dict(help=help, many=many, metavar=metavar, alone=alone, instead=instead)
+        of_all = dict(section=title, read_by=read_by, on_resume=on_resume, bounds=bounds)
+        return dataclasses.field(default=default, metadata=own | of_all)
+
+    return flag
+
+
+def without_none(annotation: Any) -> tuple[Any, bool]:
+    """A flag's type without `| None`, and whether None is one of its values."""
+    kinds = typing.get_args(annotation)
+    optional = type(None) in kinds
+    return kinds[0] if optional else annotation, optional
+
+
+def read_stored(
+    field: dataclasses.Field, annotation: Any, value: Any, *, where: str = "the checkpoint"
+) -> Any:
+    """A flag's value as it is stored in `where`; UsageError for one that it could not have."""
+    kind, optional = without_none(annotation)
+    if value is None and optional:
+        return None
+    if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
+        return value
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
+        if all(isinstance(item, str) for item in value):
+            return tuple(value)
+    elif kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(argparse.ArgumentTypeError):
+            return number_reader(kind, **field.metadata["bounds"])(repr(value))
+    elif kind in (bool, str) and isinstance(value, kind):
+        return value
+    elif kind is Path and isinstance(value, str):
+        return Path(value)
+    raise UsageError(f"{where}'s --{field.name} is {str(value)[:80]!r}: it is damaged")
+
+
+def add_flag(group: Any, field: dataclasses.Field, annotation: Any, *, shown: bool = True) -> None:
+    """Add one row of the table to an argparse group; `shown` in its help or not."""
+    (kind, _), metadata = without_none(annotation), field.metadata
+    default = "" if field.default in (None, (), False) else f" (default: {field.default})"
+    text = metadata["help"] + default if shown else argparse.SUPPRESS
+    settings = {"default": field.default, "help": text}
+    if kind is bool:
+        settings["action"] = "store_true"
+    elif typing.get_origin(kind) is Literal:
+        settings["choices"] = typing.get_args(kind)
+    elif typing.get_origin(kind) is tuple:
+        settings |= {"nargs": "+"} if metadata["many"] else {"action": "append"}
+        settings |= {"metavar": metadata["metavar"] or "PATH", "default": None}  # else appended to
+    else:
+        numeric = kind in (int, float)
+        words = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
+        settings["metavar"] = metadata["metavar"] or words[kind]
+        settings["type"] = number_reader(kind, **metadata["bounds"]) if numeric else kind
+    if metadata["alone"]:
+        settings |= {"nargs": "?", "const": metadata["alone"]}
+    group.add_argument(f"--{field.name}", **settings)
+
+
+# ---------------------------------------------------------------------------- for scripts
+
+
+def parse_or_exit(
+    parse: Callable[[Sequence[str]], Parsed], program: str, arguments: Sequence[str]
+) -> Parsed:
+    """The parsed command line; for a bad one, a line per problem and exit status 2.
+
+    For scripts to call before they import torch. Under torchrun, where every process has the same
+    command line, rank 0 prints.
+    """
+    try:
+        return parse(arguments)
+    except UsageError as error:
+        if os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0":
+            print_error(program, error)
+        sys.exit(2)
+
+
+def protect_output() -> None:
+    """Let no failing print end the program: a closed pipe, a full disk under a log, no terminal.
+
+    What cannot be written is dropped, and characters that the terminal does not have show as `?`.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell: >&-
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        else:
+            stream.reconfigure(errors="replace")
+            setattr(sys, name, _Droppable(stream))
+
+
+class _Droppable:
+    """A text stream whose failing writes are dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, or drop the text; control characters are shown, not obeyed."""
+        self._try(self.stream.write, printable(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, or drop what is buffered."""
+        self._try(self.stream.flush)
+
+    def _try(self, action: Callable[..., object], *arguments: str) -> None:
+        try:
+            action(*arguments)
+        except OSError:  # what is buffered would fail again at exit: it goes to nowhere, too
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+
+
+def print_error(program: str, error: Exception | str) -> None:
+    """Print each problem of the error on a line of its own, to stderr."""
+    for line in str(error).split("\n"):
+        print(f"{program}: error: {printable(line)}", file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """The text with control characters, which a terminal would obey, shown as escapes.
+
+    Names of files and text of models may hold them.
+    """
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def quoted(*words: str | Path) -> str:
+    """A command as it can be pasted into this system's shell."""
+    plain = [str(word) for word in words]
+    return subprocess.list2cmdline(plain) if os.name == "nt" else shlex.join(plain)

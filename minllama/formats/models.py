@@ -1,0 +1,273 @@
+"""Which model to use, and the vocabulary that belongs to it: a model is never used with another."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from config import SHIPPED_MODEL, LlamaConfig, Options
+from llama import Llama, build_model, load_pretrained
+from minllama.formats.formats import StoredModel, read_model, read_shape, read_vocabulary
+from minllama.formats.pt_file import STATE_FILE, is_pt, load_pt
+from minllama.machine.ranks import Ranks
+from minllama.system.errors import UsageError
+from minllama.text.reading import SHOWN_FILES, download_hint
+from tokenizer import Tokenizer, vocabulary_remedy
+
+
+def load_model(options: Options, device: torch.device) -> tuple[Llama, Tokenizer]:
+    """The model that the options mean, in float32 and eval mode on the device, with its vocabulary.
+
+    Raises UsageError.
+    """
+    path = find_model(options)
+    llama = load_pretrained(path)
+    tokenizer = find_vocabulary(llama, path, options)
+    llama.vocabulary = tokenizer.model_bytes
+    return llama.to(device), tokenizer
+
+
+def find_model(options: Options) -> Path:
+    """The model file or folder to use: as named, that of a --save_dir typed, or the first default.
+
+    Says which, where that is not what was typed. Raises UsageError.
+    """
+    path, run = options.pretrained_model_path, options.save_dir
+    if path is not None:
+        found = model_in(path, "--pretrained_model_path")
+        if found != path:
+            print(f"--pretrained_model_path {path} is a folder: using {found}")
+        return found
+    if options.interactive and options.option == "generate":
+        found = newest_chat_model(run)
+        if found is not None:
+            print(f"--pretrained_model_path is not given: using {found}, which is for dialogues")
+            return found
+    finetune = options.option == "finetune"  # its own models may be in its folder, or will be
+    if "save_dir" in options.given and not (finetune and pretrained_in(run) is None):
+        found = pretrained_in(run) or model_in(run, "--save_dir")
+        print(f"--pretrained_model_path is not given: using --save_dir's {found}")
+        return found
+    defaults = (Path("checkpoints/final-model.pt"), Path("stories42M.pt"), SHIPPED_MODEL)
+    path = next((path for path in defaults if path.exists()), SHIPPED_MODEL)
+    print(f"--pretrained_model_path is not given: using {path}")
+    return path
+
+
+class Classifier(NamedTuple):
+    """What a fine-tuning adds to a model: the head's weight (labels, dim) and bias, and names.
+
+    `pooling` is what the head was trained to read.
+    """
+
+    head: dict[str, Tensor]
+    label_names: list[str]
+    pooling: str
+
+
+def read_classifier(path: Path) -> Classifier | None:
+    """The classifier in a fine-tuned model's file; None for a model without one.
+
+    Raises UsageError for a head that is not that of as many labels, or reads what is not known.
+    """
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        if not is_pt(file.read(2)):
+            return None
+    payload = load_pt(path, verify=False)  # load_pretrained verifies
+    head, names = payload.get("classifier_head"), payload.get("label_names")
+    if head is None and names is None:
+        return None
+    args = payload.get("model_args")
+    named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not (named and isinstance(head, dict) and isinstance(args, dict)):
+        raise UsageError(f"{path}: its classifier is no head with a name for each label")
+    shapes = {"weight": (len(names), args.get("dim")), "bias": (len(names),)}
+    if head.keys() != shapes.keys():
+        raise UsageError(f"{path}: its classifier's head is not a weight and a bias")
+    for name, shape in shapes.items():
+        tensor = head[name]
+        if not (isinstance(tensor, Tensor) and tuple(tensor.shape) == shape):
+            raise UsageError(f"{path}: classifier_head.{name} does not have the shape {shape}")
+    pooling = payload.get("pooling", "last")  # files of before there were two do not say
+    if pooling not in ("last", "mean"):
+        raise UsageError(f"{path}: its classifier's pooling is {pooling!r}, not last or mean")
+    return Classifier(head, names, pooling)
+
+
+def pretrained_in(folder: Path) -> Path | None:
+    """The model that a pretraining left in its folder, if it did."""
+    models = (folder / "final-model.pt", folder / "best-model.pt")
+    return next((path for path in models if path.is_file()), None)
+
+
+def newest_chat_model(folder: Path) -> Path | None:
+    """The last model that was trained on dialogues in a run's folder, if any was."""
+    models = sorted(folder.glob("finetune-*best-model.pt"), key=lambda path: -path.stat().st_mtime)
+    for path in models:
+        with contextlib.suppress(UsageError):  # it is read again and complained of when it is used
+            if "chat_template" in load_pt(path, verify=False):
+                return path
+    return None
+
+
+def model_in(path: Path, flag: str) -> Path:
+    """A model file, a Hugging Face folder, or the model file in a run's folder.
+
+    Of a run's folder that is final-model.pt, else the one best-model.pt, else the one checkpoint.
+    Raises UsageError that names `flag` and what there is instead.
+    """
+    if not path.exists():
+        raise UsageError(f"{flag} {path}: no such file or folder{_there_is(path)}")
+    if (path / STATE_FILE).is_file():
+        raise UsageError(
+            f"{path}: is a sharded checkpoint: resume it (--resume {path}, one process is enough) "
+            "to get final-model.pt"
+        )
+    if path.is_file() or (path / "config.json").is_file():
+        return path
+    files = sorted(path.glob("*.pt"))
+    if not files:
+        raise UsageError(f"{flag} {path}: the folder holds no model{_there_is(path)}")
+    final = [file for file in files if file.name == "final-model.pt"]
+    best = [file for file in files if file.name.endswith("best-model.pt")]
+    found = final or best or files
+    if len(found) != 1:
+        raise UsageError(f"{flag} {path}: is a folder; name one of {_named(found)}")
+    return found[0]
+
+
+def _there_is(path: Path) -> str:
+    """What to add to the message of a model that is not there: which models are, near by."""
+    if hint := download_hint(path):
+        return hint
+    folder = path if path.is_dir() else path.parent
+    near = sorted(folder.glob("*.pt"))
+    if not near:  # beside a folder whose name is mistyped, or that a run left elsewhere
+        near = sorted({*folder.glob("*/*.pt"), *Path().glob("*.pt"), *Path().glob("*/*.pt")})
+    models = [file for file in near if file.name.endswith("-model.pt")]
+    return f"; there is {_named(models or near)}" if near else ""
+
+
+def _named(files: Sequence[Path]) -> str:
+    more = f" and {len(files) - SHOWN_FILES} more" if len(files) > SHOWN_FILES else ""
+    return ", ".join(map(str, files[:SHOWN_FILES])) + more
+
+
+def find_vocabulary(model: Llama | StoredModel, path: Path, options: Options) -> Tokenizer:
+    """The vocabulary of a model: its own; files without one take a file of the same size.
+
+    Raises UsageError, naming both fingerprints or sizes, for a vocabulary that is not the model's.
+    """
+    given, size = options.tokenizer_model, model.config.vocab_size
+    if model.vocabulary is not None:
+        tokenizer = Tokenizer(tokenizer_model=model.vocabulary)
+        named = tokenizer if given is None else Tokenizer(tokenizer_model=given)
+        if named.fingerprint != tokenizer.fingerprint:
+            raise UsageError(
+                f"--tokenizer_model {given} has the fingerprint {named.fingerprint}, and {path} "
+                f"was trained with {tokenizer.fingerprint}: leave the flag out"
+            )
+        if tokenizer.n_words != size:
+            raise UsageError(
+                f"{path}: the vocabulary in it has {tokenizer.n_words:,} pieces and the model "
+                f"{size:,}: they do not belong together: the file is damaged"
+            )
+        return tokenizer
+    beside = Path("tokenizer.model")
+    if given is None and not beside.exists():
+        raise UsageError(f"{path} carries no SentencePiece vocabulary: {vocabulary_remedy(size)}")
+    tokenizer = Tokenizer(tokenizer_model=given or beside)
+    if tokenizer.n_words != size:
+        raise UsageError(
+            f"--tokenizer_model {given or beside} has {tokenizer.n_words:,} pieces (fingerprint "
+            f"{tokenizer.fingerprint}) and {path} was trained with {size:,}: name the vocabulary "
+            "it was trained with"
+        )
+    return tokenizer
+
+
+# ---------------------------------------------------------------------------- going on from weights
+
+STARTING_WEIGHTS = "--pretrained_model_path: SHA-256 of its weights"  # in a run's identity
+
+
+class Start(NamedTuple):
+    """What a pretraining goes on from."""
+
+    config: LlamaConfig
+    tokenizer: Tokenizer
+    weights: str  # their fingerprint
+    # With those weights on rank 0, on `meta` elsewhere. None: a resumed run's checkpoint has later
+    # ones.
+    model: Llama | None
+
+
+def find_start_model(
+    options: Options, checkpoint: dict[str, Any] | None, ranks: Ranks
+) -> tuple[Options, Start | None]:
+    """The shape, vocabulary and weights to pretrain from, and the options that suit them.
+
+    Without --pretrained_model_path there are none: from scratch. Shape and vocabulary are the
+    file's, and a larger --max_seq_len makes its context longer. A resumed run finds all of it in
+    its `checkpoint`; a file that is named anew is read to see that it is the one of before. Rank 0
+    alone reads it; every rank must call this. Raises UsageError.
+    """
+    path = options.pretrained_model_path
+    weights = checkpoint and checkpoint["identity"].get(STARTING_WEIGHTS)
+    if path is None and weights is None:
+        return options, None
+    named = "pretrained_model_path" in options.given
+    reads_file = weights is None or (named and ranks.on_main(path.exists))
+    if reads_file:
+        path = ranks.on_main(lambda: find_model(options))
+        stored = ranks.on_main(
+            lambda: read_model(path), tell=lambda found: found._replace(weights={})
+        )
+    else:
+        path = Path("the checkpoint")
+        config = read_shape(path, checkpoint.get("model_args"))
+        stored = StoredModel(config, {}, read_vocabulary(path, checkpoint))
+        if "tokenizer_model" not in options.given:  # its file, too, may be gone
+            options = dataclasses.replace(options, tokenizer_model=None)
+    options.check_shape(path, stored.config)
+    tokenizer = find_vocabulary(stored, path, options)
+    if checkpoint is None:
+        options = options.suited_to(stored.config, continued=True)
+    context = max(stored.config.max_seq_len, options.max_seq_len or 0)
+    config = dataclasses.replace(stored.config, max_seq_len=context, dropout=options.dropout)
+
+    def build() -> tuple[Llama | None, str]:
+        built = build_model(stored._replace(config=config))
+        return built, weights_fingerprint(built)
+
+    model = None
+    if reads_file:
+        model, weights = ranks.on_main(build, tell=lambda built: (None, built[1]))
+        if model is None:
+            with torch.device("meta"):
+                model = Llama(config)
+            model.chat_template = stored.chat_template
+        longer = f", made longer than its {stored.config.max_seq_len:,}"
+        print(
+            f"goes on from {path}, context {context:,}"
+            f"{longer if context > stored.config.max_seq_len else ''}; learning rate up to "
+            f"{options.peak_lr():g} (--pretrain_lr)"
+        )
+    return options, Start(config, tokenizer, weights, model)
+
+
+def weights_fingerprint(model: Llama) -> str:
+    """Names a model's weights, whatever format they were read from."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():  # in the order of the layers, what is tied once
+        digest.update(parameter.detach().numpy())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,226 @@
+"""`.pt` files: written with a SHA-256 of every byte, read without running code, checked before use.
+
+A file is what torch.save writes, a zip archive, whose comment holds the checksum, so that any other
+program reads it too. Knows nothing of what the tensors are for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from minllama.system.errors import UsageError
+from minllama.system.files import READ_BYTES, atomic_write, check_regular
+
+FORMAT_VERSION = 2  # 1 had its checksum inside, and its own way to compute it
+REASON_CHARS = 200  # of what torch says of a file that it cannot read
+STATE_FILE = "state.pt"  # of a sharded checkpoint, a folder: its plain values
+SEAL = b"minllama sha256 "  # begins the comment at the end of the file; 64 hex digits follow
+
+
+class SealingFile:
+    """Passes on to `file` what torch.save writes; `seal` ends it with the SHA-256 of every byte.
+
+    It sums what was meant to be written, so reading back finds what the disk did not take.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sum = file, hashlib.sha256()
+        self.held = b""  # the last two bytes: the size of the archive's comment
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write all but the last two bytes so far."""
+        view = memoryview(data).cast("B")
+        held = self.held + bytes(view[-2:])
+        self._pass_on(held[:-2])
+        self._pass_on(view[:-2])
+        self.held = held[-2:]
+        return len(data)
+
+    def flush(self) -> None:
+        """For torch.save; whoever opened the file flushes it."""
+
+    def seal(self) -> str:
+        """Write the rest and the checksum, which is returned."""
+        assert self.held == b"\0\0", "torch.save ended its archive with a comment of its own"
+        self._pass_on(struct.pack("<H", len(SEAL) + 64))
+        self.file.write(SEAL + self.sum.hexdigest().encode())
+        return self.sum.hexdigest()
+
+    def _pass_on(self, data: bytes | memoryview) -> None:
+        self.sum.update(data)
+        self.file.write(data)
+
+
+def write_sealed(file: BinaryIO, payload: dict[str, Any]) -> str:
+    """Write tensors and plain values, and behind them the SHA-256 of every byte; returns it."""
+    sealing = SealingFile(file)
+    torch.save(payload | {"format_version": FORMAT_VERSION}, sealing)
+    return sealing.seal()
+
+
+def verify_seal(path: Path) -> str | None:
+    """Read every byte of a sealed file; returns its SHA-256 in hex, None for one without a seal.
+
+    Raises UsageError where a byte is not what was written, OSError where it cannot be read.
+    """
+    with path.open("rb") as file:
+        left = file.seek(0, 2) - len(SEAL) - 64
+        file.seek(max(0, left))
+        seal = file.read()
+        if not seal.startswith(SEAL):
+            return None
+        file.seek(0)
+        found = hashlib.sha256()
+        while left > 0 and (data := file.read(min(left, READ_BYTES))):
+            found.update(data)
+            left -= len(data)
+    if seal[len(SEAL) :] != found.hexdigest().encode():
+        raise UsageError(f"{path} is damaged: its bytes do not match its SHA-256")
+    return found.hexdigest()
+
+
+def save_pt(path: Path, payload: dict[str, Any]) -> str:
+    """Write a sealed file, whole and read back, or not at all; returns its SHA-256.
+
+    Raises OSError, and then `path` is as it was.
+    """
+
+    def verify(temporary: Path) -> None:
+        with contextlib.suppress(UsageError):
+            if verify_seal(temporary) == digest:
+                return
+        raise OSError(errno.EIO, "what was read back is not what was written", str(path))
+
+    try:
+        with atomic_write(path, verify=verify) as file:
+            digest = write_sealed(file, payload)
+    except RuntimeError as error:  # torch's writer hides what the file raised
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+    return digest
+
+
+def state_file(path: Path) -> Path:
+    """The file of a checkpoint that holds its plain values: itself, or one in its folder."""
+    return path / STATE_FILE if path.is_dir() else path
+
+
+def is_pt(head: bytes) -> bool:
+    """Whether a file that begins so is what torch.save writes, today's or that before 2020."""
+    return head[:2] in (b"PK", b"\x80\x02")
+
+
+def load_pt(path: str | Path, *, verify: bool = True, digest: str | None = None) -> dict[str, Any]:
+    """Everything a .pt file holds, its tensors mapped from the disk where it can be, no code run.
+
+    `verify` reads every byte of a file that carries checksums, and compares with `digest` if that
+    is given. Raises UsageError for one that is damaged or of another format version, and unless it
+    is a dict with a dict of tensors under 'model', each of them held whole by the file.
+    """
+    path = Path(path)
+    check_regular(path)
+    try:
+        with path.open("rb") as file:
+            if not is_pt(file.read(2)):
+                raise UsageError(f"{path}: no .pt file, neither a weights file nor a checkpoint")
+        found = verify_seal(path) if verify else None
+        if verify and digest not in (None, found):
+            raise UsageError(f"{path} is damaged: its bytes do not match its SHA-256")
+        unsealed = verify and found is None
+        archive = zipfile.is_zipfile(path)  # else torch's format before 2020, or cut off
+        if archive:
+            _check_archive(path, checksums=unsealed)
+        mapped = archive and torch_can_map(path)
+        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        _check_payload(path, payload, unsealed=unsealed)
+    except UsageError:
+        raise
+    except pickle.UnpicklingError as error:
+        reason = "carries code or objects beyond tensors and plain values, and none of it was run"
+        if "unsupported" not in str(error).lower():
+            reason = "is damaged or no model file"
+        raise UsageError(f"{path}: {reason}; get a file of plain weights") from None
+    except Exception as error:  # torch.load raises what the damage happens to hit
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # a wrong seek
+            raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:REASON_CHARS]
+        raise UsageError(f"{path}: it is damaged or cut off; copy it again ({reason})") from None
+    return payload
+
+
+def torch_can_map(path: Path) -> bool:
+    """Whether torch, which opens the UTF-8 of a name, finds the file to map under it.
+
+    In a locale of another encoding, such as zh_CN.GBK, the disk has other bytes for the name.
+    """
+    return os.name == "nt" or os.fsencode(path) == str(path).encode("utf-8", "replace")
+
+
+def _check_payload(path: Path, payload: Any, *, unsealed: bool) -> None:
+    weights = payload.get("model") if isinstance(payload, dict) else None
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(w, Tensor) for name, w in weights.items()
+    ):
+        raise UsageError(f"{path}: no tensors under the key 'model': not a weights file of a Llama")
+    version = payload.get("format_version")
+    if version == 1:
+        raise UsageError(
+            f"{path}: has format version 1, which an early MinLlama wrote and only that reads"
+        )
+    if version not in (None, FORMAT_VERSION):  # None: of another program
+        raise UsageError(
+            f"{path}: has the format version {str(version)[:20]}, and this program reads "
+            f"{FORMAT_VERSION}: update it"
+        )
+    if version is not None and unsealed:
+        raise UsageError(
+            f"{path} is damaged: its checksum is gone; it was cut off, or saved by another program"
+        )
+    for name, tensor in tensors_in(payload):
+        # What a small file can claim: an expanded, sparse or meta tensor has no bytes in it.
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            raise UsageError(f"{path}: tensor {name} is not a plain array of numbers")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UsageError(f"{path}: tensor {name} is larger than what the file holds")
+
+
+def tensors_in(node: Any, name: str = "") -> list[tuple[str, Tensor]]:
+    """Every tensor in nested dicts and lists, by its dotted name."""
+    if isinstance(node, Tensor):
+        return [(name, node)]
+    children = node.items() if isinstance(node, dict) else ()
+    if isinstance(node, list | tuple):
+        children = enumerate(node)
+    return [
+        found
+        for key, child in children
+        for found in tensors_in(child, f"{name}.{key}" if name else str(key))
+    ]
+
+
+def _check_archive(path: Path, *, checksums: bool) -> None:
+    """Refuse an archive that would unpack to more than the file holds, before it does.
+
+    `checksums` reads every byte of its parts and compares their CRC-32, all that other programs'
+    files have.
+    """
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+        size = sum(part.file_size for part in parts)
+        if size > path.stat().st_size or any(part.compress_type for part in parts):
+            raise UsageError(f"{path}: claims {size:,} bytes of content, more than the file holds")
+        broken = archive.testzip() if checksums else None
+    if broken is not None:
+        raise UsageError(f"{path} is damaged: the checksum of {broken} is wrong; copy it again")

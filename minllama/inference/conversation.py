@@ -1,0 +1,151 @@
+"""A conversation in the terminal with a model: it answers questions, or continues texts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+from pathlib import Path
+
+from minllama.cli.command_line import number_reader
+from minllama.inference.streaming import Continuation, Writer
+from minllama.system.files import write_text
+from minllama.system.signals import StopRequest
+from minllama.text.chat import Exchange
+
+GREETING = "Ask something. Ctrl-C ends an answer, Ctrl-D the conversation; /help lists commands."
+HELP = """\
+/reset          forget what was said
+/save FILE      write the conversation as a line of .jsonl, which --train reads
+/temperature X  0: always the likeliest word; higher: more varied
+/help           this list"""
+
+
+def converse(writer: Writer, temperature: float) -> int:
+    """Hold a conversation, or with a model that is for none continue what is typed.
+
+    Returns the exit status, at the end of input or when Ctrl-C ends it.
+    """
+    if writer.template is not None:
+        return Conversation(writer, temperature).run()
+    writer.stop.restore()  # Ctrl-C at a prompt should end the program at once
+    print(
+        "This model continues texts. To converse: python run_llama.py --option finetune --train "
+        "data/chat-train.jsonl"
+    )
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            print()
+            return 0
+        writer.continue_texts([text], temperature)
+
+
+class Conversation:
+    """Questions and answers, with what was said before."""
+
+    def __init__(self, writer: Writer, temperature: float) -> None:
+        self.writer, self.temperature = writer, temperature
+        self.history: list[Exchange] = []
+        self.forgotten = 0  # exchanges at the beginning that the context has no room for
+        self.asked = 0  # questions: each answer has random numbers of its own
+
+    def run(self) -> int:
+        """Converse until the input ends; returns the exit status.
+
+        Ctrl-C ends an answer; where none is being given, the second one in a row ends it all.
+        """
+        self.writer.stop.restore()  # each answer listens by itself
+        print(GREETING)
+        warned = False
+        while True:
+            try:
+                line = input("> ").strip()
+            except EOFError:
+                print()
+                return 0
+            except KeyboardInterrupt:
+                if warned:
+                    print()
+                    return 130
+                print("\n(Ctrl-C once more, or Ctrl-D, ends the conversation)")
+                warned = True
+                continue
+            warned = False
+            if line.startswith("/"):
+                print(self.command(line))
+            elif line and (status := self.ask(line)):
+                return status
+
+    def ask(self, question: str) -> int:
+        """Answer a question, shown as it comes; returns the exit status to end with, else 0."""
+        row = self._row(question)
+        room = self.writer.llama.config.max_seq_len - len(row.prompt_ids)
+        if room < 1:
+            print(f"(a question of {len(row.prompt_ids):,} tokens, more than the model can read)")
+            return 0
+        options = self.writer.options
+        typed = "max_new_tokens" in options.given
+        with StopRequest(silent=True).listening() as stop:
+            self.writer.write(
+                [row],
+                self.temperature,
+                seeds=[options.seed + self.asked],
+                max_new_tokens=min(room, options.max_new_tokens) if typed else room,
+                lead="",
+                stop=stop,
+            )
+        self.asked += 1
+        if row.text:
+            self.history.append((question, row.text.strip()))
+        return stop.exit_status if stop.requested and stop.signal_number != signal.SIGINT else 0
+
+    def _row(self, question: str) -> Continuation:
+        """The question behind as much of the history as leaves room for an answer."""
+        context = self.writer.llama.config.max_seq_len
+        room = context - min(self.writer.options.max_new_tokens, context // 2)
+        forgotten_before = self.forgotten
+        while True:
+            kept = self.history[self.forgotten :]
+            row = self.writer.row(question, kept)
+            if len(row.prompt_ids) <= room or not kept:
+                break
+            self.forgotten += 1
+        if self.forgotten and not forgotten_before:
+            print("(the context is full: from here on the oldest questions are forgotten)")
+        return row
+
+    def command(self, line: str) -> str:
+        """Do what a line that begins with / asks for; returns what to say."""
+        name, _, argument = line.partition(" ")
+        argument = argument.strip()
+        if name == "/reset":
+            self.history, self.forgotten = [], 0
+            return "(a new conversation)"
+        if name == "/temperature":
+            try:
+                self.temperature = number_reader(float, at_least=0)(argument)
+            except argparse.ArgumentTypeError as error:
+                return f"/temperature {error}"
+            return f"(temperature {self.temperature:g})"
+        if name == "/save":
+            return self._save(argument)
+        return HELP if name == "/help" else f"{name}: no such command; /help lists them"
+
+    def _save(self, name: str) -> str:
+        path = Path(name)
+        if not name or path.exists():
+            return (
+                f"/save {name}: is there already; name a new file" if name else "/save needs FILE"
+            )
+        turns = [
+            {"role": role, "content": text}
+            for exchange in self.history
+            for role, text in zip(("user", "assistant"), exchange, strict=True)
+        ]
+        try:
+            write_text(path, json.dumps({"conversations": turns}, ensure_ascii=False) + "\n")
+        except OSError as error:
+            return f"/save {name}: {error.strerror or error}"
+        return f"(wrote {path})"

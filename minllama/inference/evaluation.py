@@ -1,0 +1,194 @@
+"""How likely a model finds texts: bits per byte, and minimal pairs, of which one is right."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from llama import Llama, LlamaZeroShotClassifier, common_prefix
+from minllama.system.errors import UsageError
+from minllama.system.json_lines import read_objects
+from minllama.system.signals import StopRequest
+from minllama.text.reading import JSON_SUFFIXES, Reading, read_documents, read_lines
+from minllama.text.tokens import DocumentEncoder
+from tokenizer import Tokenizer
+from utils import PretrainDataset, TokenStream
+
+# ---------------------------------------------------------------------------- bits per byte
+
+BATCH_TOKENS = 1 << 13
+
+
+def perplexity(loss: float) -> float:
+    """That of a loss in nats per token, as far as there is a number for it."""
+    return math.exp(min(loss, 700.0))
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """What a model made of a text; `loss_sum` in nats, over the tokens that it had to predict."""
+
+    loss_sum: float
+    tokens: int
+    utf8_bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.loss_sum / max(1, self.tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """What comparing models of other vocabularies takes."""
+        return self.loss_sum / math.log(2) / max(1, self.utf8_bytes)
+
+    def line(self) -> str:
+        """All of it, for the terminal."""
+        return (
+            f"{self.utf8_bytes:,} bytes in {self.tokens:,} tokens: {self.loss:.4f} nats per token, "
+            f"perplexity {perplexity(self.loss):.4f}, {self.bits_per_byte:.4f} bits per byte"
+        )
+
+
+@torch.inference_mode()
+def score_text(
+    model: Llama, tokenizer: Tokenizer, files: Sequence[Path], reading: Reading
+) -> TextScore:
+    """Score all documents of the files, as the validation of a pretraining does.
+
+    Each is put between BOS and EOS, and the stream of them cut into chunks of the model's context.
+    Raises UsageError for text that cannot be read, or none.
+    """
+    blocks = (block for path in files for block in read_documents(path, reading))
+    arrays, utf8_bytes = [], 0
+    for part in itertools.chain.from_iterable(DocumentEncoder(tokenizer).encode(blocks)):
+        arrays += [np.full(int(part.starts), tokenizer.bos_id), part.ids]
+        arrays += [np.full(int(part.ends), tokenizer.eos_id)]
+        utf8_bytes += part.utf8_bytes
+    if not utf8_bytes:
+        raise UsageError(f"{files[0]}: empty, there is no text to score")
+    tokens = np.concatenate(arrays, dtype=np.int32)
+    stream = TokenStream(tokens, np.array([0]), np.array([len(tokens)]))
+    dataset = PretrainDataset(stream, model.config.max_seq_len, bos_id=tokenizer.bos_id)
+    size, total, count = max(1, BATCH_TOKENS // model.config.max_seq_len), 0.0, 0
+    for first in tqdm(range(0, len(dataset), size), desc="scoring", leave=False, disable=None):
+        batch = dataset.batch(range(first, min(first + size, len(dataset))))
+        loss, targets = model.loss(*batch)
+        total, count = total + loss.item(), count + int(targets)
+    return TextScore(total, count, utf8_bytes)
+
+
+# ---------------------------------------------------------------------------- minimal pairs
+
+CATEGORY_FIELDS = ("category", "linguistics_term", "field", "UID")  # the last three are BLiMP's
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two sentences, of which the good one should be the likelier; `where` is file:line."""
+
+    good: str
+    bad: str
+    category: str
+    where: str
+
+
+def read_pairs(files: Sequence[Path], reading: Reading) -> list[Pair]:
+    """The pairs of files: lines `good<TAB>bad`, perhaps `<TAB>category`, or BLiMP's .jsonl.
+
+    Without a category of its own a pair has its file's name. Raises UsageError `file:line: ...`.
+    """
+    pairs = []
+    for path in files:
+        lines = read_lines(path, reading)
+        if path.name.lower().endswith(JSON_SUFFIXES):
+            found, read = read_objects(lines, path), _json_pair
+        else:
+            found, read = (pair for pair in lines if pair[1].strip()), _tabbed_pair
+        for number, said in found:
+            good, bad, category = read(said, f"{path}:{number}")
+            pairs.append(Pair(good, bad, category or path.name, f"{path}:{number}"))
+    if not pairs:
+        raise UsageError(f"{files[0]}: empty, there is no pair of sentences")
+    return pairs
+
+
+def _tabbed_pair(line: str, where: str) -> tuple[str, str, str]:
+    good, bad, category = ([part.strip() for part in line.split("\t")] + ["", "", ""])[:3]
+    if not (good and bad) or line.count("\t") > 2:
+        raise UsageError(f"{where}: a line reads `good<TAB>bad` or `good<TAB>bad<TAB>category`")
+    return good, bad, category
+
+
+def _json_pair(said: dict[str, Any], where: str) -> tuple[str, str, str]:
+    texts = {key: value for key, value in said.items() if isinstance(value, str) and value.strip()}
+    if not {"sentence_good", "sentence_bad"} <= texts.keys():
+        raise UsageError(f"{where}: lacks a text in sentence_good or sentence_bad, BLiMP's fields")
+    category = next((texts[key] for key in CATEGORY_FIELDS if key in texts), "")
+    return texts["sentence_good"], texts["sentence_bad"], category
+
+
+def compare_pairs(
+    model: LlamaZeroShotClassifier,
+    tokenizer: Tokenizer,
+    pairs: Sequence[Pair],
+    *,
+    batch_size: int,
+    stop: StopRequest,
+) -> np.ndarray:
+    """(n,) float64: log P(good) - log P(bad) after BOS, 0 where float32 cannot tell them apart.
+
+    Raises UsageError for a sentence longer than the context, Interrupted when asked to stop.
+    """
+    context, encoded = model.llama.config.max_seq_len, []
+    for pair in pairs:
+        both = [tokenizer.encode(text, bos=True, eos=False) for text in (pair.good, pair.bad)]
+        if max(map(len, both)) > context + 1:
+            raise UsageError(
+                f"{pair.where}: {max(map(len, both)) - 1:,} tokens, and the model reads {context}"
+            )
+        encoded.append(both)
+    differences = np.zeros(len(pairs))
+    order = sorted(range(len(pairs)), key=lambda i: max(map(len, encoded[i])))
+    for first in tqdm(range(0, len(pairs), batch_size), desc="comparing", disable=None):
+        stop.check()
+        chosen = order[first : first + batch_size]
+        rows = [encoded[i] for i in chosen]
+        # What a pair's sentences begin with adds the same to both.
+        starts = [min(common_prefix(row), min(map(len, row)) - 1) for row in rows]
+        good, bad = model.score(rows, starts)[0].double().cpu().unbind(dim=1)
+        tied = torch.isclose(good, bad, rtol=1e-6, atol=0)
+        differences[chosen] = (good - bad).masked_fill(tied, 0)
+    return differences
+
+
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share, from `successes` in n tries (Wilson 1927)."""
+    z, share = 1.959964, successes / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def pair_report(pairs: Sequence[Pair], differences: np.ndarray) -> list[str]:
+    """A line for each category, and one for all: the share of pairs whose good one is likelier."""
+    categories = np.array([pair.category for pair in pairs])
+    names = sorted(set(categories.tolist()))
+    rows = [(name, differences[categories == name]) for name in names] if len(names) > 1 else []
+    width = max(8, *map(len, names))
+    lines = [f"{'category':<{width}}    pairs   ties  good is likelier (95 % interval)"]
+    for name, found in [*rows, ("all", differences)]:
+        ties = int((found == 0).sum())
+        right = (found > 0).sum() + ties / 2
+        low, high = wilson_interval(right, len(found))
+        share = f"{right / len(found):.3f} ({low:.3f} to {high:.3f})"
+        lines.append(f"{name:<{width}} {len(found):>8,} {ties:>6,}  {share}")
+    return lines

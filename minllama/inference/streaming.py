@@ -1,0 +1,195 @@
+"""Text from a model: prompts continued and shown as the tokens come, only what is certain."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from config import Options
+from llama import Llama
+from minllama.model.generation import Sampling, generate_tokens
+from minllama.system.signals import StopRequest
+from minllama.system.units import human_time
+from minllama.text.chat import ChatTemplate, Exchange
+from tokenizer import Tokenizer
+
+# Where --temperature is not given: of a text that is continued, and of an answer.
+PROMPT_TEMPERATURE, CHAT_TEMPERATURE = 0.8, 0.2
+SAMPLE_TOKENS = 120  # of the text shown after a pretraining
+
+
+class Continuation:
+    """The text that grows behind a prompt; holds back what may yet turn into something else."""
+
+    def __init__(
+        self,
+        prompt_ids: list[int],
+        tokenizer: Tokenizer,
+        stops: Sequence[str],
+        *,
+        is_answer: bool = False,  # which does not begin with the space behind its label
+    ) -> None:
+        self.prompt_ids, self.tokenizer, self.stops = prompt_ids, tokenizer, stops
+        self.is_answer = is_answer
+        self.ids: list[int] = []
+        self.prompt_text = tokenizer.decode(prompt_ids)
+        self.text = ""  # without the prompt, certain
+        self.ended = False
+
+    def add(self, token: int | None) -> str:
+        """Take the next token (None: the row has ended); returns the text that became certain."""
+        if token is None:
+            self.ended = True
+        elif not self.ended:
+            self.ids.append(token)
+        text = self.tokenizer.decode(self.prompt_ids + self.ids)[len(self.prompt_text) :]
+        text = text.lstrip() if self.is_answer else text
+        found = [place for place in map(text.find, self.stops) if place >= 0]
+        if found:
+            self.ended, text = True, text[: min(found)]
+        elif not self.ended:  # a character of several bytes, or the beginning of a stop text
+            text = text.rstrip("\ufffd")
+            held = max((overlap(text, stop) for stop in self.stops), default=0)
+            text = text[: len(text) - held]
+        new, self.text = text[len(self.text) :], text
+        return new
+
+
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Continues texts with a model and shows them: one as it comes, several when they are whole."""
+
+    llama: Llama
+    tokenizer: Tokenizer
+    options: Options
+    stop: StopRequest
+    step: Callable[..., torch.Tensor] | None = None  # compiled, to read single tokens with
+    template: ChatTemplate | None = None  # of a chat model, whose prompts are questions to answer
+
+    def continue_texts(
+        self, prompts: Sequence[str], temperature: float, *, first: int = 0, of: int | None = None
+    ) -> list[str]:
+        """Prompt and continuation of each prompt, or its answer, `--num_samples` times.
+
+        The prompts are those from number `first` on, of `of` in all.
+        """
+        options, samples = self.options, self.options.num_samples
+        rows = [self.row(text) for text in prompts for _ in range(samples)]
+        context = self.llama.config.max_seq_len
+        longest = max(len(row.prompt_ids) for row in rows)
+        if longest > context:
+            print(
+                f"note: a prompt has {longest:,} tokens and the model's context is {context:,}: it "
+                "continues the last ones that fit",
+                file=sys.stderr,
+            )
+        of = of or len(prompts)
+        streamed = of * samples == 1
+        leads = [text + "\n" * (self.template is not None) for text in prompts]
+        self.write(
+            rows,
+            temperature,
+            # A sample's number alone seeds it, so a prompt gives alone what it gives in company.
+            seeds=[options.seed + number for _ in prompts for number in range(samples)],
+            max_new_tokens=options.max_new_tokens,
+            lead=leads[0] if streamed else None,
+            stop=self.stop,
+        )
+        texts = [leads[i // samples] + row.text for i, row in enumerate(rows)]
+        if not streamed:
+            for number, text in enumerate(texts, start=first * samples + 1):
+                print(f"--- {number} of {of * samples}\n{text}")
+        return texts
+
+    def row(self, text: str, history: Sequence[Exchange] = ()) -> Continuation:
+        """The text to continue, or for a chat model the question to answer, behind its history."""
+        tokenizer, template, stops = self.tokenizer, self.template, self.options.stop
+        if template is None:
+            return Continuation(tokenizer.encode(text, True, False), tokenizer, stops)
+        ids = template.prompt_ids(tokenizer, text, history)
+        return Continuation(ids, tokenizer, [*stops, template.next_question], is_answer=True)
+
+    def write(
+        self,
+        rows: Sequence[Continuation],
+        temperature: float,
+        *,
+        seeds: Sequence[int],
+        max_new_tokens: int,
+        lead: str | None,
+        stop: StopRequest,
+    ) -> None:
+        """Let the rows grow until they end; with a `lead` the first is shown as it comes behind it.
+
+        Raises Interrupted when asked to stop while it compiles.
+        """
+        options = self.options
+        generate_steps = functools.partial(
+            generate_tokens,
+            self.llama,
+            [row.prompt_ids for row in rows],
+            max_new_tokens=max_new_tokens,
+            step=self.step,
+        )
+        if self.step is not None:  # compile now, rather than while the text is being shown
+            started = time.perf_counter()
+            for _ in itertools.islice(generate_steps(sampling=Sampling(temperature=0)), 2):
+                stop.check()
+            seconds = time.perf_counter() - started
+            if seconds >= 1:  # else these shapes were compiled before
+                print(f"compile      took {human_time(seconds)}", file=sys.stderr)
+        penalty = options.repetition_penalty
+        steps = generate_steps(
+            sampling=Sampling(temperature, options.top_k, options.top_p, options.min_p, penalty),
+            seeds=seeds,
+            stop_ids=[self.tokenizer.eos_id],
+            should_stop=lambda: stop.requested,
+        )
+        if lead is not None:
+            print(lead, end="", flush=True)
+        for step in steps:
+            new = [row.add(token) for row, token in zip(rows, step, strict=True)]
+            if lead is not None:
+                print(new[0], end="", flush=True)
+            if all(row.ended for row in rows):
+                break
+        rest = [row.add(None) for row in rows]
+        if lead is not None:
+            print(rest[0])
+
+
+def sample_text(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompt: str = "",
+    *,
+    tokens: int = SAMPLE_TOKENS,
+    should_stop: Callable[[], bool] | None = None,
+) -> str:
+    """A prompt and its continuation, by default a document begun from nothing.
+
+    Seeded: a model always writes the same, and no other random state is touched.
+    """
+    prompt_ids = tokenizer.encode(prompt, True, False)
+    steps = generate_tokens(
+        model,
+        [prompt_ids],
+        max_new_tokens=min(tokens, max(1, model.config.max_seq_len - len(prompt_ids))),
+        sampling=Sampling(PROMPT_TEMPERATURE),
+        seeds=[0],
+        stop_ids=[tokenizer.eos_id],
+        should_stop=should_stop,
+    )
+    ids = [token for (token,) in steps if token is not None]
+    return tokenizer.decode([*prompt_ids, *ids])

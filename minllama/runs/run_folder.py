@@ -1,0 +1,313 @@
+"""The folder of a run: its files' names, the lock on it, which checkpoint to resume, which to keep.
+
+Runs of several options share a folder without touching each other's files. Knows nothing of how
+the files are written, nor of what is in a model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from config import FLAGS, HINTS, READERS
+from minllama.cli.config_file import typed_words
+from minllama.formats.pt_file import STATE_FILE
+from minllama.machine.ranks import Ranks
+from minllama.machine.sharding import shapes_alone
+from minllama.runs.checkpoint import Summary, load_checkpoint, remove_unnamed, summarize
+from minllama.system.errors import UsageError
+from minllama.system.files import (
+    read_json_object,
+    real_path,
+    remove,
+    remove_temporaries,
+    replace,
+    write_text,
+)
+from minllama.system.locks import Busy, Lock, hold
+
+CHECKPOINT_NAME = r"-(epoch|step)-\d+(\.pt|-sharded)"  # after the run's prefix
+RUN_FILES = (
+    "final-model.pt",
+    "best-model.pt",
+    "metrics.jsonl",
+    "run.json",
+    "loss-curve.svg",
+    "report.html",
+    "tensorboard",
+    "profile.json.gz",
+)
+NOT_REPEATED = {"option", "save_dir", "config", "resume", "overwrite", "plan", "profile"}
+ABANDONED = ".abandoned"
+LOOK_EVERY = 1.0  # seconds between two looks whether the folder is still there
+
+
+@dataclass
+class RunFolder:
+    """The files of one run: checkpoints `<prefix>-epoch-N.pt`, its models and its records.
+
+    `prefix` names the option (`pretrain`) or the option and the data set (`finetune-sst`).
+    """
+
+    path: Path
+    prefix: str
+    lock: Lock | None = field(default=None, repr=False)  # on the rank that holds it
+    looked: float = 0.0  # when, by the monotonic clock
+
+    def file(self, name: str) -> Path:
+        """A model or record by its plain name; pretraining's have no prefix."""
+        return self.path / (name if self.prefix == "pretrain" else f"{self.prefix}-{name}")
+
+    def own_files(self) -> list[Path]:
+        """The files of this run, or an earlier one of the same prefix, that are here now."""
+        files = [self.file(name) for name in RUN_FILES if self.file(name).exists()]
+        return files + self.checkpoints()
+
+    def checkpoints(self) -> list[Path]:
+        """The resumable checkpoints that are complete, by their names."""
+        return [
+            p for p in self._named_as_checkpoints() if p.is_file() or (p / STATE_FILE).is_file()
+        ]
+
+    def _named_as_checkpoints(self, suffix: str = "") -> list[Path]:
+        pattern = re.compile(re.escape(self.prefix) + CHECKPOINT_NAME + re.escape(suffix))
+        return sorted(path for path in self.path.glob("*-*-*") if pattern.fullmatch(path.name))
+
+    def epoch_checkpoint(self, epoch: int) -> Path:
+        """The resumable checkpoint after `epoch` passes over the data."""
+        return self.path / f"{self.prefix}-epoch-{epoch}.pt"
+
+    def step_checkpoint(self, step: int) -> Path:
+        """The resumable checkpoint after `step` optimizer steps."""
+        return self.path / f"{self.prefix}-step-{step}.pt"
+
+    # ------------------------------------------------------------------------ begin and end
+
+    @contextlib.contextmanager
+    def locked(self, ranks: Ranks) -> Iterator[None]:
+        """Keep other runs of this prefix out of the folder within the block.
+
+        Rank 0 holds the lock, and the system frees it when that process ends, however it ends.
+        Raises UsageError that names the run that is in the folder, and where the other ranks do
+        not see the lock: they are on machines that do not share the folder.
+        """
+        path = self.file("run.lock")
+        with contextlib.ExitStack() as held:
+            content = ranks.on_main(lambda: self._hold(path, held))
+            if ranks.nodes > 1:
+                ranks.on_all(lambda: self._check_shared(path, content, ranks.node))
+            yield
+
+    def _hold(self, path: Path, held: contextlib.ExitStack) -> str:
+        try:
+            self.lock = held.enter_context(hold(path))
+        except Busy as holder:
+            raise UsageError(
+                f"--save_dir {self.path}: {holder} is running in it: wait for it or name another "
+                "folder"
+            ) from None
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
+        return self.lock.content
+
+    def find_loss(self, *, now: bool = False) -> str | None:
+        """What to say of a folder that was taken away while its run was in it, else None.
+
+        Looks once a second, or `now`.
+        """
+        if self.lock is None or (not now and time.monotonic() - self.looked < LOOK_EVERY):
+            return None
+        self.looked = time.monotonic()
+        if not self.lock.is_gone():
+            return None
+        return (
+            f"--save_dir {self.path}, or the {self.lock.path.name} in it, was removed, renamed or "
+            "replaced while this run was in it"
+        )
+
+    def _check_shared(self, path: Path, content: str, node: int) -> None:
+        for _ in range(100):  # a network file system shows it late
+            with contextlib.suppress(OSError):
+                if path.read_text(encoding="utf-8", errors="replace") == content:
+                    return
+            time.sleep(0.1)
+        raise UsageError(
+            f"--save_dir {self.path}: machine {node} ({platform.node()}) does not see what rank 0 "
+            "wrote there: name a folder that all machines share"
+        )
+
+    def check_free(self, *, resume: bool, overwrite: bool, model: Path | None = None) -> None:
+        """Raise UsageError where the folder holds a run that is neither resumed nor removed.
+
+        Also where `model`, the file or the run's folder to start from, would be removed with it.
+        """
+        present = self.own_files()
+        removed = map(real_path, (*present, self.path))
+        if overwrite and model and real_path(model) in removed:
+            raise UsageError(
+                f"--overwrite would remove --pretrained_model_path {model} with the run in "
+                f"{self.path}: name another --save_dir"
+            )
+        if present and not resume and not overwrite:
+            raise UsageError(
+                f"--save_dir {self.path} already holds a run ({present[0].name}): add --resume "
+                "auto to continue it, --overwrite to remove its files, or name another folder"
+            )
+
+    def clear(self) -> None:
+        """Remove the files of an earlier run, and no others."""
+        for path in [*self.own_files(), *self._named_as_checkpoints(ABANDONED)]:
+            remove(path)
+
+    def remove_incomplete(self) -> None:
+        """Delete what runs of this prefix left that were killed while they wrote."""
+        names = [re.escape(self.file(name).name) for name in RUN_FILES]
+        names.append(re.escape(self.prefix) + CHECKPOINT_NAME)
+        remove_temporaries(self.path, "|".join(names))
+        for path in self._named_as_checkpoints():
+            if path.is_dir():
+                remove_unnamed(path)
+
+    def add_start(self, record: dict[str, Any]) -> None:
+        """Add one start of the run, the first or a resume, to run.json."""
+        path, starts = self.file("run.json"), self.starts()
+        if not starts and path.exists():
+            replace(path, path.with_name(f"{path.name}.damaged"))
+            print(f"note: {path} was damaged; it is kept as {path.name}.damaged")
+        write_text(path, json.dumps({"starts": [*starts, record]}, indent=2) + "\n")
+
+    def starts(self) -> list[dict[str, Any]]:
+        """The starts in run.json; none where there is no such file, or it is damaged."""
+        with contextlib.suppress(UsageError):
+            starts = read_json_object(self.file("run.json")).get("starts")
+            if isinstance(starts, list) and all(isinstance(start, dict) for start in starts):
+                return starts
+        return []
+
+    def repeating_words(self) -> list[str]:
+        """The command, from --option on, that repeats the run's first start in a new folder.
+
+        What the program chose then is typed now. Empty without a record; raises UsageError for a
+        damaged one.
+        """
+        stored = next((start.get("options") for start in self.starts()), None)
+        option = stored.get("option") if isinstance(stored, dict) else None
+        if option not in READERS["option"]:
+            return []
+        # The global batch was settled; where the micro-batch is the whole of it, it says no more.
+        whole = stored.get("pretrain_batch_size" if option == "pretrain" else "batch_size")
+        settled = "gradient_accumulation_steps"
+        if whole == stored.get("global_batch_size"):
+            settled = "global_batch_size"
+        without = NOT_REPEATED | {settled}
+        if stored.get("schedule_steps") is not None:
+            without |= {"minutes"}  # what was chosen for them is how long it trains
+        fields = {
+            name: field
+            for name, field in FLAGS.items()
+            if option in READERS[name] and name not in without
+        }
+        words = typed_words(stored, fields, HINTS, where=str(self.file("run.json")))
+        folder = self.path.with_name(f"{Path(real_path(self.path)).name}-again")
+        return ["--option", option, "--save_dir", str(folder), *words]
+
+    # ------------------------------------------------------------------------ checkpoints
+
+    def find_checkpoint(self, resume: str) -> tuple[Path, dict[str, Any]] | None:
+        """The checkpoint that `--resume` names, read and verified.
+
+        auto: that of the latest step that is whole; what is skipped is said. None where there is
+        none yet. Raises UsageError where all are damaged.
+        """
+        if resume != "auto":
+            summarize(Path(resume))
+            return Path(resume), load_checkpoint(Path(resume))
+        for path, _ in self._newest_first():
+            try:
+                return path, load_checkpoint(path)
+            except UsageError as error:
+                print(f"skipped: {error}")
+        if self.checkpoints():
+            raise UsageError(
+                f"--resume auto: no whole {self.prefix} checkpoint in {self.path}; start without "
+                "it, with --overwrite"
+            )
+        return None
+
+    def last_good(self, run_id: str, step: int) -> tuple[Path, dict[str, Any]] | None:
+        """The newest whole checkpoint of a run before `step` that followed no skipped update."""
+        for path, of in self._newest_first(run_id):
+            if of.step < step and not of.skipped:
+                with contextlib.suppress(UsageError):
+                    return path, load_checkpoint(path)
+        return None
+
+    def set_aside_later(self, run_id: str, step: int) -> None:
+        """Rename the run's checkpoints after `step`, where a run resumed there leaves them.
+
+        Else `--resume auto` would return to a future that was given up.
+        """
+        later = [path for path, of in self._newest_first(run_id) if of.step > step]
+        for path in later:
+            aside = path.with_name(path.name + ABANDONED)
+            if aside.exists():  # by an earlier resume, at the same step
+                remove(aside)
+            replace(path, aside)
+        if later:
+            names = ", ".join(path.name for path in later)
+            print(f"set aside    {names}, made after step {step:,}: renamed to *.abandoned")
+
+    def prune(self, keep_last: int, *, run_id: str, step: int) -> None:
+        """Delete all but the newest `keep_last` step checkpoints up to `step` (0: keep all).
+
+        Only those that the run `run_id` wrote are counted and deleted. Best effort: what cannot be
+        deleted stays.
+        """
+        if not keep_last:
+            return
+        own = [path for path, of in self._newest_first(run_id) if of.step <= step]
+        of_steps = [path for path in own if path.name.startswith(f"{self.prefix}-step-")]
+        for path in of_steps[keep_last:]:
+            with contextlib.suppress(OSError):
+                if path.is_dir():  # without this file it is no checkpoint: no half of one is left
+                    (path / STATE_FILE).unlink()
+                remove(path)
+
+    def _newest_first(self, run_id: str | None = None) -> list[tuple[Path, Summary]]:
+        """The checkpoints of a run, by default of all, that are sound enough to tell their step."""
+        found = []
+        for path in self.checkpoints():
+            try:
+                of = summarize(path)
+                if run_id in (None, of.run_id):
+                    found.append((path, of))
+            except UsageError as error:
+                if run_id is None:
+                    print(f"skipped: {error}")
+        # Of two of the same step the one whose record is complete is the later.
+        return sorted(found, key=lambda pair: (pair[1].step, pair[1].complete), reverse=True)
+
+
+def read_on_ranks(
+    ranks: Ranks, find: Callable[[], tuple[Path, dict[str, Any]] | None]
+) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that rank 0 finds. Every rank must call this.
+
+    Rank 0 alone reads it: what is plain is told to the others, and the tensors of model and
+    optimizer have no values there until `sharding.receive` fetches them, one at a time.
+    """
+
+    def tell(found: tuple[Path, dict[str, Any]] | None) -> tuple[Path, dict[str, Any]] | None:
+        if found is None:
+            return None
+        path, state = found
+        return path, state | {key: shapes_alone(state[key]) for key in ("model", "optimizer")}
+
+    return ranks.on_main(find, tell=tell)

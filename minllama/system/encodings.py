@@ -1,0 +1,81 @@
+"""Which encoding the bytes of a text that is not UTF-8 may have, told by the commonest characters.
+
+Pure Python. Only names encodings; nothing is read in one that the user did not name.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+
+from minllama.system.errors import UsageError
+
+# The commonest Chinese characters, simplified and traditional, and the punctuation of both.
+CHINESE = (
+    "的一是不了在人有我他这这个们中来上大为和国地到以说时要就出会可也你对生能而子那得于着下自之年过发后作里用"
+    "道行所然家种事成方多经么去法学如都同现当没动面起看定天分还进好小部其些主样理心她本前开但因只从想实日"
+    "這個們來為國說時會對於著過發後裡種經麼學現當沒動還進樣開從實"
+    "，。、：；！？“”‘’「」『』《》（）…—"
+)
+KOREAN = "다이는을의에가고하지한은로도를서그나자시기사리어아있대인것들수"
+JAPANESE = "[\u3041-\u30fe]"
+CYRILLIC = "[\u0430-\u044f]{3,}"  # small letters, three in a row
+# How an encoding's text looks where it is read in it: characters that hardly come by chance.
+LIKELY = {
+    "gb18030": f"[{CHINESE}]",
+    "big5": f"[{CHINESE}]",
+    "utf-16-le": f"[{CHINESE}{KOREAN}]|{JAPANESE}|{CYRILLIC}",
+    "utf-16-be": f"[{CHINESE}{KOREAN}]|{JAPANESE}|{CYRILLIC}",
+    "shift_jis": JAPANESE,
+    "euc_jp": JAPANESE,
+    "cp949": f"[{KOREAN}]",
+    "cp1251": CYRILLIC,
+    "koi8-r": CYRILLIC,
+    "cp1252": "(?<=[A-Za-z])[ß-ÿ]|[ß-ÿ](?=[A-Za-z])|[’“”–—…«»]",
+}
+LEAST = 0.2  # of the characters beyond ASCII look so, or the encoding is not named
+BOMS = {  # the longer first: UTF-32's begins as UTF-16's
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def check_encoding(name: str) -> None:
+    """Raise UsageError unless `name` is an encoding of text that Python reads in pieces."""
+    try:
+        "".encode(name)
+        codecs.getincrementaldecoder(name)
+    except (LookupError, ValueError):
+        raise UsageError(
+            f"--encoding {name}: no text encoding of that name; gb18030, big5, utf-16, cp1252, ..."
+        ) from None
+
+
+def is_utf8(name: str) -> bool:
+    """Whether an encoding that can be read is UTF-8, by whatever name."""
+    return codecs.lookup(name).name in ("utf-8", "utf-8-sig")
+
+
+def likely_encoding(data: bytes) -> str | None:
+    """The encoding that bytes from the beginning of a text may have; None where none is likely."""
+    for bom, name in BOMS.items():
+        if data.startswith(bom):
+            return name
+    zeros = (data[0::2].count(0), data[1::2].count(0))
+    if 20 * min(zeros) < len(data) < 4 * max(zeros):  # of ASCII every second byte
+        return "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be"
+    shares = {name: _share(data, name, looks) for name, looks in LIKELY.items()}
+    best = max(shares, key=shares.get)
+    return best if shares[best] >= LEAST else None
+
+
+def _share(data: bytes, name: str, looks: str) -> float:
+    """The share of the characters beyond ASCII that look as they do in text of that encoding."""
+    try:
+        text = codecs.getincrementaldecoder(name)().decode(data)  # its end may be half a character
+    except UnicodeError:
+        return 0.0
+    beyond = sum(character > "\x7f" for character in text)
+    return len("".join(re.findall(looks, text))) / beyond if beyond else 0.0

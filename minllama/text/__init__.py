@@ -1,0 +1,12 @@
+"""From files of text to token ids.
+
+Knows no model. A data set of `utils.py` is what comes out.
+
+    reading     text files found, decoded, and read as documents
+    labelled    `label ||| sentence` files and the scores of predictions
+    chat        dialogues and the template that they are written in
+    tokens      documents to token ids; the token cache
+    duplicates  documents that come twice
+    corpus      the text of a pretraining, held out and cut
+    vocabulary  which vocabulary a pretraining takes
+"""

@@ -1,0 +1,255 @@
+"""The text of a pretraining: found, tokenized, partly held out, cut into chunks, and described."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from config import DATA_DIR, MAX_CONTEXT, Options, fingerprint
+from minllama.cli.command_line import quoted
+from minllama.cli.console import say
+from minllama.machine.ranks import Ranks
+from minllama.system.files import real_path
+from minllama.system.signals import StopRequest
+from minllama.text.duplicates import say_copies, without_copies
+from minllama.text.reading import (
+    JSON_SUFFIXES,
+    SHOWN_FILES,
+    TEXT_SUFFIXES,
+    Reading,
+    find_text_files,
+    first_words,
+    is_labelled,
+)
+from minllama.text.tokens import TokenCache, build_or_load
+from tokenizer import Tokenizer
+from utils import PretrainDataset, count_chunks, split_documents, whole_stream
+
+EMBEDDED_TEXTS = ("stories-train.jsonl", "reviews-unlabelled.jsonl")
+TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+FEW_FILES = 3  # have a line each
+MIN_CONTEXT, WANTED_STEPS = 128, 1000
+SAMPLED_TOKENS = 1 << 20  # looked at to see whether the vocabulary fits the text
+OPENING_TOKENS = 64  # of a document, looked at for its first words
+MOSTLY, SOME = 0.5, 0.02  # of a text's bytes; English under an English vocabulary has next to none
+
+
+class TextFiles(NamedTuple):
+    """The files to train on, those held out, and how both are read."""
+
+    train: Sequence[Path]
+    val: Sequence[Path]  # none: a share of the text is held out
+    reading: Reading
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The text to train on and the held-out text, cut into chunks."""
+
+    train: PretrainDataset
+    val: PretrainDataset | None
+    tokenizer: Tokenizer
+    context: int  # tokens of a chunk
+    key: str  # of the training text, its vocabulary, how it was read and what --dedup dropped
+    place: Callable[[int], str]  # where a token of the training text is in the files
+
+    def locate(self, chunk: int) -> str:
+        """Where a training chunk is in the files."""
+        return self.place(chunk * self.context)
+
+    def cut(self, context: int, val_tokens: int) -> Texts:
+        """These texts in chunks of `context`, with at most `val_tokens` of the held-out one."""
+        bos_id, val = self.tokenizer.bos_id, self.val
+        if val is not None:
+            stream = val.stream
+            if val_tokens < len(stream):
+                stream = stream.first(val_tokens, self.tokenizer.token_byte_lengths())
+            val = PretrainDataset(stream, context, bos_id=bos_id)
+        train = PretrainDataset(self.train.stream, context, bos_id=bos_id)
+        return dataclasses.replace(self, train=train, val=val, context=context)
+
+    def opening(self) -> str:
+        """The first words of the held-out text, or of all where none is held out."""
+        tokenizer, stream = self.tokenizer, (self.val or self.train).stream
+        marks = (tokenizer.bos_id, tokenizer.eos_id)
+        ids = stream.read(0, min(len(stream), OPENING_TOKENS)).tolist()
+        start = int(ids[:1] == [tokenizer.bos_id])
+        document = itertools.takewhile(lambda token: token not in marks, ids[start:])
+        return first_words(tokenizer.decode(document).rstrip("\ufffd"))
+
+
+def find_texts(options: Options) -> TextFiles:
+    """The files that the flags mean; raises UsageError."""
+    patterns, val_data = options.pretrain_data, options.val_data
+    if not patterns:
+        patterns = tuple(str(DATA_DIR / name) for name in EMBEDDED_TEXTS)
+        if not val_data and options.val_fraction:
+            val_data = (str(DATA_DIR / "stories-val.jsonl"),)
+    files = find_text_files(patterns, flag="--pretrain_data")
+    val_files = find_text_files(val_data, flag="--val_data") if val_data else []
+    reading = Reading(
+        document_per_line=options.document_per_line,
+        text_field=options.text_field,
+        encoding=options.encoding,
+        encoding_errors=options.encoding_errors,
+        sentences_only=options.sentences_only,
+    )
+    return TextFiles(without_validation(files, val_files), val_files, reading)
+
+
+def load_texts(
+    options: Options,
+    files: TextFiles,
+    tokenizer: Tokenizer,
+    *,
+    longest: int = MAX_CONTEXT,
+    stop: StopRequest,
+    ranks: Ranks,
+) -> Texts:
+    """The text, tokenized now or earlier, some of it held out. Every rank must call this.
+
+    Its chunks are of --max_seq_len, else of up to `longest` tokens. Raises UsageError.
+    """
+
+    def load(paths: Sequence[Path]) -> TokenCache:
+        build = functools.partial(
+            build_or_load,
+            paths,
+            tokenizer,
+            files.reading,
+            options.cache_dir,
+            should_stop=lambda: stop.requested,
+        )
+        cache = ranks.first_on_node(build, then=functools.partial(build, is_verified=True))
+        if cache.rebuilt_because not in (None, "there was none"):
+            print(f"tokenized again: the cache in {options.cache_dir}: {cache.rebuilt_because}")
+        return cache
+
+    cache, val_cache = load(files.train), load(files.val) if files.val else None
+    chosen = without_copies(cache, val_cache) if options.dedup else None
+    whole = whole_stream(cache, chosen)
+    held_out = 0.0 if files.val else options.val_fraction
+    trained = round(len(whole) * (1 - held_out))
+    length = options.max_seq_len or longest
+    if options.max_seq_len is None and options.minutes is None:
+        length = fit_context(options, trained, longest)
+    for paths, of_paths in ((files.train, cache), (files.val, val_cache)):
+        if of_paths is not None:
+            say_loaded(paths, of_paths, files.reading, length)
+    per_token = whole.utf8_bytes / len(whole)
+    print(f"text         {len(whole):,} tokens, {per_token:.2f} bytes per token")
+    say_byte_pieces(tokenizer.spelt_in_bytes(cache.tokens[:SAMPLED_TOKENS]), files.train)
+    if val_cache is not None:
+        train, val = whole, whole_stream(val_cache)
+    else:
+        train, val = split_documents(cache, held_out, chunk_length=length, chosen=chosen)
+        if val is None and held_out:
+            print("no validation: the text is too short to hold some of it out; --val_data FILE")
+    if chosen is None:
+        say_copies(cache, val_cache, train, val)
+    if val is not None:
+        share = len(val) / (len(val) + len(train))
+        say(f"validation   {len(val):,} tokens held out ({share:.1%} of all)")
+    if len(train) <= length:
+        print(f"the text is shorter than --max_seq_len {length}: training on one short chunk")
+
+    def place(position: int) -> str:
+        file, token = cache.place(train.locate(position))
+        text = tokenizer.decode(train.read(position, position + 8)[:8].tolist())
+        return f"{files.train[file]}, token {token:,} ({text!r})"
+
+    cut = functools.partial(PretrainDataset, chunk_length=length, bos_id=tokenizer.bos_id)
+    val_set = None if val is None else cut(val)
+    return Texts(cut(train), val_set, tokenizer, length, key_of(cache, chosen), place)
+
+
+def key_of(cache: TokenCache, chosen: np.ndarray | None) -> str:
+    """Names a text by its content, of which `chosen` documents, (documents,) bool, are used."""
+    if chosen is None or chosen.all():
+        return cache.key.hex()[:16]
+    return fingerprint(cache.key + np.packbits(chosen).tobytes())
+
+
+def fit_context(options: Options, tokens: int, longest: int) -> int:
+    """The context for a text of so many tokens, where --max_seq_len names none; says which.
+
+    The `longest`, halved until the whole schedule has about a thousand steps: a small text is
+    learnt better in more and shorter steps.
+    """
+    at_once = options.global_batch_size or 1
+
+    def steps(context: int) -> int:
+        return options.epochs * max(1, -(-count_chunks(tokens, context) // at_once))
+
+    context = longest
+    while steps(context) < WANTED_STEPS and context > MIN_CONTEXT:
+        context //= 2
+    print(f"context      {context:,} tokens, for {steps(context):,} steps; --max_seq_len N sets it")
+    return context
+
+
+def without_validation(files: Sequence[Path], val_files: Sequence[Path]) -> Sequence[Path]:
+    """The training files that are not --val_data's, too; says what is left out."""
+    held_out = {real_path(path) for path in val_files}
+    left = [path for path in files if real_path(path) not in held_out]
+    if not left:
+        print("warning: --val_data is the text to train on: its loss tells nothing of other text")
+        return files
+    if len(left) < len(files):
+        print(f"not trained on: {len(files) - len(left)} of the files, which --val_data names, too")
+    return left
+
+
+def say_loaded(files: Sequence[Path], cache: TokenCache, reading: Reading, length: int) -> None:
+    """Say how many chunks of `length` tokens the files have, and what is odd about them."""
+    odd = [remarks(path, reading) for path in files[:SHOWN_FILES]]
+    if len(files) > FEW_FILES:
+        where = f"{len(files):,} files, {files[0]} to {files[-1]}"
+        print(f"Loaded {count_chunks(len(cache), length):,} chunks from {where}")
+        for remark, count in Counter(remark for of_file in odd for remark in of_file).items():
+            print(f"  {count} of the first {len(odd)}: {remark}")
+        return
+    for path, tokens, of_file in zip(files, cache.file_tokens, odd, strict=True):
+        print(f"Loaded {count_chunks(int(tokens), length)} chunks from {path}")
+        for remark in of_file:
+            print(f"  {remark}")
+
+
+def remarks(path: Path, reading: Reading) -> list[str]:
+    """What to say of a file that may not be meant to be read as it is."""
+    name = path.name.lower()
+    if is_labelled(path, reading) and not reading.sentences_only:
+        return ["labelled lines in it: --sentences_only reads the sentences alone"]
+    if name.endswith(TABLE_SUFFIXES):
+        return [
+            "a table, read as plain text with all its separators: to train on one of its "
+            'columns make a .jsonl of it, a line {"text": ...} for each row'
+        ]
+    if not name.endswith((*TEXT_SUFFIXES, *JSON_SUFFIXES)):
+        return ["read as plain text, markup included"]
+    return []
+
+
+def say_byte_pieces(share: float, files: Sequence[Path]) -> None:
+    """Say so where a `share` of the text that matters is encoded byte by byte.
+
+    Where that is most of it, how to train a vocabulary.
+    """
+    if share > MOSTLY:
+        train = ["--input", *files[:SHOWN_FILES], "--vocab_size", "8000", "--output", "my.model"]
+        print(
+            f"warning: {share:.0%} of the text is encoded byte by byte, since the vocabulary has "
+            "no pieces for its characters: the model would learn slowly and see little at a time. "
+            "Train a vocabulary on the text, then name it with --tokenizer_model my.model:\n"
+            f"  {quoted('python', 'tokenizer.py', 'train', *train)}"
+        )
+    elif share >= SOME:
+        print(f"byte pieces  {share:.1%} of the text: characters that the vocabulary lacks")

@@ -1,0 +1,62 @@
+"""The vocabulary of a pretraining: the one that was named, the stories' own, or one of the text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from config import Options
+from minllama.machine.ranks import Ranks
+from minllama.system.errors import UsageError
+from minllama.system.files import check_writable, remove
+from minllama.text.corpus import TextFiles
+from minllama.text.reading import Reading
+from minllama.text.tokens import place_name, text_signature
+from tokenizer import Tokenizer, train_vocabulary
+
+SAMPLED_BYTES = 16 << 20  # of text to train on: more changes next to nothing
+
+
+def choose_vocabulary(
+    options: Options, files: TextFiles, *, stored: bytes | None, ranks: Ranks
+) -> Tokenizer:
+    """The vocabulary to pretrain with; says which. Every rank must call this.
+
+    That of `--tokenizer_model`; of a resumed run the one `stored` in its checkpoint; of the stories
+    the embedded one; of other text one trained on it, kept in --cache_dir. Raises UsageError.
+    """
+    if options.tokenizer_model is not None:
+        return _said(Tokenizer(tokenizer_model=options.tokenizer_model), options.tokenizer_model)
+    if stored is not None:
+        return _said(Tokenizer(tokenizer_model=stored), "the checkpoint's")
+    if not options.pretrain_data:
+        return _said(Tokenizer(), "the embedded one")
+    model_bytes, where = ranks.on_main(
+        lambda: _of_text(files.train, files.reading, options.cache_dir)
+    )
+    return _said(Tokenizer(tokenizer_model=model_bytes), f"trained on the text, in {where}")
+
+
+def _said(tokenizer: Tokenizer, which: str | Path) -> Tokenizer:
+    print(f"vocabulary   {tokenizer.n_words:,} pieces: {which}")
+    beside = Path("tokenizer.model")
+    if beside.is_file() and Path(which) != beside:
+        print(f"             {beside} is not used: --tokenizer_model {beside} takes it")
+    return tokenizer
+
+
+def _of_text(files: Sequence[Path], reading: Reading, cache_dir: Path) -> tuple[bytes, Path]:
+    """A vocabulary that suits the files, as trained on them earlier or now, and its file."""
+    # Named by the place of the text and then by its state: changed text replaces its old one.
+    place = place_name(files, reading)
+    path = cache_dir / f"{place}-{text_signature(files, reading).hex()[:12]}.model"
+    try:
+        return Tokenizer(tokenizer_model=path).model_bytes, path
+    except UsageError:  # none yet, or a damaged one
+        print("vocabulary   training one on the text, since --tokenizer_model names none")
+    check_writable(cache_dir, "--cache_dir")
+    train_vocabulary(files, path, reading=reading, max_bytes=SAMPLED_BYTES)
+    for old in cache_dir.glob(f"{place}-*.model"):
+        if old != path:
+            remove(old)
+    return Tokenizer(tokenizer_model=path).model_bytes, path

@@ -1,0 +1,358 @@
+"""A run: what the train loop works on, where it is and when it ends, and its checkpoint.
+
+What follows a step (evaluation, best model, checkpoint) is decided by its number alone, so a run
+that is stopped anywhere and resumed ends as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, get_type_hints
+
+import torch
+from tqdm import tqdm
+
+from llama import model_payload
+from minllama.formats.pt_file import load_pt
+from minllama.machine.device import describe_device, dtype_name, is_out_of_memory
+from minllama.machine.random_state import (
+    random_state,
+    rank_seed,
+    restore_random_state,
+    seed_everything,
+)
+from minllama.machine.ranks import LAUNCHER_GONE, is_lost_peer
+from minllama.machine.sharding import (
+    full_state_dict,
+    is_sharded,
+    load_optimizer_state,
+    load_state,
+    local_shards,
+)
+from minllama.runs.record import environment, finite_or_none
+from minllama.runs.saving import Checkpoints
+from minllama.system.errors import TextLost, UsageError
+from minllama.training.ahead import Ahead
+from minllama.training.deadline import (
+    FINISHING,
+    MOST_EPOCHS,
+    TOLD,
+    WRITTEN,
+    Deadline,
+    Pace,
+    next_look,
+)
+from minllama.training.session import Session
+from minllama.training.task import Task
+from optimizer import make_optimizer
+
+# What loading another program's state raises.
+STRANGE_STATE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+@dataclass
+class Progress:
+    """Where a run is, in plain values; data order and learning rate follow from `step`."""
+
+    step: int = 0  # optimizer steps made
+    tokens: int = 0  # trained on
+    skipped: int = 0  # updates skipped in a row
+    lr_scale: float = 1.0  # halved by each rollback
+    split: int = 1  # parts in which a micro-batch is trained on, since it did not fit the memory
+    first: float | None = None  # the goal before training
+    best: float | None = None  # the goal's best value
+    best_step: int = 0
+    without_better: int = 0  # looks for a new best since then
+    pace: Pace = field(default_factory=Pace)  # of a run that keeps to a time
+    spent: float = 0.0  # seconds of a run that keeps to a time
+    pending: dict | None = None  # the last step's record, not yet evaluated and written
+
+    def load(self, plain: dict[str, Any]) -> None:
+        """Take over the values of a checkpoint. Raises ValueError for other names or types."""
+        for name, kind in get_type_hints(Progress).items():
+            value = plain.get(name, getattr(Progress(), name))
+            if kind is Pace and isinstance(value, dict):
+                value = Pace(int(value["step"]), float(value["place"]), int(value["end"]))
+            if not isinstance(value, kind):
+                raise ValueError(f"its {name} is {str(value)[:20]!r}")
+            setattr(self, name, value)
+
+
+class Run:
+    """Everything the train loop works on."""
+
+    def __init__(self, session: Session, task: Task) -> None:
+        self.session, self.task, self.plan = session, task, session.plan
+        self.options, self.folder = session.options, session.folder
+        self.ranks, self.stop = session.ranks, session.stop
+        self.device, self.dtype = session.device, session.dtype
+        self.optimizer = make_optimizer(
+            task.model,
+            name=self.options.optimizer,
+            lr=self.options.peak_lr(),
+            weight_decay=self.options.decay(),
+            dtype=self.dtype,
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.progress, self.run_id = Progress(), uuid.uuid4().hex
+        self.agreed: bool | None = None  # in the last step, whether to stop after it
+        # A CPU would only share its cores with the thread: there a batch takes a thousandth of a
+        # step. A GPU would wait for it.
+        self.windows = Ahead(task.window, enabled=self.device.type != "cpu")
+        self.deadline = self._deadline()
+        self.looks_at = 1  # at the clock, after this step
+        self.said_steps: int | None = None  # as the end of a run that keeps to a time
+        self.checkpoints = Checkpoints(
+            self.folder,
+            self.ranks,
+            make_state=self.state,
+            sharded=is_sharded(task.model),
+            keep_last=self.options.keep_last,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What a resumable checkpoint holds: everything that is not a flag or a data file.
+
+        Of a sharded model it has this rank's shards, else rank 0 has the whole.
+        """
+        random_states = self.ranks.gather(random_state())
+        model, optimizer = self.task.model, self.optimizer.state_dict()
+        if is_sharded(model):
+            weights, optimizer = local_shards(model.state_dict()), local_shards(optimizer)
+        else:
+            weights = full_state_dict(model, self.ranks)
+        state = {
+            **model_payload(self.task.llama, state=weights),
+            "optimizer": optimizer,
+            "scaler": self.scaler.state_dict(),
+            "rng": random_states[0],
+            "progress": asdict(self.progress),
+            "identity": self.session.identity,
+            "run_id": self.run_id,
+            "options": self.options.to_plain(),
+        }
+        return state | ({"rng_of_ranks": random_states} if self.ranks.world_size > 1 else {})
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over a checkpoint's state, whose identity has been checked; nothing of it is kept.
+
+        Every rank must call this. Raises UsageError where it holds other things than a run's state.
+        """
+        try:
+            load_state(self.task.model, state["model"])
+            load_optimizer_state(self.optimizer, state["optimizer"])
+            if state["scaler"]:  # else the run was not one in float16
+                self.scaler.load_state_dict(state["scaler"])
+            self.progress.load(state["progress"])
+            random_states = state.get("rng_of_ranks", [state["rng"]])
+            if len(random_states) == self.ranks.world_size:
+                restore_random_state(random_states[self.ranks.rank])
+            else:
+                self.seed_rank()
+        except STRANGE_STATE as error:
+            if is_lost_peer(error) or is_out_of_memory(error):
+                raise
+            reason = str(error).strip().split("\n")[0]
+            raise UsageError(f"the checkpoint is not one of this program ({reason})") from None
+        self.run_id = state.get("run_id", self.run_id)
+        if self.ranks.world_size > 1:
+            self.progress.split = 1  # several processes train on micro-batches as given
+
+    def seed_rank(self) -> None:
+        """Give this rank dropout of its own, where no checkpoint has it for this many ranks."""
+        seed_everything(rank_seed(self.options.seed, self.progress.step, self.ranks.rank))
+
+    def start(self) -> None:
+        """Take over the session's checkpoint or clear the folder, and record what will run."""
+        ranks, checkpoint = self.ranks, self.session.checkpoint
+        self.session.checkpoint = None  # its memory can be freed, and its file replaced
+        resumes = checkpoint is not None
+        if resumes:
+            ranks.on_all(functools.partial(self.restore, checkpoint))
+            if self.deadline is not None:
+                self.deadline.before = self.progress.spent
+            ranks.on_main(lambda: self.folder.set_aside_later(self.run_id, self.progress.step))
+        elif not ranks.is_main:
+            self.seed_rank()
+        del checkpoint  # before anything is evaluated
+
+        def begin() -> None:
+            if not resumes and self.options.overwrite:
+                self.folder.clear()
+            self.folder.remove_incomplete()
+            start = {
+                "options": self.options.to_plain(),
+                "environment": environment(),
+                "device": describe_device(self.device),
+                "dtype": dtype_name(self.dtype),
+                "processes": ranks.world_size,
+                "launch": ranks.launch,
+                "resumed_at_step": self.progress.step,
+                "plan": self.plan.lines(None),
+            }
+            self.folder.add_start(start)
+
+        ranks.on_main(begin)
+        if self.progress.first is None:
+            self.progress.first = self.evaluate().get(self.task.goal)
+        if resumes and not self.has_more():
+            self._say_nothing_is_left()
+        self.check_best()
+        if resumes and self.progress.best is None and not self.has_more():
+            self.note_best(self.evaluate())  # these weights are the best there are
+            self.progress.best_step = self.progress.step
+            self.save_best()
+
+    def check_best(self) -> None:
+        """Forget the best value where best-model.pt is lost, or of steps that were given up."""
+
+        def is_there() -> bool:
+            with contextlib.suppress(UsageError):
+                best = load_pt(self.folder.file("best-model.pt"), verify=False)
+                step = best.get("step")
+                return isinstance(step, int) and step <= self.progress.step
+            return False
+
+        if self.progress.best is not None and not self.ranks.on_main(is_there):
+            self.progress.best = None
+            tqdm.write("best-model.pt is missing, or of other steps: a new best model is chosen")
+
+    def save_best(self) -> None:
+        """Write best-model.pt, with the step that it is of."""
+        weights = self.task.weights() | {"step": self.progress.best_step}
+        self.checkpoints.save_weights("best-model.pt", weights)
+
+    def _say_nothing_is_left(self) -> None:
+        """Of a resumed run that had ended: what would let it continue."""
+        remedy = "a larger --epochs lets it continue"
+        if self.out_of_patience():
+            remedy = "a larger --early_stopping lets it continue"
+        elif self.plan.last_step < self.plan.schedule_steps:
+            remedy = "a larger --max_steps lets it continue"
+        elif self.deadline is not None:
+            final = self.folder.file("final-model.pt")
+            remedy = f"--pretrained_model_path {final} and another --save_dir train its model on"
+        elif self.options.schedule_steps is not None:
+            remedy = "a larger --schedule_steps lets it continue"
+        print(
+            f"nothing is left to train: the run ended after step {self.progress.step:,}; {remedy}. "
+            "Its last files are written again"
+        )
+
+    # ------------------------------------------------------------------------ where it ends
+
+    def stop_number(self, *, now: bool = False) -> int:
+        """The signal that asks this rank to stop, 0: none; `now` looks at the folder in any case.
+
+        Where what the run stands on is gone, `stop.failure` says what is.
+        """
+        failure = self.folder.find_loss(now=now)
+        if self.ranks.launcher_is_gone():
+            failure = LAUNCHER_GONE
+        if failure and not self.stop.requested:
+            self.stop.fail(failure)
+        return self.stop.signal_number or 0
+
+    def agree_to_stop(self, numbers: Iterable[float]) -> None:
+        """Take over what all ranks' `stop_number` said in a step: whether to stop after it."""
+        number = int(max(numbers))
+        if number and not self.stop.requested:
+            self.stop.signal_number = number
+        self.agreed = bool(number)
+
+    def is_to_stop(self, *, at_end: bool = False) -> bool:
+        """Whether a rank was asked to stop, or what the run stands on is gone. All ranks call it.
+
+        After a step several ranks go by what they agreed on in it.
+        """
+        agreed, self.agreed = self.agreed, None
+        if agreed is not None and self.ranks.world_size > 1 and not at_end:
+            return agreed
+        self.stop_number(now=at_end)
+        return self.ranks.agree_to_stop(self.stop)
+
+    def stop_for(self, lost: TextLost) -> None:
+        """Stop, with what is trained saved; with several ranks raise, for the others wait."""
+        if self.ranks.world_size > 1:
+            raise lost
+        self.stop.fail(str(lost))
+
+    def has_more(self) -> bool:
+        """Whether there is a step to make, or the last one's record still to complete."""
+        if self.progress.pending:
+            return True
+        return self.progress.step < self.last_step and not self.out_of_patience()
+
+    @property
+    def last_step(self) -> int:
+        """The step to end after: the plan's, or what the time allows."""
+        end = self.progress.pace.end or self.plan.last_step
+        return min(end, self.options.max_steps or end)
+
+    def _deadline(self) -> Deadline | None:
+        options = self.options
+        if options.option != "pretrain" or options.minutes is None:
+            return None
+        plan = self.plan
+        written = plan.checkpoint_bytes() + 2 * plan.weights_file_bytes(options.save_dtype)
+        finishing = FINISHING + written / WRITTEN
+        return Deadline(60 * options.minutes, options.started, finishing)
+
+    def evaluate(self, *, sample: bool = False) -> dict[str, Any]:
+        """The task's metrics, and if asked and there is one, a sample of what the model writes.
+
+        Every rank must call this; raises Interrupted when asked to stop.
+        """
+        started = time.monotonic()
+        found = {name: finite_or_none(value) for name, value in self.task.evaluate().items()}
+        if sample and (text := self.task.sample()) is not None:
+            found["sample"] = text
+        if self.deadline is not None:
+            self.deadline.note_evaluation(time.monotonic() - started)
+        return found
+
+    def keep_time(self) -> None:
+        """After a step: set the last one by the time that is left. Every rank must call this."""
+        deadline, progress, way = self.deadline, self.progress, self.plan.schedule_steps
+        if deadline is None:
+            return
+        progress.spent = deadline.spent()
+        step, end = progress.step, progress.pace.end or way
+        if step < self.looks_at or step >= end:
+            return
+        found = self.ranks.on_main(lambda: deadline.last_step(step, end, self.task.eval_interval))
+        found = min(found, max(way, MOST_EPOCHS * self.plan.steps_per_epoch))
+        self.looks_at = next_look(step, found)
+        if found != end:
+            progress.pace = Pace(step, progress.pace.at(step, way), found)
+        was = self.said_steps = self.said_steps or end
+        if not 1 / TOLD < found / was < TOLD:
+            self.said_steps = found
+            slower = "slower" if found < was else "faster"
+            tqdm.write(
+                f"the machine is {slower} than it was: {found:,} steps instead of {was:,} end on "
+                "time, and the learning rate's schedule with them"
+            )
+
+    def out_of_patience(self) -> bool:
+        """Whether too many looks for a new best in a row have found none."""
+        patience = self.options.early_stopping
+        return patience is not None and self.progress.without_better >= patience
+
+    def note_best(self, record: dict[str, Any]) -> bool:
+        """Note the record's value of the goal if it is the best so far; returns whether it is."""
+        value, best = record.get(self.task.goal), self.progress.best
+        self.progress.without_better += 1
+        if value is None or not math.isfinite(value):
+            return False
+        if best is not None and (value <= best if self.task.higher_is_better else value >= best):
+            return False
+        self.progress.best, self.progress.best_step = value, self.progress.step
+        self.progress.without_better = 0
+        return True

@@ -1,0 +1,338 @@
+"""A session: the folder, devices and processes of a run, and what happens before it trains.
+
+Opening one takes the folder's lock, finds the checkpoint to resume, and chooses device and dtype;
+settling it makes and prints the plan. Also what is said at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import TYPED_ON_RESUME, Options, check_options
+from minllama.cli.command_line import quoted
+from minllama.cli.console import say
+from minllama.formats.pt_file import state_file
+from minllama.machine.device import (
+    available_memory,
+    check_compiler,
+    choose_device,
+    choose_dtype,
+    compiler_problem,
+    dtype_name,
+    prepare_determinism,
+)
+from minllama.machine.gpus import peak_flops
+from minllama.machine.random_state import seed_everything
+from minllama.machine.ranks import Ranks
+from minllama.runs.plan import TrainingPlan, warn_of_plan
+from minllama.runs.run_folder import RunFolder, read_on_ranks
+from minllama.system.errors import UsageError
+from minllama.system.files import check_writable, free_disk, real_path, size_on_disk
+from minllama.system.signals import StopRequest
+from minllama.system.units import human_size
+
+
+@dataclass
+class Session:
+    """Where and on what a run trains. Every rank has one and calls its methods."""
+
+    options: Options  # those of the checkpoint where a flag was not typed
+    folder: RunFolder
+    ranks: Ranks
+    stop: StopRequest
+    device: torch.device
+    dtype: torch.dtype  # the compute dtype
+    checkpoint: dict[str, Any] | None  # to resume from
+    plan: TrainingPlan = field(init=False)
+    identity: dict[str, Any] = field(init=False)  # what a resumed run must share with its first one
+
+    def settle(self, identity: dict[str, Any], **sizes: Any) -> None:
+        """Make and print the plan, compare with the checkpoint, and decide --compile auto.
+
+        `sizes` are the plan's of the task's model and data. Raises UsageError where the run cannot
+        be resumed so, or its files do not fit on the disk.
+        """
+        options, dtype = self.options, dtype_name(self.dtype)
+        self.identity = identity | {
+            GLOBAL_BATCH: options.global_batch_size,
+            "--seed": options.seed,
+            "--optimizer": options.optimizer,
+        }
+        if self.checkpoint is not None:
+            check_identity(self.checkpoint["identity"], self.identity)
+        self.plan = TrainingPlan(options, self.ranks.world_size, self.device.type, dtype, **sizes)
+        self.ranks.on_main(lambda: print_plan(self.plan, self.device, self.folder))
+        if options.option == "pretrain":
+            device = self.device
+            self.options = self.ranks.on_main(lambda: settle_compile(options, self.plan, device))
+        self._check_ranks_agree(dtype)
+
+    def _check_ranks_agree(self, dtype: str) -> None:
+        """Raise UsageError where machines have other text or arithmetic: they would train apart."""
+        decided = self.ranks.gather(self.identity | {"--dtype": dtype})
+        for rank, of_rank in enumerate(decided):
+            for name, value in of_rank.items():
+                if value != decided[0][name]:
+                    raise UsageError(
+                        f"{name} is {value} on rank {rank} and {decided[0][name]} on rank 0: give "
+                        "all machines the same files and flags"
+                    )
+
+
+@contextlib.contextmanager
+def open_session(
+    options: Options, prefix: str, *, ranks: Ranks, stop: StopRequest
+) -> Iterator[Session]:
+    """A run's session, with no other run of this kind in its folder; raises UsageError."""
+    options = use_checkpoint_folder(options, prefix)
+    folder = RunFolder(options.save_dir, prefix)
+    with contextlib.ExitStack() as held:
+        if not options.plan:
+            ranks.on_main(lambda: check_writable(folder.path, "--save_dir"))
+            held.enter_context(folder.locked(ranks))
+        options, checkpoint = find_start(options, folder, ranks)
+        seed_everything(options.seed)
+        local_rank = ranks.local_rank if ranks.world_size > 1 else None
+        if options.deterministic:
+            prepare_determinism()
+        device, note = choose_device(options.use_gpu, local_rank=local_rank)
+        say(f"device       {note}{ranks.note(options.parallel)}")
+        if options.deterministic:
+            say(f"repeatable   {describe_determinism(device)}")
+        if options.compile == "on":
+            check_compiler(device)
+        dtype = choose_dtype(options.dtype, device)
+        # Checkpoints keep what `auto` was: a resumed run has to compute as before.
+        options = dataclasses.replace(options, dtype=dtype_name(dtype))
+        session = Session(options, folder, ranks, stop, device, dtype, checkpoint)
+        del checkpoint  # the session alone holds it, until the run has taken it over
+        yield session
+
+
+# ---------------------------------------------------------------------------- resuming
+
+
+def use_checkpoint_folder(options: Options, prefix: str) -> Options:
+    """A run resumed from a file continues in that file's folder, or in the folder that is named.
+
+    Raises UsageError for another --save_dir, and where there is no checkpoint.
+    """
+    if options.resume in (None, "auto"):
+        return options
+    path = Path(options.resume)
+    in_folder = path.is_dir() and not state_file(path).is_file()
+    if in_folder and not RunFolder(path, prefix).checkpoints():
+        raise UsageError(f"--resume {path}: the folder holds no {prefix} checkpoint")
+    if not in_folder and not state_file(path).is_file():
+        raise UsageError(
+            f"--resume {path}: no such file; --resume alone takes the newest in --save_dir"
+        )
+    folder = path if in_folder else path.parent
+    if "save_dir" in options.given and real_path(options.save_dir) != real_path(folder):
+        raise UsageError(
+            f"--resume {options.resume} lies outside --save_dir {options.save_dir}: a run "
+            f"continues where its files are, so leave --save_dir out or give {folder}"
+        )
+    resume = "auto" if in_folder else options.resume
+    return dataclasses.replace(options, save_dir=folder, resume=resume)
+
+
+def find_start(
+    options: Options, folder: RunFolder, ranks: Ranks
+) -> tuple[Options, dict[str, Any] | None]:
+    """The options, as the checkpoint has what was not typed, and the checkpoint to resume, if any.
+
+    The global batch is settled. A run that its launcher restarts is resumed, whatever the command
+    says. Raises UsageError, also where the folder holds another run.
+    """
+    if ranks.on_main(lambda: any(map(ranks.is_launch_of, folder.starts()[-1:]))):
+        print(
+            "restarted: the run of this --rdzv-id is resumed"
+            + (", and --overwrite is ignored; a new id starts over" if options.overwrite else "")
+        )
+        options = dataclasses.replace(options, resume="auto", overwrite=False)
+    resume, overwrite = options.resume, options.overwrite
+    if not options.plan:
+        model = options.pretrained_model_path
+        ranks.on_main(
+            lambda: folder.check_free(resume=resume is not None, overwrite=overwrite, model=model)
+        )
+    found = None
+    if resume is not None:
+        found = read_on_ranks(ranks, lambda: folder.find_checkpoint(resume))
+        if found is None:
+            ranks.on_main(lambda: check_names_its_data(options, folder))
+            print(f"--resume auto: no checkpoint in {folder.path} yet: starting from the beginning")
+    if found is None:
+        return options.with_global_batch(ranks.world_size), None
+    path, checkpoint = found
+    print(f"resuming     {path}, made after step {checkpoint['progress']['step']:,}")
+    before = checkpoint.get("options", {})
+    if not isinstance(before, dict):
+        raise UsageError(f"{path} is damaged: its options are no dict")
+    whole_batch = {"global_batch_size": checkpoint["identity"].get(GLOBAL_BATCH)}
+    options = options.resumed(before | whole_batch)
+    check_options(options)  # the flags typed now with those that the checkpoint brings
+    options = options.with_global_batch(ranks.world_size)
+    now = options.to_plain()
+    for name in sorted(options.given - TYPED_ON_RESUME):
+        if name in before and now[name] not in (before[name], "auto"):
+            print(f"changed      --{name} from {before[name]} to {now[name]}")
+    return options, checkpoint
+
+
+def check_names_its_data(options: Options, folder: RunFolder) -> None:
+    """Raise UsageError where only runs on other data than the default could be meant."""
+    runs = [path.name.removesuffix("-run.json") for path in folder.path.glob("finetune-*-run.json")]
+    if options.option == "finetune" and "train" not in options.given:
+        if runs and folder.prefix not in runs:
+            raise UsageError(
+                f"--resume {options.resume}: {folder.path} holds no {folder.prefix} run, but "
+                f"that of {min(runs)}: name its --train"
+            )
+
+
+CHUNK_ORDER = "the order of the text's chunks (of another version of this program)"
+# What runs were before there was a choice, and their checkpoints do not say.
+UNSAID = {CHUNK_ORDER: 1, "--pooling": "last"}
+GLOBAL_BATCH = (
+    "--global_batch_size (--pretrain_batch_size or --batch_size x --gradient_accumulation_steps x "
+    "processes)"
+)
+
+
+def check_identity(earlier: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raise UsageError, a line for each thing in which a run differs from its checkpoint."""
+    problems = []
+    for name, value in identity.items():
+        before = earlier.get(name, UNSAID.get(name))
+        if before == value:
+            continue
+        if isinstance(value, dict) and isinstance(before, dict):  # of a shape, what differs
+            differs = [key for key in value if before.get(key) != value[key]]
+            value = ", ".join(f"{key} {value[key]}" for key in differs)
+            before = ", ".join(str(before.get(key)) for key in differs)
+        problems.append(
+            f"{name} {value} differs from the checkpoint's {before}: a run is resumed with what "
+            "it was started with"
+        )
+    if problems:
+        raise UsageError("\n".join(problems))
+
+
+# ---------------------------------------------------------------------------- the plan
+
+# Without the compiler: FLOP/s of a CPU's thread, and the share of a GPU's peak.
+EAGER_FLOPS, EAGER_MFU = {"float32": 60e9, "bfloat16": 120e9, "float16": 60e9}, 0.28
+
+
+def print_plan(plan: TrainingPlan, device: torch.device, folder: RunFolder) -> None:
+    """Print the plan and warn of what will not fit.
+
+    Raises UsageError if the disk is too small for the run; --plan alone warns of that, too.
+    """
+    available = available_memory(device)
+    say(*plan.lines(available))
+    warn_of_plan(plan, available)
+    # What the folder holds is replaced, resumed or pruned: it is not needed twice.
+    there, whole = sum(map(size_on_disk, folder.own_files())), sum(plan.disk().values())
+    free = free_disk(folder.path)
+    if whole - there <= free:
+        return
+    less = [*plan.flags_for_less_disk(), "a folder on a larger disk"]
+    problem = (
+        f"--save_dir {folder.path}: {human_size(free)} are free on that disk and the run's files "
+        f"take {human_size(whole - there)} more ({plan.disk_line()}); less with {' or '.join(less)}"
+    )
+    if not plan.options.plan:
+        raise UsageError(problem)
+    say(f"warning: {problem}")
+
+
+def describe_determinism(device: torch.device) -> str:
+    """What --deterministic does on a device, and what it costs."""
+    if device.type != "cuda":
+        return "--deterministic has no effect here: it changes CUDA's kernels alone"
+    return (
+        "steps are the same bits every time (--deterministic), and take longer: attention's "
+        "backward pass adds in a fixed order, and the compiler does not try out kernels"
+    )
+
+
+def settle_compile(options: Options, plan: TrainingPlan, device: torch.device) -> Options:
+    """The options of a pretraining with --compile auto decided; says what and why.
+
+    The plan decides by how long the run takes. Checkpoints keep the decision: compiled arithmetic
+    rounds differently, and a resumed run has to be bit-equal.
+    """
+    if options.compile == "on":
+        say("compile      on: before the first step, which takes half a minute or more")
+    if options.compile != "auto" or device.type == "mps":
+        return options
+    if device.type == "cuda" and plan.shards > 1:
+        pays, reason = False, "with --parallel fsdp layers are gathered between their kernels"
+    else:
+        pays, reason = plan.compiling_pays(eager_flops(device, plan.dtype))
+    if pays and (problem := compiler_problem(device)) is not None:
+        pays, reason = False, f"{reason}, but torch cannot compile here ({problem})"
+    settled = "on" if pays else "off"
+    say(f"compile      {settled}: {reason}")
+    return dataclasses.replace(options, compile=settled)
+
+
+def eager_flops(device: torch.device, dtype: str) -> float:
+    """FLOP/s that training without the compiler reaches, from what was measured."""
+    if device.type == "cuda":
+        return EAGER_MFU * peak_flops(device, getattr(torch, dtype))
+    return EAGER_FLOPS[dtype] * torch.get_num_threads()
+
+
+# ---------------------------------------------------------------------------- the end
+
+# Typed flags that the command which resumes a run has of its own.
+NOT_REPEATED = {"option", "save_dir", "resume", "overwrite", "plan", "profile"}
+
+
+def say_interrupted(session: Session, step: int) -> int:
+    """Say what was saved and how to continue; returns the exit status."""
+    options, ranks = session.options, session.ranks
+    words = ["python", sys.argv[0], "--option", options.option]
+    if ranks.world_size > 1:
+        words[:1] = ["torchrun", "--standalone", f"--nproc_per_node={ranks.world_size}"]
+    words += ["--save_dir", str(session.folder.path), "--resume", "auto"]
+    for name in sorted((options.given & TYPED_ON_RESUME) - NOT_REPEATED):
+        value = getattr(options, name)
+        words += [f"--{name}", *([] if value is True else [str(value)])]
+    command = f"continue with:\n  {quoted(*words)}"
+    if ranks.nodes > 1:
+        command = "started as before, with --resume auto, it continues"
+    print(f"stopped after step {step:,}, and saved; {command}")
+    return session.stop.exit_status
+
+
+def print_results(
+    folder: RunFolder, model: Path, prompt: str | None, *options: str, test: Path | None = None
+) -> None:
+    """Print the run's files with their sizes, and the commands that its new model is for.
+
+    `prompt` is a text to continue, None for a model to converse with; `test` is a file of sentences
+    that a classifier can be applied to.
+    """
+    print("files:")
+    for path in folder.own_files():
+        print(f"  {human_size(size_on_disk(path)):>8}  {path}")
+    print("next:")
+    for option in options:
+        words = ["python", sys.argv[0], "--option", option, "--pretrained_model_path", model]
+        text = ["--interactive"] if prompt is None else ["--prompt", prompt]
+        words += {"generate": text, "prompt": ["--test", test]}.get(option, [])
+        print(" ", quoted(*words))
+    print(" ", quoted("python", Path(sys.argv[0]).with_name("check_model_precision.py"), model))

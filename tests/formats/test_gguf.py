@@ -1,0 +1,426 @@
+"""GGUF files: llama.cpp itself continues with our text, and what is no such file is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from oracles import assert_same_weights, make_model
+from vocabularies import vocabulary
+
+import check_model_precision as C
+from config import SHIPPED_MODEL
+from llama import Llama, load_pretrained, model_payload
+from minllama.formats.export import SAMPLES, export
+from minllama.formats.formats import gguf_name
+from minllama.formats.gguf import read_gguf
+from minllama.system.errors import UsageError
+from minllama.text.chat import ChatTemplate
+from tokenizer import Tokenizer
+
+
+def write(model: Llama, path: Path, tokenizer: Tokenizer, dtype: str = "float32") -> Path:
+    return export(model, "gguf", path, dtype=dtype, tokenizer=tokenizer, extra={})[0]
+
+
+# ---------------------------------------------------------------------------- llama.cpp
+
+
+@contextmanager
+def llama_cpp(path: Path) -> Iterator[Callable[..., dict]]:
+    """A function that asks llama.cpp's server, which has loaded the file, on the CPU in float32."""
+    xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp: pip install xllamacpp")
+    settings = xllamacpp.CommonParams()
+    settings.model.path = str(path)
+    settings.n_ctx, settings.n_parallel, settings.n_gpu_layers = 256, 1, 0
+    settings.cpuparams.n_threads, settings.verbosity = 1, 0
+    settings.warmup = settings.fit_params = False
+    settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    server = xllamacpp.Server(settings)
+
+    def ask(what: str, **body) -> dict:
+        request = urllib.request.Request(
+            f"{server.listening_address}/{what}",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
+    yield ask
+
+
+def their_ids(ask: Callable[..., dict], text: str) -> list[int]:
+    return ask("tokenize", content=text, add_special=True, parse_special=False)["tokens"]
+
+
+def their_tokens(ask: Callable[..., dict], text: str, count: int) -> list[int]:
+    options = {"temperature": 0, "return_tokens": True, "ignore_eos": True}
+    return ask("completion", prompt=text, n_predict=count, **options)["tokens"]
+
+
+def our_tokens(model: Llama, tokenizer: Tokenizer, text: str, count: int) -> list[int]:
+    ids = tokenizer.encode(text, bos=True, eos=False)
+    return model.generate(torch.tensor([ids]), count, 0.0)[0].tolist()[len(ids) :]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "q8_0"])
+def test_llama_cpp_continues_with_our_very_tokens(tmp_path: Path, dtype: str):
+    """The shipped model through the command line: same ids for odd strings, 100 greedy tokens."""
+    path = tmp_path / "model.gguf"
+    words = [str(SHIPPED_MODEL), "--convert", "gguf", "--output", str(path), "--save_dtype", dtype]
+    assert C.main(words) == 0
+    model = load_pretrained(path)
+    tokenizer = Tokenizer(tokenizer_model=model.vocabulary)
+    with llama_cpp(path) as ask:
+        for text in filter(None, SAMPLES):  # it puts a space token before nothing
+            assert their_ids(ask, text) == tokenizer.encode(text, bos=True, eos=False), text
+        theirs = their_tokens(ask, "One day a fox", 100)
+    if dtype == "float32":
+        assert theirs == our_tokens(model, tokenizer, "One day a fox", 100)
+    else:  # llama.cpp rounds what it multiplies them by, too: where two are nearly as likely
+        ids = tokenizer.encode("One day a fox", bos=True, eos=False)
+        every = torch.tensor([ids + theirs])
+        logits = model(every, targets=every)[0][0, len(ids) - 1 : -1]
+        behind = logits.amax(dim=-1) - logits.gather(1, torch.tensor(theirs)[:, None])[:, 0]
+        assert behind.max() < 0.5 and (behind == 0).float().mean() > 0.9, behind
+
+
+def test_llama_cpp_reads_grouped_queries_an_own_head_and_another_theta(tmp_path, tokenizer):
+    """What the shipped model does not have."""
+    shape = {"dim": 64, "rope_theta": 500.0, "layer_norm_eps": 1e-4, "max_seq_len": 64}
+    model = make_model(tokenizer, tie_word_embeddings=False, **shape)
+    with llama_cpp(write(model, tmp_path / "model.gguf", tokenizer)) as ask:
+        assert their_tokens(ask, "A bird", 16) == our_tokens(model, tokenizer, "A bird", 16)
+
+
+def test_llama_cpp_gives_our_ids_with_llama_2s_vocabulary(tmp_path: Path, real_data: Path):
+    tokenizer = vocabulary("llama-2")
+    model = make_model(tokenizer, dim=32, n_layers=1)
+    lines = (real_data / "sst-dev.txt").read_text(encoding="utf-8").splitlines()[:20]
+    with llama_cpp(write(model, tmp_path / "model.gguf", tokenizer)) as ask:
+        for text in (*filter(None, SAMPLES), *lines):
+            assert their_ids(ask, text) == tokenizer.encode(text, bos=True, eos=False), text
+
+
+def test_llama_cpp_holds_a_conversation_as_we_do(tmp_path: Path, tokenizer: Tokenizer):
+    """Its ids of a dialogue, by the template in the file, are those that were trained on."""
+    model = make_model(tokenizer, max_seq_len=256)
+    model.chat_template = ChatTemplate()
+    path = write(model, tmp_path / "model.gguf", tokenizer)
+    said = ["Be brief.", "Where does a fox live?", "In a den.", "And a bear, 狐狸 ?"]
+    roles = ["system", "user", "assistant", "user"]
+    messages = [{"role": r, "content": text} for r, text in zip(roles, said, strict=True)]
+    ours = ChatTemplate().prompt_ids(tokenizer, said[3], [(said[1], said[2])], said[0])
+    with llama_cpp(path) as ask:
+        text = ask("apply-template", messages=messages)["prompt"]
+        special = {"add_special": not text.startswith("<s>"), "parse_special": True}
+        assert ask("tokenize", content=text, **special)["tokens"] == ours
+        options = {"temperature": 0, "max_tokens": 12, "return_tokens": True}
+        answer = ask("v1/chat/completions", messages=messages, **options)
+    assert answer["usage"]["prompt_tokens"] == len(ours)
+    assert load_pretrained(path).chat_template == ChatTemplate()
+
+
+def test_ollamas_recipe_has_the_chat_template(tmp_path: Path, tokenizer: Tokenizer):
+    """Ollama begins with BOS by itself; between two questions the template has it."""
+    model = make_model(tokenizer)
+    model.chat_template = ChatTemplate()
+    write(model, tmp_path / "a.gguf", tokenizer)
+    recipe = (tmp_path / "Modelfile").read_text(encoding="utf-8")
+    assert 'PARAMETER stop "User:"' in recipe
+    assert recipe.partition('"""')[2].partition('"""')[0] == (
+        '{{ range .Messages }}{{ if eq .Role "system" }}System: {{ .Content }}\n'
+        '{{ else if eq .Role "user" }}User: {{ .Content }}\n'
+        "{{ else }}Assistant: {{ .Content }}</s><s>{{ end }}{{ end }}Assistant:"
+    )
+
+
+# ---------------------------------------------------------------------------- written, read back
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_float32_is_exact_and_every_setting_comes_back(tmp_path: Path, tokenizer, tied: bool):
+    """A shape through GGUF and back is the same: float32 once made 9.999999747e-06 of 1e-05."""
+    changes = {"rope_theta": 12345.0, "tie_word_embeddings": tied, "hidden_dim": 80}
+    model = make_model(tokenizer, **changes)
+    back = load_pretrained(write(model, tmp_path / "a.gguf", tokenizer))
+    assert_same_weights(back, model)
+    same = Tokenizer(tokenizer_model=back.vocabulary)
+    assert [same.sp_model.get_score(i) for i in range(50)] == [
+        tokenizer.sp_model.get_score(i) for i in range(50)
+    ]
+    assert same.is_plain_bpe and same.pad_id == tokenizer.pad_id
+    text = "".join(random.Random(0).choices("abc the .,\n  \u2581é你🙂<s>0x", k=3000))
+    assert same.encode(text, bos=True, eos=True) == tokenizer.encode(text, bos=True, eos=True)
+
+
+def by_hand(tensor: torch.Tensor) -> torch.Tensor:
+    """Q8_0 as ggml defines it, block by block: 32 whole numbers and a scale in float16."""
+    found = []
+    for block in tensor.numpy().reshape(-1, 32):
+        scale = np.abs(block).max() / np.float32(127)
+        steps = block * (np.float32(1) / scale) if scale else block
+        whole = np.copysign(np.floor(np.abs(steps) + np.float32(0.5)), steps)
+        found.append(whole * np.float32(np.float16(scale)))
+    return torch.from_numpy(np.stack(found)).view(tensor.shape)
+
+
+def test_q8_0_is_ggmls(tmp_path: Path, tokenizer: Tokenizer, capsys):
+    """Vectors stay float32; rows that are no whole blocks, here of w2, become float16."""
+    model = make_model(tokenizer, dim=64, hidden_dim=80)
+    with torch.no_grad():
+        model.layers[1].feed_forward.w1.weight[3, :32] = 0
+    path = write(model, tmp_path / "a.gguf", tokenizer, "q8_0")
+    got, stored = load_pretrained(path).state_dict(), read_gguf(path)
+    for name, tensor in model.state_dict().items():
+        want = tensor if tensor.dim() == 1 else by_hand(tensor)
+        want = tensor.half().float() if name.endswith("w2.weight") else want
+        assert torch.equal(got[name], want), name
+    assert stored.dtypes[gguf_name("layers.0.feed_forward.w2.weight")] == "float16"
+    assert C.main([str(path), "--verify"]) == 0
+    out = capsys.readouterr().out
+    assert "a.gguf: GGUF" in out and "13 q8_0, 2 float16, 5 float32" in out and "verified" in out
+    held = sum(stored.sizes.values())
+    assert C.inspect(path).parts["weights"] == held < 0.4 * 4 * sum(t.numel() for t in got.values())
+
+
+def test_it_converts_from_and_to_gguf(tmp_path: Path, tokenizer: Tokenizer):
+    """Half precision to GGUF and back to .pt loses nothing, and the vocabulary goes with it."""
+    source, middle, back = (tmp_path / name for name in ("a.pt", "m/b.gguf", "c.pt"))
+    torch.save(model_payload(make_model(tokenizer), torch.float16), source)
+    for path, target, output in ((source, "gguf", middle), (middle, "pt", back)):
+        words = [str(path), "--convert", target, "--output", str(output)]
+        assert C.main([*words, "--save_dtype", "float16"]) == 0
+    one, two = load_pretrained(source), load_pretrained(back)
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(two.state_dict()[name], tensor)
+    assert Tokenizer(tokenizer_model=two.vocabulary).n_words == tokenizer.n_words
+    recipe = (tmp_path / "m" / "Modelfile").read_text(encoding="utf-8")
+    assert recipe.startswith("FROM ./b.gguf\n") and "num_ctx 40" in recipe
+    assert 'PARAMETER stop "</s>"' in recipe and "{{ .Prompt }}" in recipe
+
+
+def test_what_gguf_cannot_hold_is_refused(tmp_path: Path, tokenizer: Tokenizer, capsys):
+    """Before a file is there: no vocabulary, one that llama.cpp cuts otherwise, huge weights."""
+    unigram = vocabulary("unigram-identity")
+    for model, words, message in (
+        (make_model(), None, "llama.cpp needs a vocabulary in the file: name its SentencePiece"),
+        (make_model(unigram), unigram, "only BPE vocabularies"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            write(model, tmp_path / "a.gguf", words)
+    model = make_model(tokenizer)
+    model.layers[0].feed_forward.w2.weight.data[0, 0] = 1e9
+    for dtype in ("float16", "q8_0"):
+        with pytest.raises(UsageError, match=f"w2.weight has numbers beyond {dtype}"):
+            write(model, tmp_path / "a.gguf", tokenizer, dtype)
+    assert list(tmp_path.iterdir()) == []
+    words = [str(SHIPPED_MODEL), "--save_dtype", "q8_0", "--output", str(tmp_path / "a.pt")]
+    assert C.main([*words, "--convert", "pt"]) == 2
+    assert "--save_dtype q8_0 is for --convert gguf" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------- hostile files
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value.encode())) + value.encode()
+
+
+def entry(key: str, value) -> bytes:
+    """A value of the header, written by the rules of the format and by no code of the program."""
+    if isinstance(value, bytes):
+        return text(key) + value
+    if isinstance(value, str):
+        return text(key) + struct.pack("<I", 8) + text(value)
+    if isinstance(value, list):
+        if isinstance(value[0], str):
+            return text(key) + struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(text, value))
+        kind, code = (6, "f") if isinstance(value[0], float) else (5, "i")
+        return text(key) + struct.pack(f"<IIQ{len(value)}{code}", 9, kind, len(value), *value)
+    kind, code = (6, "<f") if isinstance(value, float) else (4, "<I")
+    return text(key) + struct.pack("<I", kind) + struct.pack(code, value)
+
+
+class Crafted:
+    """A GGUF file of a tiny Llama, made here from nothing, to be changed before it is written."""
+
+    def __init__(self) -> None:
+        shape = {"token_embd": (270, 4), "output_norm": (4,)}
+        shape |= {f"blk.0.{name}": (4,) for name in ("attn_norm", "ffn_norm")}
+        shape |= {f"blk.0.attn_{name}": (4, 4) for name in ("q", "k", "v", "output")}
+        shape |= {f"blk.0.ffn_{name}": (8, 4) for name in ("gate", "up")}
+        shape |= {"blk.0.ffn_down": (4, 8)}
+        self.values = {
+            "general.architecture": "llama",
+            "llama.context_length": 16,
+            "llama.embedding_length": 4,
+            "llama.block_count": 1,
+            "llama.feed_forward_length": 8,
+            "llama.attention.head_count": 2,
+            "llama.attention.layer_norm_rms_epsilon": 1e-5,
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>"]
+            + [f"<0x{i:02X}>" for i in range(256)]
+            + [chr(97 + i) for i in range(11)],
+            "tokenizer.ggml.scores": [0.0] * 259 + [float(-i) for i in range(11)],
+            "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * 11,
+            "tokenizer.ggml.bos_token_id": 1,
+            "tokenizer.ggml.eos_token_id": 2,
+        }
+        self.tensors = {  # dimensions, the innermost first; type; bytes of zeros
+            f"{name}.weight": [list(dims[::-1]), 0, 4 * int(np.prod(dims))]
+            for name, dims in shape.items()
+        }
+        self.version, self.extra, self.tail = 3, b"", 0
+        self.counts: dict[str, int] = {}
+        self.offsets: dict[str, int] = {}
+
+    def write(self, path: Path) -> Path:
+        counts = {"tensors": len(self.tensors), "values": len(self.values)} | self.counts
+        header = struct.pack("<4sIQQ", b"GGUF", self.version, counts["tensors"], counts["values"])
+        header += b"".join(entry(key, value) for key, value in self.values.items()) + self.extra
+        offset = 0
+        for name, (dims, kind, size) in self.tensors.items():
+            at = self.offsets.get(name, offset)
+            header += text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, at)
+            offset += -(-size // 32) * 32
+        path.write_bytes(
+            header.ljust(-(-len(header) // 32) * 32, b"\0") + bytes(offset + self.tail)
+        )
+        return path
+
+
+def test_a_file_made_by_hand_loads(tmp_path: Path):
+    """With what it leaves out: grouped queries, theta, the head, the sizes of a head."""
+    crafted = Crafted()
+    crafted.values |= {"llama.rope.scaling.type": "none", "llama.expert_count": 0}
+    crafted.values |= {"llama.tensor_data_layout": "Meta AI original pth", "general.name": "x"}
+    model = load_pretrained(crafted.write(tmp_path / "a.gguf"))
+    assert (model.config.n_kv_heads, model.config.rope_theta, model.config.max_seq_len) == (
+        2,
+        1e4,
+        16,
+    )
+    assert (
+        model.config.layer_norm_eps == 1e-5 and model.output.weight is model.tok_embeddings.weight
+    )
+    assert Tokenizer(tokenizer_model=model.vocabulary).decode([260, 261]) == "bc"
+    crafted.values["tokenizer.ggml.model"] = "gpt2"  # cannot be rebuilt: to be named by the user
+    assert load_pretrained(crafted.write(tmp_path / "a.gguf")).vocabulary is None
+
+
+def value(key: str, content) -> Callable[[Crafted], object]:
+    return lambda crafted: crafted.values.update({key: content})
+
+
+def gone(key: str) -> Callable[[Crafted], object]:
+    return lambda crafted: crafted.values.pop(key)
+
+
+def tensor(name: str, *description) -> Callable[[Crafted], object]:
+    return lambda crafted: crafted.tensors.update({name: [*description]})
+
+
+def huge(n: int, kind: int) -> bytes:
+    """An array that claims n items."""
+    return struct.pack("<IIQ", 9, kind, n)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: setattr(c, "version", 1), "GGUF version 1 is not read"),
+        (lambda c: setattr(c, "version", 3 << 24), "little-endian"),
+        (lambda c: c.counts.update(values=2**63), "claims 9,223,372,036,854,775,808 entries"),
+        (lambda c: c.counts.update(values=9000), "claims more|is no name|unknown type"),
+        (lambda c: c.counts.update(tensors=10_001), "claims 10,001 entries"),
+        (value("a\nb", 1), r"'a\\nb' in its header is no name"),
+        (tensor("x" * 300, [1], 0, 4), "x' in its header is no name"),
+        (value("a", struct.pack("<IQ", 8, 2**62)), "claims more than the file has"),
+        (value("a", huge(2**62, 6)), "claims more than the file has"),
+        (value("a", huge(2**62, 8)), "claims more than the file has|not UTF-8"),
+        (value("a", huge(2**40, 0)), "claims more than the file has"),
+        (value("a", huge(1, 9) + huge(1, 9)), "an array of arrays"),
+        (value("a", struct.pack("<II", 99, 0)), "unknown type 99"),
+        (value("a", struct.pack("<IQ", 8, 2) + b"\xff\xfe"), "is not UTF-8"),
+        (lambda c: (c.counts.update(values=14), setattr(c, "extra", entry("llama.block_count", 1))),
+         "llama.block_count is there twice"),
+        (value("general.alignment", 7), "general.alignment '7' is not read"),
+        (value("general.alignment", 2**31), "general.alignment '2147483648'"),
+        (value("general.alignment", [32, 32]), "general.alignment"),
+        (value("general.alignment", 64), "lies at byte"),
+        (value("general.architecture", "gemma"), "general.architecture 'gemma'"),
+        (gone("general.architecture"), "general.architecture 'None'"),
+        (gone("llama.embedding_length"), "--dim None"),
+        (gone("llama.attention.layer_norm_rms_epsilon"), "--layer_norm_eps None"),
+        (value("llama.embedding_length", "w" * 999), "embedding_length 'w{40}' is no number"),
+        (value("llama.block_count", 900), "blk.1.attn_norm.weight and 8090 more missing"),
+        (value("llama.context_length", 2**31), "--max_seq_len"),
+        (value("llama.vocab_size", 2**30), "--vocab_size"),
+        (value("llama.vocab_size", 3000), r"token_embd.weight has the shape \(270, 4\)"),
+        (value("llama.attention.head_count", [2] * 9999), "head_count '.2 2 .*' is no number"),
+        (value("llama.attention.key_length", 4), "llama.attention.key_length '4' is not supported"),
+        (value("llama.rope.dimension_count", 1), "llama.rope.dimension_count '1'"),
+        (value("llama.rope.scaling.type", "yarn"), "llama.rope.scaling.type 'yarn'"),
+        (value("llama.expert_count", 8), "llama.expert_count '8'"),
+        (value("llama.attention.sliding_window_pattern", [1, 0]), "sliding_window_pattern"),
+        (tensor("rope_freqs.weight", [1], 0, 4), "rope_freqs.weight not of a Llama"),
+        (tensor("output_norm.weight", [5], 0, 20), r"output_norm.weight has the shape \(5,\)"),
+        (tensor("blk.0.attn_q.weight", [4, 4], 12, 64), "attn_q.weight is stored as Q4_K.*llama-q"),
+        (tensor("blk.0.attn_q.weight", [4, 4], 77, 64), "stored as type 77"),
+        (tensor("blk.0.attn_q.weight", [4, 4], 8, 64), "q8_0 rows of 4 are no whole blocks"),
+        (tensor("blk.0.attn_q.weight", [2**40, 2**40], 0, 64), "cut off|lies at byte"),
+        (tensor("z", [2**40, 2**40], 0, 64), "where its header asks for 4,835,703,278,458,516,"),
+        (tensor("z", [], 0, 0), "tensor z has 0 dimensions"),
+        (tensor("z", [1] * 9, 0, 4), "tensor z has 9 dimensions"),
+        (lambda c: c.offsets.update({"output_norm.weight": 0}), "norm.weight lies at byte 0"),
+        (lambda c: c.offsets.update({"output_norm.weight": 2**60}), "lies at byte"),
+        (lambda c: setattr(c, "tail", -64), "it is cut off"),
+        (value("tokenizer.ggml.tokens", ["a", "b"]), "do not fit together"),
+        (value("tokenizer.ggml.token_type", [9] * 270), "do not fit together"),
+        (value("tokenizer.ggml.scores", "0"), "do not fit together"),
+        (value("tokenizer.ggml.bos_token_id", 270), "do not fit together"),
+        (gone("tokenizer.ggml.scores"), "do not fit together"),
+        (value("tokenizer.ggml.scores", [float("nan")] * 270), "do not fit together"),
+        (tensor("z", [0, 2**60], 0, 0), "tensor z has no numbers"),
+        (value("tokenizer.ggml.tokens", ["a"] * 270), "not a SentencePiece model"),
+        (value("tokenizer.ggml.token_type", [1] * 270), "not a SentencePiece|has no BOS"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named_and_costs_nothing(tmp_path: Path, change, message: str):
+    """A thousand bytes that claim billions: refused in no time, in one line with its name."""
+    crafted = Crafted()
+    change(crafted)
+    path = crafted.write(tmp_path / "bad.gguf")
+    start = time.process_time()
+    with pytest.raises(UsageError, match=message) as caught:
+        load_pretrained(path)
+    assert time.process_time() - start < 1
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+def test_a_damaged_file_is_refused_or_read_but_never_a_traceback(tmp_path: Path):
+    """A byte changed anywhere in the header, or the file cut anywhere."""
+    path, coin = Crafted().write(tmp_path / "a.gguf"), random.Random(0)
+    whole = path.read_bytes()
+    for _ in range(300):
+        data = bytearray(whole)
+        for _ in range(coin.randint(1, 3)):
+            data[coin.randrange(4, 900)] = coin.randrange(256)
+        cut = len(whole) if coin.random() < 0.8 else coin.randrange(len(whole))
+        path.write_bytes(data[:cut])
+        try:
+            load_pretrained(path)
+        except UsageError as error:
+            assert "a.gguf: " in str(error) and "\n" not in str(error)

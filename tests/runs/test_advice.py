@@ -1,0 +1,38 @@
+"""What is said of a finished run: true of its figures."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from minllama.runs.advice import Outcome, advise
+
+USUAL = Outcome(
+    parameters=10**6,
+    tokens=20 * 10**6,
+    distinct=10**7,
+    train_loss=3.0,
+    val_loss=3.1,
+)
+
+
+@pytest.mark.parametrize(
+    "change, rose, most",
+    [
+        ({}, False, "more text and more training together"),
+        ({"tokens": 10**6}, False, "more training (--minutes, --epochs)"),
+        ({"distinct": 10**6, "train_loss": 2.0}, False, "more text: it knows its own"),
+        ({"tokens": 12 * 10**5, "distinct": 10**5}, False, "more text: it has read its own 12"),
+        ({"tokens": 200 * 10**6, "distinct": 10**8}, False, "a larger model"),
+        ({"distinct": 10**6, "train_loss": 1.0, "val_loss": 4.0}, True, "more text; else fewer"),
+        ({"val_loss": None}, False, "more text and more training together"),
+    ],
+)
+def test_what_would_help_most_follows_from_the_figures(change, rose, most):
+    """50 reviews over 25 epochs ended at perplexity 628, and nothing said why."""
+    outcome = dataclasses.replace(USUAL, **change)
+    figures, help_, _ = advise(outcome, rose=rose)
+    assert help_.startswith(f"what would help most: {most}")
+    assert f"{outcome.epochs:.3g} times" in figures
+    assert ("validation loss" in figures) == (outcome.val_loss is not None)

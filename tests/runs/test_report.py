@@ -1,0 +1,338 @@
+"""minllama/runs/report.py: a run as a page, looked at in a browser; TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import check_model_precision
+from minllama.runs import recording, report
+from minllama.runs.recording import Recording
+from minllama.runs.report import Curves, compare_runs, describe_run, find_metrics, number, page
+from minllama.runs.run_folder import RunFolder
+from minllama.system.errors import UsageError
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+HOSTILE = '</script><script>alert(1)</script> <b>&amp; @@DATA@@ "quoted" \u2028 \udce4 狐狸'
+
+
+RECORDED = {"last_step": lambda: 100, "window": 1, "tensorboard": False}
+
+
+def record(step: int, **more: Any) -> dict[str, Any]:
+    """A step's record, whose numbers follow from its step."""
+    return {
+        "step": step,
+        "epoch": 1,
+        "tokens": 64 * step,
+        "elapsed": step / 4,
+        "loss": 5 - step / 1000,
+        "val_loss": None,
+        "lr": 1e-3 / step,
+        "grad_norm": 1.5,
+        "tokens_per_second": 256.0,
+        "memory": 1_500_000_000,
+        **more,
+    }
+
+
+def write_run(folder: Path, steps: int, *, every: int = 10, **start: Any) -> Path:
+    """The records and the start of a run, as the program leaves them."""
+    folder.mkdir()
+    lines = []
+    for step in range(1, steps + 1):
+        found = {}
+        if step % every == 0:
+            found = {"val_loss": 5.5 - step / 1000, "sample": f"One day {HOSTILE} {step}"}
+        lines.append(json.dumps(record(step, **found)))
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    options = {"option": "pretrain", "epochs": 5, "dim": 32, "seed": 1337} | start
+    starts = {
+        "options": options,
+        "environment": {"torch": "2", "command": ["run_llama.py", "--save_dir", "a b"]},
+        "device": HOSTILE,
+        "plan": ["model        1,066,112 parameters"],
+    }
+    (folder / "run.json").write_text(json.dumps({"starts": [starts]}), encoding="utf-8")
+    return folder
+
+
+# ---------------------------------------------------------------------------- curves
+
+
+@pytest.mark.parametrize("steps", [7, 100, 1001])
+def test_a_long_run_is_thinned_to_means(steps, monkeypatch):
+    """Each point is the mean of the steps up to it; no step is lost, none counted twice."""
+    monkeypatch.setattr(report, "MOST_POINTS", 16)
+    pick = random.Random(steps)
+    losses = [None if step % 13 == 5 else pick.random() for step in range(1, steps + 1)]
+    curves = Curves(record(i + 1, loss=loss) for i, loss in enumerate(losses))
+    found, stride = curves.to_plain()["steps"], curves.stride
+    assert len(found["step"]) == -(-steps // stride) <= 16
+    assert stride == 1 or steps > 16 * stride / 2
+    for i, step in enumerate(found["step"]):
+        assert step == min((i + 1) * stride, steps)
+        known = [loss for loss in losses[i * stride : step] if loss is not None]
+        mean = sum(known) / len(known) if known else None
+        assert found["loss"][i] == (None if mean is None else pytest.approx(mean, rel=1e-5))
+        assert (found["tokens"][i], found["elapsed"][i]) == (64 * step, step / 4)
+
+
+def test_evaluations_and_samples_are_thinned_but_for_the_last(monkeypatch):
+    """They are few, and each stands where it was made."""
+    monkeypatch.setattr(report, "MOST_POINTS", 10)
+    monkeypatch.setattr(report, "MOST_SAMPLES", 4)
+    curves = Curves(record(step, val_loss=1 / step, sample=f"{step}") for step in range(1, 100))
+    found = curves.to_plain()
+    assert 5 <= len(found["evaluations"]["step"]) <= 10 and found["evaluations"]["step"][-1] == 99
+    for step, loss in zip(*map(found["evaluations"].get, ("step", "val_loss")), strict=True):
+        assert loss == pytest.approx(1 / step, rel=1e-5)
+    assert 2 <= len(found["samples"]) <= 4 and found["samples"][-1] == (99, "99")
+
+
+def test_a_record_that_holds_no_numbers_is_no_point():
+    """A metrics file may come from anybody."""
+    strange = ["7", True, math.nan, math.inf, 10**400, [1], {"a": 1}, None]
+    assert [number(value) for value in strange] == [None] * len(strange)
+    curves = Curves([record(1), *({"step": value} for value in strange), record(1), record(2)])
+    assert curves.to_plain()["steps"]["step"] == [1, 2]
+    for value in strange:
+        found = Curves([record(1, loss=value, val_loss=value, sample=7)]).to_plain()
+        assert found["steps"]["loss"] == [None] and found["evaluations"]["step"] == []
+        assert not found["samples"]
+
+
+def test_starts_may_hold_anything():
+    """run.json, too: what is not as it should be is left out."""
+    for strange in (None, 7, "a", [1], {"option": ["x"]}, {"environment": {"command": 7}}):
+        start = {"options": strange, "environment": strange, "plan": strange}
+        run = describe_run("a", Curves([record(1)]), [start])
+        assert "@@" not in page("a", [run]) and run["command"] == ""
+
+
+# ---------------------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium, where there is one."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    if BROWSER is None:
+        pytest.skip("no Chromium here")
+    with playwright.sync_playwright() as program:
+        chromium = program.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def view(browser):
+    """Opens a page file; in the end nothing was said on the console, and nothing fetched."""
+    said, pages = [], []
+
+    def open_page(path: Path, *, width: int = 1200):
+        shown = browser.new_page(viewport={"width": width, "height": 900})
+        shown.on("console", lambda message: said.append(message.text))
+        shown.on("pageerror", lambda error: said.append(str(error)))
+        shown.on("dialog", lambda dialog: said.append("an alert") or dialog.dismiss())
+        own = path.resolve().as_uri()
+        shown.on(
+            "request",
+            lambda request: None if request.url.startswith((own, "data:")) else said.append("net"),
+        )
+        shown.goto(own)
+        pages.append(shown)
+        return shown
+
+    yield open_page
+    assert not said
+    for shown in pages:
+        shown.close()
+
+
+def hover(shown, chart: int, share: float) -> dict[str, str]:
+    """What a chart's legend says with the pointer at this share of its width."""
+    box = shown.locator(".u-over").nth(chart).bounding_box()
+    shown.mouse.move(box["x"] + share * (box["width"] - 1), box["y"] + 50)
+    rows = shown.locator(".chart").nth(chart).locator(".u-series")
+    return dict(row.locator("th, td").all_text_contents() for row in rows.all())
+
+
+INKED = """canvas => {
+    const { width, height } = canvas;
+    const data = canvas.getContext('2d').getImageData(0, 0, width, height).data;
+    let found = 0;
+    for (let i = 0; i < data.length; i += 4)
+        found += Math.abs(data[i] - 0x44) + Math.abs(data[i + 1] - 0x77) +
+            Math.abs(data[i + 2] - 0xaa) < 40 && data[i + 3] > 200;
+    return found;
+}"""  # how many pixels have the blue of a first curve
+
+
+def test_the_page_of_a_run_is_drawn_and_tells_its_values(tmp_path, view, monkeypatch):
+    """By a pointer over the curves: those of its records. Text of the run is text, not markup."""
+    monkeypatch.setattr(recording, "time", SimpleNamespace(perf_counter=lambda: 5.0))
+    folder = RunFolder(write_run(tmp_path / "run", 100), "pretrain")
+    with Recording(folder, 99, **RECORDED, save=lambda _, write: write()) as open_recording:
+        open_recording.append(record(100, val_loss=5.4, sample=f"One day {HOSTILE} 100"))
+        assert view(folder.path / "report.html").evaluate("page.reload") == report.RELOAD_SECONDS
+    shown = view(folder.path / "report.html")
+    state = shown.locator("#state").inner_text()
+    assert state.startswith("finished: step 100 of 100 (100 %); ")
+    titles = shown.locator(".chart h3").all_inner_texts()
+    assert titles == ["loss", "learning rate", "gradient norm", "tokens per second", "memory"]
+    assert all(canvas.evaluate(INKED) > 100 for canvas in shown.locator("canvas").all())
+    for share, step, evaluation in ((0, 1, 5.49), (1, 100, 5.4), (24 / 99, 25, 5.48)):
+        said = hover(shown, 0, share)
+        assert said["step"] == str(step)
+        assert float(said["training"]) == pytest.approx(5 - step / 1000)
+        assert float(said["validation"]) == pytest.approx(evaluation)  # the nearest
+    assert hover(shown, 4, 0.5)["of the run"] == "1.5 GB"
+    samples = shown.locator(".sample").all_inner_texts()
+    assert len(samples) == 10 and samples[0].endswith("狐狸 100") and "</script>" in samples[0]
+    assert "a b" in shown.locator("body").inner_text()
+    shown.select_option("#x", "elapsed")
+    shown.check("#log")
+    assert hover(shown, 0, 1)["time"] == "0:00:25"
+    assert shown.evaluate("page.reload") is None
+    shown.reload()
+    assert shown.locator("#x").input_value() == "elapsed" and shown.locator("#log").is_checked()
+    phone = view(folder.path / "report.html", width=360)
+    assert phone.evaluate("document.documentElement.scrollWidth") == 360
+    assert phone.locator(".u-over").first.bounding_box()["width"] > 200
+
+
+def test_two_runs_laid_over_each_other(tmp_path, view, capsys):
+    """Each keeps its steps, though they are not the same; what differs between them is named."""
+    one, two = write_run(tmp_path / "one", 40), write_run(tmp_path / "two", 30, every=7, dim=64)
+    output = tmp_path / "both.html"
+    words = ["--compare-runs", str(one), str(two), "--output", str(output)]
+    assert check_model_precision.main(words) == 0 and str(output) in capsys.readouterr().out
+    shown = view(output)
+    said = hover(shown, 0, 1)
+    assert (said["step"], said[f"{one}: training"]) == ("40", "4.96")
+    assert said[f"{two}: training"] == "4.97"  # its last, of step 30
+    differ = shown.locator("table.facts").nth(1).inner_text()
+    assert "--dim" in differ and "32" in differ and "64" in differ and "--seed" not in differ
+    assert check_model_precision.main(words) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------- without one
+
+
+def test_a_page_is_rewritten_rarely_and_says_how_the_run_ended(tmp_path, monkeypatch):
+    """Once in ten seconds, at most for a hundredth of the time; at the end always."""
+    now, written = [100.0], []
+
+    def save(path: Path, write: Any) -> None:
+        write()
+        now[0] += 0.5
+        text = path.read_text(encoding="utf-8").split('id="data">')[1].split("</script>")[0]
+        written.append(json.loads(text))
+
+    monkeypatch.setattr(report.time, "monotonic", lambda: now[0])
+    folder = RunFolder(tmp_path, "pretrain")
+    with pytest.raises(ZeroDivisionError):
+        with Recording(folder, 0, **RECORDED, save=save) as recording:
+            for step in range(1, 301):
+                recording.append(record(step))
+                now[0] += 1
+            recording.rewind(200)
+            recording.append(record(201))
+            raise ZeroDivisionError
+    steps = [data["runs"][0]["steps"]["step"][-1] for data in written]
+    assert steps == [1, 51, 101, 151, 201, 251, 201, 201]
+    assert [data["runs"][0]["state"] for data in written[-2:]] == ["running", "ended by an error"]
+    assert [data["reload"] for data in written] == [report.RELOAD_SECONDS] * 7 + [None]
+
+
+def test_what_is_no_run_is_said(tmp_path, capsys):
+    """In one line, which names it; nothing is written."""
+    write_run(tmp_path / "one", 3)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "two").mkdir()
+    for name in ("finetune-a-metrics.jsonl", "finetune-b-metrics.jsonl"):
+        (tmp_path / "two" / name).write_text("{}\n", encoding="utf-8")
+    file = tmp_path / "two" / "finetune-a-metrics.jsonl"
+    assert find_metrics(tmp_path / "one") == tmp_path / "one" / "metrics.jsonl"
+    assert find_metrics(file) == file
+    for path, said in (
+        ("missing", "no such folder"),
+        ("empty", "holds no run"),
+        ("two", "finetune-b-metrics.jsonl"),
+        ("two/finetune-a-metrics.jsonl", "holds no records"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            compare_runs([tmp_path / "one", tmp_path / path])
+    output = ["--output", str(tmp_path / "x.html")]
+    for words in (["a"], ["a", "b", "--verify", *output], ["a", *output]):
+        assert check_model_precision.main(["--compare_runs", *words]) == 2
+        assert capsys.readouterr().err.count("error: --compare_runs") == 1
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_what_draws_the_page_is_whole():
+    """uPlot as published, with its licence; the page fetches nothing."""
+    licence = report.read_part("uPlot-LICENSE")
+    assert "MIT" in licence and "Leon Sorokin" in licence
+    assert "uPlot (v1.6.32)" in report.read_part("uPlot.iife.min.js")[:80]
+    text = page("a", [])
+    assert "default-src 'none'" in text and 'src="' not in text and "@import" not in text
+
+
+# ---------------------------------------------------------------------------- TensorBoard
+
+
+def test_tensorboard_sees_every_step_once(tmp_path, monkeypatch):
+    """Also where a run was killed after its last checkpoint, and made steps again."""
+    pytest.importorskip("tensorboard")
+    program = """
+import sys
+from pathlib import Path
+from test_report import RECORDED, record
+from minllama.runs.recording import Recording
+from minllama.runs.run_folder import RunFolder
+folder = RunFolder(Path(sys.argv[1]), "pretrain")
+save = lambda path, write: None
+for first, last in ((0, 7), (4, 9)):
+    recording = Recording(folder, first, **RECORDED | {"tensorboard": True}, save=save)
+    for step in range(first + 1, last + 1):
+        recording.append(record(step, val_loss=first, sample="One day"))
+    recording.sync()
+    recording.__exit__(None)
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+found = EventAccumulator(str(folder.file("tensorboard")))
+found.Reload()
+print([(e.step, e.value) for e in found.Scalars("val/loss")])
+print(sorted(found.Tags()["scalars"]), found.Tags()["tensors"])
+"""
+    here = Path(__file__).parent
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (here, here.parent))))
+    words = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    values, names = done.stdout.splitlines()
+    assert eval(values) == [(step, 0.0) for step in range(1, 5)] + [
+        (step, 4.0) for step in range(5, 10)
+    ]
+    for name in ("train/loss", "train/grad_norm", "val/loss", "lr", "sample/text_summary"):
+        assert f"'{name}'" in names
+
+
+def test_without_tensorboard_one_line_says_so(monkeypatch):
+    """Before any work."""
+    from config import parse_options
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="^--tensorboard .*pip install tensorboard$"):
+        parse_options(["--option", "pretrain", "--tensorboard"])

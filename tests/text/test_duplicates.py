@@ -1,0 +1,138 @@
+"""minllama/text/duplicates.py: documents that come twice, counted and dropped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from running import RESUME, assert_same_run, command, pretrain, stop_after
+from test_corpus import load
+
+from minllama.system.errors import UsageError
+from minllama.text.duplicates import first_alike
+from tokenizer import Tokenizer
+
+pytestmark = pytest.mark.usefixtures("empty_folder")
+LINES = [
+    f"The {who} ran {where} ."
+    for who in ("cat", "dog", "fox", "bear", "bird", "boy", "girl", "mother")
+    for where in ("home", "away", "up the hill", "in the garden", "out of the house")
+]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30))
+def test_first_alike(pairs):
+    """Alike are those with both halves alike, one half is not enough."""
+    found = first_alike(np.array(pairs, np.uint64))
+    assert found.tolist() == [pairs.index(pair) for pair in pairs]
+
+
+def write(name: str, lines: list[str]) -> None:
+    Path(name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def documents(stream) -> list[str]:
+    """The documents of a stream of lines."""
+    tokenizer, ids = Tokenizer(), stream.read(0, len(stream)).tolist()
+    edges = [i for i, token in enumerate(ids) if token == tokenizer.bos_id] + [len(ids)]
+    return [tokenizer.decode(ids[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def test_text_without_copies_has_no_line(capsys):
+    """And --dedup trains on the same, under the same key."""
+    write("a.txt", LINES)
+    plain = load("--pretrain_data a.txt --document_per_line")
+    out = capsys.readouterr().out
+    assert "duplicates" not in out and "shared" not in out and "byte pieces" not in out
+    dedup = load("--pretrain_data a.txt --document_per_line --dedup")
+    assert (
+        "duplicates   0 of 40 documents (0.0% of the tokens) dropped\n" in capsys.readouterr().out
+    )
+    assert dedup.key == plain.key and documents(dedup.val.stream) == documents(plain.val.stream)
+
+
+def test_copies_in_the_text_are_counted_and_dropped(capsys):
+    """The first stays, also where the copies are in another file; none is on both sides."""
+    write("a.txt", LINES)
+    write("b.txt", [LINES[7], "One day .", LINES[7], *LINES[20:]])
+    words = "--pretrain_data a.txt b.txt --document_per_line --val_fraction"
+    plain = load(f"{words} 0.3")
+    out = capsys.readouterr().out
+    assert (
+        "duplicates   22 of 63 documents (3" in out
+        and "are copies of others; --dedup drops them" in out
+    )
+    held_out, trained = documents(plain.val.stream), documents(plain.train.stream)
+    assert not {*held_out} & {*trained} and "shared" not in out
+    dedup = load(f"{words} 0.3 --dedup")
+    out = capsys.readouterr().out
+    assert "duplicates   22 of 63 documents (3" in out and "shared" not in out
+    held_out, trained = documents(dedup.val.stream), documents(dedup.train.stream)
+    assert sorted([*held_out, *trained]) == sorted([*LINES, "One day ."]) and held_out
+    assert len(dedup.val.stream) <= 0.6 * (len(dedup.val.stream) + len(dedup.train.stream))
+    assert dedup.val.stream.utf8_bytes == sum(map(len, held_out))
+    assert documents(load(f"{words} 0 --dedup").train.stream) == [*LINES, "One day ."]
+    assert len({plain.key, dedup.key, load(f"{words} 0.3").key}) == 2
+
+
+def test_what_is_held_out_by_name_is_not_trained_on(capsys):
+    """--val_data stays as it is, with copies of its own."""
+    write("a.txt", [*LINES, LINES[0]])
+    write("val.txt", [LINES[3], "One day .", LINES[3], LINES[9]])
+    words = "--pretrain_data a.txt --val_data val.txt --document_per_line"
+    load(words)
+    out = capsys.readouterr().out
+    assert "duplicates   1 of 41 documents" in out
+    assert "shared       3 of 4 held-out documents are trained on, too" in out
+    texts = load(f"{words} --dedup")
+    out = capsys.readouterr().out
+    assert "duplicates   3 of 41 documents (" in out and "2 of them held out by --val_data" in out
+    assert documents(texts.train.stream) == [x for i, x in enumerate(LINES) if i not in (3, 9)]
+    assert documents(texts.val.stream) == [LINES[3], "One day .", LINES[3], LINES[9]]
+    write("b.txt", LINES)
+    with pytest.raises(UsageError, match="--dedup leaves nothing to train on"):
+        load("--pretrain_data a.txt --val_data b.txt --document_per_line --dedup")
+
+
+def test_the_end_of_a_file_that_is_there_twice(capsys):
+    """Two long documents: chunks of both are held out, and each is in the other one, too."""
+    for name in ("a.txt", "b.txt"):
+        write(name, LINES)
+    load("--pretrain_data a.txt b.txt")
+    out = capsys.readouterr().out
+    assert "duplicates   1 of 2 documents (50.0% of the tokens) are copies of others" in out
+    assert "shared       2 of 2 held-out documents" in out
+    texts, one = load("--pretrain_data a.txt b.txt --dedup"), load("--pretrain_data a.txt")
+    for of_two, of_one in ((texts.train, one.train), (texts.val, one.val)):
+        whole = (0, len(of_one.stream))
+        assert of_two.stream.read(*whole).tolist() == of_one.stream.read(*whole).tolist()
+        assert len(of_two.stream) == whole[1]
+    assert texts.val.stream.utf8_bytes == one.val.stream.utf8_bytes
+
+
+def test_byte_pieces_are_told_where_they_matter(capsys):
+    """Between none and most of the text, where it is a warning."""
+    write("a.txt", [*LINES, "从前有一座山，山里有庙。"])
+    load("--pretrain_data a.txt --document_per_line")
+    assert "byte pieces  3.4% of the text" in capsys.readouterr().out
+
+
+def test_a_run_without_copies_is_resumed_so(monkeypatch):
+    """--dedup is the run's: untyped it is kept, and it cannot be taken up halfway."""
+    lines = [json.dumps({"text": line}) for line in LINES]
+    write("text.jsonl", lines + lines[:5])
+    assert pretrain("--dedup --epochs 1 --save_dir whole").status == 0
+    with monkeypatch.context() as patch:
+        stop = stop_after(3, patch)
+        assert pretrain("--dedup --epochs 1 --save_dir parts", stop=stop).status == 130
+    done = command(RESUME.replace("save_dir run", "save_dir parts"))
+    assert done.status == 0 and "5 of 45 documents" in done.out
+    assert_same_run("whole", "parts", "pretrain-epoch-1.pt")
+    assert pretrain("--epochs 1 --max_steps 2").status == 0
+    done = command(f"{RESUME} --dedup")
+    assert done.status == 2 and "how the text is read" in done.error

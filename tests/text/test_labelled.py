@@ -1,0 +1,355 @@
+"""minllama/text/labelled.py: labelled files, the names of labels, scores, written predictions."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from config import Options, parse_options
+from minllama.system.errors import UsageError
+from minllama.text.labelled import (
+    MAX_LABELS,
+    LabelledExample,
+    Scores,
+    find_labelled_files,
+    find_sentences,
+    has_placeholder_labels,
+    is_unlabelled,
+    labels_of,
+    read_label_names,
+    read_labelled,
+    report_predictions,
+)
+
+NAMES = ["awful", "average", "excellent"]
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+# ---------------------------------------------------------------------------- files
+
+
+def test_reading_labelled_lines(tmp_path: Path) -> None:
+    """In order, blank lines left out; -1 and none are no label; the sentence may have a bar."""
+    text = "1 ||| two dogs\r\n\n0 ||| sat ||| the mat .\n-1 ||| it \n ||| b\n||| c"
+    examples = read_labelled(written(tmp_path / "a.txt", text), n_labels=2)
+    assert labels_of(examples) == [1, 0, None, None, None]
+    assert [example.sentence for example in examples] == [
+        "two dogs", "sat ||| the mat .", "it", "b", "c",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "empty"),
+        ("1 ||| a\n1 a\n", "a.txt:2: no ` ||| `"),
+        ("1 ||| a\n1 ||| \n", "a.txt:2: no sentence"),
+        ("good ||| a\n", "a.txt:1: label 'good' is not a whole number"),
+        ("1.5 ||| a\n", "a.txt:1: label '1.5'"),
+        ("\u0661 ||| a\n", "a.txt:1: label '\u0661' is not"),  # a digit of another script
+        ("1 ||| a\n\n2 ||| b\n", "a.txt:3: label 2 is not one of 0 to 1"),
+        ("-2 ||| a\n", "a.txt:1: label -2"),
+        ("9" * 5000 + " ||| a\n", "a.txt:1: label"),
+    ],
+)
+def test_bad_labelled_files(tmp_path: Path, text: str, words: str) -> None:
+    """Each is one line with the place."""
+    with pytest.raises(UsageError, match=words):
+        read_labelled(written(tmp_path / "a.txt", text), n_labels=2)
+
+
+def test_labels_without_names_are_bounded(tmp_path: Path) -> None:
+    """Each gets a row of the classifier's head: a mistyped one must not fill the memory."""
+    assert read_labelled(written(tmp_path / "a.txt", f"{MAX_LABELS - 1} ||| a\n"))
+    with pytest.raises(UsageError, match="is not one of 0 to 999"):
+        read_labelled(written(tmp_path / "a.txt", f"{MAX_LABELS} ||| a\n"))
+
+
+def examples_of(*labels: int | None) -> list[LabelledExample]:
+    return [LabelledExample(label, f"sentence {i}") for i, label in enumerate(labels)]
+
+
+def test_labels_that_tell_nothing() -> None:
+    """-1, no label, and labels that are all alike give no accuracy."""
+    assert is_unlabelled(examples_of(None, None))
+    assert has_placeholder_labels(examples_of(None, None))
+    assert not is_unlabelled(examples_of(0, 0)) and has_placeholder_labels(examples_of(0, 0))
+    for told in (examples_of(0, 1), examples_of(0, None), examples_of(1)):
+        assert not is_unlabelled(told) and not has_placeholder_labels(told)
+
+
+def test_the_public_sets(real_data: Path) -> None:
+    """Sizes of SST-5 and CFIMDB; CFIMDB's test labels are placeholders."""
+    sst = read_labelled(real_data / "sst-dev.txt", n_labels=5)
+    assert len(sst) == 1101 and not has_placeholder_labels(sst)
+    cfimdb = read_labelled(real_data / "cfimdb-test.txt", n_labels=2)
+    assert len(cfimdb) == 488 and has_placeholder_labels(cfimdb) and not is_unlabelled(cfimdb)
+
+
+# ---------------------------------------------------------------------------- the files of a set
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Flags that name small labelled files with three labels, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    for split, size in (("train", 9), ("dev", 6), ("test", 3)):
+        lines = [f"{i % 3} ||| The film is {NAMES[i % 3]} ." for i in range(size)]
+        written(tmp_path / f"toy-{split}.txt", "\n".join(lines) + "\n")
+    written(tmp_path / "toy-label-mapping.json", json.dumps(NAMES))
+    return "--option finetune --train toy-train.txt --dev toy-dev.txt --test toy-test.txt"
+
+
+def options_of(line: str) -> Options:
+    return parse_options(line.split())
+
+
+def test_the_files_that_flags_name(toy: str) -> None:
+    """Names of labels beside the training file; predictions named as the assignment has them."""
+    files = find_labelled_files(options_of(toy), "finetuning")
+    assert (files.name, files.label_names) == ("toy", NAMES)
+    assert files.paths == {s: Path(f"toy-{s}.txt") for s in ("train", "dev", "test")}
+    assert files.outs == {s: Path(f"toy-{s}-finetuning-output.txt") for s in ("dev", "test")}
+    given = find_labelled_files(options_of(f"{toy} --dev_out a/b.txt"), "finetuning")
+    assert given.outs["dev"] == Path("a/b.txt")
+    Path("toy-label-mapping.json").unlink()
+    assert find_labelled_files(options_of(toy), "prompting").label_names == ["0", "1", "2"]
+    assert not list(Path().glob("*output*"))
+
+
+def test_the_embedded_reviews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without any flag there is something to train on, to be measured on and to predict."""
+    monkeypatch.chdir(tmp_path)
+    files = find_labelled_files(options_of("--option finetune"), "finetuning")
+    assert files.name == "reviews" and len(files.label_names) >= 2
+    assert [*files.paths] == ["train", "dev", "test"]
+    for path in files.paths.values():
+        assert read_labelled(path, n_labels=len(files.label_names))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"toy-train.txt": "0 | a\n"}, "toy-train.txt:1"),
+        ({"toy-train.txt": "0 ||| a\n3 ||| b\n"}, "toy-train.txt:2: label 3"),
+        ({"toy-train.txt": "0 ||| a\n1 ||| b\n"}, "names 3 labels and --train .*has 2 .0, 1.: "),
+        ({"toy-train.txt": "-1 ||| a\n0 ||| b\n"}, "toy-train.txt: .*without a label"),
+        ({"toy-label-mapping.json": "{"}, "--label_names toy-label-mapping.json: not JSON"),
+        ({"toy-label-mapping.json": '{"a": 0}'}, "must be a JSON list"),
+        ({"toy-label-mapping.json": '["a"]'}, "must be a JSON list"),
+        ({"toy-label-mapping.json": '["good", "good"]'}, "'good' is there more than once"),
+    ],
+)
+def test_bad_sets(toy: str, change: dict[str, str], words: str) -> None:
+    """Found before a model is loaded; a name given twice was once scored twice."""
+    for name, text in change.items():
+        written(Path(name), text)
+    with pytest.raises(UsageError, match=words):
+        find_labelled_files(options_of(toy), "finetuning")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--dev_out toy-dev.txt", "--dev_out toy-dev.txt: is another of the files"),
+        ("--dev_out ./toy-train.txt", "--dev_out toy-train.txt: is another of the files"),
+        ("--test_out toy-test.txt", "--test_out toy-test.txt: is another of the files"),
+        ("--dev_out a.txt --test_out a.txt", "--test_out a.txt: is another of the files"),
+        ("--dev_out folder", "--dev_out folder: is a folder"),
+        ("--dev_out toy-dev.txt/a.txt", "--dev_out toy-dev.txt: cannot write there"),
+        ("--label_names folder", "--label_names folder: is a folder"),
+        ("--label_names absent.json", "--label_names absent.json: no such file"),
+        ("--test absent.txt", "--test absent.txt: no such file"),
+    ],
+)
+def test_files_that_cannot_be(toy: str, flags: str, words: str) -> None:
+    """`--dev X --dev_out X` once overwrote the labels; outputs were once checked after training."""
+    Path("folder").mkdir()
+    before = Path("toy-dev.txt").read_bytes()
+    with pytest.raises(UsageError, match=words):
+        find_labelled_files(options_of(f"{toy} {flags}"), "finetuning")
+    assert Path("toy-dev.txt").read_bytes() == before
+
+
+def test_a_set_to_be_measured_on_is_asked_for(toy: str) -> None:
+    """Of one's own training file the embedded reviews are no measure."""
+    with pytest.raises(UsageError, match="--dev is not given"):
+        find_labelled_files(options_of("--option finetune --train toy-train.txt"), "finetuning")
+
+
+def test_one_label_alone_is_nothing_to_learn(toy: str) -> None:
+    """A classifier with a single class was trained without a word, and could not be wrong."""
+    Path("toy-label-mapping.json").unlink()
+    written(Path("toy-train.txt"), "0 ||| a\n0 ||| b\n")
+    with pytest.raises(UsageError, match="--train toy-train.txt: has one label on all lines"):
+        find_labelled_files(options_of(toy), "finetuning")
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("x-train.txt.gz", "x"),
+        ("x-train.gz", "x"),
+        ("x-train.txt", "x"),
+        ("x.y_train.tsv.gz", "x.y"),
+        ("train.txt", "train"),
+        ("x-train", "x"),
+    ],
+)
+def test_the_name_of_a_set(toy: str, file: str, name: str) -> None:
+    """`x-train.txt.gz` was the set `x-train.txt`, and the names of its labels were not found."""
+    data = Path("toy-train.txt").read_bytes()
+    Path(file).write_bytes(gzip.compress(data) if file.endswith(".gz") else data)
+    written(Path(f"{name}-label-mapping.json"), json.dumps(NAMES))
+    options = options_of(f"--option finetune --train {file} --dev toy-dev.txt")
+    files = find_labelled_files(options, "finetuning")
+    assert (files.name, files.label_names) == (name, NAMES)
+    assert files.outs["dev"] == Path(f"{name}-dev-finetuning-output.txt")
+
+
+def test_label_names_given_and_beside(tmp_path: Path) -> None:
+    """What is given counts; no file beside the text is no error."""
+    given = written(tmp_path / "given.json", '["bad", "good"]')
+    beside = written(tmp_path / "beside.json", '["no", "yes"]')
+    assert read_label_names(given, beside) == ["bad", "good"]
+    assert read_label_names(None, beside) == ["no", "yes"]
+    assert read_label_names(None, tmp_path / "absent.json") == []
+
+
+def test_sentences_may_have_no_labels(tmp_path: Path) -> None:
+    """But a file with bars is one of labels, and a line without is a mistake there."""
+    path = written(tmp_path / "a.txt", "One film .\n\n-1 means nothing here\n")
+    with pytest.raises(UsageError, match="a.txt:1: no ` ||| `"):
+        read_labelled(path)
+    assert read_labelled(path, plain=True) == [
+        LabelledExample(None, "One film ."), LabelledExample(None, "-1 means nothing here"),
+    ]  # fmt: skip
+    written(path, "One film .\n1 ||| Another\n")
+    with pytest.raises(UsageError, match="a.txt:1: no ` ||| `"):
+        read_labelled(path, plain=True)
+
+
+def test_files_to_classify(toy: str) -> None:
+    """With a model that knows its labels' names, any of the files is enough."""
+    options = options_of("--option prompt --test toy-test.txt --dev toy-dev.txt")
+    files = find_sentences(options, NAMES)
+    assert files.outs["dev"] == Path("toy-dev-prompting-output.txt")
+    assert list(find_sentences(options_of("--option prompt --test toy-test.txt"), NAMES).paths) == [
+        "test"
+    ]
+    for line, words in (
+        ("", "--test is not given: .* classify as awful or average or excellent"),
+        ("--test absent.txt", "--test absent.txt: no such file"),
+        ("--test toy-dev.txt --dev toy-dev.txt", "--test_out .*: is another of the files named"),
+        ("--test toy-dev.txt --label_names two.json", "the model's own are awful, average"),
+    ):
+        written(Path("two.json"), '["a", "b"]')
+        with pytest.raises(UsageError, match=words):
+            find_sentences(options_of(f"--option prompt {line}"), NAMES)
+    with pytest.raises(UsageError, match="--dev and --test need --train, .* fine-tuned model"):
+        find_labelled_files(options, "prompting")
+
+
+# ---------------------------------------------------------------------------- scores
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.none() | st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30)
+)
+def test_scores_against_their_definitions(pairs: list[tuple[int | None, int]]) -> None:
+    """Accuracy, the majority's accuracy and macro-F1, from precision and recall."""
+    labels, predictions = zip(*pairs, strict=True)
+    scores = Scores.of(labels, predictions, 4)
+    known = [(label, prediction) for label, prediction in pairs if label is not None]
+    assert scores.confusion.sum() == len(known)
+    if not known:
+        assert scores.accuracy == scores.majority == scores.macro_f1 == 0
+        return
+    truth, predicted = map(np.array, zip(*known, strict=True))
+    assert scores.accuracy == pytest.approx(np.mean(truth == predicted))
+    assert scores.majority == pytest.approx(np.bincount(truth).max() / len(truth))
+    f1 = []
+    for label in {*truth, *predicted}:
+        hits = np.sum((truth == label) & (predicted == label))
+        precision = hits / max(1, np.sum(predicted == label))
+        recall = hits / max(1, np.sum(truth == label))
+        f1.append(0 if not hits else 2 * precision * recall / (precision + recall))
+    assert scores.macro_f1 == pytest.approx(np.mean(f1))
+
+
+def test_the_table_of_scores() -> None:
+    """A row for each label, a column for each prediction."""
+    table = Scores.of([0, 0, 1, 2], [0, 1, 1, 0], 3).lines(NAMES)
+    assert [row.split() for row in table] == [
+        ["label", "\\", "predicted", *NAMES],
+        ["awful", "1", "1", "0"],
+        ["average", "0", "1", "0"],
+        ["excellent", "1", "0", "0"],
+    ]
+    assert len({len(row) for row in table}) == 1
+
+
+# ---------------------------------------------------------------------------- predictions
+
+
+@pytest.mark.parametrize(
+    ("split", "labels", "said"),
+    [
+        ("dev", [0, 1, 1, None], "dev accuracy 0.667, macro-F1 0.667 (3 labelled; always the "),
+        ("dev", [1, 1, 1, 1], "dev accuracy 0.500"),
+        ("test", [1, 1, 1, 1], "test: unlabelled (one and the same label on every line)"),
+        ("test", [None] * 4, "test: unlabelled (4 sentences), so no accuracy"),
+    ],
+)
+def test_predictions_are_written_in_the_order_of_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture, split: str, labels: list[int | None], said: str
+) -> None:
+    """Whatever the labels tell, each sentence gets its line; figures only where they mean a thing.
+
+    CFIMDB's test file has 0 on all lines: an accuracy against it was once printed.
+    """
+    out, examples = tmp_path / "a" / "out.txt", examples_of(*labels)
+    report_predictions(split, examples, [0, 1, 0, 1], ["bad", "good"], out)
+    printed = capsys.readouterr().out
+    assert printed.startswith(said) and f"wrote {out}" in printed
+    assert ("label \\ predicted" in printed) == ("accuracy 0." in printed)
+    assert out.read_bytes().decode() == "".join(
+        f"{prediction} ||| sentence {i}\n" for i, prediction in enumerate([0, 1, 0, 1])
+    )
+
+
+@pytest.mark.parametrize(("ones", "said"), [(9, True), (8, False)])
+def test_what_figures_mean_where_one_label_is_nearly_always_predicted(
+    tmp_path: Path, capsys: pytest.CaptureFixture, ones: int, said: bool
+) -> None:
+    """Prompting once printed an accuracy, and no word of its being that of one label."""
+    predictions = [1] * ones + [0] * (10 - ones)
+    examples = examples_of(*[0, 1] * 5)
+    report_predictions("dev", examples, predictions, ["bad", "good"], tmp_path / "out.txt")
+    printed = capsys.readouterr().out
+    assert (f"{ones} of 10 predictions are 'good': the figures say how common" in printed) == said
+
+
+def test_what_another_run_predicted_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Two runs, into folders of their own, wrote their predictions into the same file."""
+    out, examples = tmp_path / "out.txt", examples_of(0, 1)
+    for predictions in ([0, 1], [0, 1], [1, 1], [0, 0]):
+        report_predictions("dev", examples, predictions, ["bad", "good"], out, keep=True)
+    texts = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()}
+    assert {name: text[0] + text[17] for name, text in texts.items()} == {
+        "out.txt": "00", "out.1.txt": "01", "out.2.txt": "11",
+    }  # fmt: skip
+    assert f"kept as {tmp_path / 'out.1.txt'}" in capsys.readouterr().out
+    report_predictions("dev", examples, [1, 0], ["bad", "good"], out)
+    assert len([*tmp_path.iterdir()]) == 3

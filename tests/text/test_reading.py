@@ -1,0 +1,329 @@
+"""minllama/text/reading.py: finding text files, and reading them as documents."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vocabularies import FRAGMENTS
+
+from minllama.system.encodings import check_encoding
+from minllama.system.errors import UsageError
+from minllama.text import reading as text_module
+from minllama.text.reading import (
+    Reading,
+    find_text_files,
+    first_words,
+    is_labelled,
+    read_blocks,
+    read_documents,
+    read_lines,
+    split_labelled,
+)
+
+# ---------------------------------------------------------------------------- finding files
+
+
+def test_find_text_files(tmp_path: Path) -> None:
+    """Folders at any depth, globs, names with brackets; sorted, none twice."""
+    for name in ["b.txt", "a/c.jsonl", "a/d.txt.gz", "a/skip.png", "x[1].txt"]:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x", encoding="utf-8")
+    names = [tmp_path / "x[1].txt", tmp_path / "*.txt", tmp_path]
+    found = [p.relative_to(tmp_path).as_posix() for p in find_text_files(names)]
+    assert found == ["x[1].txt", "b.txt", "a/c.jsonl", "a/d.txt.gz"]
+
+
+def test_text_files_that_are_not_there(tmp_path: Path) -> None:
+    """The flag and the pattern are named, and the command that fetches a public file."""
+    for pattern, words in (
+        ("nothing.txt", "nothing.txt: no such file or folder$"),
+        ("*.md", r"\*.md: matches no file$"),
+        ("sst-train.txt", "no such file or folder; python data/download.py sst"),
+    ):
+        with pytest.raises(UsageError, match=f"--train .*{words}"):
+            find_text_files([tmp_path / pattern], flag="--train")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="--pretrain_data .*holds no .txt.* file$"):
+        find_text_files([tmp_path / "empty"])
+    (tmp_path / "empty" / "data00.json").touch()
+    with pytest.raises(UsageError, match=r"name what else to read, as in '.*empty.\*\.json'$"):
+        find_text_files([tmp_path / "empty"])
+    with pytest.raises(UsageError, match="no file is named"):
+        find_text_files([])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_a_fifo_is_refused(tmp_path: Path) -> None:
+    """Opening a FIFO that nobody writes to hung for ever."""
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(UsageError, match="not a regular file"):
+        find_text_files([tmp_path / "pipe.txt"])
+    for path, words in [(tmp_path / "pipe.txt", "not a regular file"), (tmp_path, "a folder")]:
+        with pytest.raises(UsageError, match=words):
+            list(read_documents(path, Reading()))
+
+
+# ---------------------------------------------------------------------------- reading
+
+
+def documents(path: Path, **options: object) -> list[str]:
+    """The documents of a file, each put together from its blocks."""
+    found, open_text = [], ""
+    for block in read_documents(path, Reading(**options)):
+        open_text += block.text
+        if block.ends:
+            found.append(open_text)
+            open_text = ""
+    assert not open_text
+    return found
+
+
+def written(path: Path, data: bytes) -> Path:
+    """`path` with `data` in it, packed where its name says so."""
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_readers(tmp_path: Path, suffix: str) -> None:
+    """BOM off, CRLF to LF, a lone CR stays, blank documents left out; .gz the same."""
+    text = written(tmp_path / f"a.txt{suffix}", b"\xef\xbb\xbfone\r\ntwo\r \r\n\n \n\x00three")
+    assert documents(text) == ["one\ntwo\r \n\n \n\x00three"]
+    assert documents(text, document_per_line=True) == ["one", "two\r ", "\x00three"]
+    lines = b'{"text": "a\\r\\nb"}\n\n{"text": " "}\r\n{"text": "c", "n": 1}'
+    assert documents(written(tmp_path / f"b.jsonl{suffix}", lines)) == ["a\nb", "c"]
+    nested = written(tmp_path / f"c.jsonl{suffix}", b'{"a": {"b": "x"}}\n{"a.b": "y"}')
+    assert documents(nested, text_field="a.b") == ["x", "y"]
+    labelled = written(tmp_path / f"d.txt{suffix}", b"3 ||| good one .\n-1 ||| a ||| b\n")
+    assert is_labelled(labelled) and not is_labelled(text) and not is_labelled(nested)
+    assert documents(labelled, sentences_only=True) == ["good one .", "a ||| b"]
+    assert documents(labelled) == ["3 ||| good one .\n-1 ||| a ||| b\n"]
+    assert documents(text, sentences_only=True) == documents(text)
+    assert documents(written(tmp_path / f"e.txt{suffix}", b" \n\t\r\n")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("a.txt", b"one\ntwo \xff\n", "a.txt:2: byte 0xff is not UTF-8"),
+        ("a.txt", b"one\n" * 100_000 + b"\xe2\x82", "a.txt:100001: byte 0xe2"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": ', "a.jsonl:2: not JSON"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl:1: not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"body": "a"}\n', "a.jsonl:2: no field 'text' .has: body"),
+        ("a.jsonl", b'{"text": 3}', "a.jsonl:1: int, not a string"),
+        ("a.jsonl", b"[1]", "a.jsonl:1: not a JSON object"),
+        ("a.jsonl", b'{"text": "\\ud800"}', "a.jsonl:1: half a surrogate"),
+    ],
+)
+def test_bad_text(tmp_path: Path, name: str, data: bytes, words: str) -> None:
+    """Each is one line that names file and line."""
+    with pytest.raises(UsageError, match=words):
+        documents(written(tmp_path / name, data))
+
+
+def test_replaced_bytes(tmp_path: Path) -> None:
+    """--encoding_errors replace has U+FFFD where strict reading would end."""
+    text = written(tmp_path / "a.txt", b"one \xff two")
+    assert documents(text, encoding_errors="replace") == ["one \ufffd two"]
+    half = written(tmp_path / "a.jsonl", b'{"text": "x\\ud800y"}')
+    assert documents(half, encoding_errors="replace") == ["x\ufffdy"]
+
+
+def test_damaged_gzip(tmp_path: Path) -> None:
+    """A download that broke off, flipped bits, and a .gz that is none."""
+    whole = gzip.compress(b"some text " * 1000)
+    for data in (whole[:-9], whole[: len(whole) // 2], whole[:12] + b"\xff" + whole[13:]):
+        (tmp_path / "a.txt.gz").write_bytes(data)
+        with pytest.raises(UsageError, match="a.txt.gz: damaged gzip"):
+            documents(tmp_path / "a.txt.gz")
+    (tmp_path / "a.txt.gz").write_bytes(b"plain")
+    with pytest.raises(UsageError, match="not a gzip file"):
+        documents(tmp_path / "a.txt.gz")
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_the_bytes_read_are_those_of_the_file(tmp_path: Path, suffix: str) -> None:
+    """A progress bar ends where the file does, packed or not."""
+    path = written(tmp_path / f"a.txt{suffix}", bytes(range(128)) * 6000)
+    told: list[int] = []
+    for _ in read_documents(path, Reading(), on_bytes=told.append):
+        pass
+    assert sum(told) == path.stat().st_size
+
+
+def test_a_file_that_grows_while_it_is_read(tmp_path: Path) -> None:
+    """A log that grows faster than it is read had no end."""
+    path = written(tmp_path / "a.txt", b"word " * 200_000)
+    blocks = read_documents(path, Reading())
+    next(blocks)
+    with open(path, "ab") as file:
+        file.write(b"more")
+    with pytest.raises(UsageError, match="a.txt: grew while it was read"):
+        list(blocks)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    data=st.binary(max_size=200)
+    | st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=3), max_size=40).map(
+        lambda texts: "".join(texts).encode()
+    ),
+    size=st.integers(1, 7),
+)
+def test_blocks_are_python_s_own_decoding(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, size: int
+) -> None:
+    """Whatever the bytes and the block size: the text of Python's decoder, or an error."""
+    path = tmp_path_factory.getbasetemp() / "decoded.txt"
+    path.write_bytes(data)
+    if data.startswith(b"\x1f\x8b"):
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_module, "READ_BYTES", size)
+        try:
+            expected = data.decode("utf-8-sig").replace("\r\n", "\n")
+        except UnicodeDecodeError as error:
+            line = error.object[: error.start].count(b"\n") + 1
+            with pytest.raises(UsageError, match=f"decoded.txt:{line}: byte"):
+                list(read_blocks(path))
+            return
+        assert "".join(read_blocks(path)) == expected
+        lines = [line for _, line in read_lines(path)]
+        assert "\n".join(lines) == expected.removesuffix("\n")
+
+
+# ---------------------------------------------------------------------------- other encodings
+
+SAMPLES = {
+    "gb18030": "从前有一座山，山里有一座庙，庙里有一个老和尚在给小和尚讲故事。\n",
+    "big5": "從前有一座山，山裡有一座廟，廟裡有一個老和尚在給小和尚講故事。\n",
+    "shift_jis": "むかしむかし、あるところに、おじいさんとおばあさんが住んでいました。\n",
+    "euc_jp": "むかしむかし、あるところに、おじいさんとおばあさんが住んでいました。\n",
+    "cp949": "옛날 옛적에 한 마을에 착한 나무꾼이 살고 있었습니다.\n",
+    "cp1251": "Жили-были старик со старухой у самого синего моря.\n",
+    "koi8-r": "Жили-были старик со старухой у самого синего моря.\n",
+    "cp1252": "Il était une fois une fille très aimée, qui n’avait pas d'été. Voilà.\n",
+    "utf-16": "从前有一座山。\n",
+    "utf-16-le": "Once upon a time.\n",
+    "utf-16-be": "从前有一座山。\n",
+    "utf-32": "Once upon a time.\n",
+}
+
+
+@pytest.mark.parametrize("encoding", SAMPLES)
+@pytest.mark.parametrize("errors", ["strict", "replace"])
+def test_another_encoding_is_recognised_and_read(tmp_path: Path, encoding: str, errors: str):
+    """GBK text was told to use --encoding_errors replace, which left nothing of it, uncounted.
+
+    UTF-16 without a BOM is UTF-8 with zeros between the letters, and was read as that.
+    """
+    text = 9 * SAMPLES[encoding]
+    path = written(tmp_path / "a.txt", text.encode(encoding))
+    with pytest.raises(UsageError, match=f"is likely {encoding} .*: --encoding {encoding} ") as e:
+        list(read_blocks(path, Reading(encoding_errors=errors)))
+    assert text[:6] in str(e.value) or encoding == "cp1252"  # it shows how it would read
+    assert "--encoding_errors" not in str(e.value)
+    read = Reading(encoding=encoding, encoding_errors=errors)
+    assert "".join(read_blocks(path, read)) == text
+    later = written(tmp_path / "b.txt", b"Once.\n" * 50000 + text.encode(encoding))
+    if not encoding.startswith("utf"):
+        with pytest.raises(UsageError, match=rf"b\.txt:50001: .*is likely {encoding} "):
+            list(read_blocks(later))
+
+
+def test_what_is_replaced_is_counted(tmp_path: Path, capsys) -> None:
+    """Nobody knew how much of a text was lost; a spot that is damaged is no other encoding."""
+    text = (9 * SAMPLES["gb18030"]).encode()
+    path = written(tmp_path / "a.txt", text[:400] + b"\xff\xff" + text[400:])
+    with pytest.raises(UsageError, match=r"a\.txt:5: .* or --encoding_errors replace"):
+        list(read_blocks(path))
+    found = "".join(read_blocks(path, Reading(encoding_errors="replace")))
+    count = found.count("\ufffd")
+    assert count and f"a.txt: U+FFFD stands for what is not utf-8, {count} times" in (
+        capsys.readouterr().out
+    )
+    written(path, ("\ufffd" * 3).encode() + text)  # which the text has of its own
+    assert "".join(read_blocks(path, Reading(encoding_errors="replace"))).count("\ufffd") == 3
+    assert not capsys.readouterr().out
+
+
+def test_what_is_no_text_is_no_encoding(tmp_path: Path) -> None:
+    """Random bytes are not taken for Russian or Korean; the remedy is not to replace them."""
+    path = written(tmp_path / "a.txt", random.Random(0).randbytes(20000))
+    for errors in ("strict", "replace"):
+        with pytest.raises(UsageError, match="not UTF-8.*name .* with --encoding") as raised:
+            list(read_blocks(path, Reading(encoding_errors=errors)))
+        assert "likely" not in str(raised.value) and "replace" not in str(raised.value)
+    with pytest.raises(UsageError, match=r"a\.txt:1: byte 0x\w\w is not gb18030"):
+        list(read_blocks(path, Reading(encoding="gb18030")))
+
+
+@pytest.mark.parametrize("name", ["klingon", "hex", "rot13", "base64", ""])
+def test_an_encoding_that_is_none_is_refused(name: str) -> None:
+    """Before any file is opened; some of Python's codecs are not for text."""
+    with pytest.raises(UsageError, match="--encoding .*: no text encoding"):
+        check_encoding(name)
+
+
+# ---------------------------------------------------------------------------- labelled lines
+
+
+def test_split_labelled() -> None:
+    """At the first bar with spaces around it; the label may be missing, the sentence may not."""
+    path = Path("a.txt")
+    assert split_labelled(path, 1, "3 ||| a ||| b ") == ("3", "a ||| b")
+    assert split_labelled(path, 1, "||| a") == split_labelled(path, 1, " ||| a") == ("", "a")
+    assert split_labelled(path, 1, "very good ||| a") == ("very good", "a")
+    for line, words in (("1 a", r"a.txt:7: no ` \|\|\| `"), ("1 ||| ", "a.txt:7: no sentence")):
+        with pytest.raises(UsageError, match=words):
+            split_labelled(path, 7, line)
+
+
+def test_what_is_labelled(tmp_path: Path) -> None:
+    """Every one of the first lines, so that a table with a bar somewhere in it is none."""
+    for text, expected in (
+        ("0 ||| a\n\n||| b\n", True),
+        ("0 ||| a\nb\n", False),
+        ("0 ||| a\n" * 20 + "b\n", True),
+        ("0 |||a\n", False),
+        ("", False),
+    ):
+        assert is_labelled(written(tmp_path / "a.txt", text.encode())) == expected, text
+
+
+def test_what_is_labelled_is_seen_in_the_first_block(tmp_path: Path, monkeypatch) -> None:
+    """A file of one line was read whole: 300 MB at each start, for the first bytes of it."""
+    monkeypatch.setattr(text_module, "READ_BYTES", 100)
+    read = []
+
+    def counted(*arguments: object):
+        for block in read_blocks(*arguments):
+            read.append(len(block))
+            yield block
+
+    monkeypatch.setattr(text_module, "read_blocks", counted)
+    for start, expected in (("0 ||| ", True), ("", False)):
+        path = written(tmp_path / "a.txt", f"{start}{'word ' * 2000}".encode())
+        assert is_labelled(path) == expected and read == [100]
+        read.clear()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("One day,\n a little fox went far away", "One day, a little"),
+        ("从前有一只小狐狸，它住在山里的一间小屋里。", "从前有一只小狐狸"),
+        ("Hello world", "Hello"),
+        (" \n ", ""),
+    ],
+)
+def test_the_first_words_of_a_text_leave_something_to_continue(text, words):
+    """Prompts once were English, whatever the text; Chinese has no spaces to count words by."""
+    assert first_words(text) == words

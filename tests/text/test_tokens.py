@@ -1,0 +1,604 @@
+"""minllama/text/tokens.py: exact encoding of streamed documents, and the token cache."""
+
+from __future__ import annotations
+
+import builtins
+import concurrent.futures
+import contextlib
+import copy
+import functools
+import hashlib
+import io
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vocabularies import FRAGMENTS, OTHERS, PLAIN, corpus_lines, vocabulary
+
+from minllama.system.errors import Interrupted, TextLost, UsageError
+from minllama.system.locks import hold
+from minllama.text import tokens
+from minllama.text.reading import Block, Reading
+from minllama.text.tokens import BadCache, DocumentEncoder, TokenCache, build_or_load
+from tokenizer import SPACE, Tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+REAL = ["embedded", "llama-2"]
+
+# ---------------------------------------------------------------------------- the encoder
+
+
+def blocks_of(text: str, sizes: list[int]) -> list[Block]:
+    """`text` in blocks of the given sizes, over and over; an empty block is its end."""
+    blocks, at = [], 0
+    while at < len(text):
+        size = sizes[len(blocks) % len(sizes)]
+        blocks.append(Block(text[at : at + size], False))
+        at += size
+    return [*blocks, Block("", True)]
+
+
+def encode(encoder: DocumentEncoder, documents: list[str], sizes: list[int]) -> list[list[int]]:
+    """The ids of each document, put together from its parts, whose bytes are counted too."""
+    found, counted = [], []
+    for batch in encoder.encode(block for text in documents for block in blocks_of(text, sizes)):
+        for part in batch:
+            assert part.ids.dtype == encoder.dtype
+            if part.starts:
+                found.append([])
+                counted.append(0)
+            found[-1] += part.ids.tolist()
+            counted[-1] += part.utf8_bytes
+    assert counted == [len(text.encode()) for text in documents]
+    return found
+
+
+@functools.cache
+def encoder_of(name: str) -> DocumentEncoder:
+    return DocumentEncoder(vocabulary(name))
+
+
+def whole(tokenizer: Tokenizer, documents: list[str]) -> list[list[int]]:
+    """What SentencePiece itself gives for whole documents."""
+    return [tokenizer.sp_model.encode(text) for text in documents]
+
+
+def part_sizes(encoder: DocumentEncoder, text: str, block: int = 512) -> list[int]:
+    """The ids of each part of one document, counted."""
+    return [len(part.ids) for batch in encoder.encode(blocks_of(text, [block])) for part in batch]
+
+
+texts = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=3), max_size=40).map("".join)
+settled = settings(max_examples=30, deadline=None, derandomize=True)
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *OTHERS, *REAL])
+@settled
+@given(
+    documents=st.lists(texts.filter(bool), min_size=1, max_size=3),
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    part_chars=st.integers(1, 6),
+    batch_chars=st.sampled_from([20, 300]),
+    threads=st.sampled_from([1, 2, 3]),
+)
+def test_the_ids_are_those_of_whole_documents(
+    name: str,
+    documents: list[str],
+    sizes: list[int],
+    part_chars: int,
+    batch_chars: int,
+    threads: int,
+) -> None:
+    """Exactness is what lets a document be larger than memory and words be remembered."""
+    tokenizer = vocabulary(name)
+    encoder = copy.copy(encoder_of(name))  # a new one takes long to look through 32,000 pieces
+    encoder.threads, encoder.part_chars, encoder.batch_chars = threads, part_chars, batch_chars
+    encoder.words = {}
+    assert encode(encoder, documents, sizes) == whole(tokenizer, documents)
+
+
+def random_text(pick: random.Random, length: int) -> str:
+    """Prose, runs of spaces, bytes as characters, Chinese and anything else, in random shares."""
+    kinds = [
+        lambda: pick.choice(FRAGMENTS),
+        lambda: f" {pick.choice(FRAGMENTS)}",
+        lambda: pick.choice([" ", "  ", "\n", SPACE, " \n", "\n ", f"\n{SPACE}", f" {SPACE} "]),
+        lambda: bytes(pick.choices(range(256), k=4)).decode("latin-1"),
+        lambda: "".join(chr(pick.randrange(0x4E00, 0x9FA5)) for _ in range(3)),
+        lambda: pick.choice(corpus_lines()),
+        lambda: chr(pick.choice([pick.randrange(1, 0xD800), pick.randrange(0xE000, 0x110000)])),
+    ]
+    chosen = pick.choices(kinds, weights=[pick.random() ** 2 for _ in kinds], k=length)
+    return "".join(make() for make in chosen)
+
+
+@pytest.mark.parametrize("part_chars", [16, 300])
+@pytest.mark.parametrize("name", [*PLAIN, *REAL])
+def test_the_ids_of_longer_texts(name: str, part_chars: int) -> None:
+    """The same with what words a long-lived encoder has remembered, and ids of either width."""
+    tokenizer, pick = vocabulary(name), random.Random(part_chars)
+    for threads, width in ((1, np.uint16), (2, np.uint32), (8, np.uint16)):
+        encoder = DocumentEncoder(
+            tokenizer, threads=threads, part_chars=part_chars, batch_chars=5000
+        )
+        encoder.dtype = np.dtype(width)
+        for _ in range(8):
+            documents = [random_text(pick, pick.randrange(1, 300)) for _ in range(3)]
+            assert encode(encoder, documents, [pick.randrange(1, 400)]) == whole(
+                tokenizer, documents
+            )
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *OTHERS, *REAL])
+def test_which_vocabularies_let_a_document_be_cut(name: str) -> None:
+    """Exactness must not come from never cutting, nor speed from cutting where ids change."""
+    encoder = DocumentEncoder(vocabulary(name), threads=1, part_chars=100)
+    sizes = part_sizes(encoder, " ".join(corpus_lines()), 64)
+    assert encoder.has_safe_cuts == (name not in OTHERS)
+    assert (len(sizes) > 100 and max(sizes) < 400) == encoder.has_safe_cuts
+    assert (len(sizes) == 1) == (not encoder.has_safe_cuts)
+
+
+def test_a_text_without_a_cut_is_read_in_linear_time() -> None:
+    """A long line without spaces was once joined again for every block of it."""
+    encoder = DocumentEncoder(vocabulary("ours"), threads=1, part_chars=100)
+    blocks = blocks_of("a" * 100_000, [10])
+    start = time.process_time()
+    assert len(list(encoder._parts(blocks))) == 1
+    assert time.process_time() - start < 2  # 0.01 s, and quadratic 20 s
+
+
+def test_a_long_real_text(real_data: Path) -> None:
+    """Reviews in one document, under Llama-2's vocabulary and one that is not plain BPE.
+
+    Of a unigram vocabulary all the text before counts: a cut that no piece spans changes ids.
+    """
+    model = io.BytesIO()
+    lines = (real_data / "sst-train.txt").read_text(encoding="utf-8").split("\n")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines[:1000]),
+        model_writer=model,
+        vocab_size=500,
+        model_type="unigram",
+        minloglevel=2,
+    )
+    text = (real_data / "cfimdb-train.txt").read_text(encoding="utf-8")[:100_000]
+    for tokenizer in (Tokenizer(tokenizer_model=model.getvalue()), vocabulary("llama-2")):
+        encoder = DocumentEncoder(tokenizer, threads=2, part_chars=1000, batch_chars=20_000)
+        assert encode(encoder, [text], [4096]) == whole(tokenizer, [text])
+
+
+def test_threads_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With three threads or more SentencePiece once got all, the remembered words nothing."""
+    tokenizer, shares = vocabulary("ours"), {"_look_up": 0, "_encode_parts": 0}
+    for name in shares:
+        real = getattr(DocumentEncoder, name)
+
+        def counted(self, parts, *rest, name=name, real=real):
+            shares[name] += len(parts)
+            return real(self, parts, *rest)
+
+        monkeypatch.setattr(DocumentEncoder, name, counted)
+    encoder = DocumentEncoder(tokenizer, threads=8, part_chars=50, batch_chars=2000)
+    documents = ["".join(corpus_lines())]
+    assert encode(encoder, documents, [4096]) == whole(tokenizer, documents)
+    assert min(shares.values()) > 0
+
+
+def test_remembered_words_stay_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words are forgotten when there are too many or they are long, and the ids stay right."""
+    monkeypatch.setattr(tokens, "WORD_CACHE_ENTRIES", 50)
+    monkeypatch.setattr(tokens, "WORD_CACHE_CHARS", 5)
+    tokenizer = vocabulary("ours")
+    encoder = DocumentEncoder(tokenizer, threads=1, batch_chars=200)
+    documents = [f"{line} {number}" for number, line in enumerate(corpus_lines())]
+    assert encode(encoder, documents, [1000]) == whole(tokenizer, documents)
+    assert len(encoder.words) <= 50 and max(map(len, encoder.words)) <= 5
+
+
+# ---------------------------------------------------------------------------- the token cache
+
+STORY = "the cat sat on the mat .\nit ran home with two dogs .\n"
+LINES = Reading(document_per_line=True)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> list[Path]:
+    """Three files, one of them blank; old enough for their times to be believed."""
+    contents = {"a.txt": STORY * 3, "b.txt": "\n", "c.txt": "two dogs\n\nsat ﬁ\n"}
+    for name, text in contents.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    time.sleep(0.05)
+    return [tmp_path / name for name in contents]
+
+
+def build(files: list[Path], folder: Path, reading: Reading = LINES, **options) -> TokenCache:
+    tokenizer = options.pop("tokenizer", vocabulary("ours"))
+    return build_or_load(files, tokenizer, reading, folder, progress=False, **options)
+
+
+def text_of(cache: TokenCache) -> str:
+    return vocabulary("ours").decode(cache.tokens[:])
+
+
+def refuse(*_: object) -> None:
+    raise AssertionError("the text was tokenized again")
+
+
+def test_a_cache_holds_every_document(corpus: list[Path], tmp_path: Path) -> None:
+    """BOS, ids, EOS for each document, in order, with the counts by file that are printed."""
+    cache = build(corpus, tmp_path / "cache")
+    lines = [line for path in corpus for line in path.read_text("utf-8").split("\n") if line]
+    expected = [vocabulary("ours").encode(line, True, True) for line in lines]
+    assert cache.tokens[:].tolist() == sum(expected, [])
+    assert cache.tokens.dtype == np.uint16 and len(cache) == sum(map(len, expected))
+    assert cache.document_bytes.tolist() == [len(line.encode()) for line in lines]
+    stops = np.cumsum([0, *map(len, expected)])
+    assert cache.document_starts.tolist() == stops[:-1].tolist()
+    assert cache.document_stops().tolist() == stops[1:].tolist()
+    assert cache.file_documents.tolist() == [6, 0, 2]
+    first, last = sum(map(len, expected[:6])), sum(map(len, expected[6:]))
+    assert cache.file_tokens.tolist() == [first, 0, last]
+    assert cache.place(0) == (0, 0) and cache.place(first - 1) == (0, first - 1)
+    assert cache.place(first) == (2, 0) and cache.place(len(cache) - 1) == (2, last - 1)
+    lengths = cache.token_byte_lengths[cache.tokens[:]]  # each document has a space put before it
+    assert lengths.sum() == cache.document_bytes.sum() + len(lines)
+
+
+def test_a_document_of_many_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file as one document is one document in the cache, however often it was cut."""
+    small = functools.partial(DocumentEncoder, part_chars=50, batch_chars=400)
+    monkeypatch.setattr(tokens, "DocumentEncoder", small)
+    text = "\n".join(corpus_lines())
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    cache = build([tmp_path / "a.txt"], tmp_path / "cache", Reading(), threads=2)
+    assert cache.tokens[:].tolist() == vocabulary("ours").encode(text, True, True)
+    assert cache.document_bytes.tolist() == [len(text.encode())]
+
+
+def test_unchanged_text_is_not_tokenized_twice(
+    corpus: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next start finds the tokens; another way of reading has a cache of its own."""
+    folder = tmp_path / "cache"
+    assert build(corpus, folder).rebuilt_because == "there was none"
+    assert build(corpus, folder, Reading()).rebuilt_because == "there was none"
+    monkeypatch.setattr(DocumentEncoder, "encode", refuse)
+    for reading, documents in ((LINES, 8), (Reading(), 2)):
+        again = build(corpus, folder, reading)
+        assert again.rebuilt_because is None and len(again.document_starts) == documents
+    names = {path.name for path in folder.iterdir()}
+    assert not [name for name in names if name.startswith(".") or name.endswith(".tmp")]
+
+
+def test_unchanged_text_is_not_even_read(
+    corpus: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A corpus of 10 GB must not be read at each start."""
+    build(corpus, tmp_path / "cache")
+    opened: list[str] = []
+    for module in (builtins, io):
+        real = module.open
+
+        def noted(file, *args, real=real, **options):
+            opened.append(str(file))
+            return real(file, *args, **options)
+
+        monkeypatch.setattr(module, "open", noted)
+    cache = build(corpus, tmp_path / "cache")
+    assert cache.rebuilt_because is None
+    assert str(cache.path) in opened and not {str(path) for path in corpus} & set(opened)
+
+
+def test_changed_text_is_tokenized_again(corpus: list[Path], tmp_path: Path) -> None:
+    """What changed is said, the stale cache makes way, and a touched file keeps its tokens."""
+    folder = tmp_path / "cache"
+    first = build(corpus, folder)
+    key, text = first.key, text_of(first)
+    os.utime(corpus[0], (1e9, 1e9))
+    touched = build(corpus, folder)
+    assert touched.key == key and text_of(touched) == text
+    del first, touched  # Windows replaces no file that is mapped
+    corpus[0].write_text("two dogs .\n", encoding="utf-8")
+    again = build(corpus, folder)
+    assert "changed" in again.rebuilt_because and again.file_documents.tolist() == [1, 0, 2]
+    assert again.key != key and len(list(folder.glob("*.tokens"))) == 1
+
+
+def test_text_changed_at_once_behind_the_same_size(tmp_path: Path) -> None:
+    """A second write within the grain of the clock leaves size and times alike."""
+    path = tmp_path / "a.txt"
+    for text in ("two dogs", "two cats", "ten cats") * 7:
+        path.write_text(text, encoding="utf-8")
+        assert text_of(build([path], tmp_path / "cache")) == text
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not tell of a change of times")
+def test_text_changed_behind_the_same_size_and_time(tmp_path: Path) -> None:
+    """By a tool that restores times, such as rsync or tar."""
+    path = tmp_path / "a.txt"
+    for text in ("two dogs", "two cats", "ten cats"):
+        path.write_text(text, encoding="utf-8")
+        os.utime(path, (1e9, 1e9))
+        time.sleep(0.05)
+        assert text_of(build([path], tmp_path / "cache")) == text
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there only the time of writing tells of a change")
+def test_text_dated_in_the_future(
+    corpus: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From an archive of another time zone: tokenized once like any other."""
+    later = time.time() + 86400
+    os.utime(corpus[0], (later, later))
+    time.sleep(0.05)
+    build(corpus, tmp_path / "cache")
+    monkeypatch.setattr(DocumentEncoder, "encode", refuse)
+    assert build(corpus, tmp_path / "cache").rebuilt_because is None
+
+
+def test_the_key_is_of_all_that_the_tokens_depend_on(corpus: list[Path], tmp_path: Path) -> None:
+    """A run is resumed by it: the same text in another place is the same, nothing else is."""
+    moved = tmp_path / "moved" / "other.txt"
+    moved.parent.mkdir()
+    moved.write_bytes(corpus[0].read_bytes())
+    keys = {
+        name: build(files, tmp_path / name, reading, **options).key
+        for name, files, reading, options in (
+            ("this", corpus[:1], LINES, {}),
+            ("moved", [moved], LINES, {"threads": 2}),
+            ("whole", corpus[:1], Reading(), {}),
+            ("more", [corpus[0], corpus[2]], LINES, {}),
+            ("turned", [corpus[2], corpus[0]], LINES, {}),
+            ("vocabulary", corpus[:1], LINES, {"tokenizer": vocabulary("embedded")}),
+        )
+    }
+    moved.write_text(STORY * 3 + "!", encoding="utf-8")
+    keys["changed"] = build([moved], tmp_path / "changed").key
+    assert keys.pop("moved") == keys["this"]
+    assert len(set(keys.values())) == len(keys)
+
+
+def test_every_flipped_byte_and_every_truncation_is_found(tmp_path: Path) -> None:
+    """Damaged tokens would train a damaged model in silence."""
+    (tmp_path / "a.txt").write_text("two dogs\nsat\n", encoding="utf-8")
+    cache = build([tmp_path / "a.txt"], tmp_path / "cache")
+    content = cache.path.read_bytes()
+    (tmp_path / "copy.tokens").write_bytes(content)
+    assert TokenCache(tmp_path / "copy.tokens").tokens[:].tolist() == cache.tokens[:].tolist()
+    damaged = [content[:size] for size in range(len(content))] + [content + b"\0"]
+    for at in range(len(content)):
+        for bits in (0x01, 0xFF):
+            damaged.append(content[:at] + bytes([content[at] ^ bits]) + content[at + 1 :])
+    for data in damaged:
+        (tmp_path / "damaged.tokens").write_bytes(data)
+        with pytest.raises(BadCache):
+            TokenCache(tmp_path / "damaged.tokens")
+
+
+def test_a_cache_that_was_just_verified_is_not_read_again(corpus, tmp_path, monkeypatch) -> None:
+    """Of eight processes of a machine each read all of it before the first step."""
+    tokenizer = vocabulary("embedded")
+    first = build_or_load(corpus, tokenizer, Reading(), tmp_path)
+    monkeypatch.setattr(tokens, "_digests", lambda *_: pytest.fail("read again"))
+    again = build_or_load(corpus, tokenizer, Reading(), tmp_path, is_verified=True)
+    assert again.key == first.key and again.rebuilt_because is None
+
+
+def test_a_damaged_cache_is_rebuilt(corpus: list[Path], tmp_path: Path) -> None:
+    """A flipped bit, a lost end, nothing left: the tokens come back, and why is said."""
+    path = build(corpus, tmp_path / "cache").path
+    content = path.read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    for damaged in (flipped, content[:-1], b""):
+        path.write_bytes(damaged)
+        assert "damaged" in build(corpus, tmp_path / "cache").rebuilt_because
+        assert path.read_bytes() == content
+
+
+def test_interrupted_tokenizing_leaves_nothing(
+    corpus: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C: no half cache under the real name, no temporary file."""
+    real, started = DocumentEncoder.encode, []
+
+    def encode_and_note(self, blocks):
+        for batch in real(self, blocks):
+            started.append(True)
+            yield batch
+
+    monkeypatch.setattr(DocumentEncoder, "encode", encode_and_note)
+    for should_stop in (lambda: True, lambda: bool(started)):
+        with pytest.raises(Interrupted):
+            build(corpus, tmp_path / "cache", should_stop=should_stop)
+        assert not list((tmp_path / "cache").glob("*tokens*"))
+    assert started
+    assert build(corpus, tmp_path / "cache").rebuilt_because == "there was none"
+
+
+def test_text_that_changes_while_it_is_tokenized(
+    corpus: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its old tokens would pass for the new text's."""
+    real = DocumentEncoder.encode
+
+    def encode_and_change(self, blocks):
+        yield from real(self, blocks)
+        corpus[0].write_text("other\n", encoding="utf-8")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DocumentEncoder, "encode", encode_and_change)
+        with pytest.raises(UsageError, match="a.txt.* changed while it was read"):
+            build(corpus[:1], tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*tokens*"))
+    assert text_of(build(corpus[:1], tmp_path / "cache")) == "other"
+
+
+def test_text_that_cannot_be_tokenized(corpus: list[Path], tmp_path: Path) -> None:
+    """Nothing but blank files, no such file, and a cache folder that is a file."""
+    with pytest.raises(UsageError, match="b.txt: empty"):
+        build(corpus[1:2], tmp_path / "cache")
+    with pytest.raises(UsageError, match="absent.txt: cannot be read"):
+        build([tmp_path / "absent.txt"], tmp_path / "cache")
+    with pytest.raises(UsageError, match="--cache_dir .*a.txt"):
+        build(corpus, corpus[0] / "cache")
+
+
+def test_two_processes_build_the_same_cache(corpus: list[Path], tmp_path: Path) -> None:
+    """One does, the other waits and reads it: machines that share a folder each tokenized."""
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from minllama.text.tokens import build_or_load\n"
+        "from minllama.text.reading import Reading\n"
+        "from tokenizer import Tokenizer\n"
+        "cache = build_or_load([Path(sys.argv[1])], Tokenizer(), Reading(), Path(sys.argv[2]),"
+        " progress=False)\nprint(cache.tokens[:].tolist())"
+    )
+    command = [sys.executable, "-c", code, str(corpus[0]), str(tmp_path / "cache")]
+    processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) for _ in range(2)]
+    found = {process.communicate()[0].splitlines()[-1] for process in processes}
+    assert [process.returncode for process in processes] == [0, 0] and len(found) == 1
+    cache = build(corpus[:1], tmp_path / "cache", Reading(), tokenizer=vocabulary("embedded"))
+    assert cache.rebuilt_because is None and str(cache.tokens[:].tolist()).encode() in found.pop()
+
+
+@pytest.mark.parametrize("ends", ["built", "gave up", "interrupted"])
+def test_who_finds_a_cache_being_made_waits_for_it(ends, corpus, tmp_path, capsys) -> None:
+    """It says for whom; where that one gives up it makes the cache itself."""
+    made = build(corpus, tmp_path / "elsewhere").path
+    path = tmp_path / "cache" / made.name
+    path.parent.mkdir()
+    polls = iter(range(9))
+
+    def should_stop() -> bool:
+        if next(polls) == 1:
+            if ends == "built":
+                path.write_bytes(made.read_bytes())
+            held.close()
+        return ends == "interrupted"
+
+    with contextlib.ExitStack() as held:
+        held.enter_context(hold(path.with_name(f"{path.name}.lock")))
+        if ends == "interrupted":
+            with pytest.raises(Interrupted):
+                build(corpus, path.parent, should_stop=should_stop)
+        else:
+            cache = build(corpus, path.parent, should_stop=should_stop)
+            assert (cache.rebuilt_because is None) == (ends == "built")
+            assert cache.tokens[:].tolist() == build(corpus, path.parent).tokens[:].tolist()
+            assert [file.name for file in path.parent.iterdir()] == [path.name]
+    said = f"waiting for process {os.getpid()} on {platform.node()}, which makes the same {path}"
+    assert capsys.readouterr().out.count(said) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other modes")
+def test_others_can_read_the_cache(corpus, tmp_path) -> None:
+    """Its mode was 0600, so another user of the same folder tokenized again, in vain."""
+    before = os.umask(0o022)
+    try:
+        path = build(corpus, tmp_path / "cache").path
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("hurt", ["cut off", "written over"])
+def test_a_cache_that_is_hurt_while_it_is_read(hurt, corpus, tmp_path) -> None:
+    """Cut off it was a SIGBUS without a word, written over an IndexError or silently other text."""
+    cache = build(corpus, tmp_path / "cache")
+    before = cache.tokens[3:9].tolist()
+    content = cache.path.read_bytes()
+    if hurt == "cut off":
+        os.truncate(cache.path, 200)
+    else:
+        cache.path.write_bytes(b"\xff" * len(content))
+        os.utime(cache.path, (1, 1))  # whatever time the file system's clock gave it
+    with pytest.raises(TextLost, match=f"{cache.path.name} was cut off or written over while"):
+        cache.tokens[3:9]
+    cache.path.with_name("new").write_bytes(content)
+    os.replace(cache.path.with_name("new"), cache.path)
+    assert build(corpus, tmp_path / "cache").tokens[3:9].tolist() == before
+
+
+def test_two_threads_read_one_cache(corpus, tmp_path) -> None:
+    """A batch is read ahead while a validation reads: one moved the other's place in the file."""
+    tokens = build(corpus, tmp_path / "cache").tokens
+    whole, file, others = tokens[:].tolist(), tokens.file, []
+
+    class SlowFile:
+        fileno, readinto = file.fileno, file.readinto
+
+        def seek(self, place: int) -> None:
+            file.seek(place)
+            if not others:  # between place and reading another thread comes
+                others.append(pool.submit(lambda: tokens[:3].tolist()))
+                concurrent.futures.wait(others, timeout=0.2)
+
+    tokens.file = SlowFile()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert tokens[5:9].tolist() == whole[5:9] and others[0].result() == whole[:3]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not replace a file that is open")
+def test_a_cache_that_is_replaced_is_read_on(corpus, tmp_path) -> None:
+    """A run goes on with the text that it began with when another one tokenizes again."""
+    cache = build(corpus, tmp_path / "cache")
+    before = cache.tokens[:].tolist()
+    corpus[0].write_text("Something else.", encoding="utf-8")
+    assert build(corpus, tmp_path / "cache").tokens[:].tolist() != before
+    assert cache.tokens[:].tolist() == before
+
+
+def test_a_real_file_is_never_cut_short(real_data: Path, tmp_path: Path) -> None:
+    """It was once tokenized with max_len=1024, so that any file gave "1 chunk"."""
+    path = real_data / "sst-train.txt"
+    cache = build([path], tmp_path, Reading(), tokenizer=vocabulary("llama-2"))
+    assert len(cache) == 254_453 + 2  # BOS and EOS
+
+
+def test_fingerprints_are_alike_where_documents_are(tmp_path, monkeypatch) -> None:
+    """Whatever parts a document was encoded in, and in whatever file and corpus it stands."""
+    lines = [*corpus_lines()[:20], STORY.replace("\n", " ") * 20]
+    (tmp_path / "a.txt").write_text("\n".join([*lines, lines[3]]), encoding="utf-8")
+    (tmp_path / "b.txt").write_text("\n".join([lines[-1], lines[-1] + "!"]), encoding="utf-8")
+    small = functools.partial(DocumentEncoder, part_chars=50, batch_chars=400)
+    a = build([tmp_path / "a.txt"], tmp_path / "cache")
+    monkeypatch.setattr(tokens, "DocumentEncoder", small)
+    b = build([tmp_path / "b.txt"], tmp_path / "cache")
+    for cache in (a, b):
+        starts, stops = cache.document_starts.tolist(), cache.document_stops().tolist()
+        for start, stop, found in zip(starts, stops, cache.fingerprints, strict=True):
+            ids = cache.tokens[start + 1 : stop - 1].tobytes()
+            assert found.tobytes() == hashlib.blake2b(ids, digest_size=16).digest()
+    assert a.fingerprints[20].tolist() == b.fingerprints[0].tolist() != b.fingerprints[1].tolist()
+
+
+def test_the_key_is_that_of_earlier_versions(tmp_path: Path) -> None:
+    """A run of before there were fingerprints is resumed by it: of tokens, documents and files."""
+    (tmp_path / "a.txt").write_text("two dogs\nsat\n", encoding="utf-8")
+    cache = build([tmp_path / "a.txt"], tmp_path / "cache")
+    ids = cache.tokens[:].tobytes()
+    documents = np.stack([cache.document_starts, cache.document_bytes], axis=1).tobytes()
+    files = np.array([[len(cache), 2]], "<i8").tobytes()
+    padding = bytes(-(tokens.HEADER.size + len(ids)) % 8)
+    assert cache.key == hashlib.sha256(ids + padding + documents + files).digest()
+
+
+def test_a_cache_of_another_version_is_rebuilt(corpus, tmp_path, monkeypatch) -> None:
+    """Such as one without fingerprints."""
+    with monkeypatch.context() as patch:
+        patch.setattr(tokens, "CACHE_VERSION", tokens.CACHE_VERSION - 1)
+        build(corpus, tmp_path / "cache")
+    again = build(corpus, tmp_path / "cache")
+    assert again.rebuilt_because == "it is not a token cache of this version"
+    assert build(corpus, tmp_path / "cache").rebuilt_because is None

@@ -1,0 +1,114 @@
+"""Which vocabulary a pretraining has, and one that is trained on the text."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from running import RESUME, command, write_stories
+
+from config import parse_options
+from llama import load_pretrained
+from minllama.machine.ranks import Ranks
+from minllama.text import vocabulary
+from minllama.text.corpus import find_texts, fit_context
+from minllama.text.vocabulary import choose_vocabulary
+from tokenizer import META_PIECES, Tokenizer, fit_vocabulary
+
+pytestmark = pytest.mark.usefixtures("empty_folder")
+RUN = (
+    "--option pretrain --dim 16 --n_layers 1 --n_heads 2 --max_seq_len 16 --save_dir run "
+    "--cache_dir cache --epochs 1 --dtype float32 --pretrain_data text.jsonl"
+)
+
+
+def choose(line: str = "--pretrain_data text.jsonl", stored=None) -> Tokenizer:
+    """The vocabulary that flags mean."""
+    options = parse_options(f"--option pretrain --cache_dir cache {line}".split())
+    return choose_vocabulary(options, find_texts(options), stored=stored, ranks=Ranks())
+
+
+def test_an_own_text_has_a_vocabulary_of_its_own():
+    """The embedded English one spelt every other language in bytes, and wrote gibberish."""
+    rng = random.Random(0)
+    characters = [chr(0x4E00 + i) for i in range(60)]
+    text = "\n".join("".join(rng.choices(characters, k=30)) + "。" for _ in range(300))
+    Path("text.txt").write_text(text, encoding="utf-8")
+    own, embedded = choose("--pretrain_data text.txt"), Tokenizer()
+    assert own.spelt_in_bytes(own.encode(text, False, False)) < 0.02
+    assert embedded.spelt_in_bytes(embedded.encode(text, False, False)) > 0.95
+    assert choose("").fingerprint == embedded.fingerprint  # of the stories
+
+
+def test_it_is_trained_once_for_a_text(monkeypatch, capsys):
+    """Kept beside the token cache, and trained again for a changed text or a damaged file."""
+    write_stories(Path.cwd(), 4)
+    first = choose()
+    assert "trained on the text, in cache" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(vocabulary, "train_vocabulary", lambda *_, **__: 1 / 0)
+        assert choose().fingerprint == first.fingerprint
+        with pytest.raises(ZeroDivisionError):
+            choose("--pretrain_data text.jsonl --document_per_line")  # other text
+    (file,) = Path("cache").glob("*.model")
+    file.write_bytes(b"damaged")
+    assert choose().fingerprint == first.fingerprint
+    write_stories(Path.cwd(), 40)
+    assert choose().fingerprint != first.fingerprint
+    assert len([*Path("cache").glob("*.model")]) == 1
+
+
+def test_a_file_lying_by_is_named(capsys):
+    """`tokenizer.model` was meant, or forgotten: the flag that takes it is said."""
+    write_stories(Path.cwd(), 4)
+    Path("tokenizer.model").write_bytes(Tokenizer().model_bytes)
+    choose()
+    assert "--tokenizer_model tokenizer.model takes it" in capsys.readouterr().out
+    assert choose("--tokenizer_model tokenizer.model").fingerprint == Tokenizer().fingerprint
+    assert "takes it" not in capsys.readouterr().out
+
+
+def test_a_run_keeps_its_vocabulary():
+    """It is in every file of the run, so a resumed one does not need the cache."""
+    write_stories(Path.cwd(), 4)
+    assert command(f"{RUN} --max_steps 2").status == 0
+    model = load_pretrained(Path("run/final-model.pt"))
+    assert model.vocabulary == choose().model_bytes
+    shutil.rmtree("cache")
+    done = command(f"{RESUME} --max_steps 3")
+    assert done.status == 0, done.error
+    assert "pieces: the checkpoint's" in done.out
+
+
+@pytest.mark.parametrize("distinct, coverage", [(200, 0.9995), (3000, 0.99)])
+def test_the_size_follows_from_the_text(distinct: int, coverage: float):
+    """Bytes, characters, and merges by the root of the text's size; of thousands the usual ones."""
+    rng = random.Random(1)
+    weights = [1 / (rank + 1) for rank in range(distinct)]
+    characters = [chr(0x4E00 + i) for i in range(distinct)]
+    sentences = ["".join(rng.choices(characters, weights, k=100)) for _ in range(1000)]
+    size, covered = fit_vocabulary(sentences, share=0.5)
+    present = len(set("".join(sentences)))
+    assert covered == coverage and size % 64 == 0
+    merges = 2 * (2 * 300_000) ** 0.5  # three bytes a character, half of the text
+    least = META_PIECES + (present if distinct == 200 else 0) + merges - 5
+    assert least <= size <= META_PIECES + present + merges + 64
+
+
+@pytest.mark.parametrize(
+    "tokens, line, context",
+    [
+        (524_961, "", 256),  # the stories
+        (255_000, "--epochs 100", 1024),  # the course's
+        (255_000, "--pretrain_batch_size 32", 128),
+        (10**9, "", 1024),
+        (100, "", 128),
+    ],
+)
+def test_the_context_leaves_steps_enough(tokens: int, line: str, context: int, capsys):
+    """1,024 for everything left a small text a few dozen steps, after which it wrote gibberish."""
+    options = parse_options(f"--option pretrain {line}".split()).with_global_batch(1)
+    assert fit_context(options, tokens, 1024) == context
+    assert f"context      {context:,} tokens" in capsys.readouterr().out

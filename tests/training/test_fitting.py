@@ -1,0 +1,186 @@
+"""What --minutes chooses."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import several
+import torch
+from running import RESUME, command, records, write_stories
+
+from config import LlamaConfig, parse_options
+from minllama.machine.ranks import Ranks
+from minllama.runs.run_folder import RunFolder
+from minllama.system.errors import UsageError
+from minllama.system.signals import StopRequest
+from minllama.text.corpus import Texts, find_texts, load_texts
+from minllama.training import fitting
+from minllama.training.fitting import SHAPES, Speed, candidates, fit, predicted_loss
+from tokenizer import Tokenizer
+
+pytestmark = pytest.mark.usefixtures("empty_folder")
+CPU = torch.device("cpu")
+USUAL = Speed(1e-4, 1e-3)
+
+
+def options_of(line: str = ""):
+    """The options of a pretraining of ten minutes, in chunks of 32 tokens."""
+    words = f"--option pretrain --minutes 10 --pretrain_data text.jsonl --cache_dir cache {line}"
+    return parse_options(words.split())
+
+
+@pytest.fixture
+def texts() -> Texts:
+    """A few stories, in chunks of 32 tokens."""
+    write_stories(Path.cwd(), 40)
+    options = options_of("--max_seq_len 32")
+    return load_texts(options, find_texts(options), Tokenizer(), stop=StopRequest(), ranks=Ranks())
+
+
+class Sized:
+    """Stands for a text of so many tokens."""
+
+    def __init__(self, tokens: int) -> None:
+        self.stream = range(tokens)
+
+
+def fitted(texts: Texts, line: str = "", *, speed: Speed = USUAL, seconds: float = 590):
+    """The choice for a small model of a given speed."""
+    options = options_of(f"--max_seq_len 32 {line}")
+    config = LlamaConfig(vocab_size=2048, dim=64, n_layers=2, n_heads=2, max_seq_len=32)
+    return fit(options, config, speed, seconds, texts, CPU, 1)
+
+
+def test_the_rule_is_that_of_the_sweep():
+    """More parameters and more tokens help, each less and less; repeated ones less."""
+    many = 10**9
+    losses = [predicted_loss(size, 10**7, many) for size in (10**5, 10**6, 10**7)]
+    assert losses[0] - losses[1] > losses[1] - losses[2] > 0
+    losses = [predicted_loss(10**6, tokens, many) for tokens in (10**6, 10**7, 10**8)]
+    assert losses[0] - losses[1] > losses[1] - losses[2] > 0
+    new, four, forty = (predicted_loss(10**6, 4 * 10**7, n) for n in (many, 10**7, 10**6))
+    assert 0 < four - new < 0.1 * (forty - new)
+
+
+def test_the_steps_fill_the_time(texts):
+    """With their evaluations, which take at most about a twentieth of it."""
+    for speed in (Speed(1e-4, 1e-3), Speed(1e-6, 1e-3), Speed(1e-2, 0.1)):
+        found = fitted(dataclasses.replace(texts, train=Sized(10**9)), speed=speed)
+        options, batch = found.options, found.options.global_batch_size * 32
+        training = options.schedule_steps * (speed.token * batch + speed.update)
+        assert 0.85 * 590 < training <= 590
+        evaluations = -(-options.schedule_steps // options.eval_interval)
+        assert 1 <= evaluations <= fitting.EVALUATIONS
+        assert found.tokens == options.schedule_steps * batch
+
+
+def test_a_longer_training_takes_larger_steps(texts):
+    """As Step Law has it."""
+    large = dataclasses.replace(texts, train=Sized(10**9))
+    batches = [
+        fitted(large, speed=Speed(token, 1e-4)).options.global_batch_size
+        for token in (1e-2, 1e-4, 1e-6)
+    ]
+    assert batches == sorted(batches) and batches[0] < batches[-1]
+
+
+def test_what_was_typed_is_kept(texts):
+    """Every flag that is chosen can be set by hand."""
+    line = (
+        "--pretrain_batch_size 3 --gradient_accumulation_steps 2 --optimizer adamw --dropout 0.3 "
+        "--pretrain_lr 0.002 --lr_scheduler cosine --eval_interval 7 --early_stopping 9 "
+        "--checkpoint_interval 11 --val_tokens 99"
+    )
+    typed, found = options_of(f"--max_seq_len 32 {line}"), fitted(texts, line).options
+    for name in typed.given:
+        assert getattr(found, name) == getattr(typed, name), name
+    assert found.global_batch_size == 6 and found.schedule_steps
+    assert len([*candidates(options_of("--dim 48"), fixed=False)]) == 1
+    assert len([*candidates(options_of(), fixed=True)]) == 1
+    assert len([*candidates(options_of(), fixed=False)]) == len(SHAPES)
+
+
+def test_a_text_read_often_is_protected(texts):
+    """Dropout where the time is long for the text, and an end before the text is known by heart."""
+    few, many = (fitted(texts, seconds=seconds) for seconds in (3, 3000))
+    assert few.options.dropout == 0 < many.options.dropout
+    assert many.options.early_stopping == fitting.PATIENCE
+    assert many.tokens / len(texts.train.stream) < 1.1 * fitting.MOST_EPOCHS
+
+
+def test_what_is_chosen_can_be_resumed(texts):
+    """Without a held-out text --val_tokens 1 was chosen, which a checkpoint could not have."""
+    options = fitted(dataclasses.replace(texts, val=None)).options
+    assert options_of().resumed(options.to_plain()).schedule_steps == options.schedule_steps
+
+
+def test_a_global_batch_that_was_typed_is_made_of_whole_micro_batches(texts):
+    """16 rows were chosen beside a typed 24, and then refused."""
+    large = dataclasses.replace(texts, train=Sized(10**9))
+    for typed in (24, 7):
+        options = fitted(large, f"--global_batch_size {typed}").options
+        assert options.global_batch_size == typed and typed % options.pretrain_batch_size == 0
+
+
+@pytest.mark.parametrize("largest, chosen", [(64, 64), (0, None)])
+def test_a_shape_beyond_the_memory_of_one_rank_is_beyond_all(texts, largest, chosen, monkeypatch):
+    """Of several ranks the error of one ended them all, with a traceback."""
+    real = fitting.time_steps
+
+    def time_steps(options, *rest):
+        if options.dim > largest:
+            raise torch.OutOfMemoryError
+        return real(options, *rest)
+
+    monkeypatch.setattr(fitting, "time_steps", time_steps)
+
+    def on_rank(ranks: Ranks):
+        settings = {"device": CPU, "dtype": torch.float32, "ranks": ranks}
+        return fitting.fit_to_time(options_of("--max_seq_len 32"), texts, None, **settings)
+
+    with several.thread_store():
+        for found in several.on_threads(2, on_rank):
+            if chosen is None:
+                assert isinstance(found, UsageError) and "--dim 64" in str(found)
+            else:
+                assert found.dim == chosen
+
+
+def test_minutes_alone_make_a_model():
+    """From the plan to the last file; a resumed run finds the choices in its checkpoint."""
+    write_stories(Path.cwd(), 60)
+    line = "--option pretrain --minutes 0.1 --pretrain_data text.jsonl --cache_dir cache"
+    line += " --save_dir run"
+    done = command(f"{line} --plan")
+    assert done.status == 0 and "minutes      0.1 in all" in done.out and "steps  " in done.out
+    assert not Path("run/metrics.jsonl").exists()
+    done = command(f"{line} --compile off")
+    assert done.status == 0, done.error
+    assert "what would help most" in done.out
+    made = records()
+    assert made[-1]["lr"] < 0.5 * max(record["lr"] for record in made)
+    assert made[-1]["val_loss"] < made[0]["loss"]
+    done = command(f"{RESUME} --compile off")
+    assert done.status == 0 and "--pretrained_model_path run" in done.out
+    for flag in ("--epochs 9", "--schedule_steps 999"):
+        done = command(f"{RESUME} --compile off {flag}")
+        assert done.status == 2 and f"{flag}: the run to resume is as long as" in done.error
+    again = RunFolder(Path("run"), "pretrain").repeating_words()
+    assert parse_options(again).schedule_steps and "--minutes" not in again
+
+
+@pytest.mark.parametrize(
+    "line, problem",
+    [
+        ("--epochs 3", "--minutes and --epochs both say how long to train"),
+        ("--schedule_steps 3", "--minutes and --schedule_steps both say how long to train"),
+        ("--minutes 0", "--minutes"),
+        ("--plan --world_size 8", "--minutes times steps on this machine"),
+    ],
+)
+def test_contradictions_are_told(line, problem):
+    """Before anything is read."""
+    with pytest.raises((Exception, SystemExit), match=problem):
+        options_of(line)

@@ -1,0 +1,476 @@
+"""Before and after the loop: which run is resumed, with what, and what the user is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import several
+import torch
+from running import (
+    RESUME,
+    assert_same,
+    command,
+    pretrain,
+    progress,
+    records,
+    steps,
+    stop_after,
+    write_stories,
+)
+
+import run_llama
+from config import LlamaConfig, parse_options
+from minllama.formats.pt_file import load_pt, save_pt, tensors_in
+from minllama.machine.ranks import Ranks
+from minllama.runs.checkpoint import load_checkpoint
+from minllama.runs.plan import TrainingPlan
+from minllama.runs.run_folder import RunFolder
+from minllama.system.errors import UsageError
+from minllama.system.signals import StopRequest
+from minllama.training import session as sessions
+from minllama.training.session import (
+    GLOBAL_BATCH,
+    Session,
+    check_identity,
+    describe_determinism,
+    print_results,
+    settle_compile,
+)
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Every test runs in a folder that has nothing but text."""
+    monkeypatch.chdir(tmp_path)
+    write_stories(tmp_path)
+
+
+# ---------------------------------------------------------------------------- whose folder it is
+
+
+def test_a_run_is_never_overwritten_silently():
+    """The folder's run stays, and both remedies are named; other files are not ours to touch."""
+    assert pretrain("--max_steps 2").status == 0
+    Path("run/notes.txt").write_text("mine", encoding="utf-8")
+    before = Path("run/final-model.pt").read_bytes()
+    done = pretrain("--max_steps 2")
+    assert done.status == 2 and done.error.count("\n") == 1
+    assert "--resume auto" in done.error and "--overwrite" in done.error
+    assert Path("run/final-model.pt").read_bytes() == before
+    assert pretrain("--max_steps 2 --pretrain_data nothing.txt --overwrite").status == 2
+    assert Path("run/final-model.pt").read_bytes() == before, "a bad command removed a run"
+    assert pretrain("--max_steps 1 --overwrite").status == 0
+    assert Path("run/notes.txt").read_text(encoding="utf-8") == "mine" and steps() == [1]
+    assert Path("run/pretrain-step-1.pt").exists() and not Path("run/pretrain-step-2.pt").exists()
+
+
+def test_a_run_is_resumed_in_its_own_folder():
+    """`--resume a/FILE --save_dir b` once cut b's records and replaced its models."""
+    for folder in ("a", "b"):
+        assert pretrain(f"--max_steps 2 --save_dir {folder}").status == 0
+    before = Path("b/metrics.jsonl").read_bytes()
+    done = pretrain("--max_steps 2 --resume a/pretrain-step-2.pt --save_dir b")
+    assert done.status == 2 and "outside --save_dir b" in done.error
+    assert Path("b/metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("resume", ["--save_dir run --resume", "--resume run"])
+def test_resume_needs_no_more_than_a_folder(resume):
+    """Bare --resume was "expected one argument", and a folder an error that named another flag."""
+    assert pretrain("--max_steps 2").status == 0
+    done = command(f"--option pretrain --cache_dir cache {resume} --max_steps 3")
+    assert done.status == 0 and steps() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("resume", "words"),
+    [
+        ("run/final-model.pt", ["final-model.pt", "is a weights file", "-step-N.pt"]),
+        ("run/nothing.pt", ["--resume run/nothing.pt", "no such file"]),
+        ("cache", ["--resume cache", "the folder holds no pretrain checkpoint"]),
+    ],
+)
+def test_what_is_no_checkpoint_is_not_resumed(resume, words):
+    """final-model.pt after --resume is a natural mistake; it was a KeyError."""
+    assert pretrain("--max_steps 2").status == 0
+    done = command(f"--option pretrain --cache_dir cache --resume {resume}")
+    assert done.status == 2 and done.error.count("\n") == 1
+    for word in words:
+        assert word in done.error
+
+
+# ---------------------------------------------------------------------------- which checkpoint
+
+
+def test_without_a_checkpoint_auto_starts_from_the_beginning():
+    """--resume auto said to start without it, and the start said to add --resume auto.
+
+    So a job that is queued again has one command, whether it got to its first checkpoint or not.
+    """
+    assert pretrain("--max_steps 3").status == 0
+    for path in Path("run").glob("*.pt"):
+        path.unlink()
+    done = pretrain("--max_steps 2 --resume auto")
+    assert done.status == 0 and "no checkpoint in run yet: starting from the beginning" in done.out
+    assert steps() == [1, 2]
+
+
+def test_a_finetuning_is_resumed_by_the_name_of_its_data():
+    """Without --train the embedded reviews were trained on, anew, beside the run that was meant."""
+    Path("run").mkdir()
+    Path("run/finetune-mine-run.json").write_text("{}", encoding="utf-8")
+    done = command("--option finetune --save_dir run --resume auto")
+    assert done.status == 2 and "but that of finetune-mine: name its --train" in done.error
+    assert not list(Path("run").glob("finetune-reviews-run.json"))
+
+
+def test_a_named_checkpoint_without_a_step_is_refused():
+    """It was a KeyError; auto skipped it."""
+    assert pretrain("--max_steps 1").status == 0
+    payload = load_pt(Path("run/pretrain-step-1.pt"))
+    save_pt(Path("run/pretrain-step-2.pt"), payload | {"progress": {}})
+    done = command("--option pretrain --cache_dir cache --resume run/pretrain-step-2.pt")
+    assert done.status == 2 and "is damaged: its step is 'None'" in done.error
+
+
+def test_epochs_do_not_change_a_run_of_steps():
+    """They were said to, twice, and changed nothing."""
+    assert pretrain("--schedule_steps 2").status == 0
+    done = command(f"{RESUME} --epochs 9")
+    assert done.status == 2 and "as long as its --schedule_steps 2 says" in done.error
+    assert "a larger --schedule_steps lets it continue" in command(RESUME).out
+    assert command(f"{RESUME} --schedule_steps 3").status == 0 and steps() == [1, 2, 3]
+
+
+def test_a_damaged_checkpoint_is_skipped_and_said():
+    """--resume auto takes the newest that verifies; only where there is none it is an error."""
+
+    def damage(name: str) -> None:
+        data = bytearray(Path(name).read_bytes())
+        data[len(data) // 2] ^= 1
+        Path(name).write_bytes(data)
+
+    assert pretrain("--checkpoint_interval 2 --max_steps 5").status == 0
+    damage("run/pretrain-step-5.pt")
+    done = command(f"{RESUME} --max_steps 5")
+    assert done.status == 0 and "skipped" in done.out and "pretrain-step-5.pt" in done.out
+    assert f"resuming     {Path('run/pretrain-step-4.pt')}" in done.out
+    for path in Path("run").glob("pretrain-*.pt"):
+        damage(str(path))
+    done = command(f"{RESUME} --max_steps 6")
+    assert done.status == 2 and "no whole pretrain checkpoint" in done.error
+    assert "--overwrite" in done.error
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ("--global_batch_size 8", "--global_batch_size"),
+        ("--gradient_accumulation_steps 2", "--gradient_accumulation_steps"),
+        ("--seed 1", "--seed 1 differs from the checkpoint's 1337"),
+        ("--dim 32", "model shape dim 32, hidden_dim 96 differs from the checkpoint's 16, 64"),
+        ("--val_fraction 0.5", "--val_fraction"),
+        ("--optimizer muon", "--optimizer muon differs from the checkpoint's adamw"),
+        ("--max_seq_len 8", "--max_seq_len"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused(change, name):
+    """Position in the data means nothing under another batch, shape, seed, optimizer or text."""
+    assert pretrain("--max_steps 1").status == 0
+    done = command(f"{RESUME} {change}")
+    assert done.status == 2 and name in done.error and "Traceback" not in done.error
+    assert progress("run/pretrain-step-1.pt")["step"] == 1
+
+
+def test_the_micro_batches_of_a_batch_may_change():
+    """And the dropout, the schedule and the like; each change is said."""
+    assert pretrain("--max_steps 1").status == 0
+    done = command(f"{RESUME} --pretrain_batch_size 2 --max_steps 3 --dropout 0.1")
+    assert done.status == 0 and steps() == [1, 2, 3]
+    assert "changed      --dropout from 0.0 to 0.1" in done.out
+    assert "changed      --pretrain_batch_size from 4 to 2" in done.out
+    assert "--max_steps from" not in done.out
+
+
+def test_a_run_whose_chunks_came_in_another_order_is_refused():
+    """It would read some of the text twice and some of it not at all."""
+    assert pretrain("--max_steps 1").status == 0
+    path = Path("run/pretrain-step-1.pt")
+    state = load_pt(path)
+    del state["identity"][run_llama.CHUNK_ORDER]
+    save_pt(path, state)
+    done = command(f"{RESUME} --max_steps 2")
+    assert done.status == 2 and "order of the text's chunks" in done.error
+    assert "2 differs from the checkpoint's 1" in done.error
+
+
+def test_identity_shows_only_what_differs():
+    """Of a shape the entries that are not the same; every line ends with the remedy."""
+    now = {"--seed": 1, "model shape": {"dim": 16, "n_layers": 2}, GLOBAL_BATCH: 8}
+    before = {"--seed": 1, "model shape": {"dim": 32, "n_layers": 2}, GLOBAL_BATCH: 8}
+    check_identity(now, now)
+    with pytest.raises(UsageError) as raised:
+        check_identity(before, now)
+    assert str(raised.value).startswith("model shape dim 16 differs from the checkpoint's 32:")
+    with pytest.raises(UsageError, match="--seed 1 differs from the checkpoint's None"):
+        check_identity({**now, "--seed": None}, now)
+
+
+@pytest.mark.parametrize("words", ["", "--optimizer adamw"])
+def test_a_resumed_run_lets_go_of_the_checkpoint(words, monkeypatch):
+    """It is as large as three models, and was once held in memory to the end."""
+    assert pretrain(f"--max_steps 1 {words}").status == 0
+    held, seen, read, train = [], [], sessions.read_on_ranks, run_llama.train
+
+    def watched(*arguments):
+        path, state = read(*arguments)
+        found = tensors_in({key: state[key] for key in ("model", "optimizer")})
+        held.extend(weakref.ref(tensor) for _, tensor in found)
+        return path, state
+
+    monkeypatch.setattr(sessions, "read_on_ranks", watched)
+    monkeypatch.setattr(
+        run_llama, "train", lambda run: seen.extend(ref() for ref in held) or train(run)
+    )
+    assert command(f"{RESUME} --max_steps 2 {words}").status == 0
+    assert len(seen) > 10 and not any(tensor is not None for tensor in seen)
+
+
+# ---------------------------------------------------------------------------- the plan
+
+
+def test_the_plan_alone_leaves_nothing():
+    """--plan prints sizes, steps and memory, and writes no run."""
+    done = pretrain("--plan")
+    assert done.status == 0 and not Path("run").exists()
+    for word in ("parameters", "chunks", "steps", "memory", "resumable checkpoint"):
+        assert word in done.out
+
+
+def test_the_plan_of_a_run_that_is_there():
+    """It may be asked for again, and a resumed one planned, without touching it."""
+    assert pretrain("--max_steps 1").status == 0
+    before = {path: path.read_bytes() for path in Path("run").iterdir()}
+    assert pretrain("--plan").status == 0 and command(f"{RESUME} --plan").status == 0
+    assert {path: path.read_bytes() for path in Path("run").iterdir()} == before
+
+
+def test_a_disk_that_is_too_small_is_found_before_the_run(monkeypatch):
+    """What the folder holds already is not needed twice."""
+    monkeypatch.setattr(sessions, "free_disk", lambda folder: 10**5)
+    done = pretrain("--max_steps 2")
+    assert done.status == 2 and "100 kB are free on that disk" in done.error
+    assert "--save_dir run" in done.error and not list(Path("run").glob("*.pt"))
+    assert "epoch checkpoint" not in done.error and "1 step checkpoint " in done.error
+    assert "--save_dtype bfloat16 or a folder on a larger disk" in done.error
+    planned = pretrain("--max_steps 2 --plan")
+    assert planned.status == 0 and "warning: --save_dir run: 100 kB are free" in planned.out
+    monkeypatch.setattr(sessions, "free_disk", lambda folder: 10**7)
+    assert pretrain("--max_steps 2").status == 0
+    monkeypatch.setattr(sessions, "free_disk", lambda folder: 10**6)
+    assert command(f"{RESUME} --max_steps 3").status == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "pays", "problem", "settled", "said"),
+    [
+        ("--compile on", False, None, "on", "half a minute or more"),
+        ("--compile off", True, None, "off", ""),
+        ("", True, None, "on", "compile      on: why"),
+        ("", False, None, "off", "compile      off: why"),
+        ("", True, "no g++", "off", "why, but torch cannot compile here (no g++)"),
+    ],
+)
+def test_compile_is_settled_by_the_plan(words, pays, problem, settled, said, monkeypatch, capsys):
+    """The compiler is only looked for where the plan says that compiling pays."""
+    looked = []
+    monkeypatch.setattr(
+        sessions, "compiler_problem", lambda device: looked.append(device) or problem
+    )
+    plan = SimpleNamespace(compiling_pays=lambda flops: (pays, "why"), dtype="float32")
+    options = parse_options(f"--option pretrain {words}".split())
+    assert settle_compile(options, plan, torch.device("cpu")).compile == settled
+    assert said in capsys.readouterr().out
+    assert bool(looked) == (pays and not words)
+
+
+@pytest.mark.parametrize(
+    ("words", "pays", "shards", "problem", "settled", "said"),
+    [
+        ("", True, 1, None, "on", "compile      on: why"),
+        ("", False, 1, None, "off", "compile      off: why"),
+        ("", True, 1, "no Triton", "off", "why, but torch cannot compile here (no Triton)"),
+        ("", True, 2, None, "off", "compile      off: with --parallel fsdp"),
+        ("--compile off", True, 1, None, "off", ""),
+    ],
+)
+def test_on_a_gpu_compile_is_on_for_long_runs_where_triton_works(
+    words, pays, shards, problem, settled, said, monkeypatch, capsys
+):
+    """It was on there only where somebody typed it; on Apple's GPUs that is still so."""
+    monkeypatch.setattr(sessions, "compiler_problem", lambda device: problem)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    speeds = []
+    plan = SimpleNamespace(
+        shards=shards,
+        dtype="bfloat16",
+        compiling_pays=lambda flops: speeds.append(flops) or (pays, "why"),
+    )
+    options = parse_options(f"--option pretrain {words}".split())
+    assert settle_compile(options, plan, torch.device("cuda")).compile == settled
+    assert said in capsys.readouterr().out
+    assert speeds == [0.28 * 989e12] * (not words and shards == 1)
+    if not words:
+        assert settle_compile(options, plan, torch.device("mps")).compile == "auto"
+
+
+def test_deterministic_says_what_it_does_here_and_is_kept(monkeypatch):
+    """On a CPU nothing changes, and that is said; a resumed run has what the run began with."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    done = pretrain("--max_steps 1 --deterministic")
+    assert "repeatable   --deterministic has no effect here" in done.out
+    resumed = command(f"{RESUME} --max_steps 2")
+    assert resumed.status == 0 and "repeatable   --deterministic has no effect" in resumed.out
+    assert "take longer" in describe_determinism(torch.device("cuda"))
+    assert pretrain("--max_steps 2 --save_dir plain").status == 0
+    models = [
+        load_checkpoint(Path(f"{name}/pretrain-step-2.pt"))["model"] for name in ("plain", "run")
+    ]
+    assert_same(*models)
+
+
+def test_what_compile_auto_chose_is_kept(monkeypatch):
+    """Compiled arithmetic rounds differently: a resumed run must not choose for itself."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda module, **_: compiled.append(module) or module)
+    monkeypatch.setattr(sessions, "compiler_problem", lambda device: None)
+    monkeypatch.setattr(sessions, "check_compiler", lambda device: None)
+    monkeypatch.setattr(TrainingPlan, "compiling_pays", lambda plan, flops: (True, "why"))
+    done = pretrain("--max_steps 1")
+    assert "compile      on: why" in done.out and len(compiled) == 1
+    monkeypatch.setattr(TrainingPlan, "compiling_pays", lambda plan, flops: (False, "short"))
+    assert command(f"{RESUME} --max_steps 2").status == 0 and len(compiled) == 2
+    done = pretrain("--max_steps 1 --overwrite")
+    assert "compile      off: short" in done.out and len(compiled) == 2
+
+
+def test_what_dtype_auto_chose_is_kept(monkeypatch):
+    """Begun on a CPU without bfloat16 and resumed on one that has it, a run changed its dtype."""
+    for fast, words in ((False, "--dtype auto --max_steps 1"), (True, f"{RESUME} --max_steps 2")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
+        done = command(words) if fast else pretrain(words)
+        assert done.status == 0, done.error
+    starts = json.loads(Path("run/run.json").read_text(encoding="utf-8"))["starts"]
+    assert [start["dtype"] for start in starts] == ["float32", "float32"]
+    stored = load_checkpoint(Path("run/pretrain-step-1.pt"))["options"]
+    assert stored["dtype"] == "float32"
+
+
+# ---------------------------------------------------------------------------- ranks
+
+
+def settle_on(ranks: Ranks, *, texts: list[str], dtypes: list[torch.dtype]) -> str:
+    """What --compile is on this rank once its session, with its own text and dtype, is settled."""
+    options = parse_options("--option pretrain --save_dir run".split())
+    session = Session(
+        options.with_global_batch(ranks.world_size),
+        RunFolder(Path("run"), "pretrain"),
+        ranks,
+        StopRequest(),
+        torch.device("cpu"),
+        dtypes[ranks.rank],
+        checkpoint=None,
+    )
+    shape = LlamaConfig(vocab_size=64, dim=16, n_layers=1, n_heads=2, max_seq_len=16)
+    sizes = {"trainable_parameters": 1, "muon_parameters": 0, "sequences": 9, "tokens": 144}
+    sizes |= {"config": shape, "sequence_length": 16, "logits_width": 64}
+    session.settle({"--pretrain_data": texts[ranks.rank]}, **sizes)
+    return session.options.compile
+
+
+@pytest.mark.parametrize(
+    ("texts", "dtypes", "said"),
+    [
+        (["a", "a", "b"], [torch.float32] * 3, "--pretrain_data is b on rank 2 and a on rank 0"),
+        (
+            ["a"] * 3,
+            [torch.bfloat16, torch.float32, torch.bfloat16],
+            "--dtype is float32 on rank 1 and bfloat16 on rank 0",
+        ),
+    ],
+)
+def test_ranks_that_differ_are_refused(texts, dtypes, said):
+    """Machines with another file, or another CPU under --dtype auto, trained apart in silence."""
+    with several.thread_store():
+        errors = several.on_threads(
+            3, lambda ranks: settle_on(ranks, texts=texts, dtypes=dtypes), nodes=3
+        )
+    for error in errors:  # the same on all, so that it is said once
+        assert isinstance(error, UsageError), error
+        assert str(error) == f"{said}: give all machines the same files and flags"
+
+
+def test_compile_is_settled_on_rank_0_for_all(monkeypatch):
+    """Each machine decided for itself, by its own processor: some compiled and others did not."""
+    decisions = iter(["on", "off"])
+
+    def settle(options, plan, device):
+        return dataclasses.replace(options, compile=next(decisions))
+
+    monkeypatch.setattr(sessions, "settle_compile", settle)
+    alike = {"texts": ["a", "a"], "dtypes": [torch.float32] * 2}
+    with several.thread_store():
+        found = several.on_threads(2, lambda ranks: settle_on(ranks, **alike), nodes=2)
+    assert found == ["on", "on"]
+
+
+# ---------------------------------------------------------------------------- the end
+
+
+def test_the_command_that_is_printed_resumes(monkeypatch):
+    """A run started with `--resume FILE` once printed that old file as the one to continue from."""
+    assert pretrain("--max_steps 3").status == 0
+    words = "--option pretrain --resume run/pretrain-step-3.pt --cache_dir cache --max_steps 9"
+    with monkeypatch.context() as patch:
+        done = command(words, stop=stop_after(5, patch))
+    assert done.status == 130 and "stopped after step 5, and saved; continue with:" in done.out
+    printed = shlex.split(done.out.rsplit("continue with:", 1)[1])
+    assert printed[:2] == ["python", "run_llama.py"] and "auto" in printed
+    assert ["--max_steps", "9"] == printed[printed.index("--max_steps") :][:2]
+    assert "run/pretrain-step-3.pt" not in printed
+    assert command(printed[2:]).status == 0
+    assert steps() == list(range(1, 10)) and records()[-1]["lr"] > 0
+
+
+def test_the_printed_command_has_a_folder_with_a_space(monkeypatch):
+    """Pasted as it is, it has to name the same folder."""
+    with monkeypatch.context() as patch:
+        stop = stop_after(2, patch)
+        words = ["--option", "pretrain", "--pretrain_data", "text.jsonl", "--save_dir", "my run"]
+        words += "--cache_dir cache --dim 16 --n_layers 1 --n_heads 2 --max_seq_len 16".split()
+        done = command([*words, "--dtype", "float32"], stop=stop)
+    assert done.status == 130
+    printed = shlex.split(done.out.rsplit("continue with:", 1)[1])
+    assert printed[printed.index("--save_dir") + 1] == "my run"
+
+
+def test_what_to_do_next_is_printed_as_commands(capsys):
+    """With the model's path, which may need quotes."""
+    model = Path("my run/final-model.pt")
+    model.parent.mkdir()
+    model.write_bytes(b"12345")
+    print_results(RunFolder(model.parent, "pretrain"), model, "One day", "generate", "finetune")
+    files, name, *lines = capsys.readouterr().out.splitlines()
+    assert (files, name.split(maxsplit=2)) == ("files:", ["5", "B", str(model)])
+    assert lines[0] == "next:" and len(lines) == 4
+    words = [shlex.split(line) for line in lines[1:]]
+    assert words[0][-2:] == ["--prompt", "One day"]
+    assert all(str(model) in line for line in words)
+    assert Path(words[2][1]).name == "check_model_precision.py"
