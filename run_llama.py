@@ -18,436 +18,86 @@ if __name__ == "__main__":  # --help and bad flags are answered before torch, wh
 import contextlib
 import dataclasses
 import os
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
-from config import MAX_CONTEXT, LlamaConfig, Options, find_idle_flags, fingerprint
-from llama import (
-    Llama,
-    LlamaEmbeddingClassifier,
-    LlamaZeroShotClassifier,
-    load_pretrained,
-)
+from config import Options, find_idle_flags
+from llama import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
 from minllama.cli.command_line import print_error, protect_output
 from minllama.cli.console import progress_bar, say
-from minllama.formats.formats import read_vocabulary
-from minllama.formats.models import (
-    STARTING_WEIGHTS,
-    Classifier,
-    Start,
-    find_model,
-    find_start_model,
-    load_model,
-    read_classifier,
-)
-from minllama.formats.pt_file import load_pt
+from minllama.formats.models import Classifier, find_model, load_model, read_classifier
 from minllama.inference.conversation import converse
-from minllama.inference.evaluation import compare_pairs, pair_report, perplexity, read_pairs
+from minllama.inference.evaluation import compare_pairs, pair_report, read_pairs
 from minllama.inference.prompting import Prompts, score_labels
-from minllama.inference.streaming import CHAT_TEMPERATURE, PROMPT_TEMPERATURE, Writer, sample_text
+from minllama.inference.streaming import CHAT_TEMPERATURE, PROMPT_TEMPERATURE, Writer
 from minllama.machine.device import (
     check_compiler,
     choose_device,
     is_out_of_memory,
     keep_freed_memory,
 )
-from minllama.machine.gpus import GPUS
 from minllama.machine.ranks import Ranks, check_runs_alone, exit_at_once, is_lost_peer
-from minllama.machine.sharding import full_state_dict, is_sharded, load_state
+from minllama.machine.sharding import load_state
 from minllama.model.generation import compile_step, pack_weights
-from minllama.model.lora import add_lora, merge_lora
-from minllama.runs.advice import Outcome, advise
-from minllama.runs.plan import Cluster, TrainingPlan, warn_of_plan
-from minllama.runs.record import loss_curve_svg, read_records
-from minllama.runs.run_folder import RunFolder
 from minllama.system.errors import Interrupted, RunFailed, UsageError
 from minllama.system.files import check_writable_file, write_text
 from minllama.system.signals import LAUNCHER_REPEATS, StopRequest
-from minllama.text.corpus import Texts, find_texts, load_texts
 from minllama.text.labelled import (
-    LabelledFiles,
-    Scores,
     find_labelled_files,
     find_sentences,
-    is_unlabelled,
-    labels_of,
     read_labelled,
     report_predictions,
 )
-from minllama.text.reading import Reading, find_text_files, first_words, read_lines
-from minllama.text.vocabulary import choose_vocabulary
-from minllama.training.chat_training import finetune_chat
-from minllama.training.classifying import load_splits, predict, predict_files
-from minllama.training.fitting import TIMED_CONTEXT, fit_to_time
-from minllama.training.next_token import NextTokenTask
+from minllama.text.reading import Reading, find_text_files, read_lines
+from minllama.training.chat_tuning import ChatTuning, find_chat_files
+from minllama.training.classification import POOLED, Classification, load_splits, predict_files
+from minllama.training.loop import train
+from minllama.training.pretraining import Pretraining, plan_for_gpus
 from minllama.training.run import Run
-from minllama.training.session import (
-    CHUNK_ORDER,
-    Session,
-    open_session,
-    print_results,
-    say_interrupted,
-)
-from minllama.training.task import Batch, Task
-from minllama.training.training import train
-from optimizer import layer_matrices
-from tokenizer import Tokenizer
-from utils import ORDER_VERSION, LlamaDataset, batch_indices, batches_by_length
+from minllama.training.session import make_plan, open_run, say_interrupted
+from minllama.training.task import Task
+from utils import LlamaDataset
 
-CURVE_POINTS = 2000  # of the training loss in its picture
-WORSE = 1.005  # than its best: a validation loss that has risen
-
-# ---------------------------------------------------------------------------- pretrain
+# ---------------------------------------------------------------------------- pretrain, finetune
 
 
 def pretrain(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     """Train a Llama on text files, from scratch or from given weights; returns the exit status."""
     if options.plan and options.world_size:
-        return plan_for_gpus(options, stop)
-    with open_session(options, "pretrain", ranks=ranks, stop=stop) as session:
-        options, config, texts, start = prepare_pretraining(
-            session.options, session.checkpoint, session.device, session.dtype, stop, ranks
-        )
-        session.options = options
-        identity = {
-            "--pretrain_data, --tokenizer_model or how the text is read: key": texts.key,
-            "training tokens (--val_fraction, --val_data)": len(texts.train.stream),
-            "model shape": config.to_model_args() | {"dropout": 0.0},
-            "--max_seq_len": options.max_seq_len,
-            STARTING_WEIGHTS: start and start.weights,
-            CHUNK_ORDER: ORDER_VERSION,
-        }
-        session.settle(identity, **pretraining_sizes(options, config, texts))
-        if options.plan:
-            return 0
-        keep_freed_memory()
-        given = start and start.model
-        sharded = session.plan.shards > 1
-        if given is None or sharded:  # sharded it gets its weights block by block
-            with torch.device("meta" if sharded else "cpu"):
-                model = Llama(config)
-        else:  # DDP gives the other ranks rank 0's weights
-            model = given if ranks.is_main else given.to_empty(device="cpu")
-        model.vocabulary = texts.tokenizer.model_bytes
-        task = Pretraining(session, texts, model)
-        if given is not None and sharded:
-            load_state(model, given.state_dict())
-            model.chat_template = given.chat_template
-        start, given = start and start._replace(model=None), None  # no rank keeps the whole
-        run = Run(session, task)
-        run.start()
-        if run.progress.step == 0 and start is not None and run.progress.first is not None:
-            print(
-                f"before the first step: val loss {run.progress.first:.4f}, val perplexity "
-                f"{perplexity(run.progress.first):,.4f}"
-            )
-        if train(run):
-            return say_interrupted(session, run.progress.step)
-        return finish_pretraining(run, texts.tokenizer)
-
-
-def prepare_pretraining(
-    options: Options,
-    checkpoint: dict[str, Any] | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    stop: StopRequest,
-    ranks: Ranks,
-) -> tuple[Options, LlamaConfig, Texts, Start | None]:
-    """What to train on what: the options with what follows from text and time, and the start.
-
-    Every rank must call this. Raises UsageError.
-    """
-    options, start = find_start_model(options, checkpoint, ranks)
-    files = find_texts(options)
-    if start is None:
-        stored = checkpoint and read_vocabulary(Path("the checkpoint"), checkpoint)
-        tokenizer = choose_vocabulary(options, files, stored=stored, ranks=ranks)
-        longest = MAX_CONTEXT
-    else:
-        tokenizer, longest = start.tokenizer, min(MAX_CONTEXT, start.config.max_seq_len)
-    if options.minutes is not None:
-        longest = min(longest, TIMED_CONTEXT[device.type])
-    texts = load_texts(options, files, tokenizer, longest=longest, stop=stop, ranks=ranks)
-    options = dataclasses.replace(options, max_seq_len=texts.context)
-    if options.minutes is not None and checkpoint is None:
-        shape = start and start.config
-        options = fit_to_time(options, texts, shape, device=device, dtype=dtype, ranks=ranks)
-    texts = texts.cut(options.max_seq_len, options.val_tokens)
-    config = start.config if start else options.llama_config(tokenizer.n_words)
-    options = options.suited_to(config, continued=False)
-    return options, config, texts, start
-
-
-class Pretraining(NextTokenTask):
-    """Next-token prediction on chunks of text, in the order of (seed, epoch)."""
-
-    def __init__(self, session: Session, texts: Texts, model: Llama) -> None:
-        bos_id = texts.tokenizer.bos_id if session.options.document_mask else None
-        super().__init__(session, model, texts.train, texts.val, dynamic=False, bos_id=bos_id)
-        self.texts, self.opening = texts, texts.opening()
-        if session.options.sample_tokens and is_sharded(model):
-            say("samples      after the run alone: of a sharded model no process has the whole")
-        # A run that keeps to a time is evaluated at steps: its epochs may be seconds or hours.
-        timed = session.options.minutes is not None
-        self.best_interval = 0 if timed else session.options.best_model_interval
-        self.eval_interval = session.options.eval_interval
-
-    def sequences(self, epoch: int, index: int) -> np.ndarray:
-        options, chunks = self.session.options, len(self.texts.train)
-        return batch_indices(chunks, options.global_batch_size, options.seed, epoch, index)
-
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        # An epoch's short last batch is not worth another half minute of compiling; parts of a
-        # micro-batch that did not fit the memory are, since all that follow are trained on so.
-        options = self.session.options
-        whole = tokens.shape == (-(-options.pretrain_batch_size // self.split), options.max_seq_len)
-        return (self.compiled if whole else self.parallel)(tokens, targets)[0]
-
-    def sample(self) -> str | None:
-        options, ranks, stop = self.session.options, self.session.ranks, self.session.stop
-        if not options.sample_tokens or is_sharded(self.model):  # no rank has a sharded one whole
-            return None
-        prompt = self.opening if options.sample_prompt is None else options.sample_prompt
-
-        def write() -> str | None:
-            text = None
-            self.model.eval()
-            with contextlib.suppress(UsageError):  # logits that are not numbers
-                text = sample_text(
-                    self.model,
-                    self.texts.tokenizer,
-                    prompt,
-                    tokens=options.sample_tokens,
-                    should_stop=lambda: stop.requested,
-                )
-            self.model.train()
-            stop.check()
-            return text
-
-        return ranks.on_main(write)
-
-    def locate(self, number: int) -> str:
-        return self.texts.locate(number)
-
-
-def finish_pretraining(run: Run, tokenizer: Tokenizer) -> int:
-    """Write the model and the loss curve, show a sample, and say what there is and what is next."""
-    folder, progress, checkpoints = run.folder, run.progress, run.checkpoints
-    final, curve = folder.file("final-model.pt"), folder.file("loss-curve.svg")
-    checkpoints.save_weights("final-model.pt", run.task.weights())
-    every_nth = max(1, progress.step // CURVE_POINTS)
-    records = [
-        record
-        for record in read_records(folder.file("metrics.jsonl"))
-        if record["step"] % every_nth == 0 or record.get("val_loss") is not None
-    ]
-    picture = loss_curve_svg(records, str(folder.path))
-    checkpoints.save_file(curve, lambda: write_text(curve, picture))
-    checkpoints.finish()
-    if not run.ranks.is_main:
+        plan_for_gpus(options, stop)
         return 0
-    val_loss = records[-1].get("val_loss") if records else None
-    chosen = final
-    if val_loss is not None and progress.best is not None and val_loss > WORSE * progress.best:
-        chosen = folder.file("best-model.pt")
-        print(
-            f"\nthe validation loss was best at step {progress.best_step:,} and rose since: from "
-            f"then on the text was learnt by heart. {chosen} is the model of that step"
-        )
-    in_memory = chosen is final and not is_sharded(run.task.model)
-    model = run.task.llama.eval() if in_memory else load_pretrained(chosen)
-    print("\na sample of what it writes:")
-    print(f"{sample_text(model, tokenizer)}\n")
-    if val_loss is not None and progress.first is not None and progress.best is not None:
-        rose = "" if chosen is final else f", {perplexity(val_loss):.2f} after {progress.step:,}"
-        print(
-            f"validation perplexity {perplexity(progress.first):,.1f} before training, "
-            f"{perplexity(progress.best):.2f} after {progress.best_step:,} steps{rose}"
-        )
-    if records:
-        recent = [record["loss"] for record in records[-20:] if record["loss"] is not None]
-        outcome = Outcome(
-            parameters=sum(run.plan.config.parameter_counts().values()),
-            tokens=progress.tokens,
-            distinct=run.plan.tokens,
-            train_loss=sum(recent) / max(1, len(recent)),
-            val_loss=val_loss,
-        )
-        say(*advise(outcome, rose=chosen is not final))
-    print_results(folder, chosen, run.task.opening, "generate", "finetune")
-    return 0
-
-
-def pretraining_sizes(options: Options, config: LlamaConfig, texts: Texts) -> dict[str, Any]:
-    """What the plan of a pretraining has to know of its model and text."""
-    return {
-        "config": config,
-        "trainable_parameters": sum(config.parameter_counts().values()),
-        "muon_parameters": options.muon_parameters(config),
-        "sequences": len(texts.train),
-        "tokens": len(texts.train.stream),
-        "sequence_length": options.max_seq_len,
-        "logits_width": config.vocab_size,
-    }
-
-
-def plan_for_gpus(options: Options, stop: StopRequest) -> int:
-    """Print what a run would need and take on `--world_size` GPUs of the kind `--gpu`."""
-    options, ranks = options.with_global_batch(options.world_size), Ranks()
-    device = torch.device("cpu")
-    options, config, texts, _ = prepare_pretraining(
-        options, None, device, torch.float32, stop, ranks
-    )
-    gpu = GPUS[options.gpu.upper()]
-    dtype = "bfloat16" if options.dtype == "auto" else options.dtype
-    sizes = pretraining_sizes(options, config, texts)
-    plan = TrainingPlan(options, options.world_size, "cuda", dtype, **sizes)
-    memory = int(gpu.memory_gb * 1e9)
-    say(*plan.lines(memory), *Cluster(gpu).lines(plan))
-    warn_of_plan(plan, memory)
-    return 0
-
-
-# ---------------------------------------------------------------------------- finetune
-
-
-POOLED = {"last": "the state after the last token", "mean": "the mean over the tokens"}
+    with open_run(options, "pretrain", ranks=ranks, stop=stop) as run:
+        return carry_out(run, Pretraining(run))
 
 
 def finetune(options: Options, stop: StopRequest, ranks: Ranks) -> int:
-    """Train a classifier on top of a pretrained Llama, or a chat; returns the exit status."""
+    """Train a pretrained model on dialogues, or a classifier on it; returns the exit status."""
     if options.is_chat:
-        return finetune_chat(options, stop, ranks)
-    files = find_labelled_files(options, "finetuning")
-    with open_session(options, f"finetune-{files.name}", ranks=ranks, stop=stop) as session:
-        options = session.options
-        keep_freed_memory()
-        llama, tokenizer = load_model(options, session.device)
-        llama.chat_template = None  # a classifier answers no questions
-        splits = load_splits(files, options, tokenizer, context=llama.config.max_seq_len)
-        if options.lora_rank:
-            add_lora(llama, rank=options.lora_rank, alpha=2 * options.lora_rank)
-        model = LlamaEmbeddingClassifier(
-            llama,
-            num_labels=len(files.label_names),
-            hidden_dropout_prob=options.hidden_dropout_prob,
-            freeze_backbone=options.freeze_backbone,
-            pooling=options.pooling,
-        ).to(session.device)
-        say(f"pooling      {options.pooling}: the head reads {POOLED[options.pooling]} (--pooling)")
-        identity = {
-            "--train": fingerprint(files.paths["train"].read_bytes()),
-            "model shape": llama.config.to_model_args(),
-            "--tokenizer_model": tokenizer.fingerprint,
-            "--max_sentence_len": options.max_sentence_len,
-            "--freeze_backbone": options.freeze_backbone,
-            "--lora_rank": options.lora_rank,
-            "--pooling": options.pooling,
-        }
-        muon = layer_matrices(model) if options.optimizer == "muon" else []
-        lengths = splits["train"].lengths
-        session.settle(
-            identity,
-            config=llama.config,
-            trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-            muon_parameters=sum(p.numel() for p in muon),
-            sequences=len(lengths),
-            tokens=int(lengths.sum()),
-            sequence_length=int(lengths.max()),
-            logits_width=len(files.label_names),
-        )
-        if options.plan:
+        files, task = find_chat_files(options), ChatTuning
+    else:
+        files, task = find_labelled_files(options, "finetuning"), Classification
+    with open_run(options, f"finetune-{files.name}", ranks=ranks, stop=stop) as run:
+        return carry_out(run, task(run, files))
+
+
+def carry_out(run: Run, task: Task) -> int:
+    """Plan, train and finish a task whose data is loaded; returns the exit status.
+
+    Every rank must call this.
+    """
+    make_plan(run, task)  # print it; refuse what cannot be resumed or does not fit on the disk
+    if run.options.plan:
+        return 0
+    keep_freed_memory()
+    run.start()  # model and optimizer on the device, a checkpoint's state or an empty folder
+    if note := task.describe_start():
+        print(note)
+    if not train(run):
+        with contextlib.suppress(Interrupted):  # what was trained is saved
+            task.finish()  # its files, its last figures, and what they are for
             return 0
-        run = Run(session, Finetuning(session, files, splits, model))
-        run.start()
-        if train(run):
-            return say_interrupted(session, run.progress.step)
-        return finish_finetuning(run, files, splits)
-
-
-class Finetuning(Task):
-    """Classification of sentences, in batches of similar length in the order of (seed, epoch)."""
-
-    def __init__(
-        self,
-        session: Session,
-        files: LabelledFiles,
-        splits: dict[str, LlamaDataset],
-        model: LlamaEmbeddingClassifier,
-    ) -> None:
-        # Predictions are made in float32; training's dtype is autocast's.
-        super().__init__(
-            session, model.llama, model, module=model, dtype=torch.float32, dynamic=True
-        )
-        self.files, self.train_set, self.dev_set = files, splits["train"], splits["dev"]
-        self.higher_is_better = not is_unlabelled(self.dev_set.examples)
-        self.goal = "dev_accuracy" if self.higher_is_better else "loss"
-        options = session.options
-        self.order = batches_by_length(
-            self.train_set.lengths, options.global_batch_size, options.seed
-        )
-
-    def sequences(self, epoch: int, index: int) -> np.ndarray:
-        return self.order(epoch, index)
-
-    def batch(self, numbers: np.ndarray) -> Batch:
-        return Batch(self.train_set.collate(numbers))
-
-    def count(self, numbers: np.ndarray) -> tuple[int, int]:
-        return len(numbers), int(self.train_set.lengths[numbers].sum())
-
-    def loss(self, tokens: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
-        return nn.functional.nll_loss(self.compiled(tokens, lengths), labels, reduction="sum")
-
-    def evaluate(self) -> dict[str, float]:
-        if not self.higher_is_better:
-            return {}
-        predictions = predict(self.model, self.dev_set, self.session)
-        labels = labels_of(self.dev_set.examples)
-        scores = Scores.of(labels, predictions, len(self.files.label_names))
-        return {"dev_accuracy": scores.accuracy, "dev_f1": scores.macro_f1}
-
-    def weights(self) -> dict[str, Any]:
-        """Those of the Llama, and the classifier's head."""
-        head = full_state_dict(self.model.classifier_head, self.session.ranks)
-        return super().weights() | {
-            "classifier_head": {name: tensor.cpu() for name, tensor in head.items()},
-            "label_names": self.files.label_names,
-            "pooling": self.model.pooling,
-        }
-
-    def load_weights(self, path: Path) -> None:
-        """Put what `weights` returned back into the classifier, its adapters merged."""
-        payload = load_pt(path)
-        if self.session.options.lora_rank:
-            merge_lora(self.llama)
-        load_state(self.llama, payload["model"])
-        load_state(self.model.classifier_head, payload["classifier_head"])
-
-    def locate(self, number: int) -> str:
-        return f"{self.train_set.path}, sentence {number + 1:,}"
-
-
-def finish_finetuning(run: Run, files: LabelledFiles, splits: dict[str, LlamaDataset]) -> int:
-    """Report and write the best model's predictions on dev and test."""
-    run.checkpoints.finish()
-    best = run.folder.file("best-model.pt")
-    run.task.load_weights(best)
-    epoch = run.progress.best_step / run.plan.steps_per_epoch
-    print(f"\nbest model: {best}, after step {run.progress.best_step:,} (epoch {epoch:.3g})")
-    try:
-        predict_files(run.task.model, files, splits, run.session)
-    except Interrupted:
-        return say_interrupted(run.session, run.progress.step)
-    opening = first_words(splits["dev"].examples[0].sentence)
-    dev = files.paths["dev"]
-    print_results(run.folder, best, opening, "prompt", "generate", test=dev)
-    return 0
+    return say_interrupted(run)
 
 
 # ---------------------------------------------------------------------------- prompt
@@ -537,9 +187,7 @@ def classify(options: Options, classifier: Classifier, stop: StopRequest, ranks:
         device
     )
     load_state(model.classifier_head, classifier.head)
-    folder = RunFolder(options.save_dir, "prompt")  # nothing is written there
-    session = Session(options, folder, ranks, stop, device, torch.float32, None)
-    predict_files(model, files, splits, session)
+    predict_files(model, files, splits, options=options, ranks=ranks, stop=stop)
     return 0
 
 

@@ -35,6 +35,7 @@ import tokenizer
 from config import EVERY, FLAGS, HINTS, parse_options
 from minllama.cli.command_line import parse_or_exit, protect_output, without_none
 from minllama.formats.pt_file import load_pt, save_pt
+from minllama.training import pretraining
 
 MEMORY = 2 << 30  # bytes that an attack may add to those of a process that has imported torch
 PATIENCE, GRACE = 4.0, 60.0  # seconds until an attack that works is interrupted, and then killed
@@ -55,8 +56,8 @@ def attack(attacks: list[tuple[str, str, list[str]]]) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     torch.set_num_threads(1)
     sys.stdin = open(os.devnull, encoding="utf-8")
-    survivor.training.peak_flops = lambda *_: 1e9
-    run_llama.sample_text = lambda *_, **__: "One day."
+    survivor.loop.peak_flops = lambda *_: 1e9
+    pretraining.sample_text = lambda *_, **__: "One day."
     for folder, program, words in attacks:
         os.chdir(folder)
         sys.argv = [program, *words]

@@ -19,10 +19,10 @@ from config import LlamaConfig, parse_options
 from llama import Llama, model_payload
 from minllama.formats.pt_file import save_pt
 from minllama.inference import streaming
-from minllama.runs.checkpoint import load_checkpoint
+from minllama.runs.checkpoints import load_checkpoint
 from minllama.system.signals import StopRequest
-from minllama.training import training
-from minllama.training.ahead import Ahead
+from minllama.training import loop, pretraining
+from minllama.training.loop import Prefetch
 from tokenizer import EMBEDDED_VOCABULARY, Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,8 +57,8 @@ def command(line: str | list[str], *, stop: StopRequest | None = None) -> Done:
         contextlib.redirect_stderr(error),
         mock.patch.object(sys, "argv", ["run_llama.py", *words]),
         # A timed product of matrices, and a text at the end of every run, are of no use here.
-        mock.patch.object(training, "peak_flops", lambda device, dtype: 1e9),
-        mock.patch.object(run_llama, "sample_text", sample_text),
+        mock.patch.object(loop, "peak_flops", lambda device, dtype: 1e9),
+        mock.patch.object(pretraining, "sample_text", sample_text),
     ):
         status = run_llama.main(parse_options(words), stop)
     return Done(status, out.getvalue(), error.getvalue())
@@ -72,21 +72,21 @@ def pretrain(line: str = "", *, stop: StopRequest | None = None) -> Done:
 
 def stop_after(step: int, patch: pytest.MonkeyPatch) -> StopRequest:
     """A stop request that comes while optimizer step number `step` is made."""
-    stop, real = StopRequest(), training.optimizer_step
+    stop, real = StopRequest(), loop.optimizer_step
 
-    def optimizer_step(run: training.Run) -> dict[str, Any]:
-        record = real(run)
+    def optimizer_step(run: loop.Run, batches: loop.Prefetch) -> dict[str, Any]:
+        record = real(run, batches)
         if record["step"] == step:
             stop.signal_number = signal.SIGINT
         return record
 
-    patch.setattr(training, "optimizer_step", optimizer_step)
+    patch.setattr(loop, "optimizer_step", optimizer_step)
     return stop
 
 
 def read_ahead(patch: pytest.MonkeyPatch) -> None:
     """Have each step's batches made in a thread while the one before runs, as for a GPU."""
-    patch.setattr("minllama.training.run.Ahead", lambda make, *, enabled: Ahead(make, enabled=True))
+    patch.setattr(loop, "Prefetch", lambda make, *, enabled: Prefetch(make, enabled=True))
 
 
 def records(name: str = "run/metrics.jsonl") -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ from config import parse_options
 from llama import Llama
 from minllama.formats import models
 from minllama.machine.ranks import Ranks, exit_at_once
-from minllama.training import training
+from minllama.training import loop
 
 TESTS = Path(__file__).resolve().parent
 PATHS = os.pathsep.join((str(TESTS.parent), str(TESTS)))  # for a process that imports this first
@@ -133,7 +133,7 @@ def command(words: list[str], fault: str, rank: int) -> int:
     """The command as one rank has it."""
     words = [word.replace("RANK", str(rank)) for word in words]
     sys.argv = ["run_llama.py", *words]
-    training.peak_flops = lambda *_: 1e9  # a tenth of a second that tells nothing here
+    loop.peak_flops = lambda *_: 1e9  # a tenth of a second that tells nothing here
     if fault != "none":
         FAULTS[fault](rank)
     return run_llama.main(parse_options(words))
@@ -164,15 +164,15 @@ def on_steps(happen: Callable[[int], None]) -> None:
 
     Steps made again after a rollback count again.
     """
-    made, real = 0, training.optimizer_step
+    made, real = 0, loop.optimizer_step
 
-    def optimizer_step(run: training.Run) -> dict[str, Any]:
+    def optimizer_step(run: loop.Run, batches: loop.Prefetch) -> dict[str, Any]:
         nonlocal made
         made += 1
         happen(made)
-        return real(run)
+        return real(run, batches)
 
-    training.optimizer_step = optimizer_step
+    loop.optimizer_step = optimizer_step
 
 
 def signalled(step: int, number: int, rank: int) -> None:
@@ -214,7 +214,7 @@ def without_memory(rank: int) -> None:
 
 def not_finite(rank: int) -> None:
     """No loss of rank 1 is finite from step 5 on, until it is too often."""
-    training.MAX_SKIPPED = 3
+    loop.MAX_SKIPPED = 3
     lossy(rank, lambda step, loss: loss * float("nan") if 5 <= step <= 7 else loss)
 
 

@@ -41,15 +41,15 @@ from minllama.formats import pt_file
 from minllama.formats.pt_file import FORMAT_VERSION, SealingFile, load_pt, save_pt
 from minllama.machine import ranks, sharding
 from minllama.machine.ranks import Ranks
-from minllama.runs.checkpoint import load_checkpoint
+from minllama.runs.checkpoints import Checkpoints, load_checkpoint
 from minllama.runs.run_folder import RunFolder
-from minllama.runs.saving import Checkpoints
 from minllama.system.errors import UsageError
 from minllama.system.files import atomic_folder, remove_temporaries, restore_folder
 from minllama.system.signals import HANDLED
 from minllama.text import tokens
 from minllama.text.tokens import BadCache, TokenCache
-from minllama.training import next_token, training
+from minllama.training import loop
+from minllama.training import task as tasks
 from tokenizer import EMBEDDED_VOCABULARY, Tokenizer, train_vocabulary
 
 SMALL = (
@@ -115,7 +115,7 @@ def run_here(folder: Path, *words: str) -> tuple[int, str]:
     with (
         inside(folder) as output,
         mock.patch.object(sys, "argv", ["run_llama.py", *words]),
-        mock.patch.object(training, "peak_flops", lambda *_: 1e9),
+        mock.patch.object(loop, "peak_flops", lambda *_: 1e9),
     ):
         status = run_llama.main(parse_options([*SMALL, *words]))
     return status, output.getvalue()
@@ -171,10 +171,10 @@ def live(folder: str, words: list[str], slow_save: int | None) -> None:
     torch.set_num_threads(1)
     sys.argv = ["run_llama.py", *words]
     sys.stdout = sys.stderr = open("output.txt", "a", encoding="utf-8", buffering=1)
-    training.peak_flops = lambda *_: 1e9  # a tenth of a second that tells nothing here
+    loop.peak_flops = lambda *_: 1e9  # a tenth of a second that tells nothing here
     train = run_llama.train
 
-    def announced(run: training.Run) -> bool:
+    def announced(run: loop.Run) -> bool:
         Path("training").touch()
         return train(run)
 
@@ -331,10 +331,8 @@ def save_shards(folder: Path, step: int) -> None:
     """A sharded checkpoint of a single rank, always under the name of step 1."""
     run, store = RunFolder(folder, "pretrain"), dist.HashStore()
     with mock.patch.object(ranks, "run_store", lambda: store):
-        checkpoints = Checkpoints(
-            run, Ranks(), make_state=lambda: small_payload(step), sharded=True, keep_last=2
-        )
-        checkpoints.save(run.step_checkpoint(1))
+        checkpoints = Checkpoints(run, Ranks(), sharded=True, keep_last=2)
+        checkpoints.save(small_payload(step), run.step_checkpoint(1))
         checkpoints.finish()
 
 
@@ -653,10 +651,10 @@ def signals(folder: Path) -> Tally:
     pretraining = "--save_dir run --max_steps 40 --eval_interval 8".split()
     cases: list[tuple[str, list[str], Any, str, int, str | None]] = [
         ("tokenizing", pretraining, tokens.DocumentEncoder, "encode", 1, None),
-        ("the first step", pretraining, training, "optimizer_step", 1, "pretrain-step-1.pt"),
-        ("validation", pretraining, next_token, "evaluate_tokens", 2, "pretrain-step-8.pt"),
+        ("the first step", pretraining, loop, "optimizer_step", 1, "pretrain-step-1.pt"),
+        ("validation", pretraining, tasks, "evaluate_tokens", 2, "pretrain-step-8.pt"),
         ("saving", pretraining, pt_file, "verify_seal", 1, "pretrain-step-3.pt"),
-        ("finetuning", [*tuning.split(), *model], training, "optimizer_step", 2,
+        ("finetuning", [*tuning.split(), *model], loop, "optimizer_step", 2,
          "finetune-toy-step-2.pt"),
         ("generation", ["--option", "generate", *model, "--max_new_tokens", "8"], run_llama.Writer,
          "continue_texts", 1, None),

@@ -18,7 +18,7 @@ import run_llama
 import tokenizer
 from config import parse_options
 from minllama.text import corpus, labelled
-from minllama.training import training
+from minllama.training import loop
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORTER = {
@@ -96,7 +96,7 @@ def test_every_command_runs(folder, monkeypatch):
     monkeypatch.setattr("builtins.input", say_nothing)
     for room in (corpus, labelled):
         monkeypatch.setattr(room, "DATA_DIR", folder / "data")
-    monkeypatch.setattr(training, "peak_flops", lambda *_: 1e9)  # half a second of each run
+    monkeypatch.setattr(loop, "peak_flops", lambda *_: 1e9)  # half a second of each run
     monkeypatch.setattr(sys, "argv", ["run_llama.py"])
     torch.manual_seed(0)
     lines = [line for line in commands() if " -m venv " not in line and "download.py" not in line]

@@ -38,8 +38,9 @@ from config import parse_options
 from llama import load_pretrained
 from minllama.formats.pt_file import load_pt, save_pt
 from minllama.inference import streaming
-from minllama.runs.checkpoint import load_checkpoint
+from minllama.runs.checkpoints import load_checkpoint
 from minllama.system.signals import StopRequest
+from minllama.training import pretraining
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -399,14 +400,14 @@ def test_outputs_that_cannot_be_written_are_found_first(finetune):
 
 def test_interrupted_while_predicting_the_model_is_kept(finetune, monkeypatch):
     """The training is done and saved: the same command with --resume auto writes the files."""
-    stop, real = StopRequest(), run_llama.Finetuning.load_weights
+    stop, real = StopRequest(), run_llama.Classification.load_weights
 
     def load_weights(task, path):
         real(task, path)
         stop.signal_number = signal.SIGINT
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_llama.Finetuning, "load_weights", load_weights)
+        patch.setattr(run_llama.Classification, "load_weights", load_weights)
         done = command(f"{finetune} --epochs 1", stop=stop)
     assert done.status == 130 and "--resume auto" in done.out
     assert not Path("toy-dev-finetuning-output.txt").exists()
@@ -614,7 +615,7 @@ def test_a_disk_error_is_one_line(monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device", "run/x")
 
-    monkeypatch.setattr(run_llama, "load_texts", lambda *_, **__: full())
+    monkeypatch.setattr(pretraining, "load_texts", lambda *_, **__: full())
     done = pretrain("")
     assert done.status == 1
     assert done.error == "run_llama.py: error: run/x: No space left on device\n"
@@ -622,7 +623,7 @@ def test_a_disk_error_is_one_line(monkeypatch):
 
 def test_a_bug_shows(monkeypatch):
     """What nobody foresaw must end in its traceback, not in a line that hides it."""
-    monkeypatch.setattr(run_llama, "load_texts", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(pretraining, "load_texts", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         pretrain("")
 

@@ -19,7 +19,7 @@ from survivor import run_here, write_text_file
 from minllama.formats import pt_file
 from minllama.formats.pt_file import load_pt, save_pt
 from minllama.machine.ranks import Ranks
-from minllama.runs.checkpoint import load_checkpoint
+from minllama.runs.checkpoints import load_checkpoint
 from minllama.runs.run_folder import RunFolder
 from minllama.system import signals
 from minllama.system.errors import UsageError

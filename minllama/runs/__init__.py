@@ -3,8 +3,7 @@
 Knows nothing of how a step is made.
 
     run_folder  its files' names, its lock, which checkpoint to resume or delete
-    checkpoint  reading a run's state, from one file or shards
-    saving      writing a run's files while it trains
+    checkpoints  a run's state on the disk: read, written, tried again
     record      metrics, GPU telemetry, environment, profile
     recording   where a run's records go
     report      report.html

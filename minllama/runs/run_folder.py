@@ -11,7 +11,7 @@ import json
 import platform
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,12 @@ from config import FLAGS, HINTS, READERS
 from minllama.cli.config_file import typed_words
 from minllama.formats.pt_file import STATE_FILE
 from minllama.machine.ranks import Ranks
-from minllama.machine.sharding import shapes_alone
-from minllama.runs.checkpoint import Summary, load_checkpoint, remove_unnamed, summarize
+from minllama.runs.checkpoints import (
+    Summary,
+    load_checkpoint,
+    remove_unlisted_shards,
+    summarize,
+)
 from minllama.system.errors import UsageError
 from minllama.system.files import (
     read_json_object,
@@ -117,7 +121,7 @@ class RunFolder:
             raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
         return self.lock.content
 
-    def find_loss(self, *, now: bool = False) -> str | None:
+    def missing_folder_error(self, *, now: bool = False) -> str | None:
         """What to say of a folder that was taken away while its run was in it, else None.
 
         Looks once a second, or `now`.
@@ -173,7 +177,7 @@ class RunFolder:
         remove_temporaries(self.path, "|".join(names))
         for path in self._named_as_checkpoints():
             if path.is_dir():
-                remove_unnamed(path)
+                remove_unlisted_shards(path)
 
     def add_start(self, record: dict[str, Any]) -> None:
         """Add one start of the run, the first or a resume, to run.json."""
@@ -264,21 +268,14 @@ class RunFolder:
             names = ", ".join(path.name for path in later)
             print(f"set aside    {names}, made after step {step:,}: renamed to *.abandoned")
 
-    def prune(self, keep_last: int, *, run_id: str, step: int) -> None:
-        """Delete all but the newest `keep_last` step checkpoints up to `step` (0: keep all).
+    def is_step_checkpoint(self, path: Path) -> bool:
+        """Whether a checkpoint is one of those that are kept for a while, not of an epoch's end."""
+        return path.name.startswith(f"{self.prefix}-step-")
 
-        Only those that the run `run_id` wrote are counted and deleted. Best effort: what cannot be
-        deleted stays.
-        """
-        if not keep_last:
-            return
-        own = [path for path, of in self._newest_first(run_id) if of.step <= step]
-        of_steps = [path for path in own if path.name.startswith(f"{self.prefix}-step-")]
-        for path in of_steps[keep_last:]:
-            with contextlib.suppress(OSError):
-                if path.is_dir():  # without this file it is no checkpoint: no half of one is left
-                    (path / STATE_FILE).unlink()
-                remove(path)
+    def step_checkpoints(self, run_id: str) -> list[Path]:
+        """The step checkpoints that a run wrote, oldest first."""
+        own = [path for path, _ in self._newest_first(run_id) if self.is_step_checkpoint(path)]
+        return own[::-1]
 
     def _newest_first(self, run_id: str | None = None) -> list[tuple[Path, Summary]]:
         """The checkpoints of a run, by default of all, that are sound enough to tell their step."""
@@ -293,21 +290,3 @@ class RunFolder:
                     print(f"skipped: {error}")
         # Of two of the same step the one whose record is complete is the later.
         return sorted(found, key=lambda pair: (pair[1].step, pair[1].complete), reverse=True)
-
-
-def read_on_ranks(
-    ranks: Ranks, find: Callable[[], tuple[Path, dict[str, Any]] | None]
-) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint that rank 0 finds. Every rank must call this.
-
-    Rank 0 alone reads it: what is plain is told to the others, and the tensors of model and
-    optimizer have no values there until `sharding.receive` fetches them, one at a time.
-    """
-
-    def tell(found: tuple[Path, dict[str, Any]] | None) -> tuple[Path, dict[str, Any]] | None:
-        if found is None:
-            return None
-        path, state = found
-        return path, state | {key: shapes_alone(state[key]) for key in ("model", "optimizer")}
-
-    return ranks.on_main(find, tell=tell)

@@ -2,15 +2,14 @@
 
 The floor above all others: nothing of this package imports from it.
 
-    session        before and after the loop
-    run            where a run is and when it ends
-    task           what a task is
-    next_token     predicting tokens, and the loss on held-out ones
-    chat_training  training on dialogues
-    classifying    a classifier's batches and predictions
-    train_step     one optimizer step
-    training       the train loop
-    ahead          batches made in a thread
-    fitting        shape, batch and schedule for --minutes
-    deadline       keeping a run to its --minutes
+    loop            the train loop and one optimizer step of it
+    run             where a run is, when it ends, and its state
+    session         before and after the loop: opening a run, its plan, its last words
+    identity        what a resumed run must share with its first one
+    task            what a task is; predicting next tokens
+    pretraining     the task on text
+    classification  the task on labelled sentences; a classifier's predictions
+    chat_tuning     the task on dialogues
+    fitting         shape, batch and schedule for --minutes
+    deadline        keeping a run to its --minutes
 """

@@ -1,8 +1,8 @@
-"""Keeping a run to its --minutes: how many steps the time allows, decided anew while it trains.
+"""Keeping a run to its --minutes: how many steps the time allows, decided again while it trains.
 
-The schedule is a way from its first step to its last. A run that has to end at a time goes along
-it at a pace that follows from its speed: the learning rate belongs to the place on the way, so it
-is at its end when the time is, on a machine that turned slow as on a quiet one.
+The learning rate belongs to a position on the schedule, and a run that has to end at a time moves
+along the schedule as fast as its speed demands: on a machine that turned slow as on a quiet one the
+schedule is at its end when the time is.
 """
 
 from __future__ import annotations
@@ -10,26 +10,29 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from tqdm import tqdm
+
 FINISHING = 1.5  # seconds from the last step's evaluation to the end, beside writing files
-WRITTEN = 150e6  # bytes a second that files are written with
-MOST_EPOCHS = 20  # whatever the time: from then on a text is learnt by heart
-LOOKS = 20  # at the clock in the steps that are left, at most: each may move the end
-TOLD = 1.25  # a number of steps that differs by this factor from what was said is said
+WRITE_RATE = 150e6  # bytes a second that files are written with
+MAX_EPOCHS = 20  # whatever the time: from then on a text is overfitted
+MAX_LOOKS = 20  # at the clock in the steps that are left: each may move the end
+NOTABLE = 1.25  # an end that moves by this factor is printed
 
 
 @dataclass
 class Pace:
-    """Where a run is on the way of its schedule, in plain values that a checkpoint keeps.
+    """How step numbers map to the schedule, in plain values that a checkpoint keeps.
 
-    At step `step` it was at `place`, and from there it goes evenly to the end at step `end`.
+    At step `step` the run was at position `place` of the schedule, and from there it goes evenly to
+    the schedule's end at step `end`.
     """
 
     step: int = 0
-    place: float = 0.0  # steps of the schedule as it was planned
+    place: float = 0.0  # in steps of the schedule as it was planned
     end: int = 0  # 0: as planned
 
-    def at(self, step: int, schedule_steps: int) -> float:
-        """The place on a way of `schedule_steps` at a step of the run."""
+    def schedule_position(self, step: int, schedule_steps: int) -> float:
+        """The position on a schedule of `schedule_steps` at a step of the run."""
         if not self.end:
             return float(step)
         share = (step - self.step) / max(1, self.end - self.step)
@@ -48,6 +51,8 @@ class Deadline:
     evaluated: float = 0.0  # seconds of all since the last look at the clock
     looked: tuple[int, float] | None = None  # step and time of the last look
     pace: float | None = None  # seconds a step, smoothed
+    looks_at: int = 1  # the clock, after this step
+    announced: int | None = None  # the last step that was printed as the end
 
     def spent(self) -> float:
         """Seconds of the run so far."""
@@ -56,6 +61,10 @@ class Deadline:
     def note_evaluation(self, seconds: float) -> None:
         """Take note of how long an evaluation took."""
         self.evaluation, self.evaluated = seconds, self.evaluated + seconds
+
+    def is_to_look(self, step: int, end: int) -> bool:
+        """Whether to look at the clock after this step; every rank comes to the same."""
+        return self.looks_at <= step < end
 
     def last_step(self, step: int, planned: int, eval_interval: int) -> int:
         """The step to end after, by the speed since the last look; `planned` at the first look.
@@ -70,10 +79,22 @@ class Deadline:
         pace = max(1e-9, now - looked[1] - evaluated) / (step - looked[0])
         self.pace = pace if self.pace is None else (self.pace + pace) / 2
         left = self.seconds - self.spent() - self.finishing - self.evaluation
-        a_step = self.pace + (self.evaluation / eval_interval if eval_interval else 0.0)
-        return step + max(1, round(left / a_step))
+        per_step = self.pace + (self.evaluation / eval_interval if eval_interval else 0.0)
+        return step + max(1, round(left / per_step))
+
+    def note_end(self, step: int, planned: int, end: int) -> None:
+        """Take note that the run ends after `end` and not `planned` steps; says a large change."""
+        self.looks_at = next_look(step, end)
+        before = self.announced = self.announced or planned
+        if not 1 / NOTABLE < end / before < NOTABLE:
+            self.announced = end
+            slower = "slower" if end < before else "faster"
+            tqdm.write(
+                f"the machine is {slower} than it was: {end:,} steps instead of {before:,} end on "
+                "time, and the learning rate's schedule with them"
+            )
 
 
 def next_look(step: int, end: int) -> int:
-    """The step after which to look at the clock again; all ranks come to the same."""
-    return step + max(1, (end - step) // LOOKS)
+    """The step after which to look at the clock again; every rank comes to the same."""
+    return step + max(1, (end - step) // MAX_LOOKS)

@@ -27,7 +27,7 @@ from minllama.machine.ranks import Ranks
 from minllama.system.errors import UsageError
 from minllama.system.units import human_time
 from minllama.text.corpus import Texts
-from minllama.training.deadline import FINISHING, MOST_EPOCHS
+from minllama.training.deadline import FINISHING, MAX_EPOCHS
 from optimizer import make_optimizer
 
 # Shapes from small to large: width, layers, heads.
@@ -241,7 +241,7 @@ def fit(
 
     batch = 1024
     for _ in range(10):  # a larger batch makes fewer steps, and a little more of the time
-        tokens = min(steps_of(batch) * batch, MOST_EPOCHS * distinct)
+        tokens = min(steps_of(batch) * batch, MAX_EPOCHS * distinct)
         batch = batch_tokens(tokens, context * processes)
     micro = min(MICRO_TOKENS[device.type], max(context, batch // processes))
     rows = max(1, micro // context)
@@ -259,7 +259,7 @@ def fit(
         options = dataclasses.replace(options, global_batch_size=None)
     options = options.with_global_batch(processes)
     batch = options.global_batch_size * context
-    steps = min(steps_of(batch), MOST_EPOCHS * max(1, -(-distinct // batch)))
+    steps = min(steps_of(batch), MAX_EPOCHS * max(1, -(-distinct // batch)))
     tokens = steps * batch
     epochs = tokens / distinct
     chosen = {
@@ -293,9 +293,9 @@ def describe(best: Fit, typed: Options, timed: int, distinct: int) -> list[str]:
     if timed > 1:
         shape = f"--dim {options.dim} --n_layers {options.n_layers} --n_heads {options.n_heads}"
         lines.insert(1, f"shape        {shape}: of {timed} timed here the least loss expected")
-    if epochs >= 0.99 * MOST_EPOCHS:
+    if epochs >= 0.99 * MAX_EPOCHS:
         lines.append(
-            f"             more than {MOST_EPOCHS} epochs teach a text by heart: the run ends "
+            f"             more than {MAX_EPOCHS} epochs teach a text by heart: the run ends "
             "before its time"
         )
     return lines

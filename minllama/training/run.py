@@ -1,4 +1,4 @@
-"""A run: what the train loop works on, where it is and when it ends, and its checkpoint.
+"""A run: on what it trains, where it is and when it ends, and its state as a checkpoint has it.
 
 What follows a step (evaluation, best model, checkpoint) is decided by its number alone, so a run
 that is stopped anywhere and resumed ends as if it had never stopped.
@@ -13,11 +13,12 @@ import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 from tqdm import tqdm
 
+from config import Options
 from llama import model_payload
 from minllama.formats.pt_file import load_pt
 from minllama.machine.device import describe_device, dtype_name, is_out_of_memory
@@ -27,7 +28,7 @@ from minllama.machine.random_state import (
     restore_random_state,
     seed_everything,
 )
-from minllama.machine.ranks import LAUNCHER_GONE, is_lost_peer
+from minllama.machine.ranks import LAUNCHER_GONE, Ranks, is_lost_peer
 from minllama.machine.sharding import (
     full_state_dict,
     is_sharded,
@@ -35,25 +36,20 @@ from minllama.machine.sharding import (
     load_state,
     local_shards,
 )
+from minllama.runs.checkpoints import Checkpoints
+from minllama.runs.plan import TrainingPlan
 from minllama.runs.record import environment, finite_or_none
-from minllama.runs.saving import Checkpoints
+from minllama.runs.run_folder import RunFolder
 from minllama.system.errors import TextLost, UsageError
-from minllama.training.ahead import Ahead
-from minllama.training.deadline import (
-    FINISHING,
-    MOST_EPOCHS,
-    TOLD,
-    WRITTEN,
-    Deadline,
-    Pace,
-    next_look,
-)
-from minllama.training.session import Session
-from minllama.training.task import Task
+from minllama.system.signals import StopRequest
+from minllama.training.deadline import FINISHING, MAX_EPOCHS, WRITE_RATE, Deadline, Pace
 from optimizer import make_optimizer
 
-# What loading another program's state raises.
-STRANGE_STATE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+if TYPE_CHECKING:
+    from minllama.training.task import Task
+
+# What loading the state of another program, or of another model, raises.
+LOAD_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass
@@ -83,43 +79,132 @@ class Progress:
                 raise ValueError(f"its {name} is {str(value)[:20]!r}")
             setattr(self, name, value)
 
+    @property
+    def recorded(self) -> int:
+        """Steps whose records are complete."""
+        return self.step - bool(self.pending)
+
 
 class Run:
-    """Everything the train loop works on."""
+    """Everything that training works on. Every rank has one and calls its methods.
 
-    def __init__(self, session: Session, task: Task) -> None:
-        self.session, self.task, self.plan = session, task, session.plan
-        self.options, self.folder = session.options, session.folder
-        self.ranks, self.stop = session.ranks, session.stop
-        self.device, self.dtype = session.device, session.dtype
+    `session.open_run` makes it; task, plan and identity come when the data is known, and what
+    trains (optimizer, checkpoints) with `start`.
+    """
+
+    task: Task
+    plan: TrainingPlan
+    identity: dict[str, Any]  # what a resumed run must share with its first one
+    optimizer: Any
+    checkpoints: Checkpoints
+
+    def __init__(
+        self,
+        options: Options,
+        folder: RunFolder,
+        ranks: Ranks,
+        stop: StopRequest,
+        device: torch.device,
+        dtype: torch.dtype,
+        checkpoint: dict[str, Any] | None = None,
+    ) -> None:
+        """`options` are the checkpoint's where a flag was not typed; `dtype` is the compute dtype;
+        `checkpoint` is what to resume from."""
+        self.options, self.folder, self.ranks, self.stop = options, folder, ranks, stop
+        self.device, self.dtype, self.checkpoint = device, dtype, checkpoint
+        self.progress, self.run_id = Progress(), uuid.uuid4().hex
+        self.deadline: Deadline | None = None
+        self.agreed: bool | None = None  # in the last step, whether to stop after it
+
+    # ------------------------------------------------------------------------ beginning
+
+    def start(self) -> None:
+        """Build the task, take over the checkpoint or clear the folder, and record the start.
+
+        Every rank must call this.
+        """
+        options, ranks, checkpoint = self.options, self.ranks, self.checkpoint
+        self.task.build()
+        model = self.task.model
         self.optimizer = make_optimizer(
-            task.model,
-            name=self.options.optimizer,
-            lr=self.options.peak_lr(),
-            weight_decay=self.options.decay(),
+            model,
+            name=options.optimizer,
+            lr=options.peak_lr(),
+            weight_decay=options.decay(),
             dtype=self.dtype,
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.progress, self.run_id = Progress(), uuid.uuid4().hex
-        self.agreed: bool | None = None  # in the last step, whether to stop after it
-        # A CPU would only share its cores with the thread: there a batch takes a thousandth of a
-        # step. A GPU would wait for it.
-        self.windows = Ahead(task.window, enabled=self.device.type != "cpu")
-        self.deadline = self._deadline()
-        self.looks_at = 1  # at the clock, after this step
-        self.said_steps: int | None = None  # as the end of a run that keeps to a time
         self.checkpoints = Checkpoints(
-            self.folder,
-            self.ranks,
-            make_state=self.state,
-            sharded=is_sharded(task.model),
-            keep_last=self.options.keep_last,
+            self.folder, ranks, sharded=is_sharded(model), keep_last=options.keep_last
         )
+        if options.option == "pretrain" and options.minutes is not None:
+            written = self.plan.checkpoint_bytes()
+            written += 2 * self.plan.weights_file_bytes(options.save_dtype)
+            finishing = FINISHING + written / WRITE_RATE
+            self.deadline = Deadline(60 * options.minutes, options.started, finishing)
+        self.checkpoint = None  # its memory can be freed, and its file replaced
+        resumes = checkpoint is not None
+        if resumes:
+            ranks.on_all(functools.partial(self.restore, checkpoint))
+            if self.deadline is not None:
+                self.deadline.before = self.progress.spent
+            ranks.on_main(lambda: self.folder.set_aside_later(self.run_id, self.progress.step))
+            self.checkpoints.find_own(self.run_id)
+        elif not ranks.is_main:
+            self.seed_rank()
+        del checkpoint  # before anything is evaluated
+        ranks.on_main(lambda: self._prepare_folder(resumes))
+        if self.progress.first is None:
+            self.progress.first = self.evaluate().get(self.task.goal)
+        if resumes and not self.has_more():
+            self._say_nothing_is_left()
+        self.check_best()
+        if resumes and self.progress.best is None and not self.has_more():
+            self.note_best(self.evaluate())  # these weights are the best there are
+            self.progress.best_step = self.progress.step
+            self.save_best()
+
+    def _prepare_folder(self, resumes: bool) -> None:
+        """Remove what an earlier run or a killed write left, and add this start to run.json."""
+        if not resumes and self.options.overwrite:
+            self.folder.clear()
+        self.folder.remove_incomplete()
+        start = {
+            "options": self.options.to_plain(),
+            "environment": environment(),
+            "device": describe_device(self.device),
+            "dtype": dtype_name(self.dtype),
+            "processes": self.ranks.world_size,
+            "launch": self.ranks.launch,
+            "resumed_at_step": self.progress.step,
+            "plan": self.plan.lines(None),
+        }
+        self.folder.add_start(start)
+
+    def _say_nothing_is_left(self) -> None:
+        """Of a resumed run that had ended: what would let it continue."""
+        remedy = "a larger --epochs lets it continue"
+        if self.out_of_patience():
+            remedy = "a larger --early_stopping lets it continue"
+        elif self.plan.last_step < self.plan.schedule_steps:
+            remedy = "a larger --max_steps lets it continue"
+        elif self.deadline is not None:
+            final = self.folder.file("final-model.pt")
+            remedy = f"--pretrained_model_path {final} and another --save_dir train its model on"
+        elif self.options.schedule_steps is not None:
+            remedy = "a larger --schedule_steps lets it continue"
+        print(
+            f"nothing is left to train: the run ended after step {self.progress.step:,}; {remedy}. "
+            "Its last files are written again"
+        )
+
+    # ------------------------------------------------------------------------ its state
 
     def state(self) -> dict[str, Any]:
         """What a resumable checkpoint holds: everything that is not a flag or a data file.
 
-        Of a sharded model it has this rank's shards, else rank 0 has the whole.
+        Of a sharded model it has this rank's shards, else rank 0 has the whole. Every rank must
+        call this.
         """
         random_states = self.ranks.gather(random_state())
         model, optimizer = self.task.model, self.optimizer.state_dict()
@@ -133,7 +218,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "rng": random_states[0],
             "progress": asdict(self.progress),
-            "identity": self.session.identity,
+            "identity": self.identity,
             "run_id": self.run_id,
             "options": self.options.to_plain(),
         }
@@ -155,7 +240,7 @@ class Run:
                 restore_random_state(random_states[self.ranks.rank])
             else:
                 self.seed_rank()
-        except STRANGE_STATE as error:
+        except LOAD_ERRORS as error:
             if is_lost_peer(error) or is_out_of_memory(error):
                 raise
             reason = str(error).strip().split("\n")[0]
@@ -168,46 +253,37 @@ class Run:
         """Give this rank dropout of its own, where no checkpoint has it for this many ranks."""
         seed_everything(rank_seed(self.options.seed, self.progress.step, self.ranks.rank))
 
-    def start(self) -> None:
-        """Take over the session's checkpoint or clear the folder, and record what will run."""
-        ranks, checkpoint = self.ranks, self.session.checkpoint
-        self.session.checkpoint = None  # its memory can be freed, and its file replaced
-        resumes = checkpoint is not None
-        if resumes:
-            ranks.on_all(functools.partial(self.restore, checkpoint))
-            if self.deadline is not None:
-                self.deadline.before = self.progress.spent
-            ranks.on_main(lambda: self.folder.set_aside_later(self.run_id, self.progress.step))
-        elif not ranks.is_main:
-            self.seed_rank()
-        del checkpoint  # before anything is evaluated
+    # ------------------------------------------------------------------------ its best model
 
-        def begin() -> None:
-            if not resumes and self.options.overwrite:
-                self.folder.clear()
-            self.folder.remove_incomplete()
-            start = {
-                "options": self.options.to_plain(),
-                "environment": environment(),
-                "device": describe_device(self.device),
-                "dtype": dtype_name(self.dtype),
-                "processes": ranks.world_size,
-                "launch": ranks.launch,
-                "resumed_at_step": self.progress.step,
-                "plan": self.plan.lines(None),
-            }
-            self.folder.add_start(start)
+    def evaluate(self, *, sample: bool = False) -> dict[str, Any]:
+        """The task's metrics, and if asked and there is one, a sample of what the model writes.
 
-        ranks.on_main(begin)
-        if self.progress.first is None:
-            self.progress.first = self.evaluate().get(self.task.goal)
-        if resumes and not self.has_more():
-            self._say_nothing_is_left()
-        self.check_best()
-        if resumes and self.progress.best is None and not self.has_more():
-            self.note_best(self.evaluate())  # these weights are the best there are
-            self.progress.best_step = self.progress.step
-            self.save_best()
+        Every rank must call this; raises Interrupted when asked to stop.
+        """
+        started = time.monotonic()
+        metrics = {name: finite_or_none(value) for name, value in self.task.evaluate().items()}
+        if sample and (text := self.task.sample()) is not None:
+            metrics["sample"] = text
+        if self.deadline is not None:
+            self.deadline.note_evaluation(time.monotonic() - started)
+        return metrics
+
+    def note_best(self, record: dict[str, Any]) -> bool:
+        """Note the record's value of the goal if it is the best so far; returns whether it is."""
+        value, best = record.get(self.task.goal), self.progress.best
+        self.progress.without_better += 1
+        if value is None or not math.isfinite(value):
+            return False
+        if best is not None and (value <= best if self.task.higher_is_better else value >= best):
+            return False
+        self.progress.best, self.progress.best_step = value, self.progress.step
+        self.progress.without_better = 0
+        return True
+
+    def save_best(self) -> None:
+        """Write best-model.pt, with the step that it is of. Every rank must call this."""
+        weights = self.task.weights() | {"step": self.progress.best_step}
+        self.checkpoints.save_weights("best-model.pt", weights)
 
     def check_best(self) -> None:
         """Forget the best value where best-model.pt is lost, or of steps that were given up."""
@@ -223,36 +299,51 @@ class Run:
             self.progress.best = None
             tqdm.write("best-model.pt is missing, or of other steps: a new best model is chosen")
 
-    def save_best(self) -> None:
-        """Write best-model.pt, with the step that it is of."""
-        weights = self.task.weights() | {"step": self.progress.best_step}
-        self.checkpoints.save_weights("best-model.pt", weights)
-
-    def _say_nothing_is_left(self) -> None:
-        """Of a resumed run that had ended: what would let it continue."""
-        remedy = "a larger --epochs lets it continue"
-        if self.out_of_patience():
-            remedy = "a larger --early_stopping lets it continue"
-        elif self.plan.last_step < self.plan.schedule_steps:
-            remedy = "a larger --max_steps lets it continue"
-        elif self.deadline is not None:
-            final = self.folder.file("final-model.pt")
-            remedy = f"--pretrained_model_path {final} and another --save_dir train its model on"
-        elif self.options.schedule_steps is not None:
-            remedy = "a larger --schedule_steps lets it continue"
-        print(
-            f"nothing is left to train: the run ended after step {self.progress.step:,}; {remedy}. "
-            "Its last files are written again"
-        )
-
     # ------------------------------------------------------------------------ where it ends
+
+    @property
+    def last_step(self) -> int:
+        """The step to end after: the plan's, or what the time allows."""
+        end = self.progress.pace.end or self.plan.last_step
+        return min(end, self.options.max_steps or end)
+
+    def has_more(self) -> bool:
+        """Whether there is a step to make, or the last one's record still to complete."""
+        if self.progress.pending:
+            return True
+        return self.progress.step < self.last_step and not self.out_of_patience()
+
+    def out_of_patience(self) -> bool:
+        """Whether too many looks for a new best in a row have found none."""
+        patience = self.options.early_stopping
+        return patience is not None and self.progress.without_better >= patience
+
+    def keep_time(self) -> None:
+        """After a step of --minutes: set the last one by the time that is left.
+
+        Every rank must call this; rank 0's clock decides.
+        """
+        deadline, progress, plan = self.deadline, self.progress, self.plan
+        if deadline is None:
+            return
+        progress.spent = deadline.spent()
+        step, planned = progress.step, progress.pace.end or plan.schedule_steps
+        if not deadline.is_to_look(step, planned):
+            return
+        interval = self.task.eval_interval
+        end = self.ranks.on_main(lambda: deadline.last_step(step, planned, interval))
+        end = min(end, max(plan.schedule_steps, MAX_EPOCHS * plan.steps_per_epoch))
+        if end != planned:
+            position = progress.pace.schedule_position(step, plan.schedule_steps)
+            progress.pace = Pace(step, position, end)
+        deadline.note_end(step, planned, end)
 
     def stop_number(self, *, now: bool = False) -> int:
         """The signal that asks this rank to stop, 0: none; `now` looks at the folder in any case.
 
         Where what the run stands on is gone, `stop.failure` says what is.
         """
-        failure = self.folder.find_loss(now=now)
+        failure = self.folder.missing_folder_error(now=now)
         if self.ranks.launcher_is_gone():
             failure = LAUNCHER_GONE
         if failure and not self.stop.requested:
@@ -260,16 +351,16 @@ class Run:
         return self.stop.signal_number or 0
 
     def agree_to_stop(self, numbers: Iterable[float]) -> None:
-        """Take over what all ranks' `stop_number` said in a step: whether to stop after it."""
+        """Take over what all ranks' `stop_number` was in a step: whether to stop after it."""
         number = int(max(numbers))
         if number and not self.stop.requested:
             self.stop.signal_number = number
         self.agreed = bool(number)
 
     def is_to_stop(self, *, at_end: bool = False) -> bool:
-        """Whether a rank was asked to stop, or what the run stands on is gone. All ranks call it.
+        """Whether a rank was asked to stop, or what the run stands on is gone.
 
-        After a step several ranks go by what they agreed on in it.
+        Every rank must call this. After a step several ranks go by what they agreed on in it.
         """
         agreed, self.agreed = self.agreed, None
         if agreed is not None and self.ranks.world_size > 1 and not at_end:
@@ -282,77 +373,3 @@ class Run:
         if self.ranks.world_size > 1:
             raise lost
         self.stop.fail(str(lost))
-
-    def has_more(self) -> bool:
-        """Whether there is a step to make, or the last one's record still to complete."""
-        if self.progress.pending:
-            return True
-        return self.progress.step < self.last_step and not self.out_of_patience()
-
-    @property
-    def last_step(self) -> int:
-        """The step to end after: the plan's, or what the time allows."""
-        end = self.progress.pace.end or self.plan.last_step
-        return min(end, self.options.max_steps or end)
-
-    def _deadline(self) -> Deadline | None:
-        options = self.options
-        if options.option != "pretrain" or options.minutes is None:
-            return None
-        plan = self.plan
-        written = plan.checkpoint_bytes() + 2 * plan.weights_file_bytes(options.save_dtype)
-        finishing = FINISHING + written / WRITTEN
-        return Deadline(60 * options.minutes, options.started, finishing)
-
-    def evaluate(self, *, sample: bool = False) -> dict[str, Any]:
-        """The task's metrics, and if asked and there is one, a sample of what the model writes.
-
-        Every rank must call this; raises Interrupted when asked to stop.
-        """
-        started = time.monotonic()
-        found = {name: finite_or_none(value) for name, value in self.task.evaluate().items()}
-        if sample and (text := self.task.sample()) is not None:
-            found["sample"] = text
-        if self.deadline is not None:
-            self.deadline.note_evaluation(time.monotonic() - started)
-        return found
-
-    def keep_time(self) -> None:
-        """After a step: set the last one by the time that is left. Every rank must call this."""
-        deadline, progress, way = self.deadline, self.progress, self.plan.schedule_steps
-        if deadline is None:
-            return
-        progress.spent = deadline.spent()
-        step, end = progress.step, progress.pace.end or way
-        if step < self.looks_at or step >= end:
-            return
-        found = self.ranks.on_main(lambda: deadline.last_step(step, end, self.task.eval_interval))
-        found = min(found, max(way, MOST_EPOCHS * self.plan.steps_per_epoch))
-        self.looks_at = next_look(step, found)
-        if found != end:
-            progress.pace = Pace(step, progress.pace.at(step, way), found)
-        was = self.said_steps = self.said_steps or end
-        if not 1 / TOLD < found / was < TOLD:
-            self.said_steps = found
-            slower = "slower" if found < was else "faster"
-            tqdm.write(
-                f"the machine is {slower} than it was: {found:,} steps instead of {was:,} end on "
-                "time, and the learning rate's schedule with them"
-            )
-
-    def out_of_patience(self) -> bool:
-        """Whether too many looks for a new best in a row have found none."""
-        patience = self.options.early_stopping
-        return patience is not None and self.progress.without_better >= patience
-
-    def note_best(self, record: dict[str, Any]) -> bool:
-        """Note the record's value of the goal if it is the best so far; returns whether it is."""
-        value, best = record.get(self.task.goal), self.progress.best
-        self.progress.without_better += 1
-        if value is None or not math.isfinite(value):
-            return False
-        if best is not None and (value <= best if self.task.higher_is_better else value >= best):
-            return False
-        self.progress.best, self.progress.best_step = value, self.progress.step
-        self.progress.without_better = 0
-        return True

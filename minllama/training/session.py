@@ -1,7 +1,6 @@
-"""A session: the folder, devices and processes of a run, and what happens before it trains.
+"""Before and after the loop: opening a run, its plan, and what is said at its end.
 
-Opening one takes the folder's lock, finds the checkpoint to resume, and chooses device and dtype;
-settling it makes and prints the plan. Also what is said at the end.
+Opening one takes the folder's lock, finds the checkpoint to resume, and chooses device and dtype.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,66 +30,21 @@ from minllama.machine.device import (
 from minllama.machine.gpus import peak_flops
 from minllama.machine.random_state import seed_everything
 from minllama.machine.ranks import Ranks
+from minllama.runs.checkpoints import read_on_main
 from minllama.runs.plan import TrainingPlan, warn_of_plan
-from minllama.runs.run_folder import RunFolder, read_on_ranks
+from minllama.runs.run_folder import RunFolder
 from minllama.system.errors import UsageError
 from minllama.system.files import check_writable, free_disk, real_path, size_on_disk
 from minllama.system.signals import StopRequest
 from minllama.system.units import human_size
-
-
-@dataclass
-class Session:
-    """Where and on what a run trains. Every rank has one and calls its methods."""
-
-    options: Options  # those of the checkpoint where a flag was not typed
-    folder: RunFolder
-    ranks: Ranks
-    stop: StopRequest
-    device: torch.device
-    dtype: torch.dtype  # the compute dtype
-    checkpoint: dict[str, Any] | None  # to resume from
-    plan: TrainingPlan = field(init=False)
-    identity: dict[str, Any] = field(init=False)  # what a resumed run must share with its first one
-
-    def settle(self, identity: dict[str, Any], **sizes: Any) -> None:
-        """Make and print the plan, compare with the checkpoint, and decide --compile auto.
-
-        `sizes` are the plan's of the task's model and data. Raises UsageError where the run cannot
-        be resumed so, or its files do not fit on the disk.
-        """
-        options, dtype = self.options, dtype_name(self.dtype)
-        self.identity = identity | {
-            GLOBAL_BATCH: options.global_batch_size,
-            "--seed": options.seed,
-            "--optimizer": options.optimizer,
-        }
-        if self.checkpoint is not None:
-            check_identity(self.checkpoint["identity"], self.identity)
-        self.plan = TrainingPlan(options, self.ranks.world_size, self.device.type, dtype, **sizes)
-        self.ranks.on_main(lambda: print_plan(self.plan, self.device, self.folder))
-        if options.option == "pretrain":
-            device = self.device
-            self.options = self.ranks.on_main(lambda: settle_compile(options, self.plan, device))
-        self._check_ranks_agree(dtype)
-
-    def _check_ranks_agree(self, dtype: str) -> None:
-        """Raise UsageError where machines have other text or arithmetic: they would train apart."""
-        decided = self.ranks.gather(self.identity | {"--dtype": dtype})
-        for rank, of_rank in enumerate(decided):
-            for name, value in of_rank.items():
-                if value != decided[0][name]:
-                    raise UsageError(
-                        f"{name} is {value} on rank {rank} and {decided[0][name]} on rank 0: give "
-                        "all machines the same files and flags"
-                    )
+from minllama.training.identity import GLOBAL_BATCH, check_identity, check_ranks_agree
+from minllama.training.run import Run
+from minllama.training.task import Task
 
 
 @contextlib.contextmanager
-def open_session(
-    options: Options, prefix: str, *, ranks: Ranks, stop: StopRequest
-) -> Iterator[Session]:
-    """A run's session, with no other run of this kind in its folder; raises UsageError."""
+def open_run(options: Options, prefix: str, *, ranks: Ranks, stop: StopRequest) -> Iterator[Run]:
+    """A run, alone of its kind in its folder, with what it resumes; raises UsageError."""
     options = use_checkpoint_folder(options, prefix)
     folder = RunFolder(options.save_dir, prefix)
     with contextlib.ExitStack() as held:
@@ -112,9 +65,9 @@ def open_session(
         dtype = choose_dtype(options.dtype, device)
         # Checkpoints keep what `auto` was: a resumed run has to compute as before.
         options = dataclasses.replace(options, dtype=dtype_name(dtype))
-        session = Session(options, folder, ranks, stop, device, dtype, checkpoint)
-        del checkpoint  # the session alone holds it, until the run has taken it over
-        yield session
+        run = Run(options, folder, ranks, stop, device, dtype, checkpoint)
+        del checkpoint  # the run alone holds it, until it has taken it over
+        yield run
 
 
 # ---------------------------------------------------------------------------- resuming
@@ -150,7 +103,7 @@ def find_start(
 ) -> tuple[Options, dict[str, Any] | None]:
     """The options, as the checkpoint has what was not typed, and the checkpoint to resume, if any.
 
-    The global batch is settled. A run that its launcher restarts is resumed, whatever the command
+    They have the global batch. A run that its launcher restarts is resumed, whatever the command
     says. Raises UsageError, also where the folder holds another run.
     """
     if ranks.on_main(lambda: any(map(ranks.is_launch_of, folder.starts()[-1:]))):
@@ -165,15 +118,15 @@ def find_start(
         ranks.on_main(
             lambda: folder.check_free(resume=resume is not None, overwrite=overwrite, model=model)
         )
-    found = None
+    newest = None
     if resume is not None:
-        found = read_on_ranks(ranks, lambda: folder.find_checkpoint(resume))
-        if found is None:
+        newest = read_on_main(ranks, lambda: folder.find_checkpoint(resume))
+        if newest is None:
             ranks.on_main(lambda: check_names_its_data(options, folder))
             print(f"--resume auto: no checkpoint in {folder.path} yet: starting from the beginning")
-    if found is None:
+    if newest is None:
         return options.with_global_batch(ranks.world_size), None
-    path, checkpoint = found
+    path, checkpoint = newest
     print(f"resuming     {path}, made after step {checkpoint['progress']['step']:,}")
     before = checkpoint.get("options", {})
     if not isinstance(before, dict):
@@ -200,35 +153,30 @@ def check_names_its_data(options: Options, folder: RunFolder) -> None:
             )
 
 
-CHUNK_ORDER = "the order of the text's chunks (of another version of this program)"
-# What runs were before there was a choice, and their checkpoints do not say.
-UNSAID = {CHUNK_ORDER: 1, "--pooling": "last"}
-GLOBAL_BATCH = (
-    "--global_batch_size (--pretrain_batch_size or --batch_size x --gradient_accumulation_steps x "
-    "processes)"
-)
-
-
-def check_identity(earlier: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Raise UsageError, a line for each thing in which a run differs from its checkpoint."""
-    problems = []
-    for name, value in identity.items():
-        before = earlier.get(name, UNSAID.get(name))
-        if before == value:
-            continue
-        if isinstance(value, dict) and isinstance(before, dict):  # of a shape, what differs
-            differs = [key for key in value if before.get(key) != value[key]]
-            value = ", ".join(f"{key} {value[key]}" for key in differs)
-            before = ", ".join(str(before.get(key)) for key in differs)
-        problems.append(
-            f"{name} {value} differs from the checkpoint's {before}: a run is resumed with what "
-            "it was started with"
-        )
-    if problems:
-        raise UsageError("\n".join(problems))
-
-
 # ---------------------------------------------------------------------------- the plan
+
+
+def make_plan(run: Run, task: Task) -> None:
+    """Make and print the plan, compare with the checkpoint, and decide --compile auto.
+
+    Every rank must call this. Raises UsageError where the run cannot be resumed so, or its files do
+    not fit on the disk.
+    """
+    options, ranks, device, dtype = run.options, run.ranks, run.device, dtype_name(run.dtype)
+    run.task = task
+    run.identity = task.identity | {
+        GLOBAL_BATCH: options.global_batch_size,
+        "--seed": options.seed,
+        "--optimizer": options.optimizer,
+    }
+    if run.checkpoint is not None:
+        check_identity(run.checkpoint["identity"], run.identity)
+    run.plan = plan = TrainingPlan(options, ranks.world_size, device.type, dtype, **task.sizes)
+    ranks.on_main(lambda: print_plan(plan, device, run.folder))
+    if options.option == "pretrain":
+        run.options = ranks.on_main(lambda: decide_compile(options, plan, device))
+    check_ranks_agree(run.identity | {"--dtype": dtype}, ranks)
+
 
 # Without the compiler: FLOP/s of a CPU's thread, and the share of a GPU's peak.
 EAGER_FLOPS, EAGER_MFU = {"float32": 60e9, "bfloat16": 120e9, "float16": 60e9}, 0.28
@@ -267,11 +215,11 @@ def describe_determinism(device: torch.device) -> str:
     )
 
 
-def settle_compile(options: Options, plan: TrainingPlan, device: torch.device) -> Options:
+def decide_compile(options: Options, plan: TrainingPlan, device: torch.device) -> Options:
     """The options of a pretraining with --compile auto decided; says what and why.
 
     The plan decides by how long the run takes. Checkpoints keep the decision: compiled arithmetic
-    rounds differently, and a resumed run has to be bit-equal.
+    rounds differently, and a resumed run has to be bit-identical.
     """
     if options.compile == "on":
         say("compile      on: before the first step, which takes half a minute or more")
@@ -283,9 +231,9 @@ def settle_compile(options: Options, plan: TrainingPlan, device: torch.device) -
         pays, reason = plan.compiling_pays(eager_flops(device, plan.dtype))
     if pays and (problem := compiler_problem(device)) is not None:
         pays, reason = False, f"{reason}, but torch cannot compile here ({problem})"
-    settled = "on" if pays else "off"
-    say(f"compile      {settled}: {reason}")
-    return dataclasses.replace(options, compile=settled)
+    decided = "on" if pays else "off"
+    say(f"compile      {decided}: {reason}")
+    return dataclasses.replace(options, compile=decided)
 
 
 def eager_flops(device: torch.device, dtype: str) -> float:
@@ -301,13 +249,13 @@ def eager_flops(device: torch.device, dtype: str) -> float:
 NOT_REPEATED = {"option", "save_dir", "resume", "overwrite", "plan", "profile"}
 
 
-def say_interrupted(session: Session, step: int) -> int:
+def say_interrupted(run: Run) -> int:
     """Say what was saved and how to continue; returns the exit status."""
-    options, ranks = session.options, session.ranks
+    options, ranks, step = run.options, run.ranks, run.progress.step
     words = ["python", sys.argv[0], "--option", options.option]
     if ranks.world_size > 1:
         words[:1] = ["torchrun", "--standalone", f"--nproc_per_node={ranks.world_size}"]
-    words += ["--save_dir", str(session.folder.path), "--resume", "auto"]
+    words += ["--save_dir", str(run.folder.path), "--resume", "auto"]
     for name in sorted((options.given & TYPED_ON_RESUME) - NOT_REPEATED):
         value = getattr(options, name)
         words += [f"--{name}", *([] if value is True else [str(value)])]
@@ -315,7 +263,15 @@ def say_interrupted(session: Session, step: int) -> int:
     if ranks.nodes > 1:
         command = "started as before, with --resume auto, it continues"
     print(f"stopped after step {step:,}, and saved; {command}")
-    return session.stop.exit_status
+    return run.stop.exit_status
+
+
+def print_best(run: Run) -> Path:
+    """Say which model is the best of a fine-tuning; returns its file."""
+    best = run.folder.file("best-model.pt")
+    epoch = run.progress.best_step / run.plan.steps_per_epoch
+    print(f"\nbest model: {best}, after step {run.progress.best_step:,} (epoch {epoch:.3g})")
+    return best
 
 
 def print_results(

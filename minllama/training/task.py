@@ -1,33 +1,41 @@
 """What is trained: a task's model, batches, loss and evaluation, as the train loop asks for them.
 
-The tasks: pretraining and classification in `run_llama.py`, dialogues in `chat_training`.
+A task is a module beside this one: `pretraining`, `classification`, `chat_tuning`. Next-token
+prediction, which two of them are, is here.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from config import IGNORE_INDEX
-from llama import Llama, model_payload
+from config import IGNORE_INDEX, Options
+from llama import Llama, NextTokenLoss, model_payload
+from minllama.cli.console import progress_bar
+from minllama.inference.evaluation import perplexity
 from minllama.machine.device import autocast
 from minllama.machine.random_state import random_state, restore_random_state
-from minllama.machine.sharding import distribute, full_state_dict
+from minllama.machine.sharding import distribute, full_state_dict, no_gradients
 from minllama.model.lora import merge_lora
-from minllama.training.session import Session
+from minllama.training.run import Run
+from optimizer import layer_matrices
+from utils import ChatDataset, PretrainDataset
+
+TokenDataset = PretrainDataset | ChatDataset  # batch(indices) gives tokens and targets
 
 
 @dataclass(frozen=True)
 class Batch:
     """A micro-batch: what the loss takes, a row for each sequence; the targets or labels last."""
 
-    inputs: tuple[torch.Tensor, ...]
+    inputs: tuple[Tensor, ...]  # each (B, ...)
 
     def pinned(self) -> Batch:
         """A copy in memory that a GPU reads by itself."""
@@ -40,7 +48,7 @@ class Batch:
         pinned = self.pinned()
         return Batch(tuple(tensor.to(device, non_blocking=True) for tensor in pinned.inputs))
 
-    def parts(self, count: int) -> list[tuple[torch.Tensor, ...]]:
+    def parts(self, count: int) -> list[tuple[Tensor, ...]]:
         """The inputs in `count` parts of about as many rows, fewer where there are fewer rows."""
         rows = -(-len(self.inputs[0]) // count)
         return list(zip(*(tensor.split(rows) for tensor in self.inputs), strict=True))
@@ -52,87 +60,97 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Window:
-    """An accumulation window: what one optimizer step trains on."""
+class StepBatch:
+    """What one optimizer step trains on: the sequences of all ranks, and this rank's batches."""
 
     numbers: np.ndarray  # of the sequences of all ranks, their places in the data set
     targets: int  # of all ranks, that the loss is the mean over
     tokens: int  # read by all ranks
-    batches: list[Batch]  # this rank's micro-batches, in the CPU's memory
+    micro_batches: list[Batch]  # this rank's, in the CPU's memory
 
 
 class Task(ABC):
-    """What the tasks do not share: model, batches, loss, evaluation."""
+    """What the tasks do not share: data, model, batches, loss, evaluation, and how a run ends.
 
+    Made before the plan, with the data loaded; `build` then puts the model on the device.
+    """
+
+    identity: dict[str, Any]  # what a resumed run must share with its first one, by flags
+    sizes: dict[str, Any]  # of model and data, for the TrainingPlan
     goal: str  # the metric that chooses the best model
     higher_is_better: bool = False
     best_interval: int = 1  # epochs between looks for a new best; 0: epochs are not evaluated
     eval_interval: int = 0  # optimizer steps between evaluations; 0: at the ends of epochs only
     split: int = 1  # parts in which the train loop passes a micro-batch to `loss`
 
-    def __init__(
-        self,
-        session: Session,
-        llama: Llama,
-        model: nn.Module,
-        *,
-        module: nn.Module,
-        dtype: torch.dtype,
-        dynamic: bool,
+    run: Run
+    llama: Llama  # its shape travels with every file
+    model: nn.Module  # what is trained: the Llama, or what is around it
+
+    @abstractmethod
+    def build(self) -> None:
+        """Distribute the model over devices and ranks. Every rank must call this."""
+
+    def describe_start(self) -> str | None:
+        """What to say before the first step, if anything."""
+        return None
+
+    def distribute(
+        self, model: nn.Module, module: nn.Module, *, dtype: torch.dtype, dynamic: bool
     ) -> None:
-        """`model`, the Llama or around it, is what is trained; `module` is what `loss` calls.
+        """Train `model`, of which `loss` calls `module`.
 
         `dtype` is that of FSDP's gathered weights; `dynamic`: sequences differ in length.
         """
-        options, self.session = session.options, session
-        self.llama, self.model = llama, model  # the Llama's shape travels with every file
-        llama.activation_checkpointing = options.activation_checkpointing
+        options = self.run.options
+        self.model = model
+        self.llama.activation_checkpointing = options.activation_checkpointing
         self.parallel = distribute(
             module,
-            llama.blocks(),
-            ranks=session.ranks,
+            self.llama.blocks(),
+            ranks=self.run.ranks,
             parallel=options.parallel,
-            device=session.device,
+            device=self.run.device,
             dtype=dtype,
         )
-        # Whether its passes draw random numbers.
-        self.draws = any(isinstance(part, nn.Dropout) and part.p > 0 for part in model.modules())
+        # A step that is tried again has to draw the same dropout.
+        self.uses_rng = any(isinstance(part, nn.Dropout) and part.p > 0 for part in model.modules())
         self.compiled = self.parallel
         if options.compile == "on":
             self.compiled = torch.compile(self.parallel, dynamic=dynamic)
 
-    def window(self, step: int) -> Window:
+    def step_batch(self, step: int) -> StepBatch:
         """What optimizer step `step` trains on, by its number alone; any thread may make it.
 
         All ranks have equally many micro-batches: one with one fewer gets one without targets, and
         takes part in every pass. Raises TextLost.
         """
-        options, device = self.session.options, self.session.device
-        numbers = self.sequences(*divmod(step, self.session.plan.steps_per_epoch))
-        size = options.micro_batch_size
+        run = self.run
+        numbers = self.sequences(*divmod(step, run.plan.steps_per_epoch))
+        size = run.options.micro_batch_size
         parts = np.split(numbers, range(size, len(numbers), size))
         batches = [
             self.batch(parts[part]) if counts else self.batch(parts[part][:1]).without_targets()
-            for part, counts in self.session.ranks.split_evenly(len(parts))
+            for part, counts in run.ranks.split_evenly(len(parts))
         ]
-        if device.type == "cuda":
-            with torch.cuda.device(device):  # another thread's is the first GPU
+        if run.device.type == "cuda":
+            with torch.cuda.device(run.device):  # another thread's is the first GPU
                 batches = [batch.pinned() for batch in batches]
-        return Window(numbers, *self.count(numbers), batches)
+        return StepBatch(numbers, *self.count(numbers), batches)
 
     def warm_up_gradient_sync(self, step: int) -> None:
         """Pass once through several ranks' reduction of gradients, training nothing.
 
         After its first pass DDP rebuilds its buckets, and the order in which floating-point numbers
         are added up depends on their place in a bucket. Done before the first `step`, also of a
-        resumed run, every step of both adds in the same order, and their weights are the same bit
-        for bit.
+        resumed run, every step of both adds in the same order, and their weights are bit-identical.
         """
-        if self.session.ranks.world_size == 1:
+        run = self.run
+        if run.ranks.world_size == 1:
             return
         random_before = random_state()
-        batch = self.window(step).batches[0].without_targets().to(self.session.device)
-        with autocast(self.session.device, self.session.dtype):
+        batch = self.step_batch(step).micro_batches[0].without_targets().to(run.device)
+        with autocast(run.device, run.dtype):
             loss = self.loss(*batch.inputs)
         loss.backward()
         self.model.zero_grad(set_to_none=True)
@@ -151,29 +169,108 @@ class Task(ABC):
         """The targets and the tokens of these sequences, which other ranks may train on."""
 
     @abstractmethod
-    def loss(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """The sum of the losses of a micro-batch's targets, on its inputs."""
+    def loss(self, *inputs: Tensor) -> Tensor:
+        """The sum of the losses of a micro-batch's targets, (), on its inputs."""
 
     @abstractmethod
     def evaluate(self) -> dict[str, float]:
-        """Metrics, the goal among them; empty without data to evaluate on. All ranks call it."""
+        """Metrics, the goal among them; empty without data. Every rank must call this."""
 
     def sample(self) -> str | None:
         """A text that the model writes as it is now; None of one that writes none.
 
-        All ranks call it. Raises Interrupted when asked to stop.
+        Every rank must call this. Raises Interrupted when asked to stop.
         """
         return None
 
     def weights(self) -> dict[str, Any]:
-        """The content of a weights file, adapters merged, on rank 0. All ranks call it."""
-        llama, options = self.llama, self.session.options
+        """The content of a weights file, adapters merged, on rank 0. Every rank must call this."""
+        llama, options = self.llama, self.run.options
         if options.option == "finetune" and options.lora_rank:
             llama = copy.deepcopy(llama)
             merge_lora(llama)
-        state = full_state_dict(llama, self.session.ranks)
+        state = full_state_dict(llama, self.run.ranks)
         return model_payload(llama, getattr(torch, options.save_dtype), state=state)
 
     @abstractmethod
     def locate(self, number: int) -> str:
         """Where sequence `number` of the data set is, for messages."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Write the results of a run that came to its end, and say what there is.
+
+        Every rank must call this. Raises Interrupted when asked to stop.
+        """
+
+
+def trained_sizes(model: nn.Module, options: Options) -> dict[str, int]:
+    """What the plan has to know of which of a loaded model's parameters are trained, and how."""
+    muon = layer_matrices(model) if options.optimizer == "muon" else []
+    return {
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "muon_parameters": sum(p.numel() for p in muon),
+    }
+
+
+# ---------------------------------------------------------------------------- next tokens
+
+
+class NextTokenTask(Task):
+    """Next-token prediction on a data set, chosen by the loss on a held-out one if there is one."""
+
+    train_set: TokenDataset
+    val_set: TokenDataset | None
+
+    def distribute_llama(self, *, dynamic: bool, bos_id: int | None = None) -> None:
+        """Train the Llama; `bos_id`, where given, begins documents that see none before them."""
+        self.next_token_loss = NextTokenLoss(self.llama, bos_id)
+        dtype = self.run.dtype
+        self.distribute(self.llama, self.next_token_loss, dtype=dtype, dynamic=dynamic)
+        self.goal = "loss" if self.val_set is None else "val_loss"
+
+    def batch(self, numbers: np.ndarray) -> Batch:
+        return Batch(self.train_set.batch(numbers))
+
+    def count(self, numbers: np.ndarray) -> tuple[int, int]:
+        targets = self.train_set.count_targets(numbers)
+        return targets, targets
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        return self.compiled(tokens, targets)[0]
+
+    def evaluate(self) -> dict[str, float]:
+        if self.val_set is None:
+            return {}
+        return evaluate_tokens(self.next_token_loss, self.val_set, self.run)
+
+
+def evaluate_tokens(
+    next_token_loss: NextTokenLoss, dataset: TokenDataset, run: Run
+) -> dict[str, float]:
+    """Loss in nats per token, perplexity and bits per byte over all of `dataset`.
+
+    Every rank must call this. The ranks share the batches and add up their losses in the batches'
+    order, so the sum does not depend on how many they are. Raises Interrupted when asked to stop.
+    """
+    ranks, size = run.ranks, run.options.micro_batch_size
+    sums = np.zeros((2, -(-len(dataset) // size)))  # each batch's loss and targets
+    losses: list[Tensor] = []  # on the device, for which nothing waits until the end
+    next_token_loss.eval()
+    with no_gradients(next_token_loss), autocast(run.device, run.dtype):
+        numbers = list(ranks.split_evenly(sums.shape[1]))
+        for number, counts in progress_bar(numbers, desc="validating", leave=False, disable=None):
+            ranks.check_stop(run.stop)
+            indices = range(number * size, min((number + 1) * size, len(dataset)))
+            batch = Batch(dataset.batch(indices)).to(run.device)
+            losses.append(next_token_loss(*batch.inputs)[0])
+            sums[1, number] = counts * dataset.count_targets(indices)
+    next_token_loss.train()
+    for (number, counts), loss in zip(numbers, torch.stack(losses).tolist(), strict=True):
+        sums[0, number] = loss if counts else 0
+    loss_sum, targets = (sum(row) for row in ranks.sum_array(sums).tolist())
+    metrics = {"val_loss": loss_sum / max(1, targets)}
+    metrics["val_perplexity"] = perplexity(metrics["val_loss"])
+    if dataset.utf8_bytes:
+        metrics["bits_per_byte"] = loss_sum / math.log(2) / dataset.utf8_bytes
+    return metrics

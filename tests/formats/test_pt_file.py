@@ -28,7 +28,7 @@ from minllama.formats.pt_file import (
     torch_can_map,
     verify_seal,
 )
-from minllama.runs.checkpoint import load_checkpoint, summarize
+from minllama.runs.checkpoints import load_checkpoint, summarize
 from minllama.system.errors import UsageError
 
 LOADERS = [load_pt, load_pretrained, load_checkpoint, summarize]

@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 import several
 import torch
+from minllama.runs.saving import Checkpoints
 from running import assert_same
 from torch import nn
 
 from config import LlamaConfig
 from llama import Llama, NextTokenLoss
 from minllama.formats import pt_file
-from minllama.formats.pt_file import load_pt, save_pt
+from minllama.formats.pt_file import STATE_FILE, load_pt, save_pt
 from minllama.machine.ranks import Ranks
 from minllama.machine.sharding import (
     distribute,
@@ -37,9 +38,8 @@ from minllama.machine.sharding import (
     shapes_alone,
 )
 from minllama.runs import saving
-from minllama.runs.checkpoint import STATE_FILE, load_checkpoint, summarize
+from minllama.runs.checkpoints import load_checkpoint, summarize
 from minllama.runs.run_folder import RunFolder
-from minllama.runs.saving import Checkpoints
 from minllama.system import files
 from minllama.system.errors import RunFailed, UsageError
 from optimizer import make_optimizer
@@ -270,19 +270,12 @@ def save(
     """Two ranks save after each of some steps, and wait; returns what each raised or None."""
 
     def work(ranks: Ranks) -> None:
-        now = [0]
-        checkpoints = Checkpoints(
-            folder,
-            ranks,
-            make_state=lambda: payload_of(now[0], ranks.rank, **settings),
-            sharded=True,
-            keep_last=2,
-        )
+        checkpoints = Checkpoints(folder, ranks, sharded=True, keep_last=2)
         with checkpoints:
             for step in steps:
-                now[0] = step
                 checkpoints.next_step(step)
-                checkpoints.save(folder.step_checkpoint(under or step))
+                state = payload_of(step, ranks.rank, **settings)
+                checkpoints.save(state, folder.step_checkpoint(under or step))
         checkpoints.finish()
 
     several.STORES[-1] = torch.distributed.HashStore()  # each start of a run has its own
@@ -513,18 +506,12 @@ def raising(folder: RunFolder, *, gone: int | None = None) -> list[Any]:
     """What two ranks raise whose run fails in the step after a save; one may be gone by then."""
 
     def work(ranks: Ranks) -> None:
-        checkpoints = Checkpoints(
-            folder,
-            ranks,
-            make_state=lambda: payload_of(1, ranks.rank),
-            sharded=True,
-            keep_last=2,
-        )
+        checkpoints = Checkpoints(folder, ranks, sharded=True, keep_last=2)
         with checkpoints:
             if ranks.rank == gone:
                 ranks.on_main(lambda: None)  # the folder is made
                 return
-            checkpoints.save()
+            checkpoints.save(payload_of(1, ranks.rank))
             raise RunFailed("in step 2")
 
     return several.on_threads(2, work, timeout=2)
@@ -591,7 +578,7 @@ def test_a_file_of_rank_0_alone_puts_no_rank_out_of_step(folder, tmp_path):
     """The others once took what rank 0 did for its profile for what it did next."""
 
     def work(ranks: Ranks) -> list[str]:
-        checkpoints = Checkpoints(folder, ranks, make_state=dict, sharded=True, keep_last=2)
+        checkpoints = Checkpoints(folder, ranks, sharded=True, keep_last=2)
         if ranks.is_main:
             checkpoints.save_file(tmp_path / "profile", (tmp_path / "profile").touch)
         return [ranks.on_main(lambda: "first"), ranks.on_main(lambda: "second")]

@@ -17,11 +17,11 @@ from running import assert_same
 from survivor import small_payload, start_process
 
 from config import parse_options
-from minllama.formats.pt_file import save_pt
+from minllama.formats.pt_file import STATE_FILE, save_pt
 from minllama.machine.ranks import Ranks
 from minllama.runs import run_folder
-from minllama.runs.checkpoint import STATE_FILE
-from minllama.runs.run_folder import RunFolder, read_on_ranks
+from minllama.runs.checkpoints import Checkpoints, read_on_main
+from minllama.runs.run_folder import RunFolder
 from minllama.system.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
@@ -277,9 +277,16 @@ def test_a_damaged_run_json_is_kept_aside(folder, content, capsys):
 # ---------------------------------------------------------------------------- checkpoints
 
 
+def prune(folder: RunFolder, keep_last: int) -> None:
+    """As the run `mine` does that finds these files at its start."""
+    checkpoints = Checkpoints(folder, Ranks(), sharded=False, keep_last=keep_last)
+    checkpoints.find_own("mine")
+    checkpoints.prune()
+
+
 def test_keep_last_counts_only_what_the_run_wrote(folder):
-    """Neither other runs' files, nor best and final models, nor damaged or later checkpoints."""
-    add(folder, *range(1, 7))
+    """Neither other runs' files, nor best and final models, nor damaged checkpoints."""
+    add(folder, *range(1, 6))
     add(folder, 50, run_id="another's")
     for name in (
         "pretrain-epoch-1.pt",
@@ -289,11 +296,11 @@ def test_keep_last_counts_only_what_the_run_wrote(folder):
     ):
         save_pt(folder.path / name, small_payload(2, "mine"))
     folder.step_checkpoint(3).write_bytes(b"damaged")
-    folder.prune(0, run_id="mine", step=5)
-    assert len(names(folder)) == 11
-    folder.prune(2, run_id="mine", step=5)
+    prune(folder, 0)
+    assert len(names(folder)) == 10
+    prune(folder, 2)
     assert names(folder) == {
-        "pretrain-step-3.pt", "pretrain-step-4.pt", "pretrain-step-5.pt", "pretrain-step-6.pt",
+        "pretrain-step-3.pt", "pretrain-step-4.pt", "pretrain-step-5.pt",
         "pretrain-step-50.pt", "pretrain-epoch-1.pt", "final-model.pt", "best-model.pt",
         "pretrain-step-1-copy.pt",
     }  # fmt: skip
@@ -305,7 +312,7 @@ def test_sharded_checkpoints_are_found_and_pruned_like_others(folder, monkeypatc
     for step in (2, 3):
         add_sharded(folder, step)
     assert folder.find_checkpoint("auto")[0].name == "pretrain-step-4.pt"
-    folder.prune(2, run_id="mine", step=9)
+    prune(folder, 2)
     assert names(folder) == {"pretrain-step-3-sharded", "pretrain-step-4.pt"}
     folder.step_checkpoint(4).unlink()
     path, state = folder.find_checkpoint("auto")
@@ -317,7 +324,7 @@ def test_sharded_checkpoints_are_found_and_pruned_like_others(folder, monkeypatc
     add(folder, 5)
     with monkeypatch.context() as patch:
         patch.setattr("shutil.rmtree", rmtree)
-        folder.prune(1, run_id="mine", step=9)
+        prune(folder, 1)
     assert folder.checkpoints() == [folder.step_checkpoint(5)]
     folder.remove_incomplete()
     assert names(folder) == {"pretrain-step-5.pt"}
@@ -361,7 +368,7 @@ def test_a_file_under_a_checkpoints_name_that_is_none(folder, capsys):
     save_pt(folder.step_checkpoint(9), make_golden.weights())
     assert folder.find_checkpoint("auto")[0] == folder.step_checkpoint(3)
     assert "skipped: " in capsys.readouterr().out
-    folder.prune(1, run_id="mine", step=9)
+    prune(folder, 1)
     assert names(folder) == {"pretrain-step-3.pt", "pretrain-step-9.pt"}
 
 
@@ -440,7 +447,7 @@ def test_rank_0_alone_reads_a_checkpoint(folder):
             read.append(ranks.rank)
             return folder.find_checkpoint("auto")
 
-        return read_on_ranks(ranks, find)
+        return read_on_main(ranks, find)
 
     with several.thread_store():
         (path, state), (told, shapes) = several.on_threads(2, on_rank)
@@ -449,8 +456,8 @@ def test_rank_0_alone_reads_a_checkpoint(folder):
     for name, tensor in state["model"].items():
         assert shapes["model"][name].is_meta and shapes["model"][name].shape == tensor.shape
     assert_same(state["rng"], shapes["rng"])
-    assert read_on_ranks(Ranks(), lambda: None) is None
-    assert read_on_ranks(Ranks(), lambda: (path, state))[1]["model"] == state["model"]
+    assert read_on_main(Ranks(), lambda: None) is None
+    assert read_on_main(Ranks(), lambda: (path, state))[1]["model"] == state["model"]
 
 
 # ---------------------------------------------------------------------------- a run repeated

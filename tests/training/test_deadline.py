@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from running import assert_same, pretrain, records, steps, stop_after, write_stories
 
-from minllama.runs.checkpoint import load_checkpoint
-from minllama.training import deadline, train_step, training
+from minllama.runs.checkpoints import load_checkpoint
+from minllama.training import deadline, loop
 from minllama.training.deadline import Deadline, Pace, next_look
 from optimizer import learning_rate
 
@@ -25,11 +25,11 @@ class Clock:
     def __init__(self, patch: pytest.MonkeyPatch, a_step, an_evaluation: float = 0.5) -> None:
         self.started = self.now = time.monotonic()
         patch.setattr(deadline.time, "monotonic", lambda: self.now)
-        real_step, real_evaluate = training.optimizer_step, training.Run.evaluate
+        real_step, real_evaluate = loop.optimizer_step, loop.Run.evaluate
 
-        def optimizer_step(run):
+        def optimizer_step(run, batches):
             self.now += a_step(run.progress.step)
-            return real_step(run)
+            return real_step(run, batches)
 
         def evaluate(run, **settings):
             found = real_evaluate(run, **settings)
@@ -38,15 +38,18 @@ class Clock:
             return found
 
         self.spent = lambda: self.now - self.started
-        patch.setattr(training, "optimizer_step", optimizer_step)
-        patch.setattr(training.Run, "evaluate", evaluate)
+        patch.setattr(loop, "optimizer_step", optimizer_step)
+        patch.setattr(loop.Run, "evaluate", evaluate)
 
 
 @pytest.fixture
 def timed(monkeypatch):
     """Runs a small pretraining of 60 seconds on a clock; returns the clock."""
     write_stories(Path.cwd(), 12)
-    monkeypatch.setattr("run_llama.fit_to_time", lambda options, *_, **__: options.choose(CHOSEN))
+    monkeypatch.setattr(
+        "minllama.training.pretraining.fit_to_time",
+        lambda options, *_, **__: options.choose(CHOSEN),
+    )
 
     def run(a_step, line: str = "", **settings):
         with monkeypatch.context() as patch:
@@ -74,12 +77,13 @@ def test_a_new_end_keeps_the_place_on_the_way():
     """The learning rate goes on from where it was, and is at its end when the run is."""
     settings = {"peak_lr": 1.0, "min_lr": 0.0, "warmup_steps": 0, "total_steps": 100}
     pace = Pace()
-    before = learning_rate(pace.at(30, 100), **settings, scheduler="linear")
-    pace = Pace(30, pace.at(30, 100), 44)  # slower: 14 steps instead of 70
-    assert learning_rate(pace.at(30, 100), **settings, scheduler="linear") == before == 0.7
-    halfway = learning_rate(pace.at(37, 100), **settings, scheduler="linear")
+    before = learning_rate(pace.schedule_position(30, 100), **settings, scheduler="linear")
+    pace = Pace(30, pace.schedule_position(30, 100), 44)  # slower: 14 steps instead of 70
+    after = learning_rate(pace.schedule_position(30, 100), **settings, scheduler="linear")
+    assert after == before == 0.7
+    halfway = learning_rate(pace.schedule_position(37, 100), **settings, scheduler="linear")
     assert halfway == pytest.approx(0.35)
-    assert learning_rate(pace.at(44, 100), **settings, scheduler="linear") == 0.0
+    assert learning_rate(pace.schedule_position(44, 100), **settings, scheduler="linear") == 0.0
 
 
 def test_looks_at_the_clock_become_denser():
@@ -111,13 +115,13 @@ def test_a_rollback_does_not_count_its_time_twice(timed, monkeypatch):
 
     So the run ended early, and said that the machine was slow.
     """
-    real = train_step.backward
+    real = loop.backward
 
     def backward(run, *rest):
         bad = 10 <= run.progress.step < 20 and run.progress.lr_scale == 1
         return real(run, *rest) * (math.nan if bad else 1)
 
-    monkeypatch.setattr(train_step, "backward", backward)
+    monkeypatch.setattr(loop, "backward", backward)
     clock, done = timed(lambda step: 1.0, "--checkpoint_interval 5")
     assert done.status == 0 and "back to step 10" in done.error + done.out
     assert 54 < clock.spent() <= 60
@@ -126,7 +130,7 @@ def test_a_rollback_does_not_count_its_time_twice(timed, monkeypatch):
 def test_interrupted_and_resumed_it_goes_the_same_way(timed, monkeypatch):
     """Of one pace, decided before the interruption, the same weights bit for bit."""
     monkeypatch.setattr(
-        "minllama.training.run.next_look", lambda step, end: 10 if step < 10 else 10**9
+        "minllama.training.deadline.next_look", lambda step, end: 10 if step < 10 else 10**9
     )
     assert timed(lambda step: 1.2)[1].status == 0
     end = steps()[-1]

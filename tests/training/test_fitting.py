@@ -107,7 +107,7 @@ def test_a_text_read_often_is_protected(texts):
     few, many = (fitted(texts, seconds=seconds) for seconds in (3, 3000))
     assert few.options.dropout == 0 < many.options.dropout
     assert many.options.early_stopping == fitting.PATIENCE
-    assert many.tokens / len(texts.train.stream) < 1.1 * fitting.MOST_EPOCHS
+    assert many.tokens / len(texts.train.stream) < 1.1 * fitting.MAX_EPOCHS
 
 
 def test_what_is_chosen_can_be_resumed(texts):

@@ -28,19 +28,19 @@ import run_llama
 from config import LlamaConfig, parse_options
 from minllama.formats.pt_file import load_pt, save_pt, tensors_in
 from minllama.machine.ranks import Ranks
-from minllama.runs.checkpoint import load_checkpoint
+from minllama.runs.checkpoints import load_checkpoint
 from minllama.runs.plan import TrainingPlan
 from minllama.runs.run_folder import RunFolder
 from minllama.system.errors import UsageError
 from minllama.system.signals import StopRequest
 from minllama.training import session as sessions
+from minllama.training.identity import CHUNK_ORDER, GLOBAL_BATCH, check_identity
+from minllama.training.run import Run
 from minllama.training.session import (
-    GLOBAL_BATCH,
-    Session,
-    check_identity,
+    decide_compile,
     describe_determinism,
+    make_plan,
     print_results,
-    settle_compile,
 )
 
 
@@ -203,7 +203,7 @@ def test_a_run_whose_chunks_came_in_another_order_is_refused():
     assert pretrain("--max_steps 1").status == 0
     path = Path("run/pretrain-step-1.pt")
     state = load_pt(path)
-    del state["identity"][run_llama.CHUNK_ORDER]
+    del state["identity"][CHUNK_ORDER]
     save_pt(path, state)
     done = command(f"{RESUME} --max_steps 2")
     assert done.status == 2 and "order of the text's chunks" in done.error
@@ -226,7 +226,7 @@ def test_identity_shows_only_what_differs():
 def test_a_resumed_run_lets_go_of_the_checkpoint(words, monkeypatch):
     """It is as large as three models, and was once held in memory to the end."""
     assert pretrain(f"--max_steps 1 {words}").status == 0
-    held, seen, read, train = [], [], sessions.read_on_ranks, run_llama.train
+    held, seen, read, train = [], [], sessions.read_on_main, run_llama.train
 
     def watched(*arguments):
         path, state = read(*arguments)
@@ -234,7 +234,7 @@ def test_a_resumed_run_lets_go_of_the_checkpoint(words, monkeypatch):
         held.extend(weakref.ref(tensor) for _, tensor in found)
         return path, state
 
-    monkeypatch.setattr(sessions, "read_on_ranks", watched)
+    monkeypatch.setattr(sessions, "read_on_main", watched)
     monkeypatch.setattr(
         run_llama, "train", lambda run: seen.extend(ref() for ref in held) or train(run)
     )
@@ -295,7 +295,7 @@ def test_compile_is_settled_by_the_plan(words, pays, problem, settled, said, mon
     )
     plan = SimpleNamespace(compiling_pays=lambda flops: (pays, "why"), dtype="float32")
     options = parse_options(f"--option pretrain {words}".split())
-    assert settle_compile(options, plan, torch.device("cpu")).compile == settled
+    assert decide_compile(options, plan, torch.device("cpu")).compile == settled
     assert said in capsys.readouterr().out
     assert bool(looked) == (pays and not words)
 
@@ -323,11 +323,11 @@ def test_on_a_gpu_compile_is_on_for_long_runs_where_triton_works(
         compiling_pays=lambda flops: speeds.append(flops) or (pays, "why"),
     )
     options = parse_options(f"--option pretrain {words}".split())
-    assert settle_compile(options, plan, torch.device("cuda")).compile == settled
+    assert decide_compile(options, plan, torch.device("cuda")).compile == settled
     assert said in capsys.readouterr().out
     assert speeds == [0.28 * 989e12] * (not words and shards == 1)
     if not words:
-        assert settle_compile(options, plan, torch.device("mps")).compile == "auto"
+        assert decide_compile(options, plan, torch.device("mps")).compile == "auto"
 
 
 def test_deterministic_says_what_it_does_here_and_is_kept(monkeypatch):
@@ -376,23 +376,22 @@ def test_what_dtype_auto_chose_is_kept(monkeypatch):
 # ---------------------------------------------------------------------------- ranks
 
 
-def settle_on(ranks: Ranks, *, texts: list[str], dtypes: list[torch.dtype]) -> str:
-    """What --compile is on this rank once its session, with its own text and dtype, is settled."""
+def plan_on(ranks: Ranks, *, texts: list[str], dtypes: list[torch.dtype]) -> str:
+    """What --compile is on this rank once its run, with its own text and dtype, is planned."""
     options = parse_options("--option pretrain --save_dir run".split())
-    session = Session(
+    run = Run(
         options.with_global_batch(ranks.world_size),
         RunFolder(Path("run"), "pretrain"),
         ranks,
         StopRequest(),
         torch.device("cpu"),
         dtypes[ranks.rank],
-        checkpoint=None,
     )
     shape = LlamaConfig(vocab_size=64, dim=16, n_layers=1, n_heads=2, max_seq_len=16)
     sizes = {"trainable_parameters": 1, "muon_parameters": 0, "sequences": 9, "tokens": 144}
     sizes |= {"config": shape, "sequence_length": 16, "logits_width": 64}
-    session.settle({"--pretrain_data": texts[ranks.rank]}, **sizes)
-    return session.options.compile
+    make_plan(run, SimpleNamespace(identity={"--pretrain_data": texts[ranks.rank]}, sizes=sizes))
+    return run.options.compile
 
 
 @pytest.mark.parametrize(
@@ -410,7 +409,7 @@ def test_ranks_that_differ_are_refused(texts, dtypes, said):
     """Machines with another file, or another CPU under --dtype auto, trained apart in silence."""
     with several.thread_store():
         errors = several.on_threads(
-            3, lambda ranks: settle_on(ranks, texts=texts, dtypes=dtypes), nodes=3
+            3, lambda ranks: plan_on(ranks, texts=texts, dtypes=dtypes), nodes=3
         )
     for error in errors:  # the same on all, so that it is said once
         assert isinstance(error, UsageError), error
@@ -424,10 +423,10 @@ def test_compile_is_settled_on_rank_0_for_all(monkeypatch):
     def settle(options, plan, device):
         return dataclasses.replace(options, compile=next(decisions))
 
-    monkeypatch.setattr(sessions, "settle_compile", settle)
+    monkeypatch.setattr(sessions, "decide_compile", settle)
     alike = {"texts": ["a", "a"], "dtypes": [torch.float32] * 2}
     with several.thread_store():
-        found = several.on_threads(2, lambda ranks: settle_on(ranks, **alike), nodes=2)
+        found = several.on_threads(2, lambda ranks: plan_on(ranks, **alike), nodes=2)
     assert found == ["on", "on"]
 
 

@@ -21,8 +21,8 @@ from running import (
 
 from minllama.machine.ranks import Ranks
 from minllama.runs import run_folder
-from minllama.runs.checkpoint import load_checkpoint
-from minllama.training import training
+from minllama.runs.checkpoints import load_checkpoint
+from minllama.training import loop
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows locks what is open")
 
@@ -37,14 +37,14 @@ def own_folder(tmp_path, monkeypatch):
 
 def before_step(step: int, hurt: Callable[[], object], patch: pytest.MonkeyPatch) -> None:
     """Do something just before optimizer step number `step` is made."""
-    real = training.optimizer_step
+    real = loop.optimizer_step
 
-    def optimizer_step(run: training.Run):
+    def optimizer_step(run: loop.Run, batches: loop.Prefetch):
         if run.progress.step + 1 == step:
             hurt()
-        return real(run)
+        return real(run, batches)
 
-    patch.setattr(training, "optimizer_step", optimizer_step)
+    patch.setattr(loop, "optimizer_step", optimizer_step)
 
 
 def cut_off() -> None:
@@ -60,17 +60,17 @@ def write_over() -> None:
 def test_a_batch_that_could_not_be_read_ahead_ends_the_run_at_its_own_step(monkeypatch):
     """Not at the one that ran meanwhile, whose batches were there: it is trained, and saved."""
     assert pretrain("--max_steps 5 --save_dir whole").status == 0
-    real = training.optimizer_step
+    real = loop.optimizer_step
 
-    def optimizer_step(run: training.Run):
+    def optimizer_step(run: loop.Run, batches: loop.Prefetch):
         if run.progress.step == 2:
-            run.windows.next[1].result()  # step 3's batches
+            batches.next[1].result()  # step 3's batches
             cut_off()
-        return real(run)
+        return real(run, batches)
 
     with monkeypatch.context() as patch:
         read_ahead(patch)
-        patch.setattr(training, "optimizer_step", optimizer_step)
+        patch.setattr(loop, "optimizer_step", optimizer_step)
         done = pretrain("--max_steps 5")
     assert done.status == 1 and "stopped after step 3, and saved" in done.error
     assert command(f"{RESUME} --max_steps 5").status == 0
@@ -88,11 +88,11 @@ def test_a_token_cache_that_is_hurt_costs_nothing(hurt, words, monkeypatch):
     assert pretrain(f"{words} --save_dir whole").status == 0
     with monkeypatch.context() as patch:
         if "eval" in words:
-            real = training.optimizer_step
+            real = loop.optimizer_step
             patch.setattr(
-                training,
+                loop,
                 "optimizer_step",
-                lambda run: (real(run), run.progress.step == 2 and hurt())[0],
+                lambda run, batches: (real(run, batches), run.progress.step == 2 and hurt())[0],
             )
         else:
             before_step(3, hurt, patch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from running import (
@@ -20,9 +21,9 @@ from running import (
 
 from llama import load_pretrained
 from minllama.inference.conversation import Conversation
-from minllama.runs.checkpoint import load_checkpoint
+from minllama.runs.checkpoints import load_checkpoint
 from minllama.text.chat import ChatTemplate
-from minllama.training import chat_training
+from minllama.training import chat_tuning
 
 TRAIN = (
     "--option finetune --pretrained_model_path model.pt --train chat.jsonl --save_dir run "
@@ -160,7 +161,7 @@ def test_a_second_training_keeps_the_files_own_labels(monkeypatch):
     """A model that was trained with others would not know these."""
     own = ChatTemplate(user="Q:", assistant="A:")
     with monkeypatch.context() as patch:
-        patch.setattr(chat_training, "ChatTemplate", lambda: own)
+        patch.setattr(chat_tuning, "ChatTemplate", lambda: own)
         assert command(f"{TRAIN} --epochs 1").status == 0
     again = TRAIN.replace("model.pt", "run/finetune-chat-best-model.pt")
     assert command(f"{again} --epochs 1 --save_dir b").status == 0
@@ -169,6 +170,7 @@ def test_a_second_training_keeps_the_files_own_labels(monkeypatch):
 
 def test_a_mistake_of_a_line_is_named_in_the_file():
     """With the step's sequences, where numbers are not finite."""
-    sequence = chat_training.ChatTuning.locate
-    task = type("T", (), {"path": Path("a.jsonl"), "train_set": type("D", (), {"lines": [3, 9]})})
+    sequence = chat_tuning.ChatTuning.locate
+    files, train_set = SimpleNamespace(train=Path("a.jsonl")), SimpleNamespace(lines=[3, 9])
+    task = SimpleNamespace(files=files, train_set=train_set)
     assert sequence(task, 1) == "a.jsonl:9" and sys.argv

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from minllama.system.errors import TextLost
-from minllama.training.ahead import Ahead
+from minllama.training.loop import Prefetch
 
 
 def test_the_next_is_made_while_one_is_used() -> None:
@@ -19,7 +19,7 @@ def test_the_next_is_made_while_one_is_used() -> None:
         made.append(threading.current_thread())
         return 10 * number
 
-    ahead = Ahead(make, enabled=True)
+    ahead = Prefetch(make, enabled=True)
     with ahead:
         for number in range(3):
             assert ahead.get(number, more=number < 2) == 10 * number
@@ -33,7 +33,7 @@ def test_the_next_is_made_while_one_is_used() -> None:
 def test_another_number_than_the_next_is_made_anew(enabled: bool) -> None:
     """After a rollback, say; each is made once, by its number alone."""
     made = []
-    with Ahead(lambda number: made.append(number) or number, enabled=enabled) as ahead:
+    with Prefetch(lambda number: made.append(number) or number, enabled=enabled) as ahead:
         for number in (5, 6, 2, 3):
             assert ahead.get(number, more=number != 3) == number
     assert made == ([5, 6, 7, 2, 3] if enabled else [5, 6, 2, 3])
@@ -47,7 +47,7 @@ def test_an_error_comes_up_where_its_number_is_asked_for() -> None:
             raise TextLost(f"chunk {number}")
         return number
 
-    with Ahead(make, enabled=True) as ahead:
+    with Prefetch(make, enabled=True) as ahead:
         assert ahead.get(0, more=True) == 0
         for _ in range(2):
             with pytest.raises(TextLost, match="chunk 1"):
@@ -57,7 +57,7 @@ def test_an_error_comes_up_where_its_number_is_asked_for() -> None:
 
 def test_outside_of_the_block_nothing_is_ahead() -> None:
     """Each is made when it is asked for: before the loop, and after it."""
-    ahead = Ahead(lambda number: threading.current_thread(), enabled=True)
+    ahead = Prefetch(lambda number: threading.current_thread(), enabled=True)
     with ahead:
         assert ahead.get(0, more=True) is not threading.main_thread()
     assert ahead.get(1, more=True) is threading.main_thread()

@@ -14,21 +14,16 @@ from config import Options, check_options, fingerprint
 from llama import Llama, load_pretrained
 from minllama.cli.console import progress_bar, say
 from minllama.formats.models import load_model
-from minllama.machine.device import keep_freed_memory
-from minllama.machine.ranks import Ranks
 from minllama.model.generation import Sampling, generate_tokens
 from minllama.model.lora import add_lora
-from minllama.system.errors import Interrupted, UsageError
+from minllama.system.errors import UsageError
 from minllama.system.files import check_writable_file, write_text
-from minllama.system.signals import StopRequest
 from minllama.text.chat import ChatTemplate, read_dialogues
 from minllama.text.labelled import data_set_name
 from minllama.text.reading import Reading, find_text_files
-from minllama.training.next_token import NextTokenTask
 from minllama.training.run import Run
-from minllama.training.session import Session, open_session, print_results, say_interrupted
-from minllama.training.training import train
-from optimizer import layer_matrices
+from minllama.training.session import print_best, print_results
+from minllama.training.task import NextTokenTask, trained_sizes
 from tokenizer import Tokenizer
 from utils import ChatDataset, batches_by_length
 
@@ -52,7 +47,7 @@ class ChatFiles:
     test_out: Path
 
 
-def find_files(options: Options) -> ChatFiles:
+def find_chat_files(options: Options) -> ChatFiles:
     """The files that the flags name, checked before any long work; raises UsageError."""
     if options.freeze_backbone:
         raise UsageError(
@@ -74,10 +69,10 @@ def find_files(options: Options) -> ChatFiles:
     return files
 
 
-def with_chat_lr(session: Session, width: int) -> Options:
+def with_chat_lr(run: Run, width: int) -> Options:
     """The options with a learning rate that suits a model of this width, where none is typed."""
-    options = session.options
-    if session.checkpoint is not None or "lr" in options.given:  # it has that of the run's start
+    options = run.options
+    if run.checkpoint is not None or "lr" in options.given:  # it has that of the run's start
         return options
     lr = LR * (WIDTH / width) ** 1.5 * (LORA_TIMES if options.lora_rank else 1)
     options = dataclasses.replace(options, lr=float(f"{lr:.2g}"))
@@ -142,18 +137,36 @@ def read_questions(
 class ChatTuning(NextTokenTask):
     """Next-token prediction of answers, in batches of similar length, by (seed, epoch)."""
 
-    def __init__(
-        self,
-        session: Session,
-        path: Path,
-        model: Llama,
-        train_set: ChatDataset,
-        val_set: ChatDataset | None,
-    ) -> None:
-        super().__init__(session, model, train_set, val_set, dynamic=True)
-        self.path = path
-        options = session.options
-        self.order = batches_by_length(train_set.lengths, options.global_batch_size, options.seed)
+    def __init__(self, run: Run, files: ChatFiles) -> None:
+        """Load the model, the dialogues and the questions. Raises UsageError."""
+        self.run, self.files = run, files
+        self.llama, self.tokenizer = load_model(run.options, run.device)
+        llama, tokenizer = self.llama, self.tokenizer
+        llama.chat_template = llama.chat_template or ChatTemplate()
+        run.options = options = with_chat_lr(run, llama.config.dim)
+        self.train_set, self.val_set = load_dialogues(files, options, llama, tokenizer)
+        self.questions = read_questions(files.test, options, llama.chat_template, tokenizer)
+        if options.lora_rank:
+            add_lora(llama, rank=options.lora_rank, alpha=2 * options.lora_rank)
+        lengths = self.train_set.lengths
+        self.order = batches_by_length(lengths, options.global_batch_size, options.seed)
+        self.identity = {
+            "--train": fingerprint(files.train.read_bytes()),
+            "dialogues to train on (--dev, --val_fraction)": len(self.train_set),
+            "model shape": llama.config.to_model_args(),
+            "--tokenizer_model": tokenizer.fingerprint,
+            "--lora_rank": options.lora_rank,
+        }
+        self.sizes = trained_sizes(llama, options) | {
+            "config": llama.config,
+            "sequences": len(self.train_set),
+            "tokens": int(lengths.sum()),
+            "sequence_length": int(lengths.max()),
+            "logits_width": llama.config.vocab_size,
+        }
+
+    def build(self) -> None:
+        self.distribute_llama(dynamic=True)
 
     def sequences(self, epoch: int, index: int) -> np.ndarray:
         return self.order(epoch, index)
@@ -163,75 +176,27 @@ class ChatTuning(NextTokenTask):
         return self.train_set.count_targets(numbers), tokens
 
     def locate(self, number: int) -> str:
-        return f"{self.path}:{self.train_set.lines[number]}"
+        return f"{self.files.train}:{self.train_set.lines[number]}"
+
+    def finish(self) -> None:
+        """Show what the best model answers, and how often rightly."""
+        run, tokenizer = self.run, self.tokenizer
+        run.checkpoints.finish()
+        if not run.ranks.is_main:
+            return
+        best = print_best(run)
+        model = load_pretrained(best).to(run.device)
+        shown = self.val_set or self.train_set
+        prompts = [shown.first_question(i) for i in range(min(SHOWN_ANSWERS, len(shown)))]
+        print("what it answers:")
+        for prompt, answer in zip(prompts, answers_to(prompts, model, tokenizer), strict=True):
+            print(f"  {tokenizer.decode(prompt)} {answer}".replace("\n", "\n  "))
+        if self.questions:
+            report_answers(self.questions, self.files, model, tokenizer, run)
+        print_results(run.folder, best, None, "generate")
 
 
-def finetune_chat(options: Options, stop: StopRequest, ranks: Ranks) -> int:
-    """Train a model to answer as in the dialogues of --train; returns the exit status."""
-    files = find_files(options)
-    with open_session(options, f"finetune-{files.name}", ranks=ranks, stop=stop) as session:
-        keep_freed_memory()
-        llama, tokenizer = load_model(session.options, session.device)
-        llama.chat_template = llama.chat_template or ChatTemplate()
-        session.options = options = with_chat_lr(session, llama.config.dim)
-        train_set, val_set = load_dialogues(files, options, llama, tokenizer)
-        questions = read_questions(files.test, options, llama.chat_template, tokenizer)
-        if options.lora_rank:
-            add_lora(llama, rank=options.lora_rank, alpha=2 * options.lora_rank)
-        identity = {
-            "--train": fingerprint(files.train.read_bytes()),
-            "dialogues to train on (--dev, --val_fraction)": len(train_set),
-            "model shape": llama.config.to_model_args(),
-            "--tokenizer_model": tokenizer.fingerprint,
-            "--lora_rank": options.lora_rank,
-        }
-        muon = layer_matrices(llama) if options.optimizer == "muon" else []
-        session.settle(
-            identity,
-            config=llama.config,
-            trainable_parameters=sum(p.numel() for p in llama.parameters() if p.requires_grad),
-            muon_parameters=sum(p.numel() for p in muon),
-            sequences=len(train_set),
-            tokens=int(train_set.lengths.sum()),
-            sequence_length=int(train_set.lengths.max()),
-            logits_width=llama.config.vocab_size,
-        )
-        if options.plan:
-            return 0
-        run = Run(session, ChatTuning(session, files.train, llama, train_set, val_set))
-        run.start()
-        if train(run):
-            return say_interrupted(session, run.progress.step)
-        try:
-            return finish(run, files, questions, tokenizer)
-        except Interrupted:
-            return say_interrupted(session, run.progress.step)
-
-
-# ---------------------------------------------------------------------------- the end
-
-
-def finish(run: Run, files: ChatFiles, questions: list[Question], tokenizer: Tokenizer) -> int:
-    """Show what the best model answers, and how often rightly; returns the exit status.
-
-    Raises Interrupted when asked to stop.
-    """
-    run.checkpoints.finish()
-    if not run.ranks.is_main:
-        return 0
-    best = run.folder.file("best-model.pt")
-    epoch = run.progress.best_step / run.plan.steps_per_epoch
-    print(f"\nbest model: {best}, after step {run.progress.best_step:,} (epoch {epoch:.3g})")
-    model = load_pretrained(best).to(run.device)
-    shown = run.task.val_set or run.task.train_set
-    prompts = [shown.first_question(i) for i in range(min(SHOWN_ANSWERS, len(shown)))]
-    print("what it answers:")
-    for prompt, answer in zip(prompts, answers_to(prompts, model, tokenizer), strict=True):
-        print(f"  {tokenizer.decode(prompt)} {answer}".replace("\n", "\n  "))
-    if questions:
-        report_answers(questions, files, model, tokenizer, run)
-    print_results(run.folder, best, None, "generate")
-    return 0
+# ---------------------------------------------------------------------------- the answers
 
 
 def answers_to(prompts: list[list[int]], model: Llama, tokenizer: Tokenizer) -> list[str]:

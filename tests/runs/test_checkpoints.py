@@ -14,7 +14,7 @@ from survivor import Malicious, content_digest, joined, refusal, small_payload, 
 
 from minllama.formats.pt_file import save_pt
 from minllama.machine.random_state import random_state, restore_random_state
-from minllama.runs.checkpoint import (
+from minllama.runs.checkpoints import (
     RESUMABLE,
     STATE_FILE,
     Summary,

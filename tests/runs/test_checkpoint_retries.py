@@ -14,13 +14,12 @@ import torch
 import torch.distributed as dist
 from survivor import content_digest, joined, small_payload
 
-from minllama.formats.pt_file import load_pt, save_pt
+from minllama.formats.pt_file import STATE_FILE, load_pt, save_pt
 from minllama.machine import ranks
 from minllama.machine.ranks import Ranks
-from minllama.runs import saving
-from minllama.runs.checkpoint import STATE_FILE, load_checkpoint
+from minllama.runs import checkpoints as saving
+from minllama.runs.checkpoints import MAX_RETRY_WAIT, Checkpoints, load_checkpoint
 from minllama.runs.run_folder import RunFolder
-from minllama.runs.saving import LONGEST_WAIT, Checkpoints
 from minllama.system.errors import RunFailed
 
 
@@ -31,9 +30,7 @@ class Run:
         self.step, self.skipped = 0, 0
         self.weights = torch.zeros(3)
         self.folder = RunFolder(Path("run"), "pretrain")
-        self.checkpoints = Checkpoints(
-            self.folder, Ranks(), make_state=self.state, sharded=sharded, keep_last=keep_last
-        )
+        self.checkpoints = Checkpoints(self.folder, Ranks(), sharded=sharded, keep_last=keep_last)
 
     def state(self) -> dict[str, Any]:
         progress = {"step": self.step, "skipped": self.skipped}
@@ -45,6 +42,12 @@ class Run:
             self.step += 1
             self.weights += 1
             self.checkpoints.next_step(self.step)
+            if self.checkpoints.is_due_again():
+                self.save()
+
+    def save(self, path: Path | None = None) -> None:
+        """Save the state as it is now."""
+        self.checkpoints.save(self.state(), path)
 
     def saved(self) -> list[int]:
         """The steps of the checkpoints that are there, all of them whole and true."""
@@ -85,8 +88,8 @@ def test_what_the_disk_takes_is_there_at_once(run, capsys):
     """Nothing is said, and what is older than the last two goes."""
     for _ in range(3):
         run.train()
-        run.checkpoints.save()
-    run.checkpoints.save(run.folder.epoch_checkpoint(1))
+        run.save()
+    run.save(run.folder.epoch_checkpoint(1))
     run.checkpoints.save_weights("best-model.pt", {"model": {"w": run.weights}})
     run.checkpoints.finish()
     assert run.saved() == [2, 3] and run.folder.epoch_checkpoint(1).is_file()
@@ -98,7 +101,7 @@ def test_a_checkpoint_that_failed_once_is_that_of_the_next_step(run, capsys):
     """The state of its own step is gone by then."""
     run.train(3)
     with survivor.failing("disk full", "*.pt", 1):
-        run.checkpoints.save()
+        run.save()
         assert "pretrain-step-3.pt" not in [path.name for path in Path("run").iterdir()]
         run.train()
         assert run.saved() == [4]
@@ -131,7 +134,7 @@ def test_it_waits_twice_as_long_each_time(run, capsys):
     run.checkpoints.save_file(Path("run", "curve.svg"), write)
     run.train(200)
     waits = [later - earlier for earlier, later in zip(tried, tried[1:], strict=False)]
-    assert waits == [1, 2, 4, 8, 16, 32, 64, 64] and LONGEST_WAIT == 64
+    assert waits == [1, 2, 4, 8, 16, 32, 64, 64] and MAX_RETRY_WAIT == 64
     assert capsys.readouterr().out.count("curve.svg was not written") == len(tried)
 
 
@@ -139,7 +142,7 @@ def test_several_files_wait_side_by_side(run):
     """One that a later save of it replaced is not written over that."""
     with survivor.failing("permission denied", "*.pt", 3):
         run.checkpoints.save_weights("best-model.pt", {"model": {"w": run.weights}})
-        run.checkpoints.save()
+        run.save()
         run.checkpoints.save_file(Path("run", "a"), Path("run", "a").touch)
         run.weights += 1
         run.checkpoints.save_weights("best-model.pt", {"model": {"w": run.weights}})
@@ -153,7 +156,7 @@ def test_several_files_wait_side_by_side(run):
 def test_the_end_tries_all_again_and_names_what_failed(run):
     """A line for each file; the last one tells what to do."""
     with survivor.failing("disk full", "*.pt", 99):
-        run.checkpoints.save()
+        run.save()
         run.checkpoints.save_weights("final-model.pt", {"model": {}})
         with pytest.raises(RunFailed) as error:
             run.checkpoints.finish()
@@ -176,11 +179,11 @@ def test_the_last_good_checkpoint_outlives_bad_steps(run):
     for step in range(1, 5):
         run.skipped = step - 1
         run.train()
-        run.checkpoints.save()
+        run.save()
     assert run.saved() == [1, 2, 3, 4]
     run.skipped = 0
     run.train()
-    run.checkpoints.save()
+    run.save()
     assert run.saved() == [4, 5]
 
 
@@ -204,7 +207,7 @@ def test_the_training_changes_nothing_that_is_being_written(sharded_run, monkeyp
 
     monkeypatch.setattr(saving, "save_pt", slow)
     run.train(3)
-    run.checkpoints.save()
+    run.save()
     assert begun.wait(30)
     run.train(2)
     assert not run.folder.checkpoints()
@@ -218,7 +221,7 @@ def test_a_save_waits_for_the_one_before(sharded_run):
     """They do not pile up in memory; older ones are pruned as ever."""
     for _ in range(4):
         sharded_run.train()
-        sharded_run.checkpoints.save()
+        sharded_run.save()
     sharded_run.checkpoints.finish()
     assert sharded_run.saved() == [3, 4]
 
@@ -229,12 +232,12 @@ def test_a_failing_disk_leaves_a_sharded_checkpoint_as_it_was(sharded_run, fault
     """One of the same step stays whole until the new one is; then nothing of the old is left."""
     run, path = sharded_run, Path("run", "pretrain-step-3.pt")
     run.train(3)
-    run.checkpoints.save(path)
+    run.save(path)
     run.checkpoints.wait()
     before = shard_files(3)
     content = content_digest(load_checkpoint(run.folder.checkpoints()[0]))
     with survivor.failing(fault, file, 1) as log:
-        run.checkpoints.save(path)
+        run.save(path)
         run.checkpoints.wait()
     assert any(line.startswith("failed") for line in log)
     assert content_digest(load_checkpoint(run.folder.checkpoints()[0])) == content
@@ -243,7 +246,7 @@ def test_a_failing_disk_leaves_a_sharded_checkpoint_as_it_was(sharded_run, fault
     run.train()
     run.checkpoints.finish()
     assert run.saved() == [3, 4]
-    run.checkpoints.save(path)
+    run.save(path)
     run.checkpoints.finish()
     assert len(shard_files(3)) == 2 and not shard_files(3) & (before - {STATE_FILE})
 
@@ -252,7 +255,7 @@ def test_a_first_sharded_checkpoint_that_fails_leaves_nothing(sharded_run):
     """The disk may be full: what was written of it is of no use."""
     sharded_run.train()
     with survivor.failing("disk full", STATE_FILE, 9):
-        sharded_run.checkpoints.save()
+        sharded_run.save()
         sharded_run.checkpoints.wait()
         assert not shard_files(1)
         with pytest.raises(RunFailed, match="checkpoint was not written"):
@@ -270,6 +273,6 @@ def test_an_error_that_ends_the_run_lets_the_checkpoint_end(sharded_run, disk_fa
         pytest.raises(ZeroDivisionError),
         run.checkpoints,
     ):
-        run.checkpoints.save()
+        run.save()
         raise ZeroDivisionError
     assert run.saved() == ([] if disk_fails else [2])

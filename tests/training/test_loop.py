@@ -37,12 +37,12 @@ from llama import load_pretrained
 from minllama.formats.pt_file import load_pt, save_pt
 from minllama.machine.device import is_out_of_memory
 from minllama.machine.ranks import Ranks
-from minllama.runs.checkpoint import load_checkpoint
+from minllama.runs.checkpoints import load_checkpoint
 from minllama.system.errors import RunFailed
 from minllama.system.signals import StopRequest
-from minllama.training import next_token, session, train_step, training
+from minllama.training import loop, session, task
+from minllama.training.loop import halve_micro_batch
 from minllama.training.run import Progress
-from minllama.training.train_step import halve_micro_batch
 from utils import PretrainDataset
 
 
@@ -65,7 +65,7 @@ def finetune() -> str:
 def evaluate_as(patch: pytest.MonkeyPatch, *losses: float) -> None:
     """Validate without validating: each evaluation finds the next of these losses."""
     found = iter(losses)
-    patch.setattr(next_token, "evaluate_tokens", lambda *_: {"val_loss": next(found)})
+    patch.setattr(task, "evaluate_tokens", lambda *_: {"val_loss": next(found)})
 
 
 def raising(error: Exception) -> Callable[..., Any]:
@@ -116,7 +116,7 @@ def test_gradients_are_clipped_before_the_update_and_recorded_unclipped():
 
     def watch(folder: str, clip: str) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            real = train_step.update
+            real = loop.update
 
             def update(run, *rest):
                 parameters = run.optimizer.param_groups
@@ -124,7 +124,7 @@ def test_gradients_are_clipped_before_the_update_and_recorded_unclipped():
                 seen.append(torch.stack(norms).norm().item())
                 real(run, *rest)
 
-            patch.setattr(train_step, "update", update)
+            patch.setattr(loop, "update", update)
             pretrain(f"--max_steps 1 --save_dir {folder} --grad_clip {clip}")
 
     watch("clipped", "0.5")
@@ -173,16 +173,16 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("words", ["", "--optimizer adamw", "--dropout 0.1 --document_mask"])
 def test_a_step_waits_once_for_the_device(words, monkeypatch):
     """Loss, norm and all; with micro-batches accumulated, too. Twice a step a GPU stood idle."""
-    real, lists, waits = training.optimizer_step, [], []
+    real, lists, waits = loop.optimizer_step, [], []
     monkeypatch.setattr(Ranks, "gather_numbers", watch_numbers(lists))
 
-    def optimizer_step(run):
+    def optimizer_step(run, batches):
         with Waits() as mode:
-            record = real(run)
+            record = real(run, batches)
         waits.append(mode.count)
         return record
 
-    monkeypatch.setattr(training, "optimizer_step", optimizer_step)
+    monkeypatch.setattr(loop, "optimizer_step", optimizer_step)
     assert pretrain(f"--max_steps 3 --gradient_accumulation_steps 2 {words}").status == 0
     assert waits == [0, 0, 0] and lists == [2, 2, 2]
 
@@ -200,7 +200,7 @@ def watch_numbers(lists: list[int]) -> Callable[..., Any]:
 
 def test_without_dropout_no_random_state_is_taken(monkeypatch):
     """Nothing would be drawn again; of a GPU it takes as long as a small model's step."""
-    monkeypatch.setattr(train_step, "random_state", raising(ZeroDivisionError()))
+    monkeypatch.setattr(loop, "random_state", raising(ZeroDivisionError()))
     assert pretrain("--max_steps 2").status == 0
     with pytest.raises(ZeroDivisionError):
         pretrain("--max_steps 2 --dropout 0.1 --overwrite")
@@ -231,7 +231,7 @@ def test_the_best_model_is_looked_for_when_it_is_due():
 def test_only_a_lower_number_is_a_new_best(value):
     """NaN compares false with everything: it once became the best, and then anything did."""
 
-    class Stub(training.Run):
+    class Stub(loop.Run):
         def __init__(self) -> None:
             self.task = type("Task", (), {"goal": "val_loss", "higher_is_better": False})
             self.progress = Progress(step=5)
@@ -291,10 +291,10 @@ def test_ranks_stop_by_what_they_agreed_on_in_the_step(monkeypatch):
     """With loss and norm, without an exchange of its own; before the first step and at the end they
     ask each other, and so one that was told since then does not leave the others waiting."""
 
-    class Stub(training.Run):
+    class Stub(loop.Run):
         def __init__(self) -> None:
             self.ranks, self.stop, self.agreed = Ranks(world_size=2), StopRequest(), None
-            self.folder = SimpleNamespace(find_loss=lambda *, now: None)
+            self.folder = SimpleNamespace(missing_folder_error=lambda *, now: None)
 
     asked, run = [], Stub()
     monkeypatch.setattr(Ranks, "agree_to_stop", lambda ranks, stop: asked.append(1) or True)
@@ -459,7 +459,7 @@ def test_a_best_model_that_is_lost_on_the_way_is_chosen_again(monkeypatch):
 
 def test_a_disk_that_was_full_for_the_best_model(finetune, monkeypatch):
     """The run ends with exit status 1 and says so; the same command with --resume auto ends it."""
-    from minllama.runs import saving
+    from minllama.runs import checkpoints as saving
 
     def full(path, payload):
         if "best-model" in path.name:
@@ -544,7 +544,7 @@ def poison(patch: pytest.MonkeyPatch, bad: range, *, gradients: bool = False, cu
 
     `cured` by a lower learning rate.
     """
-    real = train_step.backward
+    real = loop.backward
 
     def backward(run, *rest):
         loss = real(run, *rest)
@@ -557,7 +557,7 @@ def poison(patch: pytest.MonkeyPatch, bad: range, *, gradients: bool = False, cu
                 parameter.grad.fill_(math.nan)
         return loss
 
-    patch.setattr(train_step, "backward", backward)
+    patch.setattr(loop, "backward", backward)
 
 
 @pytest.mark.parametrize("gradients", [False, True])
@@ -601,16 +601,16 @@ def test_a_run_that_rolled_back_does_not_resume_in_the_future_it_left(monkeypatc
     poison(monkeypatch, range(7, 40))
     words = "--max_steps 18 --epochs 3 --checkpoint_interval 3 --val_fraction 0"
     assert pretrain(f"{words} --save_dir whole").status == 0
-    stop, real = StopRequest(), training.optimizer_step
+    stop, real = StopRequest(), loop.optimizer_step
 
-    def optimizer_step(run: training.Run) -> dict[str, Any]:
-        record = real(run)
+    def optimizer_step(run: loop.Run, batches: loop.Prefetch) -> dict[str, Any]:
+        record = real(run, batches)
         if run.progress.lr_scale < 1 and record["step"] == 8:
             stop.signal_number = signal.SIGINT
         return record
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "optimizer_step", optimizer_step)
+        patch.setattr(loop, "optimizer_step", optimizer_step)
         done = pretrain(words, stop=stop)
     assert done.status == 130 and "back to step 6" in done.out
     later = [f"pretrain-step-{step}.pt" for step in (15, 12, 9)]
@@ -646,7 +646,7 @@ def test_a_validation_that_is_not_finite_is_null(value, monkeypatch):
     Such a model is not the best one either.
     """
     found = {"val_loss": value, "val_perplexity": value, "bits_per_byte": value}
-    monkeypatch.setattr(next_token, "evaluate_tokens", lambda *_: dict(found))
+    monkeypatch.setattr(task, "evaluate_tokens", lambda *_: dict(found))
     assert pretrain("--max_steps 2 --eval_interval 1").status == 0
     lines = Path("run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     for line in lines:
@@ -779,7 +779,7 @@ def test_one_sequence_that_does_not_fit(monkeypatch):
 @pytest.mark.parametrize(
     ("owner", "name", "error"),
     [
-        (next_token, "evaluate_tokens", torch.OutOfMemoryError("CUDA out of memory. Tried to")),
+        (task, "evaluate_tokens", torch.OutOfMemoryError("CUDA out of memory. Tried to")),
         (optimizer.AdamW, "step", RuntimeError("DefaultCPUAllocator: not enough memory: you")),
         (optimizer.AdamW, "step", MemoryError()),
     ],

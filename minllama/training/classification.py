@@ -1,0 +1,214 @@
+"""Classifying sentences: loading them, training a classifier on them, and what it predicts."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from config import Options, fingerprint
+from llama import LlamaEmbeddingClassifier
+from minllama.cli.console import progress_bar, say
+from minllama.formats.models import load_model
+from minllama.formats.pt_file import load_pt
+from minllama.machine.ranks import Ranks
+from minllama.machine.sharding import full_state_dict, load_state, no_gradients
+from minllama.model.lora import add_lora, merge_lora
+from minllama.system.signals import StopRequest
+from minllama.text.labelled import (
+    LabelledFiles,
+    Scores,
+    is_unlabelled,
+    labels_of,
+    report_predictions,
+)
+from minllama.text.reading import first_words
+from minllama.training.run import Run
+from minllama.training.session import print_best, print_results
+from minllama.training.task import Batch, Task, trained_sizes
+from tokenizer import Tokenizer
+from utils import LlamaDataset, batches_by_length
+
+POOLED = {"last": "the state after the last token", "mean": "the mean over the tokens"}
+
+
+def load_splits(
+    files: LabelledFiles,
+    options: Options,
+    tokenizer: Tokenizer,
+    *,
+    context: int,
+    plain: bool = False,
+) -> dict[str, LlamaDataset]:
+    """The encoded sentences of each file, labelled or, `plain`, not; says what was loaded."""
+    room = min(options.max_sentence_len or context, context - 1)
+    n_labels = len(files.label_names)
+    splits = {
+        split: LlamaDataset(
+            path,
+            tokenizer,
+            n_labels=n_labels,
+            max_sentence_len=room,
+            encoding=options.encoding,
+            plain=plain,
+        )
+        for split, path in files.paths.items()
+    }
+    for split, dataset in splits.items():
+        cut = f", {dataset.cut} of them cut to {room} tokens" if dataset.cut else ""
+        print(f"Loaded {len(dataset)} sentences from {dataset.path} ({split}){cut}")
+    return splits
+
+
+def predict(
+    model: LlamaEmbeddingClassifier,
+    dataset: LlamaDataset,
+    *,
+    options: Options,
+    ranks: Ranks,
+    stop: StopRequest,
+) -> list[int]:
+    """The likeliest label of each sentence, in the file's order. Every rank must call this.
+
+    In float32 whatever the training's dtype: bfloat16 rounds differently at another batch size,
+    and a prediction must not depend on its batch. Raises Interrupted when asked to stop.
+    """
+    device = next(model.parameters()).device
+    predictions = np.zeros(len(dataset), np.int64)
+    model.eval()
+    with no_gradients(model):
+        batches = dataset.length_sorted_batches(options.batch_size)
+        numbers = list(ranks.split_evenly(len(batches)))
+        predicted = []  # stays on the device, which none of the batches waits for
+        for number, counts in progress_bar(numbers, desc="predicting", leave=False, disable=None):
+            ranks.check_stop(stop)
+            batch = Batch(dataset.collate(batches[number])).to(device)
+            predicted.append(counts * model(*batch.inputs[:2]).argmax(dim=-1))
+        if predicted:
+            places = np.concatenate([batches[number] for number, _ in numbers])
+            predictions[places] = torch.cat(predicted).cpu().numpy()
+    model.train()
+    return ranks.sum_array(predictions).tolist()
+
+
+def predict_files(
+    model: LlamaEmbeddingClassifier,
+    files: LabelledFiles,
+    splits: dict[str, LlamaDataset],
+    *,
+    options: Options,
+    ranks: Ranks,
+    stop: StopRequest,
+) -> None:
+    """Report and write the predictions on each file that has a place for them."""
+    for split, out in files.outs.items():
+        predictions = predict(model, splits[split], options=options, ranks=ranks, stop=stop)
+        report = (split, splits[split].examples, predictions, files.label_names, out)
+        keep = f"{split}_out" not in options.given
+        ranks.on_main(functools.partial(report_predictions, *report, keep=keep))
+
+
+class Classification(Task):
+    """Classification of sentences, in batches of similar length in the order of (seed, epoch)."""
+
+    def __init__(self, run: Run, files: LabelledFiles) -> None:
+        """Load the model and the sentences. Raises UsageError."""
+        self.run, self.files, options = run, files, run.options
+        self.llama, tokenizer = load_model(options, run.device)
+        self.llama.chat_template = None  # a classifier answers no questions
+        config = self.llama.config
+        self.splits = load_splits(files, options, tokenizer, context=config.max_seq_len)
+        self.train_set, self.dev_set = self.splits["train"], self.splits["dev"]
+        if options.lora_rank:
+            add_lora(self.llama, rank=options.lora_rank, alpha=2 * options.lora_rank)
+        self.model = LlamaEmbeddingClassifier(
+            self.llama,
+            num_labels=len(files.label_names),
+            hidden_dropout_prob=options.hidden_dropout_prob,
+            freeze_backbone=options.freeze_backbone,
+            pooling=options.pooling,
+        ).to(run.device)
+        say(f"pooling      {options.pooling}: the head reads {POOLED[options.pooling]} (--pooling)")
+        self.higher_is_better = not is_unlabelled(self.dev_set.examples)
+        self.goal = "dev_accuracy" if self.higher_is_better else "loss"
+        lengths = self.train_set.lengths
+        self.order = batches_by_length(lengths, options.global_batch_size, options.seed)
+        self.identity = {
+            "--train": fingerprint(files.paths["train"].read_bytes()),
+            "model shape": config.to_model_args(),
+            "--tokenizer_model": tokenizer.fingerprint,
+            "--max_sentence_len": options.max_sentence_len,
+            "--freeze_backbone": options.freeze_backbone,
+            "--lora_rank": options.lora_rank,
+            "--pooling": options.pooling,
+        }
+        self.sizes = trained_sizes(self.model, options) | {
+            "config": config,
+            "sequences": len(lengths),
+            "tokens": int(lengths.sum()),
+            "sequence_length": int(lengths.max()),
+            "logits_width": len(files.label_names),
+        }
+
+    def build(self) -> None:
+        # Predictions are made in float32; training's dtype is autocast's.
+        self.distribute(self.model, self.model, dtype=torch.float32, dynamic=True)
+
+    def sequences(self, epoch: int, index: int) -> np.ndarray:
+        return self.order(epoch, index)
+
+    def batch(self, numbers: np.ndarray) -> Batch:
+        return Batch(self.train_set.collate(numbers))
+
+    def count(self, numbers: np.ndarray) -> tuple[int, int]:
+        return len(numbers), int(self.train_set.lengths[numbers].sum())
+
+    def loss(self, tokens: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.nll_loss(self.compiled(tokens, lengths), labels, reduction="sum")
+
+    def evaluate(self) -> dict[str, float]:
+        if not self.higher_is_better:
+            return {}
+        run = self.run
+        predictions = predict(
+            self.model, self.dev_set, options=run.options, ranks=run.ranks, stop=run.stop
+        )
+        labels = labels_of(self.dev_set.examples)
+        scores = Scores.of(labels, predictions, len(self.files.label_names))
+        return {"dev_accuracy": scores.accuracy, "dev_f1": scores.macro_f1}
+
+    def weights(self) -> dict[str, Any]:
+        """Those of the Llama, and the classifier's head."""
+        head = full_state_dict(self.model.classifier_head, self.run.ranks)
+        return super().weights() | {
+            "classifier_head": {name: tensor.cpu() for name, tensor in head.items()},
+            "label_names": self.files.label_names,
+            "pooling": self.model.pooling,
+        }
+
+    def load_weights(self, path: Path) -> None:
+        """Put what `weights` returned back into the classifier, its adapters merged."""
+        payload = load_pt(path)
+        if self.run.options.lora_rank:
+            merge_lora(self.llama)
+        load_state(self.llama, payload["model"])
+        load_state(self.model.classifier_head, payload["classifier_head"])
+
+    def locate(self, number: int) -> str:
+        return f"{self.train_set.path}, sentence {number + 1:,}"
+
+    def finish(self) -> None:
+        """Report and write the best model's predictions on dev and test."""
+        run, files = self.run, self.files
+        run.checkpoints.finish()
+        best = print_best(run)
+        self.load_weights(best)
+        predict_files(
+            self.model, files, self.splits, options=run.options, ranks=run.ranks, stop=run.stop
+        )
+        opening = first_words(self.dev_set.examples[0].sentence)
+        print_results(run.folder, best, opening, "prompt", "generate", test=files.paths["dev"])

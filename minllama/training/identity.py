@@ -1,0 +1,50 @@
+"""What a resumed run must share with its first one, and every rank with the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minllama.machine.ranks import Ranks
+from minllama.system.errors import UsageError
+
+CHUNK_ORDER = "the order of the text's chunks (of another version of this program)"
+# What runs were before there was a choice, and their checkpoints do not say.
+UNSAID = {CHUNK_ORDER: 1, "--pooling": "last"}
+GLOBAL_BATCH = (
+    "--global_batch_size (--pretrain_batch_size or --batch_size x --gradient_accumulation_steps x "
+    "processes)"
+)
+
+
+def check_identity(earlier: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raise UsageError, a line for each thing in which a run differs from its checkpoint."""
+    problems = []
+    for name, value in identity.items():
+        before = earlier.get(name, UNSAID.get(name))
+        if before == value:
+            continue
+        if isinstance(value, dict) and isinstance(before, dict):  # of a shape, what differs
+            differs = [key for key in value if before.get(key) != value[key]]
+            value = ", ".join(f"{key} {value[key]}" for key in differs)
+            before = ", ".join(str(before.get(key)) for key in differs)
+        problems.append(
+            f"{name} {value} differs from the checkpoint's {before}: a run is resumed with what "
+            "it was started with"
+        )
+    if problems:
+        raise UsageError("\n".join(problems))
+
+
+def check_ranks_agree(identity: dict[str, Any], ranks: Ranks) -> None:
+    """Raise UsageError where machines have other text or arithmetic: they would train apart.
+
+    Every rank must call this.
+    """
+    identities = ranks.gather(identity)
+    for rank, other in enumerate(identities):
+        for name, value in other.items():
+            if value != identities[0][name]:
+                raise UsageError(
+                    f"{name} is {value} on rank {rank} and {identities[0][name]} on rank 0: give "
+                    "all machines the same files and flags"
+                )

@@ -1,0 +1,239 @@
+"""Pretraining: the text, the model to begin with, the task, and what is written at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import MAX_CONTEXT, LlamaConfig, Options
+from llama import Llama, load_pretrained
+from minllama.cli.console import say
+from minllama.formats.formats import read_vocabulary
+from minllama.formats.models import STARTING_WEIGHTS, Start, find_start_model
+from minllama.inference.evaluation import perplexity
+from minllama.inference.streaming import sample_text
+from minllama.machine.gpus import GPUS
+from minllama.machine.ranks import Ranks
+from minllama.machine.sharding import is_sharded, load_state
+from minllama.runs.advice import Outcome, advise
+from minllama.runs.plan import Cluster, TrainingPlan, warn_of_plan
+from minllama.runs.record import loss_curve_svg, read_records
+from minllama.system.errors import UsageError
+from minllama.system.files import write_text
+from minllama.system.signals import StopRequest
+from minllama.text.corpus import Texts, find_texts, load_texts
+from minllama.text.vocabulary import choose_vocabulary
+from minllama.training.fitting import TIMED_CONTEXT, fit_to_time
+from minllama.training.identity import CHUNK_ORDER
+from minllama.training.run import Run
+from minllama.training.session import print_results
+from minllama.training.task import NextTokenTask
+from utils import ORDER_VERSION, batch_indices
+
+CURVE_POINTS = 2000  # of the training loss in its picture
+OVERFITTED = 1.005  # times its best: a validation loss that has risen
+
+
+def prepare_pretraining(
+    options: Options,
+    checkpoint: dict[str, Any] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    stop: StopRequest,
+    ranks: Ranks,
+) -> tuple[Options, LlamaConfig, Texts, Start | None]:
+    """What to train on what: the options with what follows from text and time, and the start.
+
+    Every rank must call this. Raises UsageError.
+    """
+    options, start = find_start_model(options, checkpoint, ranks)
+    files = find_texts(options)
+    if start is None:
+        stored = checkpoint and read_vocabulary(Path("the checkpoint"), checkpoint)
+        tokenizer = choose_vocabulary(options, files, stored=stored, ranks=ranks)
+        longest = MAX_CONTEXT
+    else:
+        tokenizer, longest = start.tokenizer, min(MAX_CONTEXT, start.config.max_seq_len)
+    if options.minutes is not None:
+        longest = min(longest, TIMED_CONTEXT[device.type])
+    texts = load_texts(options, files, tokenizer, longest=longest, stop=stop, ranks=ranks)
+    options = dataclasses.replace(options, max_seq_len=texts.context)
+    if options.minutes is not None and checkpoint is None:
+        shape = start and start.config
+        options = fit_to_time(options, texts, shape, device=device, dtype=dtype, ranks=ranks)
+    texts = texts.cut(options.max_seq_len, options.val_tokens)
+    config = start.config if start else options.llama_config(tokenizer.n_words)
+    options = options.suited_to(config, continued=False)
+    return options, config, texts, start
+
+
+def plan_sizes(options: Options, config: LlamaConfig, texts: Texts) -> dict[str, Any]:
+    """What the plan of a pretraining has to know of its model and text."""
+    return {
+        "config": config,
+        "trainable_parameters": sum(config.parameter_counts().values()),
+        "muon_parameters": options.muon_parameters(config),
+        "sequences": len(texts.train),
+        "tokens": len(texts.train.stream),
+        "sequence_length": options.max_seq_len,
+        "logits_width": config.vocab_size,
+    }
+
+
+def plan_for_gpus(options: Options, stop: StopRequest) -> None:
+    """Print what a run would need and take on `--world_size` GPUs of the kind `--gpu`."""
+    options, ranks = options.with_global_batch(options.world_size), Ranks()
+    device = torch.device("cpu")
+    options, config, texts, _ = prepare_pretraining(
+        options, None, device, torch.float32, stop, ranks
+    )
+    gpu = GPUS[options.gpu.upper()]
+    dtype = "bfloat16" if options.dtype == "auto" else options.dtype
+    sizes = plan_sizes(options, config, texts)
+    plan = TrainingPlan(options, options.world_size, "cuda", dtype, **sizes)
+    memory = int(gpu.memory_gb * 1e9)
+    say(*plan.lines(memory), *Cluster(gpu).lines(plan))
+    warn_of_plan(plan, memory)
+
+
+class Pretraining(NextTokenTask):
+    """Next-token prediction on chunks of text, in the order of (seed, epoch)."""
+
+    def __init__(self, run: Run) -> None:
+        """Load the text and find the model to begin with. Raises UsageError."""
+        self.run = run
+        run.options, self.config, self.texts, self.start = prepare_pretraining(
+            run.options, run.checkpoint, run.device, run.dtype, run.stop, run.ranks
+        )
+        options, texts = run.options, self.texts
+        self.train_set, self.val_set = texts.train, texts.val
+        self.opening = texts.opening()
+        # A run that keeps to a time is evaluated at steps: its epochs may be seconds or hours.
+        self.best_interval = 0 if options.minutes is not None else options.best_model_interval
+        self.eval_interval = options.eval_interval
+        self.identity = {
+            "--pretrain_data, --tokenizer_model or how the text is read: key": texts.key,
+            "training tokens (--val_fraction, --val_data)": len(texts.train.stream),
+            "model shape": self.config.to_model_args() | {"dropout": 0.0},
+            "--max_seq_len": options.max_seq_len,
+            STARTING_WEIGHTS: self.start and self.start.weights,
+            CHUNK_ORDER: ORDER_VERSION,
+        }
+        self.sizes = plan_sizes(options, self.config, texts)
+
+    def build(self) -> None:
+        run, texts = self.run, self.texts
+        given = self.start and self.start.model
+        sharded = run.plan.shards > 1
+        if given is None or sharded:  # sharded it gets its weights block by block
+            with torch.device("meta" if sharded else "cpu"):
+                self.llama = Llama(self.config)
+        else:  # DDP gives the other ranks rank 0's weights
+            self.llama = given if run.ranks.is_main else given.to_empty(device="cpu")
+        self.llama.vocabulary = texts.tokenizer.model_bytes
+        bos_id = texts.tokenizer.bos_id if run.options.document_mask else None
+        self.distribute_llama(dynamic=False, bos_id=bos_id)
+        if run.options.sample_tokens and is_sharded(self.model):
+            say("samples      after the run alone: of a sharded model no process has the whole")
+        if given is not None and sharded:
+            load_state(self.llama, given.state_dict())
+            self.llama.chat_template = given.chat_template
+        self.start = self.start and self.start._replace(model=None)  # no rank keeps the whole
+
+    def describe_start(self) -> str | None:
+        progress = self.run.progress
+        if progress.step or progress.first is None or self.start is None:
+            return None
+        return (
+            f"before the first step: val loss {progress.first:.4f}, val perplexity "
+            f"{perplexity(progress.first):,.4f}"
+        )
+
+    def sequences(self, epoch: int, index: int) -> np.ndarray:
+        options, chunks = self.run.options, len(self.train_set)
+        return batch_indices(chunks, options.global_batch_size, options.seed, epoch, index)
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        # An epoch's short last batch is not worth another half minute of compiling; parts of a
+        # micro-batch that did not fit the memory are, since all that follow are trained on so.
+        options = self.run.options
+        whole = tokens.shape == (-(-options.pretrain_batch_size // self.split), options.max_seq_len)
+        return (self.compiled if whole else self.parallel)(tokens, targets)[0]
+
+    def sample(self) -> str | None:
+        options, stop = self.run.options, self.run.stop
+        if not options.sample_tokens or is_sharded(self.model):  # no rank has a sharded one whole
+            return None
+        prompt = self.opening if options.sample_prompt is None else options.sample_prompt
+
+        def write() -> str | None:
+            text = None
+            self.model.eval()
+            with contextlib.suppress(UsageError):  # logits that are not numbers
+                text = sample_text(
+                    self.model,
+                    self.texts.tokenizer,
+                    prompt,
+                    tokens=options.sample_tokens,
+                    should_stop=lambda: stop.requested,
+                )
+            self.model.train()
+            stop.check()
+            return text
+
+        return self.run.ranks.on_main(write)
+
+    def locate(self, number: int) -> str:
+        return self.texts.locate(number)
+
+    def finish(self) -> None:
+        """Write the model and the loss curve, show a sample, say what there is and what is next."""
+        run, folder, progress = self.run, self.run.folder, self.run.progress
+        final, curve = folder.file("final-model.pt"), folder.file("loss-curve.svg")
+        run.checkpoints.save_weights("final-model.pt", self.weights())
+        every_nth = max(1, progress.step // CURVE_POINTS)
+        records = [
+            record
+            for record in read_records(folder.file("metrics.jsonl"))
+            if record["step"] % every_nth == 0 or record.get("val_loss") is not None
+        ]
+        picture = loss_curve_svg(records, str(folder.path))
+        run.checkpoints.save_file(curve, lambda: write_text(curve, picture))
+        run.checkpoints.finish()
+        if not run.ranks.is_main:
+            return
+        val_loss = records[-1].get("val_loss") if records else None
+        rose = None not in (val_loss, progress.best) and val_loss > OVERFITTED * progress.best
+        chosen = folder.file("best-model.pt") if rose else final
+        if rose:
+            print(
+                f"\noverfitted from step {progress.best_step:,} on: the validation loss was best "
+                f"then and rose since. {chosen} is the model of that step"
+            )
+        in_memory = not rose and not is_sharded(self.model)
+        model = self.llama.eval() if in_memory else load_pretrained(chosen)
+        print("\na sample of what it writes:")
+        print(f"{sample_text(model, self.texts.tokenizer)}\n")
+        if None not in (val_loss, progress.first, progress.best):
+            last = f", {perplexity(val_loss):.2f} after {progress.step:,}" if rose else ""
+            print(
+                f"validation perplexity {perplexity(progress.first):,.1f} before training, "
+                f"{perplexity(progress.best):.2f} after {progress.best_step:,} steps{last}"
+            )
+        if records:
+            recent = [record["loss"] for record in records[-20:] if record["loss"] is not None]
+            outcome = Outcome(
+                parameters=sum(self.config.parameter_counts().values()),
+                tokens=progress.tokens,
+                distinct=run.plan.tokens,
+                train_loss=sum(recent) / max(1, len(recent)),
+                val_loss=val_loss,
+            )
+            say(*advise(outcome, rose=rose))
+        print_results(folder, chosen, self.opening, "generate", "finetune")
