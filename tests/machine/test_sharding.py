@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import several
 import torch
-from minllama.runs.saving import Checkpoints
 from running import assert_same
 from torch import nn
 
@@ -37,8 +36,8 @@ from minllama.machine.sharding import (
     receive,
     shapes_alone,
 )
-from minllama.runs import saving
-from minllama.runs.checkpoints import load_checkpoint, summarize
+from minllama.runs import checkpoints as saving
+from minllama.runs.checkpoints import Checkpoints, load_checkpoint, summarize
 from minllama.runs.run_folder import RunFolder
 from minllama.system import files
 from minllama.system.errors import RunFailed, UsageError
