@@ -58,8 +58,9 @@ from minllama.machine.device import (
 from minllama.machine.gpus import GPUS
 from minllama.machine.ranks import Ranks, check_runs_alone, exit_at_once, is_lost_peer
 from minllama.machine.sharding import full_state_dict, is_sharded, load_state
-from minllama.model.generation import compile_step, pack_weights
+from minllama.model.generation import compile_step
 from minllama.model.lora import add_lora, merge_lora
+from minllama.model.packing import pack_weights
 from minllama.runs.advice import Outcome, advise
 from minllama.runs.plan import Cluster, TrainingPlan, warn_of_plan
 from minllama.runs.record import loss_curve_svg, read_records

@@ -89,7 +89,7 @@ class Task(ABC):
         llama.activation_checkpointing = options.activation_checkpointing
         self.parallel = distribute(
             module,
-            llama.blocks(),
+            llama.materialized_layers(),
             ranks=session.ranks,
             parallel=options.parallel,
             device=session.device,
