@@ -222,18 +222,14 @@ class Llama(nn.Module):
 
         The weights are those that the same generator draws for a model that is whole.
         """
-
-        def materialize(part: nn.Module) -> None:
+        parts = [self.tok_embeddings, *self.layers, self.norm]
+        if not self.config.tie_word_embeddings:
+            parts.append(self.output)
+        for part in parts:
             if next(part.parameters()).is_meta:
                 self.init_weights(part.to_empty(device="cpu"))
-
-        materialize(self.tok_embeddings)
-        for layer in self.layers:
-            materialize(layer)
-            yield layer
-        materialize(self.norm)
-        if not self.config.tie_word_embeddings:
-            materialize(self.output)
+            if isinstance(part, LlamaLayer):
+                yield part
         self.tie_weights()
 
     def tie_weights(self) -> None:

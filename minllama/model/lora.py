@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -54,12 +56,9 @@ def merge_lora(model: Llama) -> None:
     model.requires_grad_(True)
 
 
-def linears(model: Llama) -> list[tuple[nn.Module, str, nn.Linear]]:
+def linears(model: Llama) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
     """Every linear layer inside the layers, with the module that has it and its name there."""
-    parents = [module for layer in model.layers for module in layer.children()]
-    return [
-        (parent, name, child)
-        for parent in parents
-        for name, child in parent.named_children()
-        if isinstance(child, nn.Linear)
-    ]
+    for parent in itertools.chain.from_iterable(layer.children() for layer in model.layers):
+        for name, child in list(parent.named_children()):  # a list: the caller replaces them
+            if isinstance(child, nn.Linear):
+                yield parent, name, child
