@@ -209,9 +209,9 @@ class Llama(nn.Module):
             if parameter.dim() == 1:  # the gains of norms
                 nn.init.ones_(parameter)
             else:
-                # These two matrices end the branches that a layer adds to the residual stream. The
-                # variance of 2 n_layers independent terms is their sum: scaled by the root of
-                # their number, the stream leaves a deep model as wide as a shallow one.
+                # These two matrices end the branches that each layer adds to the residual stream.
+                # The variances of 2 n_layers terms add up: divided by the root of their number,
+                # the stream is as large after many layers as after few.
                 ends_branch = name.endswith(("compute_output.weight", "w2.weight"))
                 scale = math.sqrt(2 * self.config.n_layers) if ends_branch else 1.0
                 nn.init.normal_(parameter, std=0.02 / scale)

@@ -173,7 +173,7 @@ def parameter_groups(
     model: nn.Module, weight_decay: float, *, without: Iterable[nn.Parameter] = ()
 ) -> list[dict]:
     """Two groups of the trainable parameters: matrices decay, gains and biases do not."""
-    # Decay keeps the many weights that a product sums up small; a norm's gain has its place at 1.
+    # Decay keeps small the many weights that a product sums up; a norm's gain belongs near 1.
     excluded = set(map(id, without))
     trainable = [p for p in model.parameters() if p.requires_grad and id(p) not in excluded]
     groups = [
@@ -220,10 +220,7 @@ class Muon(torch.optim.Muon):
                 weights, grads, momenta = (list(tensors) for tensors in zip(*stack, strict=True))
                 # Nesterov's: the gradient once more on top of the moment that it is part of.
                 nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
-                if len(nesterov) == 1:
-                    updates = [orthogonalize(nesterov[0], self.dtype)]
-                else:
-                    updates = list(orthogonalize(torch.stack(nesterov), self.dtype).unbind())
+                updates = orthogonalize(torch.stack(nesterov), self.dtype).unbind()
                 # An orthogonal matrix has a root mean square of 1 / sqrt(its longer side). This
                 # makes it 0.2, about that of AdamW's updates: one learning rate fits both.
                 step_size = group["lr"] * 0.2 * math.sqrt(max(weights[0].shape))
@@ -245,29 +242,25 @@ def stacks(*lists: list[torch.Tensor]) -> Iterator[list[tuple[torch.Tensor, ...]
             yield alike[start : start + count]
 
 
-def orthogonalize(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Near the orthogonal matrix closest to `matrix`, by Newton-Schulz iterations in `dtype`.
+def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """About the closest orthogonal matrix to each of (n, rows, columns): Newton-Schulz iterations.
 
-    With matrix = U S V^T that is U V^T; here the singular values come out between 0.5 and 1.5
-    instead of at 1 (Jordan 2024, kellerjordan.github.io/posts/muon). Of a stack (n, rows, columns)
-    each matrix by itself.
+    Of U S V^T that is U V^T; here the singular values come out between 0.5 and 1.5 instead of at 1
+    (Jordan 2024, kellerjordan.github.io/posts/muon). The products are in `dtype`.
     """
-    wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT  # the smaller gram matrix
-    x = wide.to(dtype)
-    single = x.ndim == 2
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if tall else matrices).to(dtype)  # wide: the smaller of the gram matrices
     # The Frobenius norm is at least the largest singular value: now they are all in [0, 1], where
     # the iteration converges.
-    size = x.norm() if single else x.norm(dim=(1, 2), keepdim=True)
-    add_product = torch.addmm if single else torch.baddbmm
-    x = x / size.clamp(min=1e-7)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     # Each step maps a singular value s to a s + b s^3 + c s^5, with nothing but matrix products:
     # x x^T has the same U as x. The coefficients make small s grow fastest, at the price of never
     # settling at 1, which an update does not need.
     a, b, c = 3.4445, -4.7750, 2.0315
     for _ in range(5):
-        gram = x @ x.mT
-        x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x if wide is matrix else x.mT).to(matrix.dtype)
+        gram = x @ x.mT  # (n, rows, rows)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 class MuonAndAdamW:

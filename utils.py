@@ -126,9 +126,9 @@ def shuffled(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray
     keys = splitmix64(key + np.arange(ROUNDS, dtype=np.uint64) * np.uint64(1 << 32))
     x = np.array(positions, np.uint64)
     outside = np.ones(x.shape, bool)
-    while outside.any():  # under four rounds on average: there are less than 4 n such numbers
+    while outside.any():  # under four times on average: the network permutes less than 4 n numbers
         left, right = x[outside] >> half, x[outside] & low
-        for round_key in keys:  # whatever is mixed in, (l, r) -> (r, l ^ f(r)) can be undone
+        for round_key in keys:  # whatever f is, (l, r) -> (r, l ^ f(r)) is one to one
             left, right = right, left ^ (splitmix64(right + round_key) & low)
         x[outside] = left << half | right
         outside = x >= n

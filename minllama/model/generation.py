@@ -171,6 +171,7 @@ def sample_rows(
         return logits.argmax(-1).tolist()
     # Apple's GPU has no float64, which keeps the sum of many small numbers exact.
     logits = logits.float() if logits.is_cuda else logits.float().cpu()
+    # Less the largest before the division: a tiny temperature makes no infinity minus infinity.
     probs = torch.softmax((logits - logits.amax(-1, True)) / sampling.temperature, dim=-1)
     if sampling.top_k is not None and sampling.top_k < probs.shape[-1]:
         probs = torch.where(probs >= probs.topk(sampling.top_k).values[:, -1:], probs, 0)
@@ -183,7 +184,7 @@ def sample_rows(
         if not (total > 0).all():
             raise UsageError("the model's logits are not numbers: its training diverged")
         draws = [torch.rand(1, generator=generators[row], dtype=torch.float64) for row in rows]
-        places = torch.stack(draws).to(total.device) * total
+        places = torch.stack(draws).to(total.device) * total  # inverse of the cumulated sum
         drawn = torch.searchsorted(cumulated, places, right=True)
         for row, token in zip(rows, drawn[:, 0].tolist(), strict=True):
             tokens[row] = token
@@ -268,7 +269,7 @@ def generate_tokens(
         if should_stop is not None and should_stop():
             return
         if any(len(texts[row]) > window for row in alive):
-            step = None
+            step = None  # one row has left the window: its states have to be computed again
         if step is None:  # a compiled step keeps its rows: those that have ended run along
             fit = [i for i, r in enumerate(cached) if r in alive and len(texts[r]) <= window]
             if len(fit) < len(cached):
@@ -307,7 +308,7 @@ def _next_logits(
             torch.compiler.cudagraph_mark_step_begin()  # the last step's logits are read
         return step(tokens, positions, cache.layers)
     if in_cache:
-        new = [text[held:] for text, held in zip(texts, cache.lengths, strict=False)]
+        new = [text[length:] for text, length in zip(texts, cache.lengths, strict=False)]
         hidden = model.extend(cache, new)
         states.append(hidden[range(in_cache), [len(tokens) - 1 for tokens in new]])
     if len(texts) > in_cache:
