@@ -128,7 +128,7 @@ def materialized_attention(
         start = len(out) * QUERY_BLOCK
         end = start + block.shape[2]
         scores = block @ key[:, :, :end].transpose(2, 3)  # (B, H, queries, keys)
-        if masks is None:
+        if masks is None:  # above the diagonal, which starts at this block's first query
             mask = scores.new_full(scores.shape[2:], -math.inf).triu(start + 1)
         else:
             mask = masks[len(out)]
