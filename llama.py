@@ -2,10 +2,14 @@
 
 Knows tensors and token ids, never text: a vocabulary is for it a string of bytes that travels with
 the weights. Knows nothing of optimizers, data sets or command lines, picks no device and prints
-nothing.
+nothing. How a formula is computed fast on a CPU or a GPU is in `minllama.model`.
 
-Shapes: B rows (batch), T tokens, D numbers per head, H heads (H_kv key/value heads), V vocabulary,
-S places in the cache; `dim` is the width of the residual stream.
+The architecture is Llama 2's (arXiv:2307.09288): a decoder-only transformer (arXiv:1706.03762) with
+RMSNorm before each branch, rotary positions, SwiGLU, and grouped-query attention.
+
+Shapes, here and in `minllama.model`: B rows (batch), T tokens, D numbers per head, H query heads,
+H_kv key/value heads, V vocabulary, S places in the cache; `dim`, H x D, is the width of the
+residual stream.
 """
 
 from __future__ import annotations
@@ -23,34 +27,27 @@ from torch.utils.checkpoint import checkpoint
 
 from config import LlamaConfig, fingerprint
 from minllama.formats.formats import StoredModel, read_model
-from minllama.model.generation import (
-    KVCache,
-    PackedLinear,
-    Sampling,
-    StepCache,
-    generate_tokens,
-    single_token_attention,
-)
+from minllama.model.generation import Cache, KVCache, Sampling, generate_tokens
 from minllama.model.kernels import (
     attend,
     compute_dtype,
-    document_begins,
     document_masks,
-    fused_attention,
+    document_starts,
     linear_cross_entropy,
+    rms_norm,
+    rotate,
+    to_residual_dtype,
 )
 from minllama.system.errors import UsageError
 from minllama.text.chat import ChatTemplate
-
-AnyCache = KVCache | StepCache
 
 # ---------------------------------------------------------------------------- parts
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in float32 inside (arXiv:1910.07467).
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467).
 
-    The result is in the dtype of the products that read it, so that it is cast once for them all.
+    Unlike LayerNorm it subtracts no mean and has no bias.
     """
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
@@ -59,36 +56,21 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda and x.dtype != torch.float32:  # its kernel is float32 inside, and one
-            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-        normed = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
-        return normed.to(compute_dtype(x))
+        # In float32 whatever x is: squares overflow float16, and bfloat16's 8 bits lose their sum.
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rotary_table(head_dim: int, max_seq_len: int, theta: float = 10000.0) -> Tensor:
-    """Cosine and sine of every position's angles, (max_seq_len, 1, head_dim / 2, 2) in float32.
+    """Cosine and sine of every position's angles, (max_seq_len, 1, D / 2, 2) in float32.
 
-    Made on the CPU, wherever it is used: the same numbers on every device.
+    Position t turns pair i by t / theta^(2i / D): the first pairs fast, which tells neighbours
+    apart, the last ones so slowly that distant positions still differ.
     """
-    steps = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    # Always on the CPU: the same numbers on every device.
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
     positions = torch.arange(max_seq_len, dtype=torch.float32, device="cpu")
-    angles = torch.outer(positions, 1.0 / theta**steps)
+    angles = torch.outer(positions, 1.0 / theta**exponents)  # (max_seq_len, D / 2)
     return torch.stack((angles.cos(), angles.sin()), dim=-1)[:, None]
-
-
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate adjacent pairs of x (B, T, H, D) by the angles of table (T or B, T; 1, D/2, 2)."""
-    pairs = x.float().unflatten(-1, (-1, 2))
-    if not torch.compiler.is_compiling():
-        # One complex product: 5-8 times faster than the lines below run op by op on a CPU.
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
-    elif x.is_cuda:  # two thirds of the time of interleaving, which a CPU does three times faster
-        cos, sin = table.unbind(-1)
-        turned = pairs * cos[..., None] + pairs.flip(-1) * torch.stack((-sin, sin), dim=-1)
-    else:  # inductor fuses real arithmetic and has no complex kernels
-        (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
-        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
-    return turned.flatten(-2).type_as(x)
 
 
 def apply_rotary_emb(
@@ -98,16 +80,22 @@ def apply_rotary_emb(
 
     Row t of T is taken as position t, which is at most max_seq_len - 1.
     """
+    # Adjacent numbers are a pair, as in the paper and in Meta's weights. Hugging Face pairs number
+    # i with i + D/2: its checkpoints have the rows of these projections in another order.
     table = rotary_table(head_dim, max_seq_len, theta)[: query.shape[1]].to(query.device)
     return rotate(query, table), rotate(key, table)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions; each key/value head serves H / H_kv heads."""
+    """Causal self-attention: softmax(q k^T / sqrt(D)) v over the tokens up to each one's own.
+
+    Each of the H_kv key/value heads serves H / H_kv query heads (arXiv:2305.13245), which makes
+    the cache of generation smaller by that factor.
+    """
 
     def __init__(self, layer_id: int, config: LlamaConfig) -> None:
         super().__init__()
-        self.layer_id = layer_id
+        self.layer_id = layer_id  # the cache's entry for this layer
         self.head_dim = config.head_dim
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
         kv_dim = config.n_kv_heads * config.head_dim
@@ -115,41 +103,35 @@ class Attention(nn.Module):
         self.compute_key = nn.Linear(config.dim, kv_dim, bias=False)
         self.compute_value = nn.Linear(config.dim, kv_dim, bias=False)
         self.compute_output = nn.Linear(config.dim, config.dim, bias=False)
-        self.compute_heads: PackedLinear | None = None  # the first three, for generation
         self.dropout = nn.Dropout(config.dropout)
 
     def heads(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query (B, T, H, D) and key, both rotated, and value (B, T, H_kv, D) of x (B, T, dim)."""
         split = (-1, self.head_dim)
-        if self.compute_heads is not None:
-            counts = (self.n_heads + self.n_kv_heads, self.n_kv_heads)
-            turned, value = self.compute_heads(x).unflatten(-1, split).split(counts, 2)
-            return *rotate(turned, table).split((self.n_heads, self.n_kv_heads), 2), value
-        query = rotate(self.compute_query(x).unflatten(-1, split), table)
-        key = rotate(self.compute_key(x).unflatten(-1, split), table)
-        return query, key, self.compute_value(x).unflatten(-1, split)
+        query = self.compute_query(x).unflatten(-1, split)  # (B, T, H, D)
+        key = self.compute_key(x).unflatten(-1, split)  # (B, T, H_kv, D)
+        value = self.compute_value(x).unflatten(-1, split)  # (B, T, H_kv, D)
+        # Rotated by their positions, so q k^T depends on their distance alone. Values are what is
+        # summed up, not compared: they stay as they are.
+        return rotate(query, table), rotate(key, table), value
 
     def forward(
         self,
         x: Tensor,
         table: Tensor,
-        cache: AnyCache | None = None,
+        cache: Cache | None = None,
         masks: Sequence[Tensor] | None = None,
     ) -> Tensor:
         query, key, value = self.heads(x, table)
-        mask = None
-        if cache is not None:
+        if cache is not None:  # generation: also the keys and values of earlier tokens
             key, value = cache.update(self.layer_id, key, value)  # (B, S, H_kv, D)
-            mask = cache.mask
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         if cache is None:
-            attended = attend(query, key, value, masks)
-        elif isinstance(cache, StepCache):
-            attended = single_token_attention(query, key, value, mask)
+            attended = attend(query, key, value, masks)  # (B, H, T, D)
         else:
-            causal = mask is None and x.shape[1] > 1  # a single token sees all there is
-            attended = fused_attention(query, key, value, mask, causal=causal)
-        return self.dropout(self.compute_output(attended.transpose(1, 2).flatten(2)))
+            attended = cache.attend(query, key, value)  # (B, H, T, D)
+        attended = attended.transpose(1, 2).flatten(2)  # (B, T, dim): the heads side by side
+        return self.dropout(self.compute_output(attended))
 
 
 class FeedForward(nn.Module):
@@ -157,17 +139,14 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
+        # Three matrices where a plain MLP has two: hidden_dim is 2/3 of 4 x dim to make up for it.
         self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)  # gate
         self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)  # down
         self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)  # up
-        self.w1_w3: PackedLinear | None = None  # the two, for generation
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.w1_w3 is not None:
-            gate, up = self.w1_w3(x).chunk(2, -1)
-        else:
-            gate, up = self.w1(x), self.w3(x)
+        gate, up = self.w1(x), self.w3(x)  # (B, T, hidden_dim)
         return self.dropout(self.w2(F.silu(gate) * up))
 
 
@@ -185,9 +164,11 @@ class LlamaLayer(nn.Module):
         self,
         x: Tensor,
         table: Tensor,
-        cache: AnyCache | None = None,
+        cache: Cache | None = None,
         masks: Sequence[Tensor] | None = None,
     ) -> Tensor:
+        # Pre-norm: nothing but sums stands on the way from the last layer to the first, so that
+        # gradients arrive undiminished and deep models train stably (arXiv:2002.04745).
         x = x + self.attention(self.attention_norm(x), table, cache, masks)
         return x + self.feed_forward(self.ffn_norm(x))
 
@@ -215,8 +196,9 @@ class Llama(nn.Module):
             self.layers = nn.ModuleList(LlamaLayer(i, config) for i in range(config.n_layers))
             self.norm = RMSNorm(config.dim, config.layer_norm_eps)
             self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        # Computed from the config, so it is in no weights file.
         self.register_buffer("rotary", torch.empty(0), persistent=False)
-        self._settle()
+        self.tie_weights()
         if device.type != "meta":
             self.to_empty(device=device)
             self.init_weights(self)
@@ -224,74 +206,77 @@ class Llama(nn.Module):
     def init_weights(self, part: nn.Module) -> None:
         """Draw a part's weights as GPT-2: normal 0.02, less where 2 n_layers branches add up."""
         for name, parameter in part.named_parameters():
-            if parameter.dim() == 1:
+            if parameter.dim() == 1:  # the gains of norms
                 nn.init.ones_(parameter)
             else:
+                # These two matrices end the branches that each layer adds to the residual stream.
+                # The variances of 2 n_layers terms add up: divided by the root of their number,
+                # the stream is as large after many layers as after few.
                 ends_branch = name.endswith(("compute_output.weight", "w2.weight"))
                 scale = math.sqrt(2 * self.config.n_layers) if ends_branch else 1.0
                 nn.init.normal_(parameter, std=0.02 / scale)
 
-    def blocks(self) -> Iterator[LlamaLayer]:
+    def materialized_layers(self) -> Iterator[LlamaLayer]:
         """The layers. Those of a model on meta get memory and weights as they are reached, and what
         is around them before and after: where each is sharded at once, no rank has the whole.
 
         The weights are those that the same generator draws for a model that is whole.
         """
-
-        def materialise(part: nn.Module) -> None:
+        parts = [self.tok_embeddings, *self.layers, self.norm]
+        if not self.config.tie_word_embeddings:
+            parts.append(self.output)
+        for part in parts:
             if next(part.parameters()).is_meta:
                 self.init_weights(part.to_empty(device="cpu"))
+            if isinstance(part, LlamaLayer):
+                yield part
+        self.tie_weights()
 
-        materialise(self.tok_embeddings)
-        for layer in self.layers:
-            materialise(layer)
-            yield layer
-        materialise(self.norm)
-        if not self.config.tie_word_embeddings:
-            materialise(self.output)
-        self._settle()
-
-    def _settle(self) -> None:
-        """Tie head and embedding, and make the rotary table on the weights' device."""
+    def tie_weights(self) -> None:
+        """Tie the head to the embedding, and make the rotary table on their device."""
         config = self.config
         if config.tie_word_embeddings:
+            # A token's vector as input and as output mean the same, and the table is most of a
+            # small model: sharing it saves V x dim parameters and learns better (arXiv:1608.05859).
             self.output.weight = self.tok_embeddings.weight
         table = rotary_table(config.head_dim, config.max_seq_len, config.rope_theta)
         self.rotary = table.to(self.tok_embeddings.weight.device)  # (max_seq_len, 1, D/2, 2)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Llama:
+        # torch calls this for .to(), .cuda(), .to_empty() and their like. The table must stay
+        # float32 in a bfloat16 model, whose 8 bits do not tell neighbouring positions apart.
         super()._apply(fn, recurse)
-        self._settle()  # the table stays float32 in a bfloat16 model, and nothing stays on meta
+        self.tie_weights()
         return self
 
     def hidden_states(
-        self, tokens: Tensor, cache: AnyCache | None = None, begins: Tensor | None = None
+        self, tokens: Tensor, cache: Cache | None = None, starts: Tensor | None = None
     ) -> Tensor:
         """The normalised states (B, T, dim) after each of tokens (B, T).
 
-        With `begins` of `document_begins` each document is read as if it stood alone. Raises
+        With `starts` of `document_starts` each document is read as if it stood alone. Raises
         UsageError for more tokens than max_seq_len.
         """
-        width = tokens.shape[1]
+        width, masks = tokens.shape[1], None
         if width > self.config.max_seq_len:
             raise UsageError(f"{width} tokens do not fit max_seq_len {self.config.max_seq_len}")
-        positions = slice(width) if cache is None else cache.place(width, tokens.device)
-        if isinstance(positions, Tensor):  # padding may lie beyond the last position
-            positions = positions.clamp(max=self.config.max_seq_len - 1)
-        masks = None
-        if begins is not None:
-            positions = torch.arange(width, device=tokens.device) - begins
-            masks = document_masks(begins, compute_dtype(self.tok_embeddings.weight))
+        if starts is not None:  # several documents in a row: positions count from each one's start
+            positions = torch.arange(width, device=tokens.device) - starts  # (B, T)
+            masks = document_masks(starts, compute_dtype(self.tok_embeddings.weight))
+        elif cache is not None:
+            positions = cache.place(width, tokens.device)
+            if isinstance(positions, Tensor):  # what is past the last one is padding, never read
+                positions = positions.clamp(max=self.config.max_seq_len - 1)
+        else:
+            positions = slice(width)
         table = self.rotary[positions]  # (T or B, T; 1, D/2, 2)
-        x = self.dropout(self.tok_embeddings(tokens))
-        if x.is_cuda:  # a GPU waits for its memory: half the bytes in everything between products
-            x = x.to(compute_dtype(x))
+        x = to_residual_dtype(self.dropout(self.tok_embeddings(tokens)))  # (B, T, dim)
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, table, None, masks, use_reentrant=False)
             else:
                 x = layer(x, table, cache, masks)
-        return self.norm(x)
+        return self.norm(x)  # the stream has grown layer by layer: the head reads it normalised
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits and hidden states (B, T, dim) of tokens (B, T).
@@ -302,14 +287,16 @@ class Llama(nn.Module):
         return self.output(hidden if targets is not None else hidden[:, -1:]), hidden
 
     def loss(
-        self, tokens: Tensor, targets: Tensor, begins: Tensor | None = None
+        self, tokens: Tensor, targets: Tensor, starts: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Sum of cross entropies in nats over the real targets, and their count.
 
-        tokens, targets and `begins`, if documents are to be apart, are (B, T); targets of
+        tokens, targets and `starts`, if documents are to be apart, are (B, T); targets of
         IGNORE_INDEX do not count.
         """
-        hidden = self.hidden_states(tokens, begins=begins).flatten(0, 1)
+        # Sum and count, not their mean: the caller divides by the targets of all micro-batches and
+        # ranks, so that each token weighs the same wherever it falls.
+        hidden = self.hidden_states(tokens, starts=starts).flatten(0, 1)  # (B T, dim)
         return linear_cross_entropy(hidden, self.output.weight, targets.flatten())
 
     def extend(self, cache: KVCache, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -321,7 +308,9 @@ class Llama(nn.Module):
         width = max(map(len, rows))
         padded = [[*row, *[0] * (width - len(row))] for row in rows]
         hidden = self.hidden_states(torch.tensor(padded, device=self.rotary.device), cache)
-        cache.lengths = [held + len(row) for held, row in zip(cache.lengths, rows, strict=True)]
+        # Padding went into the cache, too. Lengths count real tokens alone, so no mask shows it,
+        # and the row's next tokens overwrite it.
+        cache.lengths = [n + len(row) for n, row in zip(cache.lengths, rows, strict=True)]
         return hidden
 
     @torch.inference_mode()
@@ -341,7 +330,7 @@ class Llama(nn.Module):
 class NextTokenLoss(nn.Module):
     """Llama.loss as a module's forward, which DDP, FSDP2 and torch.compile can wrap.
 
-    With a `bos_id`, the token that begins each document, attention stays inside the documents.
+    With a `bos_id`, the token that starts each document, attention stays inside the documents.
     """
 
     def __init__(self, model: Llama, bos_id: int | None = None) -> None:
@@ -349,8 +338,8 @@ class NextTokenLoss(nn.Module):
         self.model, self.bos_id = model, bos_id
 
     def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        begins = None if self.bos_id is None else document_begins(tokens, self.bos_id)
-        return self.model.loss(tokens, targets, begins)
+        starts = None if self.bos_id is None else document_starts(tokens, self.bos_id)
+        return self.model.loss(tokens, targets, starts)
 
 
 # ---------------------------------------------------------------------------- classifiers
@@ -391,6 +380,8 @@ class LlamaEmbeddingClassifier(nn.Module):
 
     def _pool(self, hidden: Tensor, lengths: Tensor) -> Tensor:
         """One state (B, dim) a row from hidden (B, T, dim)."""
+        # Padding is on the right, and attention causal: no state of a real token has seen it. What
+        # is real follows from the lengths, never from ids: every id is some text's real token.
         if self.pooling == "last":
             return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
         padding = torch.arange(hidden.shape[1], device=hidden.device) >= lengths[:, None]  # (B, T)
@@ -434,38 +425,47 @@ class LlamaZeroShotClassifier(nn.Module):
                 )
             if not 0 < start < min(lengths):
                 raise UsageError("a prompt and a label need at least one token each")
-        # The last token that a prompt's labels share is read with each: it predicts the next.
-        held = [min(pair) - 1 for pair in zip(common, starts, strict=True)]
+        # Of each prompt the cache keeps what its labels share, but for the last of these tokens:
+        # that is read with each label, since its state predicts the label's first token.
+        kept = [min(pair) - 1 for pair in zip(common, starts, strict=True)]
         ends = [max(map(len, labels)) - 1 for labels in sequences]
-        room = max(end - h for end, h in zip(ends, held, strict=True))
-        prompts = [labels[0][:h] for labels, h in zip(sequences, held, strict=True)]
-        cache = self._read(prompts, room)
+        room = max(end - n for end, n in zip(ends, kept, strict=True))
+        prompts = [labels[0][:n] for labels, n in zip(sequences, kept, strict=True)]
+        cache = self._read_prompts(prompts, room)
         scores = []
         for texts in zip(*sequences, strict=True):  # label by label
-            cache.lengths = list(held)  # forget the label before
-            tails = [text[h:-1] for text, h in zip(texts, held, strict=True)]
-            scores.append(self._sum(self.llama.extend(cache, tails), texts, starts, held))
+            cache.lengths = list(kept)  # forget the label before
+            tails = [text[n:-1] for text, n in zip(texts, kept, strict=True)]
+            hidden = self.llama.extend(cache, tails)
+            scores.append(self._sum_log_probs(hidden, texts, starts, kept))
         counts = torch.tensor([[len(text) for text in labels] for labels in sequences])
         return torch.stack(scores, dim=1), counts - torch.tensor(starts)[:, None]
 
-    def _read(self, prefixes: list[Sequence[int]], room: int) -> KVCache:
-        """A cache that holds the prefixes, and has room for `room` more tokens each."""
-        shared, capacity = common_prefix(prefixes), max(map(len, prefixes)) + room
+    def _read_prompts(self, prompts: list[Sequence[int]], room: int) -> KVCache:
+        """A cache of the prompts, with room for `room` more tokens each."""
+        shared, capacity = common_prefix(prompts), max(map(len, prompts)) + room
         cache = KVCache(self.llama.config.n_layers, 1, capacity)
-        if shared:
-            self.llama.extend(cache, [prefixes[0][:shared]])
-        cache = cache.select([0] * len(prefixes))
+        if shared:  # instructions and examples: one row reads them for all
+            self.llama.extend(cache, [prompts[0][:shared]])
+        cache = cache.select([0] * len(prompts))
         if capacity > shared + room:
-            self.llama.extend(cache, [prefix[shared:] for prefix in prefixes])
+            self.llama.extend(cache, [prompt[shared:] for prompt in prompts])
         return cache
 
-    def _sum(self, hidden: Tensor, texts: Any, starts: list[int], held: list[int]) -> Tensor:
-        """Summed log-probabilities (B,) of text[start:] from hidden states after text[held:-1]."""
+    def _sum_log_probs(
+        self,
+        hidden: Tensor,
+        texts: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        kept: Sequence[int],
+    ) -> Tensor:
+        """Log-probabilities (B,) of text[start:], from hidden states after text[kept:-1]."""
         scored = [(b, i) for b, text in enumerate(texts) for i in range(starts[b], len(text))]
         rows = torch.tensor([b for b, _ in scored], device=hidden.device)
-        states = hidden[rows, [i - 1 - held[b] for b, i in scored]]  # (tokens scored, dim)
+        # The chain rule: token i is predicted by the state after token i - 1, whatever comes later.
+        states = hidden[rows, [i - 1 - kept[b] for b, i in scored]]  # (tokens scored, dim)
         targets = torch.tensor([texts[b][i] for b, i in scored], device=hidden.device)[:, None]
-        log_probs = [
+        log_probs = [  # of 256 tokens at a time: logits are V wide
             F.log_softmax(self.llama.output(part).float(), dim=-1).gather(1, target)[:, 0]
             for part, target in zip(states.split(256), targets.split(256), strict=True)
         ]
@@ -494,7 +494,7 @@ def build_model(stored: StoredModel) -> Llama:
     weights = stored.weights
     state = {name: weights[name].to(torch.float32, copy=True) for name in model.state_dict()}
     model.load_state_dict(state, assign=True)
-    model._settle()
+    model.tie_weights()  # assigned one by one, head and embedding are two tensors now
     model.vocabulary, model.chat_template = stored.vocabulary, stored.chat_template
     return model.eval()
 

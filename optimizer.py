@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import nn
 
-BETAS, EPS = (0.9, 0.95), 1e-8  # AdamW's, as Llama was pretrained
+BETAS, EPS = (0.9, 0.95), 1e-8  # AdamW's, as Llama was pretrained (arXiv:2307.09288)
 WARMUP_START = 0.01  # of the peak: where linear warmup begins
-# Where the fused kernel decays, too, in the same pass; a CPU keeps the rounding that it had.
-DECAYED_INSIDE = ("cuda",)
+DECAYED_INSIDE = ("cuda",)  # where the fused kernel decays, too; a CPU keeps the rounding it had
 EMBEDDING_RATE = 4.0  # beside Muon, of the matrices' learning rate: 4 to 8 were best of 1/2 to 16
 WSD_DECAY = 0.2  # of the run: the last part of the warmup-stable-decay schedule
 
@@ -24,10 +23,13 @@ WSD_DECAY = 0.2  # of the run: the last part of the warmup-stable-decay schedule
 
 
 class AdamW(torch.optim.Optimizer):
-    """Adam with decoupled weight decay (Kingma & Ba 2015, section 2; Loshchilov & Hutter 2019).
+    """Adam (arXiv:1412.6980) with decoupled weight decay (arXiv:1711.05101).
 
-    With `correct_bias` the step size is lr * sqrt(1 - b2^t) / (1 - b1^t), and `eps` is added to the
-    uncorrected sqrt(v): not quite torch.optim.AdamW, whose eps is added after the correction.
+        m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
+        w = w - lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps)
+        w = w - lr weight_decay w
+
+    torch.optim.AdamW differs: its eps is added to the corrected sqrt(v), and it decays first.
     Raises ValueError for hyperparameters out of range and for sparse gradients.
     """
 
@@ -53,8 +55,9 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            # What shares step count and device shares its bias correction, so one fused call each.
-            alike: dict[tuple, list[nn.Parameter]] = {}
+            # One call for all parameters of one step count, which share their bias correction. A
+            # parameter without a gradient is left out and keeps its own count.
+            batches: dict[tuple, list[nn.Parameter]] = {}
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -67,8 +70,8 @@ class AdamW(torch.optim.Optimizer):
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
                 state["step"] += 1
                 key = (state["step"], parameter.device, parameter.dtype)
-                alike.setdefault(key, []).append(parameter)
-            for (step, *_), parameters in alike.items():
+                batches.setdefault(key, []).append(parameter)
+            for (step, *_), parameters in batches.items():
                 self._update(parameters, group, step)
         return loss
 
@@ -84,6 +87,8 @@ class AdamW(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         weights, gradients = local(parameters), local([p.grad for p in parameters])
         moments = [local([self.state[p][m] for p in parameters]) for m in ("exp_avg", "exp_avg_sq")]
+        # Both moments start at 0, and after t steps are still too small by 1 - beta^t. "Efficient"
+        # is to correct the step size, a number, in place of two tensors (Kingma & Ba, section 2).
         correction1, correction2 = 1 - beta1**step, math.sqrt(1 - beta2**step)
         step_size, decay = group["lr"], group["lr"] * group["weight_decay"]
         if group["correct_bias"]:
@@ -120,12 +125,15 @@ class AdamW(torch.optim.Optimizer):
             torch._foreach_add_(denominator, group["eps"])
             torch._foreach_addcdiv_(weights, exp_avg, denominator, -step_size)
         if decay:
+            # Decoupled: as an L2 term of the gradient it would be divided by sqrt(v), and weights
+            # with large gradients would hardly decay. After the update, as the assignment has it.
             # Added, since in float32 a factor of 1 - 1e-6 has lost most digits of the 1e-6.
             torch._foreach_add_(weights, weights, alpha=-decay)
 
 
 def local(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Of tensors that FSDP2 shards this rank's shards, sharing their memory; others as they are."""
+    # An update goes number by number, so each rank updates its shard and no one else's.
     return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
 
 
@@ -133,7 +141,8 @@ def is_fused(parameters: list[nn.Parameter], *lists: list[torch.Tensor]) -> bool
     """Whether torch's fused kernel takes these: it reads the tensors of a parameter, one from each
     of the lists, in the order of their memory, and on the CPU and on CUDA alone."""
     plain = all(type(p) is nn.Parameter or hasattr(p, "to_local") for p in parameters)
-    one_layout = all(len({t.stride() for t in of_one}) == 1 for of_one in zip(*lists, strict=True))
+    per_parameter = zip(*lists, strict=True)
+    one_layout = all(len({t.stride() for t in tensors}) == 1 for tensors in per_parameter)
     return plain and one_layout and lists[0][0].device.type in ("cpu", "cuda")
 
 
@@ -142,6 +151,7 @@ def check_moments(optimizer: torch.optim.Optimizer, state: dict, *, names: set[s
 
     A moment is `step`, a count, or a tensor of its parameter's shape and dtype.
     """
+    # A checkpoint is a file that anyone may have written, and the fused kernel checks no shape.
     parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
     if not isinstance(state.get("state"), dict) or not state["state"].keys() <= parameters.keys():
         raise ValueError("the optimizer's state is of other parameters")
@@ -151,11 +161,11 @@ def check_moments(optimizer: torch.optim.Optimizer, state: dict, *, names: set[s
         like = parameters[index]
         for name, value in moments.items():
             if name == "step":
-                sound = isinstance(value, int) and value >= 1
+                fits = isinstance(value, int) and value >= 1
             else:
-                sound = torch.is_tensor(value) and value.shape == like.shape
-                sound = sound and value.dtype == like.dtype
-            if not sound:
+                fits = torch.is_tensor(value) and value.shape == like.shape
+                fits = fits and value.dtype == like.dtype
+            if not fits:
                 raise ValueError(f"the optimizer's {name} of parameter {index} does not fit it")
 
 
@@ -163,6 +173,7 @@ def parameter_groups(
     model: nn.Module, weight_decay: float, *, without: Iterable[nn.Parameter] = ()
 ) -> list[dict]:
     """Two groups of the trainable parameters: matrices decay, gains and biases do not."""
+    # Decay keeps small the many weights that a product sums up; a norm's gain belongs near 1.
     excluded = set(map(id, without))
     trainable = [p for p in model.parameters() if p.requires_grad and id(p) not in excluded]
     groups = [
@@ -181,7 +192,8 @@ def layer_matrices(model: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in named if p.requires_grad and p.ndim == 2 and "layers." in name]
 
 
-STACKED = {"cuda": 2**26}  # numbers of matrices alike that Muon works on at once; a CPU on one
+# Numbers in the matrices of one shape that Muon works on at once; elsewhere one matrix at a time.
+STACKED = {"cuda": 2**26}
 
 
 class Muon(torch.optim.Muon):
@@ -202,15 +214,15 @@ class Muon(torch.optim.Muon):
             parameters: list[nn.Parameter] = []
             gradients: list[torch.Tensor] = []
             moments: list[torch.Tensor] = []
-            self._init_group(group, parameters, gradients, moments)
+            self._init_group(group, parameters, gradients, moments)  # torch's: fills these lists
             torch._foreach_lerp_(moments, gradients, 1 - group["momentum"])
             for stack in stacks(parameters, gradients, moments):
-                weights, of_step, of_all = (list(tensors) for tensors in zip(*stack, strict=True))
-                ahead = torch._foreach_lerp(of_step, of_all, group["momentum"])
-                if len(ahead) == 1:
-                    updates = [orthogonal(ahead[0], self.dtype)]
-                else:
-                    updates = list(orthogonal(torch.stack(ahead), self.dtype).unbind())
+                weights, grads, momenta = (list(tensors) for tensors in zip(*stack, strict=True))
+                # Nesterov's: the gradient once more on top of the moment that it is part of.
+                nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
+                updates = orthogonalize(torch.stack(nesterov), self.dtype).unbind()
+                # An orthogonal matrix has a root mean square of 1 / sqrt(its longer side). This
+                # makes it 0.2, about that of AdamW's updates: one learning rate fits both.
                 step_size = group["lr"] * 0.2 * math.sqrt(max(weights[0].shape))
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(weights, updates, alpha=-step_size)
@@ -221,32 +233,34 @@ def stacks(*lists: list[torch.Tensor]) -> Iterator[list[tuple[torch.Tensor, ...]
 
     Products of small matrices one by one leave a GPU waiting for the next launch.
     """
-    alike: dict[torch.Size, list[tuple[torch.Tensor, ...]]] = {}
+    by_shape: dict[torch.Size, list[tuple[torch.Tensor, ...]]] = {}
     for one_of_each in zip(*lists, strict=True):
-        alike.setdefault(one_of_each[0].shape, []).append(one_of_each)
-    for shape, found in alike.items():
-        count = max(1, STACKED.get(found[0][0].device.type, 0) // shape.numel())
-        for start in range(0, len(found), count):
-            yield found[start : start + count]
+        by_shape.setdefault(one_of_each[0].shape, []).append(one_of_each)
+    for shape, alike in by_shape.items():
+        count = max(1, STACKED.get(alike[0][0].device.type, 0) // shape.numel())
+        for start in range(0, len(alike), count):
+            yield alike[start : start + count]
 
 
-def orthogonal(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Near the orthogonal matrix closest to `matrix`, by Newton-Schulz iterations in `dtype`.
+def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """About the closest orthogonal matrix to each of (n, rows, columns): Newton-Schulz iterations.
 
-    Its singular values come out between 0.5 and 1.5 (Jordan 2024). Of a stack (n, rows, columns)
-    each matrix by itself.
+    Of U S V^T that is U V^T; here the singular values come out between 0.5 and 1.5 instead of at 1
+    (Jordan 2024, kellerjordan.github.io/posts/muon). The products are in `dtype`.
     """
-    wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
-    x = wide.to(dtype)
-    single = x.ndim == 2
-    size = x.norm() if single else x.norm(dim=(1, 2), keepdim=True)
-    add_product = torch.addmm if single else torch.baddbmm
-    x = x / size.clamp(min=1e-7)
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if tall else matrices).to(dtype)  # wide: the smaller of the gram matrices
+    # The Frobenius norm is at least the largest singular value: now they are all in [0, 1], where
+    # the iteration converges.
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    # Each step maps a singular value s to a s + b s^3 + c s^5, with nothing but matrix products:
+    # x x^T has the same U as x. The coefficients make small s grow fastest, at the price of never
+    # settling at 1, which an update does not need.
     a, b, c = 3.4445, -4.7750, 2.0315
     for _ in range(5):
-        gram = x @ x.mT
-        x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x if wide is matrix else x.mT).to(matrix.dtype)
+        gram = x @ x.mT  # (n, rows, rows)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 class MuonAndAdamW:
@@ -265,6 +279,7 @@ class MuonAndAdamW:
         matrices = layer_matrices(model)
         products = dtype if dtype == torch.bfloat16 else torch.float32
         muon = Muon(matrices, lr=lr, weight_decay=weight_decay, dtype=products)
+        # Orthogonal updates suit maps between vectors; the embedding is a table of rows.
         named = model.named_parameters()
         embedding = [p for name, p in named if p.requires_grad and "tok_embeddings" in name]
         groups = parameter_groups(model, weight_decay, without=[*matrices, *embedding])
@@ -275,7 +290,7 @@ class MuonAndAdamW:
 
     @property
     def param_groups(self) -> list[dict]:
-        """The groups of both."""
+        """The groups of both, in which a train loop sets the learning rate."""
         return [group for part in self.parts.values() for group in part.param_groups]
 
     def step(self) -> None:
@@ -339,13 +354,14 @@ def learning_rate(
     Linear from 0.01 x peak_lr to peak_lr over `warmup_steps`, then by `scheduler` to `min_lr` at
     `total_steps`: what SequentialLR(LinearLR, CosineAnnealingLR) gives, and beyond the end min_lr.
     """
+    # Warmup: the first steps follow second moments of a few batches, and would be too long.
     if step < warmup_steps:
         return peak_lr * (WARMUP_START + (1 - WARMUP_START) * step / warmup_steps)
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    shares = {
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))  # 0 to 1
+    shares = {  # of the way from min_lr up to peak_lr
         "constant": 1.0,
         "linear": 1 - progress,
-        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-        "wsd": min(1.0, (1 - progress) / WSD_DECAY),
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),  # half a period (arXiv:1608.03983)
+        "wsd": min(1.0, (1 - progress) / WSD_DECAY),  # the peak, then linear (arXiv:2404.06395)
     }
     return min_lr + (peak_lr - min_lr) * shares[scheduler]

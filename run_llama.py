@@ -39,7 +39,8 @@ from minllama.machine.device import (
 )
 from minllama.machine.ranks import Ranks, check_runs_alone, exit_at_once, is_lost_peer
 from minllama.machine.sharding import load_state
-from minllama.model.generation import compile_step, pack_weights
+from minllama.model.generation import compile_step
+from minllama.model.packing import pack_weights
 from minllama.system.errors import Interrupted, RunFailed, UsageError
 from minllama.system.files import check_writable_file, write_text
 from minllama.system.signals import LAUNCHER_REPEATS, StopRequest

@@ -78,7 +78,8 @@ def our_decoding(job: Row) -> Callable[[int], None]:
     """A function that generates `count` tokens with our model."""
     import torch
 
-    from minllama.model.generation import Sampling, compile_step, generate_tokens, pack_weights
+    from minllama.model.generation import Sampling, compile_step, generate_tokens
+    from minllama.model.packing import pack_weights
 
     model = our_model(job["shape"]).eval()
     rows, compiled = job.get("rows", 1), job["compiled"]
@@ -171,7 +172,7 @@ def perplexity_cost() -> dict[str, float]:
 
     from config import DATA_DIR, SHIPPED_MODEL
     from llama import load_pretrained
-    from minllama.model.generation import pack_weights
+    from minllama.model.packing import pack_weights
     from tokenizer import Tokenizer
 
     lines = (DATA_DIR / "stories-val.jsonl").read_text(encoding="utf-8").splitlines()

@@ -268,7 +268,7 @@ def attention(args: Args) -> Iterable[str]:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from minllama.model.kernels import attend, document_begins, document_masks
+    from minllama.model.kernels import attend, document_masks, document_starts
 
     yield "| attention | ms | kernels |"
     yield "|---|---:|---|"
@@ -276,7 +276,7 @@ def attention(args: Args) -> Iterable[str]:
     tokens = torch.randint(300, (batch, length), device=args.device)
     activity = ProfilerActivity.CUDA if args.device == "cuda" else ProfilerActivity.CPU
     for dtype in (torch.bfloat16, torch.float32):
-        apart = document_masks(document_begins(tokens, 1), dtype)
+        apart = document_masks(document_starts(tokens, 1), dtype)
         for kv_heads in (heads, heads // 4):
             for name, masks in (("causal", None), ("documents apart", apart)):
                 inputs = [
@@ -328,7 +328,8 @@ def generate(args: Args) -> Iterable[str]:
     """Decoding 100 tokens after a prompt of 8, greedily."""
     import torch
 
-    from minllama.model.generation import compile_step, pack_weights
+    from minllama.model.generation import compile_step
+    from minllama.model.packing import pack_weights
     from minllama.system.errors import UsageError
 
     yield "| shape | rows | weights | tokens/s | compiled, tokens/s |"

@@ -135,7 +135,7 @@ def test_attention_by_blocks_equals_the_fused_one(width: int):
     """Its masks must fit whole and ragged blocks; values and gradients, in float64."""
     inputs = [torch.randn(2, 3, width, 4, dtype=torch.float64).requires_grad_() for _ in range(3)]
     weights = torch.randn(2, 3, width, 4, dtype=torch.float64)
-    got = kernels.kept_attention(*inputs)
+    got = kernels.materialized_attention(*inputs)
     want = F.scaled_dot_product_attention(*inputs, is_causal=True)
     torch.testing.assert_close(got, want)
     for mine, theirs in zip(
@@ -282,7 +282,7 @@ def test_fast_path_has_the_gradients_of_the_plain_formula(monkeypatch, dtype, ro
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         loss, count = model.loss(tokens, targets)
     got = torch.autograd.grad(loss / count, list(model.parameters()))
-    monkeypatch.setattr(kernels, "longest_kept", lambda dtype: 0)
+    monkeypatch.setattr(kernels, "max_materialized_len", lambda dtype: 0)
     logits, _ = model(tokens, targets)
     want = torch.autograd.grad(
         F.cross_entropy(logits.flatten(0, 1), targets.flatten()), list(model.parameters())
@@ -320,7 +320,7 @@ def test_fast_path_learns_as_float32_does(monkeypatch):
     """The loss curves of bfloat16 and of the plain formula lie on each other for 60 steps."""
     curves = []
     for fast in (True, False):
-        monkeypatch.setattr(kernels, "longest_kept", lambda dtype, kept=1024 * fast: kept)
+        monkeypatch.setattr(kernels, "max_materialized_len", lambda dtype, kept=1024 * fast: kept)
         model = make_llama(ungrouped_config(n_layers=1)).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
         generator, curve = torch.Generator().manual_seed(0), []
@@ -361,7 +361,7 @@ def test_lengths_do_not_recompile_one_by_one(monkeypatch, scores_kept: int):
 
     Nor may torch's own attention be asked whether to be causal by a length: that broke the graph.
     """
-    monkeypatch.setattr(kernels, "longest_kept", lambda dtype: scores_kept)
+    monkeypatch.setattr(kernels, "max_materialized_len", lambda dtype: scores_kept)
     model = L.LlamaEmbeddingClassifier(make_llama(ungrouped_config(n_layers=1)), num_labels=2)
     counter = Counter()
     compiled = torch.compile(model, dynamic=True, fullgraph=True, backend=counter)
@@ -421,7 +421,7 @@ def test_documents_of_a_chunk_are_apart(
 ):
     """Packed is the same as each document alone, also one that goes on from the chunk before."""
     monkeypatch.setattr(kernels, "QUERY_BLOCK", query_block)
-    monkeypatch.setattr(kernels, "longest_kept", lambda dtype: scores_kept)
+    monkeypatch.setattr(kernels, "max_materialized_len", lambda dtype: scores_kept)
     model = make_llama(dataclasses.replace(tiny_config, n_kv_heads=n_kv_heads)).train()
     model.activation_checkpointing = checkpointing
     sizes = (3, 9, 1, 2, 14, 8)  # 37: two chunks of 18, and the last target

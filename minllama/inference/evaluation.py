@@ -18,9 +18,10 @@ from minllama.system.errors import UsageError
 from minllama.system.json_lines import read_objects
 from minllama.system.signals import StopRequest
 from minllama.text.reading import JSON_SUFFIXES, Reading, read_documents, read_lines
+from minllama.text.stream import TokenStream
 from minllama.text.tokens import DocumentEncoder
 from tokenizer import Tokenizer
-from utils import PretrainDataset, TokenStream
+from utils import PretrainDataset
 
 # ---------------------------------------------------------------------------- bits per byte
 

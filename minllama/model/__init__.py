@@ -2,7 +2,8 @@
 
 Knows tensors alone: no files, no text, no flags.
 
-    kernels     attention and the loss, by what is fastest where
-    generation  key/value caches, sampling, packed weights
+    kernels     attention, norms and the loss, by what is fastest where
+    generation  key/value caches, sampling, the loop that continues texts
+    packing     weights in fewer bytes and products, for generation
     lora        low-rank adapters, and folding them in
 """

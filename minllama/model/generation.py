@@ -1,7 +1,7 @@
-"""Generation: the key/value cache, packed weights, sampling, and the loop that continues texts.
+"""Generation: the key/value cache, sampling, and the loop that continues texts.
 
-Works on token ids with a Llama that is given to it; knows nothing of text. Shapes: B rows (batch),
-T tokens, D numbers per head, H heads (H_kv key/value heads), V vocabulary, S places in the cache.
+Works on token ids with a Llama that is given to it; knows nothing of text. The letters of shapes
+are those of `llama.py`.
 """
 
 from __future__ import annotations
@@ -15,22 +15,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from minllama.model.kernels import fused_attention
 from minllama.system.errors import UsageError
 
 if TYPE_CHECKING:
     from llama import Llama
 
 LOWEST_TEMPERATURE = 1e-6  # below it the likeliest token is as good as certain
-# Private operators of torch, which read a CPU's memory faster than the public ones. Those of oneDNN
-# may be just names, as on Apple's computers; they want the matrix in an order of their own.
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-REORDERED_FOR = 16  # rows; measured from 1 to 64, the order for 16 was as good as any
-_INT8_LINEAR = getattr(torch, "_weight_int8pack_mm", None)
-INT8_WIDTH = 16  # a row's length must be a multiple of it: else the kernel reads out of bounds
-FEW_ROWS = range(2, 9)  # on a CPU, in float32, weight @ x.T is fastest for these
 
 # ---------------------------------------------------------------------------- the cache
 
@@ -58,21 +51,22 @@ class KVCache:
     def place(self, width: int, device: torch.device) -> slice | Tensor:
         """Where the next `width` tokens of each row go: a slice, or positions (B, T).
 
-        Sets `mask` (B or 1, 1, T, S), what they may see; None: causal attention needs none.
+        Called once before all layers' `update` and `attend`, for which it sets `index` and `mask`,
+        (B or 1, 1, T, S): what the tokens may see. None: causal attention needs none.
         """
         start, self.end = min(self.lengths), max(self.lengths) + width
         self.mask = None
-        if start == max(self.lengths):
+        if start == max(self.lengths):  # rows of one length
             positions = slice(start, self.end)
             self.index: tuple[Any, ...] = (slice(None), positions)
             if start == 0 or width == 1:
                 return positions
-            rows = torch.arange(start, self.end, device=device)[None]
+            places = torch.arange(start, self.end, device=device)[None]  # (1, T)
         else:
-            held = torch.tensor(self.lengths, device=device)
-            positions = rows = held[:, None] + torch.arange(width, device=device)
-            self.index = (torch.arange(len(held), device=device)[:, None], rows)
-        self.mask = (torch.arange(self.end, device=device) <= rows[..., None])[:, None]
+            lengths = torch.tensor(self.lengths, device=device)
+            positions = places = lengths[:, None] + torch.arange(width, device=device)  # (B, T)
+            self.index = (torch.arange(len(lengths), device=device)[:, None], places)
+        self.mask = (torch.arange(self.end, device=device) <= places[..., None])[:, None]
         return positions
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,6 +77,11 @@ class KVCache:
         keys, values = self.layers[layer]
         keys[self.index], values[self.index] = key, value
         return keys[:, : self.end], values[:, : self.end]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention (B, H, T, D) of new queries to all keys and values (B, H_kv, S, D) so far."""
+        causal = self.mask is None and query.shape[2] > 1  # a single token sees all there is
+        return fused_attention(query, key, value, self.mask, causal=causal)
 
     def select(self, rows: list[int]) -> KVCache:
         """A cache of these rows, in this order; a row may be named more than once."""
@@ -114,137 +113,18 @@ class StepCache:
         keys[self.index], values[self.index] = key[:, 0], value[:, 0]
         return keys, values
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of one token's query (B, H, 1, D) to the places (B, H_kv, S, D) it may see.
 
-def single_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Attention of one token's query (B, H, 1, D) to the places (B, H_kv, S, D) that mask shows.
-
-    For compiled steps: Inductor fuses it with the neighbouring loops, which beats torch's kernel.
-    """
-    grouped = query.unflatten(1, (key.shape[1], -1))  # (B, H_kv, H / H_kv, 1, D)
-    scores = (grouped * key[:, :, None]).sum(-1) * query.shape[-1] ** -0.5  # (B, H_kv, ..., S)
-    weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
-    return (weights[..., None] * value[:, :, None]).sum(-2).flatten(1, 2)[:, :, None]
-
-
-# ---------------------------------------------------------------------------- packed weights
+        In plain operations: Inductor fuses them with their neighbours, which beats torch's kernel.
+        """
+        grouped = query.unflatten(1, (key.shape[1], -1))  # (B, H_kv, H / H_kv, 1, D)
+        scores = (grouped * key[:, :, None]).sum(-1) * query.shape[-1] ** -0.5  # (B, H_kv, ..., S)
+        weights = scores.masked_fill(~self.mask, -math.inf).softmax(-1)
+        return (weights[..., None] * value[:, :, None]).sum(-2).flatten(1, 2)[:, :, None]
 
 
-def pack_weights(
-    model: Llama, dtype: torch.dtype = torch.float32, *, rows: int = 1, compiled: bool = False
-) -> None:
-    """Store every matrix of a Llama for generation, in float32, bfloat16 or int8; irreversible.
-
-    Decoding multiplies matrices by few rows, which memory's bandwidth bounds: fewer bytes are
-    faster. Matrices that multiply the same input become one, for fewer and longer products. Where
-    `rows` texts at once, in a compiled step or not, are faster with oneDNN's own order of a matrix,
-    it has that, and a tied embedding is stored beside the head.
-    """
-
-    def pack(*linears: nn.Linear) -> PackedLinear:
-        weights = [linear.weight for linear in linears]
-        return PackedLinear(torch.cat(weights) if len(weights) > 1 else weights[0], dtype)
-
-    for layer in model.layers:
-        part = layer.attention
-        part.compute_heads = pack(part.compute_query, part.compute_key, part.compute_value)
-        part.compute_output = pack(part.compute_output)
-        del part.compute_query, part.compute_key, part.compute_value
-        part = layer.feed_forward
-        part.w1_w3, part.w2 = pack(part.w1, part.w3), pack(part.w2)
-        del part.w1, part.w3
-    model.output = pack(model.output)
-    if model.config.tie_word_embeddings:
-        model.tok_embeddings = PackedEmbedding(model.output)
-    else:
-        model.tok_embeddings = PackedEmbedding(PackedLinear(model.tok_embeddings.weight, dtype))
-    if model.rotary.is_cpu and reordering_pays(dtype, rows, compiled):
-        for part in model.modules():
-            if isinstance(part, PackedLinear):
-                part.reorder()
-
-
-def reordering_pays(dtype: torch.dtype, rows: int, compiled: bool) -> bool:
-    """Whether a CPU decodes so many rows faster from matrices in oneDNN's order."""
-    if not ONEDNN or dtype == torch.int8:
-        return False
-    if dtype == torch.float32:
-        return rows > FEW_ROWS[-1]
-    # A compiled step of one row reads a plain matrix at memory's full speed.
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and not (compiled and rows == 1)
-
-
-def onednn_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T by oneDNN, of a weight in any order."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-
-
-# For the compiler, which knows no order but the plain one; called eagerly it takes 5 us longer.
-onednn_operator = torch.library.custom_op("minllama::linear", onednn_product, mutates_args=())
-
-
-@onednn_operator.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
-class PackedLinear(nn.Module):
-    """A linear layer for generation, its weight (out, in) stored as float32, bfloat16 or int8.
-
-    int8 has a scale for each output, its largest weight / 127. Results are float32.
-    """
-
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        super().__init__()
-        weight, scale, ones = weight.detach(), None, None
-        if dtype == torch.int8:
-            scale = weight.abs().amax(1).clamp(min=1e-12) / 127
-            ones = scale.new_ones(len(scale), dtype=torch.bfloat16)  # what the kernel scales by
-            weight = (weight / scale[:, None]).round()
-        self.register_buffer("weight", weight.to(dtype).contiguous())
-        self.register_buffer("scale", scale)
-        self.register_buffer("ones", ones)
-        self.reordered = False
-
-    def reorder(self) -> None:
-        """Put the weight, on a CPU, in oneDNN's order, which oneDNN alone reads."""
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, REORDERED_FOR)
-        self.reordered = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows, weight, on_cpu = x.flatten(0, -2), self.weight, x.device.type == "cpu"
-        in_int8, compiling = self.scale is not None, torch.compiler.is_compiling()
-        in_float32 = on_cpu and weight.dtype == torch.float32
-        if self.reordered:
-            multiply = onednn_operator if compiling else onednn_product
-            product = multiply(rows.to(weight.dtype), weight)
-        elif compiling and len(rows) == 1:
-            # One loop, which reads the weight as it is stored at memory's full speed.
-            product = (weight.float() * rows).sum(-1)
-        elif in_int8 and (not on_cpu or _INT8_LINEAR is None or weight.shape[1] % INT8_WIDTH):
-            product = F.linear(rows, weight.to(x.dtype))
-        elif in_int8:
-            product = _INT8_LINEAR(rows.bfloat16(), weight, self.ones)  # fast with bfloat16 alone
-        elif in_float32 and len(rows) in FEW_ROWS:
-            product = (weight @ rows.t()).t().contiguous()
-        elif in_float32 and ONEDNN and not compiling:
-            product = onednn_product(rows, weight)
-        else:
-            product = F.linear(rows.to(weight.dtype), weight)
-        product = product.float().view(*x.shape[:-1], -1)
-        return product * self.scale if in_int8 else product
-
-
-class PackedEmbedding(nn.Module):
-    """The rows of a packed matrix, which the output head may share."""
-
-    def __init__(self, table: PackedLinear) -> None:
-        super().__init__()
-        self.weight, self.scale = table.weight, table.scale
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        rows = self.weight[tokens].float()
-        return rows if self.scale is None else rows * self.scale[tokens, None]
-
+Cache = KVCache | StepCache
 
 # ---------------------------------------------------------------------------- sampling
 
@@ -291,6 +171,7 @@ def sample_rows(
         return logits.argmax(-1).tolist()
     # Apple's GPU has no float64, which keeps the sum of many small numbers exact.
     logits = logits.float() if logits.is_cuda else logits.float().cpu()
+    # Less the largest before the division: a tiny temperature makes no infinity minus infinity.
     probs = torch.softmax((logits - logits.amax(-1, True)) / sampling.temperature, dim=-1)
     if sampling.top_k is not None and sampling.top_k < probs.shape[-1]:
         probs = torch.where(probs >= probs.topk(sampling.top_k).values[:, -1:], probs, 0)
@@ -303,7 +184,7 @@ def sample_rows(
         if not (total > 0).all():
             raise UsageError("the model's logits are not numbers: its training diverged")
         draws = [torch.rand(1, generator=generators[row], dtype=torch.float64) for row in rows]
-        places = torch.stack(draws).to(total.device) * total
+        places = torch.stack(draws).to(total.device) * total  # inverse of the cumulated sum
         drawn = torch.searchsorted(cumulated, places, right=True)
         for row, token in zip(rows, drawn[:, 0].tolist(), strict=True):
             tokens[row] = token
@@ -388,7 +269,7 @@ def generate_tokens(
         if should_stop is not None and should_stop():
             return
         if any(len(texts[row]) > window for row in alive):
-            step = None
+            step = None  # one row has left the window: its states have to be computed again
         if step is None:  # a compiled step keeps its rows: those that have ended run along
             fit = [i for i, r in enumerate(cached) if r in alive and len(texts[r]) <= window]
             if len(fit) < len(cached):
@@ -427,7 +308,7 @@ def _next_logits(
             torch.compiler.cudagraph_mark_step_begin()  # the last step's logits are read
         return step(tokens, positions, cache.layers)
     if in_cache:
-        new = [text[held:] for text, held in zip(texts, cache.lengths, strict=False)]
+        new = [text[length:] for text, length in zip(texts, cache.lengths, strict=False)]
         hidden = model.extend(cache, new)
         states.append(hidden[range(in_cache), [len(tokens) - 1 for tokens in new]])
     if len(texts) > in_cache:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,7 @@ class LoRALinear(nn.Linear):
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        thin = F.linear(x, self.lora_a) * self.scaling
+        thin = F.linear(x, self.lora_a) * self.scaling  # (..., rank)
         return F.linear(x, self.weight) + F.linear(thin, self.lora_b)
 
     def merged(self) -> nn.Linear:
@@ -42,16 +44,21 @@ class LoRALinear(nn.Linear):
 def add_lora(model: Llama, *, rank: int, alpha: float) -> None:
     """Freeze the model and give every linear layer except the head an adapter to train."""
     model.requires_grad_(False)
-    for parent in [module for layer in model.layers for module in layer.children()]:
-        for name, linear in list(parent.named_children()):
-            if isinstance(linear, nn.Linear):
-                setattr(parent, name, LoRALinear(linear, rank=rank, alpha=alpha))
+    for parent, name, linear in linears(model):
+        setattr(parent, name, LoRALinear(linear, rank=rank, alpha=alpha))
 
 
 def merge_lora(model: Llama) -> None:
     """Fold the adapters into the weights: the model's tensors are the ordinary ones again."""
-    for parent in [module for layer in model.layers for module in layer.children()]:
-        for name, linear in list(parent.named_children()):
-            if isinstance(linear, LoRALinear):
-                setattr(parent, name, linear.merged())
+    for parent, name, linear in linears(model):
+        if isinstance(linear, LoRALinear):
+            setattr(parent, name, linear.merged())
     model.requires_grad_(True)
+
+
+def linears(model: Llama) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """Every linear layer inside the layers, with the module that has it and its name there."""
+    for parent in itertools.chain.from_iterable(layer.children() for layer in model.layers):
+        for name, child in list(parent.named_children()):  # a list: the caller replaces them
+            if isinstance(child, nn.Linear):
+                yield parent, name, child

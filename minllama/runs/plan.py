@@ -12,7 +12,7 @@ import torch
 from config import CONTINUED_LR, DTYPE_BYTES, LlamaConfig, Options, suited_lr
 from minllama.cli.console import say
 from minllama.machine.gpus import Gpu
-from minllama.model.kernels import chunk_rows_for, longest_kept
+from minllama.model.kernels import chunk_rows_for, max_materialized_len
 from minllama.system.units import human_size, human_time
 
 # What a process takes before it has a model: Python and torch with their kernels, CUDA's context.
@@ -90,7 +90,7 @@ class TrainingPlan:
         # Two normed states, queries, keys, values and what attention gives; a CPU keeps others.
         attention = 4 * config.dim + 2 * kv_dim + (0 if on_gpu else config.dim + kv_dim)
         layer = 2 * residual + compute * (attention + 4 * config.hidden_dim)
-        if self.device == "cpu" and self.sequence_length <= longest_kept(
+        if self.device == "cpu" and self.sequence_length <= max_materialized_len(
             getattr(torch, self.dtype)
         ):
             layer += compute * config.n_heads * self.sequence_length

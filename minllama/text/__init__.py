@@ -6,6 +6,7 @@ Knows no model. A data set of `utils.py` is what comes out.
     labelled    `label ||| sentence` files and the scores of predictions
     chat        dialogues and the template that they are written in
     tokens      documents to token ids; the token cache
+    stream      tokens as a stream, and what is held out of it
     duplicates  documents that come twice
     corpus      the text of a pretraining, held out and cut
     vocabulary  which vocabulary a pretraining takes

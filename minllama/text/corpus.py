@@ -29,9 +29,10 @@ from minllama.text.reading import (
     first_words,
     is_labelled,
 )
+from minllama.text.stream import split_documents, whole_stream
 from minllama.text.tokens import TokenCache, build_or_load
 from tokenizer import Tokenizer
-from utils import PretrainDataset, count_chunks, split_documents, whole_stream
+from utils import PretrainDataset, count_chunks
 
 EMBEDDED_TEXTS = ("stories-train.jsonl", "reviews-unlabelled.jsonl")
 TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
@@ -71,7 +72,7 @@ class Texts:
         if val is not None:
             stream = val.stream
             if val_tokens < len(stream):
-                stream = stream.first(val_tokens, self.tokenizer.token_byte_lengths())
+                stream = stream.select([(0, val_tokens)], self.tokenizer.token_byte_lengths())
             val = PretrainDataset(stream, context, bos_id=bos_id)
         train = PretrainDataset(self.train.stream, context, bos_id=bos_id)
         return dataclasses.replace(self, train=train, val=val, context=context)

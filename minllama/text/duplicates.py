@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from minllama.system.errors import UsageError
+from minllama.text.stream import TokenStream, documents_in
 from minllama.text.tokens import TokenCache
-from utils import TokenStream, documents_in
 
 
 def first_alike(fingerprints: np.ndarray) -> np.ndarray:

@@ -107,7 +107,7 @@ class Task(ABC):
         self.llama.activation_checkpointing = options.activation_checkpointing
         self.parallel = distribute(
             module,
-            self.llama.blocks(),
+            self.llama.materialized_layers(),
             ranks=self.run.ranks,
             parallel=options.parallel,
             device=self.run.device,

@@ -78,7 +78,7 @@ def train_together(ranks: Ranks) -> None:
             model = small_llama()
         module = distribute(
             NextTokenLoss(model),
-            model.blocks(),
+            model.materialized_layers(),
             ranks=ranks,
             parallel=parallel,
             device=torch.device("cpu"),

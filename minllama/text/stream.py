@@ -1,0 +1,191 @@
+"""A text's tokens as a stream, whole or in part, and which documents are held out of training.
+
+Knows token arrays and where documents start in them; nothing of chunks, batches or models.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from minllama.text.tokens import READ_BYTES, StoredTokens, TokenCache
+
+MAX_BLOCKS = 16  # of a long document held out
+MIN_SHARE = 0.1  # of what was asked for, that whole documents have to come to
+
+# ---------------------------------------------------------------------------- streams
+
+
+@dataclass(eq=False)
+class TokenStream:
+    """Stretches of a token array, from `starts` to `stops`, read as one without a copy of all."""
+
+    tokens: np.ndarray | StoredTokens
+    starts: np.ndarray
+    stops: np.ndarray
+    utf8_bytes: int | None = None  # of the text, for bits per byte; None: not known
+    document_starts: np.ndarray | None = None  # in the token array, rising; None: not known
+
+    def __post_init__(self) -> None:
+        # Where each stretch begins in the stream, and the length of all.
+        self.offsets = np.concatenate([[0], np.cumsum(self.stops - self.starts)])
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start..stop-1 of the stream, (stop - start,)."""
+        stretch, pieces = self._stretch(start), []
+        while start < stop:
+            at = int(self.starts[stretch]) + start - int(self.offsets[stretch])
+            count = min(stop, int(self.offsets[stretch + 1])) - start
+            pieces.append(self.tokens[at : at + count])
+            start, stretch = start + count, stretch + 1
+        return pieces[0] if len(pieces) == 1 else np.concatenate([self.tokens[:0], *pieces])
+
+    def select(
+        self, ranges: Iterable[tuple[int, int]], byte_lengths: np.ndarray | None = None
+    ) -> TokenStream:
+        """Tokens start..stop-1 of each range, one after the other, as a stream.
+
+        `byte_lengths` are the bytes of each id's text, for the new stream's `utf8_bytes`.
+        """
+        sizes = self.stops - self.starts
+        starts, stops, utf8_bytes = [], [], None if byte_lengths is None else 0
+        for start, stop in ranges:
+            low = (start - self.offsets[:-1]).clip(0, sizes)
+            high = (stop - self.offsets[:-1]).clip(0, sizes)
+            kept = high > low
+            starts.append((self.starts + low)[kept])
+            stops.append((self.starts + high)[kept])
+            if byte_lengths is not None:
+                for at in range(start, stop, READ_BYTES):  # a range may be larger than memory
+                    ids = self.read(at, min(at + READ_BYTES, stop))
+                    utf8_bytes += int(byte_lengths[ids].sum())
+        bounds = np.concatenate(starts), np.concatenate(stops)
+        return TokenStream(self.tokens, *bounds, utf8_bytes, self.document_starts)
+
+    def locate(self, position: int) -> int:
+        """The place in the token array of token `position` of the stream."""
+        stretch = self._stretch(position)
+        return int(self.starts[stretch]) + position - int(self.offsets[stretch])
+
+    def count_documents(self, starts: np.ndarray, stops: np.ndarray) -> int:
+        """How many documents start at tokens starts..stops-1 of the stream, all of them together.
+
+        From `document_starts` alone: nothing is read.
+        """
+        return int((self._documents_before(stops) - self._documents_before(starts)).sum())
+
+    def _documents_before(self, positions: np.ndarray) -> np.ndarray:
+        stretch = self._stretch(positions).clip(0, len(self.starts) - 1)  # the end is in none
+        places = self.starts[stretch] + positions - self.offsets[stretch]
+        first, last = np.searchsorted(self.document_starts, (self.starts[stretch], places))
+        return self._documents_before_stretch[stretch] + last - first
+
+    @functools.cached_property
+    def _documents_before_stretch(self) -> np.ndarray:
+        first, last = np.searchsorted(self.document_starts, (self.starts, self.stops))
+        return np.concatenate([[0], np.cumsum(last - first)])
+
+    def _stretch(self, position):  # a number, or an array of them
+        return np.searchsorted(self.offsets, position, side="right") - 1
+
+
+def documents_in(cache: TokenCache, stream: TokenStream) -> np.ndarray:
+    """(documents,) bool: those of the cache of which the stream has at least a part."""
+    at = np.searchsorted(stream.stops, cache.document_starts, side="right")
+    starts = np.append(stream.starts, len(cache))
+    return starts[at] < cache.document_stops()
+
+
+def whole_stream(cache: TokenCache, chosen: np.ndarray | None = None) -> TokenStream:
+    """The chosen documents of a cache, (documents,) bool, by default all, as validation is read."""
+    if chosen is None:
+        chosen = np.ones(len(cache.document_starts), bool)
+    # Neighbours make one stretch: of a million documents there are few.
+    edges = np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8))
+    first, last = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1) - 1
+    starts, stops = cache.document_starts[first], cache.document_stops()[last]
+    utf8_bytes = int(cache.document_bytes[chosen].sum())
+    return TokenStream(cache.tokens, starts, stops, utf8_bytes, cache.document_starts)
+
+
+# ---------------------------------------------------------------------------- holding out
+
+
+def split_documents(
+    cache: TokenCache,
+    val_fraction: float,
+    seed: int = 0,
+    *,
+    chunk_length: int,
+    chosen: np.ndarray | None = None,
+) -> tuple[TokenStream, TokenStream | None]:
+    """(train, val): whole documents are held out, those whose content's hash is low.
+
+    Of the `chosen` documents, (documents,) bool, by default all, about `val_fraction` of the tokens
+    is held out: where the hashes give less than half or more than twice of that, as of few
+    documents, the lowest of them up to it. Where no document is so small, or they come to next to
+    nothing, blocks of chunks all over the text are held out, at least one. val is None for a
+    fraction of 0 and for a corpus too small to spare anything.
+    """
+    whole = whole_stream(cache, chosen)
+    if val_fraction <= 0:
+        return whole, None
+    sizes = cache.document_stops() - cache.document_starts
+    target = val_fraction * len(whole)
+    small = sizes <= target  # one huge document must not be the whole hold-out
+    if chosen is not None:
+        small &= chosen
+    # By content, not by number: text that is added later moves hardly a document from one side to
+    # the other, and copies of one are on the same side.
+    hashes = splitmix64(cache.fingerprints[:, 0] + np.uint64(seed))
+    held_out = small & (hashes < np.uint64(val_fraction * 2.0**64))
+    most = min(2 * target, (target + len(whole)) / 2)  # something is left to train on
+    if not target / 2 <= sizes[held_out].sum() <= most:
+        order = np.flatnonzero(small)[np.argsort(hashes[small], kind="stable")]
+        end = np.searchsorted(np.cumsum(sizes[order]), target, side="right")
+        if end < len(order):  # not between copies
+            end = np.searchsorted(hashes[order], hashes[order[end]])
+        held_out = np.zeros(len(sizes), bool)
+        held_out[order[:end]] = True
+    if sizes[held_out].sum() < MIN_SHARE * target:  # a scrap beside documents that are too large
+        return _split_blocks(whole, val_fraction, chunk_length, cache.token_byte_lengths)
+    trained = ~held_out if chosen is None else chosen & ~held_out
+    return whole_stream(cache, trained), whole_stream(cache, held_out)
+
+
+def splitmix64(x: np.ndarray) -> np.ndarray:
+    """A hash of each number of x, uint64 (Steele, Lea and Flood 2014)."""
+    x = x * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _split_blocks(
+    whole: TokenStream, val_fraction: float, chunk_length: int, byte_lengths: np.ndarray | None
+) -> tuple[TokenStream, TokenStream | None]:
+    """Hold out blocks of whole chunks, each at the end of an equal share of the stream.
+
+    One block at the very end would be of another chapter than all that is trained on.
+    """
+    chunks = -(-len(whole) // chunk_length)
+    held_out = min(chunks - 1, max(1, round(chunks * val_fraction)))
+    blocks = min(held_out, MAX_BLOCKS)
+    train, val, at = [], [], 0
+    for share in range(1, blocks + 1):
+        end = round(chunks * share / blocks)
+        size = held_out * share // blocks - held_out * (share - 1) // blocks
+        start, stop = (end - size) * chunk_length, min(end * chunk_length, len(whole))
+        train.append((at, start))
+        val.append((start, stop))
+        at = stop
+    # No chunk to spare, or a single token: nothing to predict.
+    if sum(stop - start for start, stop in val) < 2:
+        return whole, None
+    return whole.select(train), whole.select(val, byte_lengths)
