@@ -30,7 +30,7 @@ from config import (
     find_idle_flags,
     parse_options,
 )
-from minllama.cli.suggestions import NEIGHBOURS, suggest
+from minllama.cli.suggestions import FOREIGN_NAMES, suggest
 from minllama.system.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,8 +206,8 @@ def test_a_neighbours_flag_is_named_in_our_words(line, want):
 
 def test_the_neighbours_names_are_not_ours():
     """A name of ours is never unknown, and one that is no longer ours helps nobody."""
-    theirs = {name for names in NEIGHBOURS.values() for name in names.split()}
-    assert not theirs & {*FLAGS} and not {*NEIGHBOURS} - {*FLAGS}
+    theirs = {name for names in FOREIGN_NAMES.values() for name in names.split()}
+    assert not theirs & {*FLAGS} and not {*FOREIGN_NAMES} - {*FLAGS}
     assert all(suggest(name, READERS, "pretrain") for name in theirs)
 
 

@@ -6,5 +6,5 @@ Knows flags by their table in `config.py`, and nothing of what they are for.
     suggestions     unknown flags, and what they may have meant
     contradictions  flags that contradict each other
     config_file     flags in a TOML file; a run's record as the command it was
-    console         progress bars; status lines at the terminal's width
+    console         progress bars, status lines at the terminal's width, sizes and durations
 """

@@ -1,8 +1,7 @@
-"""Flags that contradict each other, found before anything else is done."""
+"""Flags that contradict each other, found before any model, data or GPU work."""
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import re
 from collections.abc import Iterator
@@ -21,12 +20,12 @@ PAIRS_EXCLUDE = (
 
 
 def find_problems(options: Options) -> Iterator[str]:
-    """What the options contradict among themselves."""
+    """A line for each contradiction: the flags with their values, and the remedy."""
     finetune = options.option == "finetune"
     trains = finetune or options.option == "pretrain"
-    checks = [functools.partial(check_encoding, options.encoding)]
+    checks = [lambda: check_encoding(options.encoding)]
     if options.option == "pretrain" and not options.pretrained_model_path:
-        checks.append(functools.partial(options.llama_config, vocab_size=32000))
+        checks.append(lambda: options.llama_config(vocab_size=32000))  # as if: none is known yet
     for check in checks:
         try:
             check()

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from config import Options
+from minllama.cli.console import human_time
 from llama import Llama
 from minllama.model.generation import Sampling, generate_tokens
 from minllama.system.signals import StopRequest
-from minllama.system.units import human_time
 from minllama.text.chat import ChatTemplate, Exchange
 from tokenizer import Tokenizer
 

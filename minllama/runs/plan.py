@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from config import CONTINUED_LR, DTYPE_BYTES, LlamaConfig, Options, suited_lr
-from minllama.cli.console import say
+from minllama.cli.console import human_size, human_time, say
 from minllama.machine.gpus import Gpu
 from minllama.model.kernels import chunk_rows_for, longest_kept
-from minllama.system.units import human_size, human_time
 
 # Of a process without a model: Python, torch and its kernels, and on a GPU the CUDA context.
 PROCESS_BYTES = {"cpu": 400 * 10**6, "cuda": 500 * 10**6, "mps": 400 * 10**6}
@@ -188,7 +187,7 @@ class TrainingPlan:
         return DTYPE_BYTES[dtype] * sum(self.config.parameter_counts().values())
 
     def disk(self) -> dict[str, int]:
-        """Bytes of the run's files by kind, at their peak: a file is replaced by a whole new one."""
+        """Bytes of the run's files by kind, at their peak: old ones go when new ones are whole."""
         options, last, size = self.options, self.last_step, self.checkpoint_bytes()
         # The last step is counted by itself: it always has a checkpoint, of its epoch or its step.
         save_interval = options.save_interval * self.steps_per_epoch
@@ -208,7 +207,7 @@ class TrainingPlan:
         }
 
     def disk_line(self) -> str:
-        """The same in words."""
+        """The bytes on disk by kind, to print."""
         return ", ".join(f"{name} {human_size(size)}" for name, size in self.disk().items() if size)
 
     def flags_for_less_disk(self) -> list[str]:

@@ -20,13 +20,12 @@ from tqdm import tqdm
 
 from config import SHAPE_FLAGS, LlamaConfig, Options
 from llama import Llama, NextTokenLoss
-from minllama.cli.console import say
+from minllama.cli.console import human_time, say
 from minllama.machine.device import autocast, is_out_of_memory, training_arithmetic
 from minllama.machine.random_state import random_state, restore_random_state
 from minllama.machine.ranks import Ranks
 from minllama.runs.plan import epoch_steps, micro_batches
 from minllama.system.errors import UsageError
-from minllama.system.units import human_time
 from minllama.text.corpus import Texts
 from minllama.training.deadline import FINISHING, MOST_EPOCHS
 from optimizer import make_optimizer

@@ -18,7 +18,7 @@ import torch
 
 from config import TYPED_ON_RESUME, Options, check_options
 from minllama.cli.command_line import quoted
-from minllama.cli.console import say
+from minllama.cli.console import human_size, say
 from minllama.formats.pt_file import state_file
 from minllama.machine.device import (
     available_memory,
@@ -37,7 +37,6 @@ from minllama.runs.run_folder import RunFolder, read_on_ranks
 from minllama.system.errors import UsageError
 from minllama.system.files import check_writable, free_disk, real_path, size_on_disk
 from minllama.system.signals import StopRequest
-from minllama.system.units import human_size
 
 
 @dataclass

@@ -8,10 +8,10 @@ import random
 import pytest
 
 from config import PRESETS, LlamaConfig, parse_options
+from minllama.cli.console import human_size
 from minllama.machine.gpus import Gpu
 from minllama.runs import plan as plans
 from minllama.runs.plan import Cluster, TrainingPlan, warn_of_plan
-from minllama.system.units import human_size, human_time
 
 
 def plan_of(**changes) -> TrainingPlan:
@@ -305,15 +305,3 @@ def test_one_gpu_communicates_with_nobody(parallel):
     plan = plan_of_preset("1.1B", parallel=parallel, world_size=1)
     assert CLUSTER.communicated_bytes(plan) == 0
     assert CLUSTER.step_seconds(plan) == CLUSTER.compute_seconds(plan)
-
-
-# ---------------------------------------------------------------------------- how it is written
-
-
-def test_sizes_and_times_as_people_read_them():
-    """Three digits, decimal units."""
-    assert [human_size(n) for n in (0, 999, 1000, 226e6, 1.17e9)] == [
-        "0 B", "999 B", "1 kB", "226 MB", "1.17 GB",
-    ]  # fmt: skip
-    assert [human_time(s) for s in (45, 200, 7500)] == ["45 s", "3 min 20 s", "2 h 5 min"]
-    assert human_time(98 * 86400 + 21 * 3600) == "98 days 21 h"
