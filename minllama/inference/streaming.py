@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from config import Options
-from minllama.cli.console import human_time
 from llama import Llama
+from minllama.cli.console import human_time
 from minllama.model.generation import Sampling, generate_tokens
 from minllama.system.signals import StopRequest
 from minllama.text.chat import ChatTemplate, Exchange

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from config import CONTINUED_LR, DTYPE_BYTES, LlamaConfig, Options, suited_lr
+from config import CONTINUED_LR, DTYPE_BYTES, LlamaConfig, Options, recommended_lr
 from minllama.cli.console import human_size, human_time, say
 from minllama.machine.gpus import Gpu
 from minllama.model.kernels import chunk_rows_for, longest_kept
@@ -353,7 +353,7 @@ def warn_of_plan(plan: TrainingPlan, available: int | None) -> None:
     flag, what, share = "--pretrain_lr", "it from scratch", 1.0
     if plan.options.option == "finetune":
         flag, what, share = "--lr", "the fine-tuning of so small a model", CONTINUED_LR
-    lr, suited = plan.options.peak_lr(), share * suited_lr(plan.config, plan.options.optimizer)
+    lr, suited = plan.options.peak_lr(), share * recommended_lr(plan.config, plan.options.optimizer)
     if lr < suited / FAR_BELOW:
         print(
             f"note: {flag} {lr:g} is {suited / lr:,.0f} times below what suits {what} "

@@ -271,7 +271,7 @@ def fit(
     }
     size = config.block_parameters()[0]
     loss = predicted_loss(size, tokens, distinct)
-    options = options.choose(chosen).suited_to(config, continued=False)
+    options = options.choose(chosen).with_recommended_lr(config, continued=False)
     return Fit(options, tokens, loss, training)
 
 
