@@ -25,7 +25,7 @@ from minllama.cli.command_line import (
     with_underscores,
 )
 from minllama.cli.config_file import toml_words
-from minllama.cli.contradictions import find_problems
+from minllama.cli.contradictions import LENGTHS, find_problems
 from minllama.cli.suggestions import parse_words
 from minllama.system.errors import UsageError
 
@@ -503,13 +503,12 @@ class Options:
         that the flag could not have, and for another length of the run.
         """
         typed = self.given | TYPED_ON_RESUME
-        for name in ("minutes", "schedule_steps"):
-            for other in sorted(self.given & {"epochs", "schedule_steps"} - {name}):
-                if stored.get(name) is not None and name not in self.given:
-                    raise UsageError(
-                        f"--{other} {getattr(self, other)}: the run to resume is as long as its "
-                        f"--{name} {stored[name]} says: leave --{other} out"
-                    )
+        for name, other in LENGTHS:
+            if stored.get(name) is not None and other in self.given and name not in self.given:
+                raise UsageError(
+                    f"--{other} {getattr(self, other)}: the run to resume is as long as its "
+                    f"--{name} {stored[name]} says: leave --{other} out"
+                )
         name = "gradient_accumulation_steps"
         if name in self.given and getattr(self, name) != stored.get(name):
             typed |= {"global_batch_size"}

@@ -13,6 +13,8 @@ from minllama.system.errors import UsageError
 if TYPE_CHECKING:
     from config import Options
 
+# Flags that say how long to train, of which a run has one.
+LENGTHS = (("minutes", "epochs"), ("minutes", "schedule_steps"), ("schedule_steps", "epochs"))
 PAIRS_EXCLUDE = (
     *("train", "dev", "test", "label_names", "dev_out", "test_out"),
     *("prompt_template", "label_norm", "shots", "max_sentence_len"),
@@ -44,10 +46,9 @@ def find_problems(options: Options) -> Iterator[str]:
             yield f"--{name} is for --plan --world_size N, a plan for other machines; leave it out"
     if options.minutes is not None and options.world_size:
         yield "--minutes times steps on this machine, --world_size plans for others: give one"
-    for name in ("minutes", "schedule_steps"):
-        for other in ("epochs", "schedule_steps"):
-            if name != other and {name, other} <= options.given:
-                yield f"--{name} and --{other} both say how long to train: give one"
+    for name, other in LENGTHS:
+        if {name, other} <= options.given:
+            yield f"--{name} and --{other} both say how long to train: give one"
     if finetune and options.freeze_backbone and options.lora_rank:
         yield "--freeze_backbone and --lora_rank exclude each other: give one"
     if finetune and options.freeze_backbone and options.optimizer == "muon":
