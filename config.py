@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import math
 import time
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, Literal
 from minllama.cli.command_line import (
     OneLineParser,
     add_flag,
+    flags_of,
     read_stored,
     section,
     with_underscores,
@@ -513,7 +513,7 @@ class Options:
         if name in self.given and getattr(self, name) != stored.get(name):
             typed |= {"global_batch_size"}
         taken = [n for n in FLAGS if n in stored and n not in typed]
-        changes = {n: read_stored(FLAGS[n], HINTS[n], stored[n]) for n in taken}
+        changes = {n: read_stored(FLAGS[n], stored[n]) for n in taken}
         return dataclasses.replace(self, **changes)
 
     def choose(self, values: dict[str, Any]) -> Options:
@@ -624,9 +624,8 @@ class Options:
         return self.pretrain_lr or math.inf  # until the model is known
 
 
-FLAGS = {field.name: field for field in dataclasses.fields(Options) if "help" in field.metadata}
+FLAGS = flags_of(Options)
 TYPED_ON_RESUME = {n for n, field in FLAGS.items() if field.metadata["on_resume"] == "typed"}
-HINTS = typing.get_type_hints(Options)
 READERS: dict[str, tuple[str, ...]] = {n: f.metadata["read_by"] for n, f in FLAGS.items()}
 
 
@@ -645,9 +644,9 @@ def build_parser(option: str | None = None) -> argparse.ArgumentParser:
     )
     titles = dict.fromkeys(field.metadata["section"] for field in FLAGS.values())
     groups = {title: parser.add_argument_group(title) for title in titles}
-    for name, field in FLAGS.items():
+    for field in FLAGS.values():
         shown = option is None or option in field.metadata["read_by"]
-        add_flag(groups[field.metadata["section"]], field, HINTS[name], shown=shown)
+        add_flag(groups[field.metadata["section"]], field, shown=shown)
     return parser
 
 
@@ -667,7 +666,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
     if known.config is not None:
         exclusive = {"resume", "overwrite"}  # a typed one counts more than the file's other one
         without = typed | exclusive if typed & exclusive else typed
-        in_file = toml_words(known.config, FLAGS, HINTS, without=without)
+        in_file = toml_words(known.config, FLAGS, without=without)
         namespace = parse_words(parser, in_file, READERS, where=f"--config {known.config}: ")
         typed |= {word[2:].partition("=")[0] for word in in_file if word.startswith("--")}
     namespace = parse_words(parser, words, READERS, namespace)

@@ -95,6 +95,15 @@ def section(
     return flag
 
 
+def flags_of(table: type) -> dict[str, dataclasses.Field]:
+    """The flags in a table by name, their types no longer strings."""
+    fields = {f.name: f for f in dataclasses.fields(table) if "help" in f.metadata}
+    for name, annotation in typing.get_type_hints(table).items():
+        if name in fields:
+            fields[name].type = annotation
+    return fields
+
+
 def without_none(annotation: Any) -> tuple[Any, bool]:
     """A flag's type without `| None`, and whether None is one of its values."""
     kinds = typing.get_args(annotation)
@@ -102,11 +111,9 @@ def without_none(annotation: Any) -> tuple[Any, bool]:
     return kinds[0] if optional else annotation, optional
 
 
-def read_stored(
-    field: dataclasses.Field, annotation: Any, value: Any, *, where: str = "the checkpoint"
-) -> Any:
+def read_stored(field: dataclasses.Field, value: Any, *, where: str = "the checkpoint") -> Any:
     """A flag's value from `where` it is stored; UsageError for one that it could not have."""
-    kind, optional = without_none(annotation)
+    kind, optional = without_none(field.type)
     if value is None and optional:
         return None
     if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
@@ -124,9 +131,9 @@ def read_stored(
     raise UsageError(f"{where}'s --{field.name} is {str(value)[:80]!r}: it is damaged")
 
 
-def add_flag(group: Any, field: dataclasses.Field, annotation: Any, *, shown: bool = True) -> None:
+def add_flag(group: Any, field: dataclasses.Field, *, shown: bool = True) -> None:
     """Add a row of the table to an argparse group; a flag that is not shown has no help."""
-    (kind, _), metadata = without_none(annotation), field.metadata
+    (kind, _), metadata = without_none(field.type), field.metadata
     default = "" if field.default in (None, (), False) else f" (default: {field.default})"
     text = metadata["help"] + default if shown else argparse.SUPPRESS
     settings = {"default": field.default, "help": text}

@@ -20,9 +20,7 @@ TOML_BYTES = 1 << 20
 Fields = Mapping[str, dataclasses.Field]
 
 
-def toml_words(
-    path: Path, fields: Fields, hints: Mapping[str, Any], *, without: Collection[str]
-) -> list[str]:
+def toml_words(path: Path, fields: Fields, *, without: Collection[str]) -> list[str]:
     """The keys of a TOML file, which are flags without hyphens, as words of a command line.
 
     Keys in `without` are left out; an unknown one becomes a word too, for the parser to refuse.
@@ -44,17 +42,17 @@ def toml_words(
             continue
         if name not in fields:
             words.append(f"--{name}")
-        elif can_be_typed(value, fields[name], hints[name]):
-            words += flag_words(name, value, fields[name])
+        elif can_be_typed(value, fields[name]):
+            words += flag_words(fields[name], value)
         else:
             shown = "a table" if isinstance(value, dict) else repr(value)
             raise UsageError(f"--config {path}: {key} = {shown}: not a value of --{name}")
     return words
 
 
-def can_be_typed(value: Any, field: dataclasses.Field, annotation: Any) -> bool:
-    """Whether a TOML value has a type of the flag's; the parser reads the value itself."""
-    kind, _ = without_none(annotation)
+def can_be_typed(value: Any, field: dataclasses.Field) -> bool:
+    """Whether a TOML value has a type that the flag may have; the parser reads the value."""
+    kind, _ = without_none(field.type)
     if isinstance(value, bool):
         return kind is bool or bool(value and field.metadata["alone"])
     several = isinstance(value, list) and typing.get_origin(kind) is tuple
@@ -62,9 +60,7 @@ def can_be_typed(value: Any, field: dataclasses.Field, annotation: Any) -> bool:
     return kind is not bool and all(type(item) in (str, int, float) for item in values)
 
 
-def recorded_words(
-    stored: Mapping[str, Any], fields: Fields, hints: Mapping[str, Any], *, where: str
-) -> list[str]:
+def recorded_words(stored: Mapping[str, Any], fields: Fields, *, where: str) -> list[str]:
     """The options that a run has on record as words of a command line; defaults are left out.
 
     Raises UsageError, naming `where` they are stored, for a value that a flag could not have.
@@ -72,18 +68,18 @@ def recorded_words(
     words = []
     for name, field in fields.items():
         if name in stored:
-            value = read_stored(field, hints[name], stored[name], where=where)
-            words += flag_words(name, value, field) if value != field.default else []
+            value = read_stored(field, stored[name], where=where)
+            words += flag_words(field, value) if value != field.default else []
     return words
 
 
-def flag_words(name: str, value: Any, field: dataclasses.Field) -> list[str]:
+def flag_words(field: dataclasses.Field, value: Any) -> list[str]:
     """A flag with its value, or values, as they are typed."""
+    flag, text = f"--{field.name}", str(value)
     if isinstance(value, bool):
-        return [f"--{name}"] * value
+        return [flag] * value
     if isinstance(value, list | tuple):
         if field.metadata["many"]:
-            return [f"--{name}", *map(str, value)]
-        return [word for item in value for word in flag_words(name, item, field)]
-    text = str(value)
-    return [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
+            return [flag, *map(str, value)]
+        return [word for item in value for word in flag_words(field, item)]
+    return [f"{flag}={text}"] if text.startswith("-") else [flag, text]

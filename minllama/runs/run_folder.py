@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from config import FLAGS, HINTS, READERS
+from config import FLAGS, READERS
 from minllama.cli.config_file import recorded_words
 from minllama.formats.pt_file import STATE_FILE
 from minllama.machine.ranks import Ranks
@@ -209,7 +209,7 @@ class RunFolder:
             for name, field in FLAGS.items()
             if option in READERS[name] and name not in NOT_REPEATED
         }
-        words = recorded_words(stored, fields, HINTS, where=str(self.file("run.json")))
+        words = recorded_words(stored, fields, where=str(self.file("run.json")))
         folder = self.path.with_name(f"{Path(real_path(self.path)).name}-again")
         return ["--option", option, "--save_dir", str(folder), *words]
 
