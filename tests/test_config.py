@@ -303,6 +303,7 @@ def test_flags_in_a_file_are_as_if_typed(tmp_path, monkeypatch):
         ("a = " + "[" * 10000, ["not TOML"]),
         ("lr = nan", ["--lr: 'nan' is not a number"]),
         ("dtype = 'int8'\nout = 1", ["--dtype"]),
+        ("pretrain_data = ['x', '--a-b']", ["--a_b: no such option"]),  # once a traceback
     ],
 )
 def test_a_bad_file_of_flags_names_file_and_key(text, words, tmp_path, monkeypatch):

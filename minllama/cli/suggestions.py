@@ -6,6 +6,7 @@ import argparse
 import difflib
 from collections.abc import Mapping, Sequence
 
+from minllama.cli.command_line import with_underscores
 from minllama.system.errors import UsageError
 
 MOST = 3  # suggestions in one message
@@ -119,6 +120,7 @@ def parse_words(
 
     Raises UsageError with a line for each mistake, each after the prefix `where`.
     """
+    words = [with_underscores(word) for word in words]  # as the parser spells them in `unknown`
     try:
         namespace, unknown = parser.parse_known_args(words, namespace)
         if unknown:

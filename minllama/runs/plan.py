@@ -28,8 +28,8 @@ GPUS_PER_NODE, ASSUMED_MFU, INTER_NODE_GB_S = 8, 0.4, 400
 FAR_BELOW, FEW_STEPS = 20, 200
 
 # Assumed by --compile auto: the share of an eager step that compiling saves (measured: 4 to 15 % on
-# a CPU, 16 % on a GPU), and the seconds it takes. A small model's layer takes a GPU at least the
-# milliseconds in which its kernels are launched, however few its operations.
+# a CPU, 16 % on a GPU); the seconds it takes; and the least seconds that a layer's forward and
+# backward pass take on a GPU, in which its kernels are launched.
 COMPILED_SAVES, COMPILING_TAKES = {"cpu": 0.08, "cuda": 0.16}, {"cpu": 35, "cuda": 30}
 SECONDS_PER_LAYER = 1e-3
 
@@ -96,12 +96,12 @@ class TrainingPlan:
         return self.options.micro_batch_size * self.sequence_length
 
     def activation_bytes(self) -> int:
-        """Activations of a micro-batch kept for the backward pass, and its first gradient."""
+        """Activations kept for a micro-batch's backward pass, and the last states' gradient."""
         config, compute = self.config, DTYPE_BYTES[self.dtype]
         kv_dim = config.n_kv_heads * config.head_dim
         on_gpu = self.device == "cuda"
         residual = (compute if on_gpu else 4) * config.dim
-        # Two normed states, queries, keys, values and what attention gives; a CPU keeps others.
+        # Two normalised states, q, k, v and the attention's output; on a CPU another q and k.
         attention = 4 * config.dim + 2 * kv_dim + (0 if on_gpu else config.dim + kv_dim)
         layer = 2 * residual + compute * (attention + 4 * config.hidden_dim)
         if self.device == "cpu" and self.sequence_length <= longest_kept(
@@ -228,8 +228,8 @@ class TrainingPlan:
     def lines(self, available: int | None) -> list[str]:
         """The plan in lines to print; `available` is the machine's free memory in bytes."""
         config, options, memory = self.config, self.options, self.memory()
-        noun = {"pretrain": "chunks"}.get(options.option, "sentences")
-        noun = "dialogues" if options.is_chat else noun
+        noun = "dialogues" if options.is_chat else "sentences"
+        noun = "chunks" if options.option == "pretrain" else noun
         counts = config.parameter_counts()
         parts = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
         needs = ", ".join(f"{name} {human_size(size)}" for name, size in memory.items() if size)
