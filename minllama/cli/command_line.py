@@ -96,25 +96,19 @@ def section(
 
 
 def flags_of(table: type) -> dict[str, dataclasses.Field]:
-    """The flags in a table by name, their types no longer strings."""
+    """The flags in a table by name; the type of each is resolved, and without `| None`."""
     fields = {f.name: f for f in dataclasses.fields(table) if "help" in f.metadata}
-    for name, annotation in typing.get_type_hints(table).items():
-        if name in fields:
-            fields[name].type = annotation
+    hints = typing.get_type_hints(table)
+    for name, field in fields.items():
+        kinds = typing.get_args(hints[name])
+        field.type = kinds[0] if type(None) in kinds else hints[name]
     return fields
-
-
-def without_none(annotation: Any) -> tuple[Any, bool]:
-    """A flag's type without `| None`, and whether None is one of its values."""
-    kinds = typing.get_args(annotation)
-    optional = type(None) in kinds
-    return kinds[0] if optional else annotation, optional
 
 
 def read_stored(field: dataclasses.Field, value: Any, *, where: str = "the checkpoint") -> Any:
     """A flag's value from `where` it is stored; UsageError for one that it could not have."""
-    kind, optional = without_none(field.type)
-    if value is None and optional:
+    kind = field.type
+    if value is None and field.default is None:
         return None
     if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
         return value
@@ -133,7 +127,7 @@ def read_stored(field: dataclasses.Field, value: Any, *, where: str = "the check
 
 def add_flag(group: Any, field: dataclasses.Field, *, shown: bool = True) -> None:
     """Add a row of the table to an argparse group; a flag that is not shown has no help."""
-    (kind, _), metadata = without_none(field.type), field.metadata
+    kind, metadata = field.type, field.metadata
     default = "" if field.default in (None, (), False) else f" (default: {field.default})"
     text = metadata["help"] + default if shown else argparse.SUPPRESS
     settings = {"default": field.default, "help": text}

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from minllama.cli.command_line import read_stored, without_none
+from minllama.cli.command_line import read_stored
 from minllama.system.errors import UsageError
 from minllama.system.files import check_regular, read_bounded
 
@@ -52,12 +52,11 @@ def toml_words(path: Path, fields: Fields, *, without: Collection[str]) -> list[
 
 def can_be_typed(value: Any, field: dataclasses.Field) -> bool:
     """Whether a TOML value has a type that the flag may have; the parser reads the value."""
-    kind, _ = without_none(field.type)
     if isinstance(value, bool):
-        return kind is bool or bool(value and field.metadata["alone"])
-    several = isinstance(value, list) and typing.get_origin(kind) is tuple
+        return field.type is bool or bool(value and field.metadata["alone"])
+    several = isinstance(value, list) and typing.get_origin(field.type) is tuple
     values = value if several else [value]
-    return kind is not bool and all(type(item) in (str, int, float) for item in values)
+    return field.type is not bool and all(type(item) in (str, int, float) for item in values)
 
 
 def recorded_words(stored: Mapping[str, Any], fields: Fields, *, where: str) -> list[str]:

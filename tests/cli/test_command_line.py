@@ -26,7 +26,6 @@ from minllama.cli.command_line import (
     read_stored,
     section,
     with_underscores,
-    without_none,
 )
 from minllama.system.errors import UsageError
 
@@ -163,10 +162,10 @@ def test_a_stored_value_that_the_flag_could_not_have(name, stored):
 
 
 def test_types_without_none():
-    """What a value is, and whether it may be left out."""
-    assert without_none(int | None) == (int, True)
-    assert without_none(Path) == (Path, False)
-    assert without_none(tuple[str, ...]) == (tuple[str, ...], False)
+    """Of a flag that may be left out its value's."""
+    types = {name: field.type for name, field in FIELDS.items()}
+    assert types["rate"] is float and types["note"] is str and types["folder"] is Path
+    assert types["kind"] == Literal["a", "b"] and types["files"] == tuple[str, ...]
 
 
 def test_each_problem_is_a_line_with_the_programs_name(capsys):
