@@ -248,7 +248,7 @@ class Options:
         "float32", "dtype of the weights in final-model.pt and best-model.pt"
     )
     deterministic: bool = flag(
-        False, "on CUDA, slower: the same bits every time; on a CPU it is so in any case"
+        False, "on CUDA, slower: bit-identical every time; on a CPU it is so in any case"
     )
     flag = section("arithmetic", "pretrain", "finetune", "generate")
     compile: Literal["auto", "on", "off"] = flag(
@@ -381,7 +381,7 @@ class Options:
     pretrain_batch_size: int = flag(8, "chunks per micro-batch", at_least=1, instead="batch_size")
     pretrain_lr: float | None = flag(
         None,
-        "peak learning rate; unset: what suits --model_size, or to go on from a model's weights",
+        "peak learning rate; unset: what suits --model_size, or to continue from a model's weights",
         above=0,
         below=1e6,
         instead="lr",

@@ -1,4 +1,4 @@
-"""Flags in files: a TOML file as words of a command line, a run's record as the command it was.
+"""Flags from files as words of a command line: of a TOML file, and of a run's record.
 
 Knows a table of flags as dataclass fields and their types, and nothing of what they are for.
 """
