@@ -44,8 +44,8 @@ RUN_FILES = (
     "tensorboard",
     "profile.json.gz",
 )
-# Flags of one start alone, and those in whose place the record has what follows from them: the
-# global batch, and the steps that --minutes were found to be worth.
+# Flags of a single start, and two whose outcome the record has instead: the global batch, and the
+# steps and sizes that --minutes came to.
 NOT_REPEATED = {"option", "save_dir", "config", "resume", "overwrite", "plan", "profile"}
 NOT_REPEATED |= {"gradient_accumulation_steps", "minutes"}
 ABANDONED = ".abandoned"

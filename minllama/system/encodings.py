@@ -20,7 +20,7 @@ CHINESE = (
 KOREAN = "다이는을의에가고하지한은로도를서그나자시기사리어아있대인것들수"
 JAPANESE = "[\u3041-\u30fe]"
 CYRILLIC = "[\u0430-\u044f]{3,}"  # small letters, three in a row
-# What text is full of that is decoded as it was encoded, and hardly contains by chance otherwise.
+# Characters that text has in plenty when decoded as it was encoded, and rarely by chance.
 LIKELY = {
     "gb18030": f"[{CHINESE}]",
     "big5": f"[{CHINESE}]",
@@ -54,7 +54,7 @@ def check_encoding(name: str) -> None:
 
 
 def is_utf8(name: str) -> bool:
-    """Whether an encoding, which Python has, is UTF-8 by whatever name."""
+    """Whether this is one of the names of UTF-8; raises LookupError for no encoding's."""
     return codecs.lookup(name).name in ("utf-8", "utf-8-sig")
 
 

@@ -63,7 +63,7 @@ def atomic_write(
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text in UTF-8 with its line ends as they are, whole or not at all."""
+    """Write UTF-8 text, its line ends unchanged, whole or not at all."""
     with atomic_write(path) as file:
         file.write(text.encode("utf-8"))
 
