@@ -111,6 +111,7 @@ from torch import Tensor
 
 from config import SHIPPED_MODEL
 from llama import Llama, load_pretrained
+from minllama.cli.console import human_size
 from minllama.formats.export import HUGGING_FACE_FILES, MODELFILE, TOKENIZER_BIN, export
 from minllama.formats.formats import LLAMA2C_MAGIC, own_name, read_model, read_safetensors
 from minllama.formats.gguf import GGUF_MAGIC, read_gguf
@@ -129,7 +130,6 @@ from minllama.system.files import (
     size_on_disk,
     write_text,
 )
-from minllama.system.units import human_size
 from minllama.text.reading import Reading, find_text_files
 from tokenizer import Tokenizer, tokenizer_bin, vocabulary_remedy
 

@@ -1,8 +1,7 @@
-"""What a run is: the model's shape, its presets, and every flag of `run_llama.py`, in one table.
+"""The model's shape, its presets, and a table of every flag of `run_llama.py`.
 
-Pure Python: importing this module loads neither torch nor numpy, so `--help` and bad flags are
-answered at once. It knows nothing of tensors, of files' contents or of devices; what only the data
-or the machine can tell is checked where it is first known.
+Imports neither torch nor numpy, so that `--help` and bad flags are answered at once. Knows nothing
+of tensors, files' contents or devices; what only they can tell is checked where it is first known.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import dataclasses
 import hashlib
 import math
 import time
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,30 +19,31 @@ from typing import Any, Literal
 from minllama.cli.command_line import (
     OneLineParser,
     add_flag,
+    flags_of,
     read_stored,
     section,
     with_underscores,
 )
 from minllama.cli.config_file import toml_words
-from minllama.cli.contradictions import find_problems
+from minllama.cli.contradictions import LENGTHS, find_problems
 from minllama.cli.suggestions import parse_words
 from minllama.system.errors import UsageError
 
 DATA_DIR = Path(__file__).resolve().parent / "data"
 SHIPPED_MODEL = DATA_DIR / "stories-tiny.pt"
-IGNORE_INDEX = -100  # in targets: padding and questions, which no loss counts
+IGNORE_INDEX = -100  # a target that no loss counts: of padding, or of a dialogue's questions
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def fingerprint(content: bytes) -> str:
-    """Names a vocabulary, or another content: the first 16 hex digits of its SHA-256."""
+    """The first 16 hex digits of the SHA-256 of a vocabulary, or of other content."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------- the model's shape
 
-# Least and largest value of each number, whose type is the bounds'. Files can claim any shape:
-# absurd ones are refused before anything is allocated.
+# Smallest and largest value of each number, which has the type of its bounds. A file may claim any
+# shape: an absurd one is refused before anything is allocated.
 SHAPE_BOUNDS: dict[str, tuple[float, float]] = {
     "vocab_size": (1, 2**24),
     "dim": (1, 2**17),
@@ -52,18 +51,18 @@ SHAPE_BOUNDS: dict[str, tuple[float, float]] = {
     "n_heads": (1, 2**12),
     "n_kv_heads": (1, 2**12),
     "multiple_of": (1, 2**17),
-    "hidden_dim": (1, 2**19),  # after the two that it is derived from
+    "hidden_dim": (1, 2**19),  # below the two that it is derived from, which are checked first
     "max_seq_len": (1, 2**24),
     "dropout": (0.0, 0.99),
     "layer_norm_eps": (0.0, 1.0),
     "rope_theta": (1.0, 1e12),
 }
-MAX_ROTARY = 2**26  # entries of the rotary table, 4 bytes each
+MAX_ROTARY = 2**26  # entries of the rotary table, of 4 bytes
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a Llama. Field names are the `model_args` keys of weights files.
+    """The shape of a Llama; its fields are the `model_args` of weights files.
 
     Raises UsageError for an invalid shape.
     """
@@ -100,7 +99,7 @@ class LlamaConfig:
         if self.dim % self.n_heads:
             near = self.n_heads * max(1, round(self.dim / self.n_heads))
             raise UsageError(f"--dim {self.dim} is not divisible by {heads}; --dim {near} is")
-        if self.head_dim % 2:  # rotary embeddings turn pairs of numbers
+        if self.head_dim % 2:  # rotary embeddings rotate pairs of numbers
             raise UsageError(f"--dim {self.dim} / {heads} = {self.head_dim}: must be even")
         if self.n_heads % self.n_kv_heads:
             raise UsageError(f"--n_kv_heads {self.n_kv_heads}: must be a divisor of {heads}")
@@ -112,7 +111,7 @@ class LlamaConfig:
 
     @property
     def head_dim(self) -> int:
-        """Numbers per attention head, D in the shapes."""
+        """Width of an attention head, D in the shapes."""
         return self.dim // self.n_heads
 
     def to_model_args(self) -> dict[str, Any]:
@@ -121,9 +120,9 @@ class LlamaConfig:
 
     @classmethod
     def from_model_args(cls, model_args: dict[str, Any]) -> LlamaConfig:
-        """Read `model_args` of this program, the original or llama2.c; unknown keys are theirs.
+        """Read the `model_args` of this program, the original or llama2.c.
 
-        llama2.c names the normalisation's epsilon `norm_eps`; both leave out what they do not have.
+        Unknown keys are ignored, missing ones have the default; `norm_eps` is llama2.c's name.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         renamed = {"norm_eps": "layer_norm_eps"}
@@ -131,7 +130,7 @@ class LlamaConfig:
         return cls(**{key: value for key, value in named.items() if key in known})
 
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters by part; a tied output head counts once, in the embedding."""
+        """Parameters by part; a tied output head is counted as the embedding."""
         kv_dim = self.n_kv_heads * self.head_dim
         return {
             "embedding": self.vocab_size * self.dim,
@@ -142,16 +141,16 @@ class LlamaConfig:
         }
 
     def block_parameters(self) -> tuple[int, int]:
-        """Parameters in the layers, and in what is around them: embedding, last norm and head."""
+        """Parameters of the layers, and of the rest: embedding, last norm and output head."""
         counts = self.parameter_counts()
         around = counts["embedding"] + counts["output"] + self.dim
         return sum(counts.values()) - around, around
 
     def flops_per_token(self, sequence_length: int, *, logits: bool) -> float:
-        """Floating-point operations to train on one token: 6 per weight, 6 L T d for attention.
+        """FLOPs to train on one token: 6 per weight, and 6 L T d for attention.
 
-        PaLM's count (Chowdhery et al. 2022, appendix B) with the causal half of the attention; the
-        embedding's look-up is free, the output head's product, where there are logits, is not.
+        As PaLM counts (Chowdhery et al. 2022, appendix B), with the causal half of the attention.
+        The embedding is a look-up and free; the output head counts where there are logits.
         """
         counts = self.parameter_counts()
         weights = counts["attention"] + counts["feed_forward"]
@@ -161,7 +160,7 @@ class LlamaConfig:
 
 @dataclass(frozen=True)
 class Preset:
-    """A named model size: its shape, and the learning rate that it pretrains well with."""
+    """A named model size: its shape, and a good peak learning rate to pretrain it with AdamW."""
 
     shape: dict[str, Any]
     pretrain_lr: float
@@ -182,16 +181,13 @@ PRESETS: dict[str, Preset] = {
     ),
 }
 
-# Of the rate that suits a size from scratch, what going on from trained weights begins with: enough
-# to learn another text by, and not so much that what was learnt is forgotten first.
+# The share of the rate from scratch with which trained weights are trained further: enough to learn
+# another text, too little to forget the first before it is learnt.
 CONTINUED_LR = 0.2
 
 
-def suited_lr(config: LlamaConfig, optimizer: str) -> float:
-    """The peak learning rate that suits a model from scratch.
-
-    Muon's is by its width, AdamW's that of the preset nearest to its size.
-    """
+def recommended_lr(config: LlamaConfig, optimizer: str) -> float:
+    """A good peak learning rate from scratch: Muon's by width, AdamW's of the nearest preset."""
     if optimizer == "muon":
         return float(f"{0.01 * (128 / config.dim) ** 0.75:.2g}")
     size = sum(config.block_parameters())
@@ -206,7 +202,7 @@ def suited_lr(config: LlamaConfig, optimizer: str) -> float:
 # ---------------------------------------------------------------------------- the table of flags
 
 SHAPE_FLAGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim")  # beside --model_size
-MAX_CONTEXT = 1024  # of --max_seq_len where none is given, as the original's
+MAX_CONTEXT = 1024  # where --max_seq_len is not given, as in the original
 TRAINING = ("pretrain", "finetune")
 LABELLED = ("finetune", "prompt")
 EVERY = ("pretrain", "finetune", "prompt", "generate")
@@ -214,7 +210,7 @@ EVERY = ("pretrain", "finetune", "prompt", "generate")
 
 @dataclass(frozen=True)
 class Options:
-    """Everything the command line says, checked as far as it can be without data or device."""
+    """Every flag's value. A flag is a field here, and its help, checks and readers are too."""
 
     flag = section("the run", *EVERY)
     seed: int = flag(1337, "of every random number", at_least=0, below=2**63)
@@ -252,7 +248,7 @@ class Options:
         "float32", "dtype of the weights in final-model.pt and best-model.pt"
     )
     deterministic: bool = flag(
-        False, "on CUDA, slower: the same bits every time; on a CPU it is so in any case"
+        False, "on CUDA, slower: bit-identical every time; on a CPU it is so in any case"
     )
     flag = section("arithmetic", "pretrain", "finetune", "generate")
     compile: Literal["auto", "on", "off"] = flag(
@@ -385,7 +381,7 @@ class Options:
     pretrain_batch_size: int = flag(8, "chunks per micro-batch", at_least=1, instead="batch_size")
     pretrain_lr: float | None = flag(
         None,
-        "peak learning rate; unset: what suits --model_size, or to go on from a model's weights",
+        "peak learning rate; unset: what suits --model_size, or to continue from a model's weights",
         above=0,
         below=1e6,
         instead="lr",
@@ -485,11 +481,11 @@ class Options:
     )
     del flag
 
-    given: frozenset[str] = frozenset()  # names of the flags that were typed
+    given: frozenset[str] = frozenset()  # names of the flags typed, or in the --config file
     started: float = dataclasses.field(default_factory=time.monotonic)  # when the command began
 
     def to_plain(self) -> dict[str, Any]:
-        """The options as JSON and checkpoints hold them: strings, numbers, lists, None."""
+        """The options as in JSON and checkpoints: strings, numbers, lists, None."""
         plain = {}
         for name in FLAGS:
             value = getattr(self, name)
@@ -501,35 +497,34 @@ class Options:
     def resumed(self, stored: dict[str, Any]) -> Options:
         """These options with a checkpoint's value of every flag that was not typed.
 
-        Where the run writes, what it computes on and when it ends early are not the checkpoint's.
-        Its global batch is, whatever the micro-batch and the number of processes; only an
-        accumulation that was typed makes another one, which is then refused. Raises UsageError for
-        a stored value that the flag could not have.
+        Never the checkpoint's: where the run writes, what it computes on, when it ends early. Its
+        global batch is kept, whatever the micro-batch and the number of processes; a typed
+        accumulation that makes another one is refused later. Raises UsageError for a stored value
+        that the flag could not have, and for another length of the run.
         """
         typed = self.given | TYPED_ON_RESUME
-        for name in ("minutes", "schedule_steps"):
-            for other in sorted(self.given & {"epochs", "schedule_steps"} - {name}):
-                if stored.get(name) is not None and name not in self.given:
-                    raise UsageError(
-                        f"--{other} {getattr(self, other)}: the run to resume is as long as its "
-                        f"--{name} {stored[name]} says: leave --{other} out"
-                    )
+        for name, other in LENGTHS:
+            if stored.get(name) is not None and other in self.given and name not in self.given:
+                raise UsageError(
+                    f"--{other} {getattr(self, other)}: the run to resume is as long as its "
+                    f"--{name} {stored[name]} says: leave --{other} out"
+                )
         name = "gradient_accumulation_steps"
         if name in self.given and getattr(self, name) != stored.get(name):
             typed |= {"global_batch_size"}
         taken = [n for n in FLAGS if n in stored and n not in typed]
-        changes = {n: read_stored(FLAGS[n], HINTS[n], stored[n]) for n in taken}
+        changes = {n: read_stored(FLAGS[n], stored[n]) for n in taken}
         return dataclasses.replace(self, **changes)
 
     def choose(self, values: dict[str, Any]) -> Options:
-        """These options with the values of those flags that were not typed."""
-        free = {name: value for name, value in values.items() if name not in self.given}
-        return dataclasses.replace(self, **free)
+        """These options with the values given, but for flags that were typed."""
+        untyped = {name: value for name, value in values.items() if name not in self.given}
+        return dataclasses.replace(self, **untyped)
 
-    def settle_optimizer(self) -> Options:
+    def resolve_optimizer(self) -> Options:
         """These options with --optimizer auto decided.
 
-        Muon trains best what begins from scratch; a rate that was typed is AdamW's, as always.
+        Muon is the better one from scratch; a typed rate is AdamW's, as before there was a choice.
         """
         if self.optimizer != "auto":
             return self
@@ -538,13 +533,13 @@ class Options:
         return dataclasses.replace(self, optimizer="muon" if muon else "adamw")
 
     def llama_config(self, vocab_size: int) -> LlamaConfig:
-        """The shape to pretrain: the preset, changed by the single flags."""
+        """The shape to pretrain: the preset's, changed by the flags of the shape."""
         shape = dict(PRESETS[self.model_size].shape)
         for name in SHAPE_FLAGS:
             if getattr(self, name) is not None:
                 shape[name] = getattr(self, name)
         if self.dim is not None and self.hidden_dim is None:
-            shape.pop("hidden_dim", None)  # another width than the preset's: derive it again
+            shape.pop("hidden_dim", None)  # derived from the new width
         if self.n_heads is not None and self.n_kv_heads is None:
             shape.pop("n_kv_heads", None)
         return LlamaConfig(
@@ -555,7 +550,7 @@ class Options:
         )
 
     def check_shape(self, path: Path, config: LlamaConfig) -> None:
-        """Raise UsageError where a flag of the shape was typed that is not the file's."""
+        """Raise UsageError where a typed flag of the shape differs from the model file's."""
         typed = {n: getattr(self, n) for n in self.given.intersection(SHAPE_FLAGS)}
         if "model_size" in self.given:
             preset = LlamaConfig(vocab_size=config.vocab_size, **PRESETS[self.model_size].shape)
@@ -568,56 +563,56 @@ class Options:
                 "--model_size, --dim and the like out"
             )
 
-    def suited_to(self, config: LlamaConfig, *, continued: bool) -> Options:
-        """These options with a learning rate for a model, where none was typed.
+    def with_recommended_lr(self, config: LlamaConfig, *, continued: bool) -> Options:
+        """These options with a learning rate to pretrain this model, where none was typed.
 
-        Raises UsageError where the least learning rate is above that one.
+        Raises UsageError where --min_lr is above it.
         """
         if self.pretrain_lr is not None:
             return self
-        lr = suited_lr(config, self.optimizer) * (CONTINUED_LR if continued else 1)
+        lr = recommended_lr(config, self.optimizer) * (CONTINUED_LR if continued else 1)
         options = dataclasses.replace(self, pretrain_lr=lr)
         check_options(options)
         return options
 
     def muon_parameters(self, config: LlamaConfig) -> int:
-        """How many parameters of a pretraining Muon updates: those of the layers' matrices."""
+        """How many parameters Muon updates in pretraining: those of the layers' matrices."""
         counts = config.parameter_counts()
         return counts["attention"] + counts["feed_forward"] if self.optimizer == "muon" else 0
 
     @property
     def micro_batch_size(self) -> int:
-        """Sequences that a process trains on at once."""
+        """Sequences in one forward and backward pass of a process."""
         return self.pretrain_batch_size if self.option == "pretrain" else self.batch_size
 
     def with_global_batch(self, world_size: int) -> Options:
-        """These options with the global batch as given, else what the accumulation makes.
+        """These options with the global batch as given, else as the accumulation makes it.
 
-        Raises UsageError for one that the processes cannot make of whole micro-batches.
+        Raises UsageError for one that is no multiple of the processes' micro-batches.
         """
-        at_once = self.micro_batch_size * world_size
-        if self.global_batch_size is None:
-            whole = at_once * self.gradient_accumulation_steps
-            return dataclasses.replace(self, global_batch_size=whole)
-        if self.global_batch_size % at_once:
+        micro_batch, batch = self.micro_batch_size, self.global_batch_size
+        if batch is None:
+            batch = micro_batch * world_size * self.gradient_accumulation_steps
+            return dataclasses.replace(self, global_batch_size=batch)
+        if batch % (micro_batch * world_size):
             name = "--pretrain_batch_size" if self.option == "pretrain" else "--batch_size"
-            share, rest = divmod(self.global_batch_size, world_size)
-            smaller = f", or {name} {math.gcd(share, self.micro_batch_size)}" if not rest else ""
+            share, rest = divmod(batch, world_size)
+            smaller = f", or {name} {math.gcd(share, micro_batch)}" if not rest else ""
             raise UsageError(
-                f"--global_batch_size {self.global_batch_size} is not divisible by {name} "
-                f"{self.micro_batch_size} times the number of processes, {world_size}: give a "
-                f"multiple of {at_once}{smaller}"
+                f"--global_batch_size {batch} is not divisible by {name} {micro_batch} times the "
+                f"number of processes, {world_size}: give a multiple of "
+                f"{micro_batch * world_size}{smaller}"
             )
         return self
 
     @property
     def is_chat(self) -> bool:
-        """Whether this finetunes on dialogues: a .jsonl file of them, else labelled sentences."""
+        """Whether this finetunes on dialogues, which are JSON, and not on labelled sentences."""
         name = self.train.name.lower() if self.option == "finetune" and self.train else ""
         return name.removesuffix(".gz").endswith((".jsonl", ".ndjson", ".json"))
 
     def decay(self) -> float:
-        """The weight decay: as given, else 0.1 to pretrain and none to finetune."""
+        """The weight decay: as given, else 0.1 to pretrain and 0 to finetune."""
         if self.weight_decay is not None:
             return self.weight_decay
         return 0.1 if self.option == "pretrain" else 0.0
@@ -629,9 +624,8 @@ class Options:
         return self.pretrain_lr or math.inf  # until the model is known
 
 
-FLAGS = {field.name: field for field in dataclasses.fields(Options) if "help" in field.metadata}
+FLAGS = flags_of(Options)
 TYPED_ON_RESUME = {n for n, field in FLAGS.items() if field.metadata["on_resume"] == "typed"}
-HINTS = typing.get_type_hints(Options)
 READERS: dict[str, tuple[str, ...]] = {n: f.metadata["read_by"] for n, f in FLAGS.items()}
 
 
@@ -639,10 +633,7 @@ READERS: dict[str, tuple[str, ...]] = {n: f.metadata["read_by"] for n, f in FLAG
 
 
 def build_parser(option: str | None = None) -> argparse.ArgumentParser:
-    """The command line of run_llama.py, generated from the table.
-
-    Its help shows the flags that `option` reads, by default all.
-    """
+    """The command line of run_llama.py; its help shows what `option` reads, by default all."""
     parser = OneLineParser(
         prog="run_llama.py",
         usage="python run_llama.py --option {pretrain,finetune,prompt,generate} [options]",
@@ -653,9 +644,9 @@ def build_parser(option: str | None = None) -> argparse.ArgumentParser:
     )
     titles = dict.fromkeys(field.metadata["section"] for field in FLAGS.values())
     groups = {title: parser.add_argument_group(title) for title in titles}
-    for name, field in FLAGS.items():
+    for field in FLAGS.values():
         shown = option is None or option in field.metadata["read_by"]
-        add_flag(groups[field.metadata["section"]], field, HINTS[name], shown=shown)
+        add_flag(groups[field.metadata["section"]], field, shown=shown)
     return parser
 
 
@@ -673,17 +664,17 @@ def parse_options(arguments: Sequence[str]) -> Options:
     parser = build_parser(known.option if known.option in EVERY else None)
     namespace = None
     if known.config is not None:
-        # Of two that exclude each other the one that is typed counts.
-        excluded = {b for a, b in (("resume", "overwrite"), ("overwrite", "resume")) if a in typed}
-        before = toml_words(known.config, FLAGS, HINTS, without=typed | excluded)
-        namespace = parse_words(parser, before, READERS, where=f"--config {known.config}: ")
-        typed |= {word[2:].partition("=")[0] for word in before if word.startswith("--")}
+        exclusive = {"resume", "overwrite"}  # a typed one counts more than the file's other one
+        without = typed | exclusive if typed & exclusive else typed
+        in_file = toml_words(known.config, FLAGS, without=without)
+        namespace = parse_words(parser, in_file, READERS, where=f"--config {known.config}: ")
+        typed |= {word[2:].partition("=")[0] for word in in_file if word.startswith("--")}
     namespace = parse_words(parser, words, READERS, namespace)
     values = vars(namespace)
     for name, field in FLAGS.items():
-        if isinstance(field.default, tuple):
+        if isinstance(field.default, tuple):  # argparse has a list, or None
             values[name] = tuple(values[name] or ())
-    options = Options(**values, given=frozenset(typed & {*values})).settle_optimizer()
+    options = Options(**values, given=frozenset(typed & {*values})).resolve_optimizer()
     check_options(options)
     return options
 
@@ -692,7 +683,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
 
 
 def find_idle_flags(options: Options) -> list[str]:
-    """A note for each flag typed that the option at hand does not read."""
+    """A note for each typed flag that this --option does not read."""
     notes = []
     for name, field in FLAGS.items():
         if name in options.given and options.option not in READERS[name]:
@@ -708,7 +699,7 @@ def find_idle_flags(options: Options) -> list[str]:
 
 
 def check_options(options: Options) -> None:
-    """Raise UsageError where options contradict each other; a line each, with flag and remedy."""
+    """Raise UsageError where options contradict each other, a line each."""
     problems = [*find_problems(options)]
     if problems:
         raise UsageError("\n".join(problems))

@@ -32,8 +32,8 @@ from survivor import SMALL, Malicious, Tally, run_here, start_process, write_lab
 import check_model_precision
 import run_llama
 import tokenizer
-from config import EVERY, FLAGS, HINTS, parse_options
-from minllama.cli.command_line import parse_or_exit, protect_output, without_none
+from config import EVERY, FLAGS, parse_options
+from minllama.cli.command_line import parse_or_exit, protect_output
 from minllama.formats.pt_file import load_pt, save_pt
 from minllama.training import pretraining
 
@@ -210,7 +210,7 @@ def write_place(folder: Path) -> None:
 
 def values_of(name: str, chance: random.Random) -> list[str]:
     """What a flag of run_llama.py is given: often what it could take, at times what none could."""
-    field, (kind, _) = FLAGS[name], without_none(HINTS[name])
+    field, kind = FLAGS[name], FLAGS[name].type
     pool: tuple[str, ...] = TEXTS
     if kind is bool:
         return []

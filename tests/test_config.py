@@ -30,7 +30,7 @@ from config import (
     find_idle_flags,
     parse_options,
 )
-from minllama.cli.suggestions import NEIGHBOURS, suggest
+from minllama.cli.suggestions import FOREIGN_NAMES, suggest
 from minllama.system.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,8 +206,8 @@ def test_a_neighbours_flag_is_named_in_our_words(line, want):
 
 def test_the_neighbours_names_are_not_ours():
     """A name of ours is never unknown, and one that is no longer ours helps nobody."""
-    theirs = {name for names in NEIGHBOURS.values() for name in names.split()}
-    assert not theirs & {*FLAGS} and not {*NEIGHBOURS} - {*FLAGS}
+    theirs = {name for names in FOREIGN_NAMES.values() for name in names.split()}
+    assert not theirs & {*FLAGS} and not {*FOREIGN_NAMES} - {*FLAGS}
     assert all(suggest(name, READERS, "pretrain") for name in theirs)
 
 
@@ -303,6 +303,7 @@ def test_flags_in_a_file_are_as_if_typed(tmp_path, monkeypatch):
         ("a = " + "[" * 10000, ["not TOML"]),
         ("lr = nan", ["--lr: 'nan' is not a number"]),
         ("dtype = 'int8'\nout = 1", ["--dtype"]),
+        ("pretrain_data = ['x', '--a-b']", ["--a_b: no such option"]),  # once a traceback
     ],
 )
 def test_a_bad_file_of_flags_names_file_and_key(text, words, tmp_path, monkeypatch):

@@ -2,9 +2,9 @@
 
 Knows flags by their table in `config.py`, and nothing of what they are for.
 
-    command_line    argparse with one-line errors; flags from a dataclass
-    suggestions     unknown flags, and what they may have meant
+    command_line    argparse with one-line errors; flags from a dataclass; output that cannot fail
+    suggestions     what unknown flags may have meant
     contradictions  flags that contradict each other
-    config_file     flags in a TOML file; a run's record as the command it was
-    console         progress bars; status lines at the terminal's width
+    config_file     flags in a TOML file; a run's record as a command line
+    console         progress bars, status lines at the terminal's width, sizes and durations
 """

@@ -1,6 +1,6 @@
 """What the command lines share: one-line errors, bounded numbers, flags from a dataclass.
 
-Pure Python, so that `--help` and bad flags are answered before torch is imported.
+Imports no torch, so that `--help` and bad flags are answered at once.
 """
 
 from __future__ import annotations
@@ -23,16 +23,13 @@ from typing import Any, Literal, NoReturn, TextIO, TypeVar
 from minllama.system.errors import UsageError
 
 Parsed = TypeVar("Parsed")
-# All but line ends, tabs, and how tqdm moves up a line.
+# All control characters but line ends, tabs, and the escape by which tqdm moves up a line.
 CONTROL = re.compile(r"\x1b(?!\[A)|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
 BOUNDS = {"at_least": ge, "above": gt, "at_most": le, "below": lt}
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse that raises UsageError instead of printing its usage above the message.
-
-    Flags may be typed with `-` for `_`.
-    """
+    """argparse that raises UsageError, without its usage, and accepts `-` for `_` in flags."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else args
@@ -44,11 +41,11 @@ class OneLineParser(argparse.ArgumentParser):
 
 def with_underscores(word: str) -> str:
     """`--save-dir=x` as `--save_dir=x`: both spellings are accepted on the command line."""
-    return re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word)
+    return re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word)
 
 
 def number_reader(kind: type, **bounds: float) -> Callable[[str], Any]:
-    """A `type` for argparse: reads an int or float within the bounds, named as in BOUNDS."""
+    """A `type` for argparse: a finite int or float within bounds, which are named as in BOUNDS."""
     noun = "a whole number" if kind is int else "a number"
 
     def read(text: str) -> Any:
@@ -57,7 +54,7 @@ def number_reader(kind: type, **bounds: float) -> Callable[[str], Any]:
             if not math.isfinite(value):
                 raise ValueError
         except (ValueError, OverflowError):
-            glued = re.match(r".+?(--\w.*)", text)
+            glued = re.match(r".+?(--\w.*)", text)  # 6--epochs
             remedy = f"; a space is missing before {glued[1]}" if glued else ""
             raise argparse.ArgumentTypeError(f"{text!r} is not {noun}{remedy}") from None
         for name, bound in bounds.items():
@@ -75,10 +72,10 @@ def number_reader(kind: type, **bounds: float) -> Callable[[str], Any]:
 def section(
     title: str, *read_by: str, on_resume: Literal["stored", "typed"] = "stored"
 ) -> Callable[..., Any]:
-    """Begin or continue a section of the table: returns `flag`, which makes a field of each row.
+    """Begin or continue a section of the table: returns `flag`, which makes each row's field.
 
-    `read_by` are the values of --option that read these flags; `on_resume` says whether a resumed
-    run takes the value that its checkpoint stored or what is typed.
+    `read_by` are the values of --option that read these flags; on a resume their value is the one
+    that the checkpoint stored, or the one that is typed.
     """
 
     def flag(
@@ -91,26 +88,27 @@ def section(
         instead: str | None = None,  # the flag that the other options have for the same thing
         **bounds: float,
     ) -> Any:
-        own = dict(help=help, many=many, metavar=metavar, alone=alone, instead=instead)
-        of_all = dict(section=title, read_by=read_by, on_resume=on_resume, bounds=bounds)
-        return dataclasses.field(default=default, metadata=own | of_all)
+        row = dict(help=help, many=many, metavar=metavar, alone=alone, instead=instead)
+        shared = dict(section=title, read_by=read_by, on_resume=on_resume)
+        return dataclasses.field(default=default, metadata=row | shared | {"bounds": bounds})
 
     return flag
 
 
-def without_none(annotation: Any) -> tuple[Any, bool]:
-    """A flag's type without `| None`, and whether None is one of its values."""
-    kinds = typing.get_args(annotation)
-    optional = type(None) in kinds
-    return kinds[0] if optional else annotation, optional
+def flags_of(table: type) -> dict[str, dataclasses.Field]:
+    """The flags in a table by name; the type of each is resolved, and without `| None`."""
+    fields = {f.name: f for f in dataclasses.fields(table) if "help" in f.metadata}
+    hints = typing.get_type_hints(table)
+    for name, field in fields.items():
+        kinds = typing.get_args(hints[name])
+        field.type = kinds[0] if type(None) in kinds else hints[name]
+    return fields
 
 
-def read_stored(
-    field: dataclasses.Field, annotation: Any, value: Any, *, where: str = "the checkpoint"
-) -> Any:
-    """A flag's value as it is stored in `where`; UsageError for one that it could not have."""
-    kind, optional = without_none(annotation)
-    if value is None and optional:
+def read_stored(field: dataclasses.Field, value: Any, *, where: str = "the checkpoint") -> Any:
+    """A flag's value from `where` it is stored; UsageError for one that it could not have."""
+    kind = field.type
+    if value is None and field.default is None:
         return None
     if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
         return value
@@ -127,9 +125,9 @@ def read_stored(
     raise UsageError(f"{where}'s --{field.name} is {str(value)[:80]!r}: it is damaged")
 
 
-def add_flag(group: Any, field: dataclasses.Field, annotation: Any, *, shown: bool = True) -> None:
-    """Add one row of the table to an argparse group; `shown` in its help or not."""
-    (kind, _), metadata = without_none(annotation), field.metadata
+def add_flag(group: Any, field: dataclasses.Field, *, shown: bool = True) -> None:
+    """Add a row of the table to an argparse group; a flag that is not shown has no help."""
+    kind, metadata = field.type, field.metadata
     default = "" if field.default in (None, (), False) else f" (default: {field.default})"
     text = metadata["help"] + default if shown else argparse.SUPPRESS
     settings = {"default": field.default, "help": text}
@@ -139,7 +137,8 @@ def add_flag(group: Any, field: dataclasses.Field, annotation: Any, *, shown: bo
         settings["choices"] = typing.get_args(kind)
     elif typing.get_origin(kind) is tuple:
         settings |= {"nargs": "+"} if metadata["many"] else {"action": "append"}
-        settings |= {"metavar": metadata["metavar"] or "PATH", "default": None}  # else appended to
+        # Without a default, to which argparse would append.
+        settings |= {"metavar": metadata["metavar"] or "PATH", "default": None}
     else:
         numeric = kind in (int, float)
         words = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
@@ -158,8 +157,8 @@ def parse_or_exit(
 ) -> Parsed:
     """The parsed command line; for a bad one, a line per problem and exit status 2.
 
-    For scripts to call before they import torch. Under torchrun, where every process has the same
-    command line, rank 0 prints.
+    Scripts call this before they import torch. Under torchrun every process has the same command
+    line, and rank 0 alone prints.
     """
     try:
         return parse(arguments)
@@ -172,7 +171,7 @@ def parse_or_exit(
 def protect_output() -> None:
     """Let no failing print end the program: a closed pipe, a full disk under a log, no terminal.
 
-    What cannot be written is dropped, and characters that the terminal does not have show as `?`.
+    What cannot be written is dropped; characters that the terminal lacks show as `?`.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -204,9 +203,9 @@ class _Droppable:
     def _try(self, action: Callable[..., object], *arguments: str) -> None:
         try:
             action(*arguments)
-        except OSError:  # what is buffered would fail again at exit: it goes to nowhere, too
-            with open(os.devnull, "wb") as nowhere:
-                os.dup2(nowhere.fileno(), self.stream.fileno())
+        except OSError:  # the rest of the buffer would fail again at exit: drop it as well
+            with open(os.devnull, "wb") as null:
+                os.dup2(null.fileno(), self.stream.fileno())
 
 
 def print_error(program: str, error: Exception | str) -> None:
@@ -216,11 +215,11 @@ def print_error(program: str, error: Exception | str) -> None:
 
 
 def printable(text: str) -> str:
-    """The text with control characters, which a terminal would obey, shown as escapes.
+    """The text with control characters shown as escapes, for a terminal would obey them.
 
-    Names of files and text of models may hold them.
+    Files' names and models' text may hold some.
     """
-    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+    return CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def quoted(*words: str | Path) -> str:

@@ -1,4 +1,4 @@
-"""Flags in files: a TOML file as words of a command line, a run's record as the command it was.
+"""Flags from files as words of a command line: of a TOML file, and of a run's record.
 
 Knows a table of flags as dataclass fields and their types, and nothing of what they are for.
 """
@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from minllama.cli.command_line import read_stored, without_none
+from minllama.cli.command_line import read_stored
 from minllama.system.errors import UsageError
 from minllama.system.files import check_regular, read_bounded
 
@@ -20,13 +20,11 @@ TOML_BYTES = 1 << 20
 Fields = Mapping[str, dataclasses.Field]
 
 
-def toml_words(
-    path: Path, fields: Fields, hints: Mapping[str, Any], *, without: Collection[str]
-) -> list[str]:
-    """The keys of a TOML file as words of a command line, less those `without`.
+def toml_words(path: Path, fields: Fields, *, without: Collection[str]) -> list[str]:
+    """The keys of a TOML file, which are flags without hyphens, as words of a command line.
 
-    Keys are flags without their hyphens. One that is no flag becomes a word, too, for the parser to
-    refuse. Raises UsageError, naming the file and the key, for a value of another type.
+    Keys in `without` are left out; an unknown one becomes a word too, for the parser to refuse.
+    Raises UsageError, naming file and key, for a value of a type that the flag does not have.
     """
     try:
         check_regular(path)
@@ -44,54 +42,43 @@ def toml_words(
             continue
         if name not in fields:
             words.append(f"--{name}")
-            continue
-        found = _words(name, value, fields[name], hints[name])
-        if found is None:
+        elif can_be_typed(value, fields[name]):
+            words += flag_words(fields[name], value)
+        else:
             shown = "a table" if isinstance(value, dict) else repr(value)
             raise UsageError(f"--config {path}: {key} = {shown}: not a value of --{name}")
-        words += found
     return words
 
 
-def _words(name: str, value: Any, field: dataclasses.Field, annotation: Any) -> list[str] | None:
-    """A value as it is typed; None for one of a type that the flag does not have."""
-    kind, _ = without_none(annotation)
+def can_be_typed(value: Any, field: dataclasses.Field) -> bool:
+    """Whether a TOML value has a type that the flag may have; the parser reads the value."""
     if isinstance(value, bool):
-        if kind is bool or (value and field.metadata["alone"]):
-            return [f"--{name}"] * value
-        return None
-    values = value if isinstance(value, list) else [value]
-    several = typing.get_origin(kind) is tuple
-    typable = all(isinstance(v, str | int | float) and not isinstance(v, bool) for v in values)
-    if kind is bool or not typable or (isinstance(value, list) and not several):
-        return None
-    if several and field.metadata["many"]:
-        return [f"--{name}", *map(str, values)]
-    return [f"--{name}={v}" for v in values]
+        return field.type is bool or bool(value and field.metadata["alone"])
+    several = isinstance(value, list) and typing.get_origin(field.type) is tuple
+    values = value if several else [value]
+    return field.type is not bool and all(type(item) in (str, int, float) for item in values)
 
 
-def typed_words(
-    stored: Mapping[str, Any], fields: Fields, hints: Mapping[str, Any], *, where: str
-) -> list[str]:
-    """The options that a run has on record as words of its command line; defaults are left out.
+def recorded_words(stored: Mapping[str, Any], fields: Fields, *, where: str) -> list[str]:
+    """The options that a run has on record as words of a command line; defaults are left out.
 
-    Raises UsageError, naming `where` they are, for a value that a flag could not have.
+    Raises UsageError, naming `where` they are stored, for a value that a flag could not have.
     """
     words = []
     for name, field in fields.items():
-        if name not in stored:
-            continue
-        value = read_stored(field, hints[name], stored[name], where=where)
-        if value == field.default:
-            continue
-        if value is True:
-            words.append(f"--{name}")
-        elif isinstance(value, tuple) and field.metadata["many"]:
-            words += [f"--{name}", *value]
-        elif isinstance(value, tuple):
-            words += [f"--{name}={text}" for text in value]
-        elif str(value).startswith("-"):
-            words.append(f"--{name}={value}")
-        else:
-            words += [f"--{name}", str(value)]
+        if name in stored:
+            value = read_stored(field, stored[name], where=where)
+            words += flag_words(field, value) if value != field.default else []
     return words
+
+
+def flag_words(field: dataclasses.Field, value: Any) -> list[str]:
+    """A flag with its value, or values, as they are typed."""
+    flag, text = f"--{field.name}", str(value)
+    if isinstance(value, bool):
+        return [flag] * value
+    if isinstance(value, list | tuple):
+        if field.metadata["many"]:
+            return [flag, *map(str, value)]
+        return [word for item in value for word in flag_words(field, item)]
+    return [f"{flag}={text}"] if text.startswith("-") else [flag, text]

@@ -1,6 +1,6 @@
-"""What a terminal shows while the program works: progress bars and status lines, at its width.
+"""What a terminal shows: progress bars and status lines at its width, sizes and durations.
 
-Where stderr is no terminal, bars are written rarely: the log of a long run stays short.
+Where stderr is no terminal, a bar is a line now and then: the log of a long run stays short.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-REFRESH_SECONDS, LOG_SECONDS = 0.2, 60  # between two pictures of a bar: on a terminal, in a log
-NARROW = 48  # columns, in fewer of which a bar has no room for words
+REFRESH_SECONDS, LOG_SECONDS = 0.2, 60  # between updates of a bar: on a terminal, in a log
+NARROW = 48  # columns: a narrower bar has no room for words
 EVALUATED = ("val_loss", "val_perplexity", "bits_per_byte", "dev_accuracy", "dev_f1")
 
 
 class LogLines:
-    """A stream on which each picture of a bar is a line: a log cannot draw it anew in its place."""
+    """A stream on which each update of a bar is a line: in a log it cannot be redrawn in place."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -30,29 +30,29 @@ class LogLines:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write what is left of a picture without the moves of the cursor."""
-        picture = text.replace("\x1b[A", "").strip()
-        return self.stream.write(f"{picture}\n") if picture else 0
+        """Write the bar without its cursor movements, if anything is left."""
+        line = text.replace("\x1b[A", "").strip()
+        return self.stream.write(f"{line}\n") if line else 0
 
 
 def progress_bar(iterable: Iterable | None = None, **settings: Any) -> tqdm:
-    """A tqdm bar of the terminal's width; where stderr is none, a line now and then."""
+    """A tqdm bar of the terminal's width; where stderr is no terminal, a line now and then."""
     seconds, file = REFRESH_SECONDS, sys.stderr
     if not sys.stderr.isatty():
         seconds, file = LOG_SECONDS, LogLines(sys.stderr)
-    # By its maxinterval, 10 s, tqdm would draw oftener than by its mininterval.
+    # Its default maxinterval of 10 s would make tqdm update more often than mininterval says.
     intervals = {"mininterval": seconds, "maxinterval": max(10, seconds)}
     return tqdm(iterable, dynamic_ncols=True, file=file, **intervals, **settings)
 
 
 def training_bar(step: int, last_step: int) -> tqdm:
     """The bar of a run: what matters comes first, since a narrow terminal cuts off the end."""
-    picture = "{remaining} left{desc} |{bar}| {n_fmt}/{total_fmt} steps"
-    return progress_bar(initial=step, total=last_step, bar_format=picture)
+    bar_format = "{remaining} left{desc} |{bar}| {n_fmt}/{total_fmt} steps"
+    return progress_bar(initial=step, total=last_step, bar_format=bar_format)
 
 
 def show_record(bar: tqdm, record: dict[str, Any]) -> None:
-    """Put a step's figures on the training bar, and an evaluation on a line of its own."""
+    """Show a step's figures on the training bar, and an evaluation's on a line of its own."""
     loss, lr = record["loss"] or math.nan, f"{record['lr']:.1e}".replace("e-0", "e-")
     rate = tqdm.format_sizeof(record["tokens_per_second"])
     text = f", loss {loss:.3f}, lr {lr}, {rate} tok/s"
@@ -72,17 +72,32 @@ def show_record(bar: tqdm, record: dict[str, Any]) -> None:
 
 
 def say(*lines: str) -> None:
-    """Print status lines, wrapped where stdout is a terminal; what follows a label hangs there."""
+    """Print status lines; on a terminal wrapped, and indented by the label that they begin with."""
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
     for line in lines:
         if columns > 0:
             label = re.match(r"\w* {2,}", line) if columns >= NARROW else None
-            hanging = " " * (label.end() if label else 2)
-            line = textwrap.fill(
-                line,
-                columns,
-                subsequent_indent=hanging,
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
+            indent = " " * (label.end() if label else 2)
+            unbroken = {"break_long_words": False, "break_on_hyphens": False}  # flags, paths
+            line = textwrap.fill(line, columns, subsequent_indent=indent, **unbroken)
         print(line)
+
+
+def human_size(size: float) -> str:
+    """Bytes in powers of 1,000: 226 MB, 1.17 GB."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while size >= 999.5 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    return f"{size:.3g} {units[0]}"
+
+
+def human_time(seconds: float) -> str:
+    """A duration: 45 s, 3 min 20 s, 2 h 5 min, 98 days 21 h."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24} days {hours % 24} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -1,8 +1,7 @@
-"""Flags that contradict each other, found before anything else is done."""
+"""Flags that contradict each other, found before any model, data or GPU work."""
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import re
 from collections.abc import Iterator
@@ -14,6 +13,8 @@ from minllama.system.errors import UsageError
 if TYPE_CHECKING:
     from config import Options
 
+# Flags that say how long to train, of which a run has one.
+LENGTHS = (("minutes", "epochs"), ("minutes", "schedule_steps"), ("schedule_steps", "epochs"))
 PAIRS_EXCLUDE = (
     *("train", "dev", "test", "label_names", "dev_out", "test_out"),
     *("prompt_template", "label_norm", "shots", "max_sentence_len"),
@@ -21,12 +22,12 @@ PAIRS_EXCLUDE = (
 
 
 def find_problems(options: Options) -> Iterator[str]:
-    """What the options contradict among themselves."""
+    """A line for each contradiction: the flags with their values, and the remedy."""
     finetune = options.option == "finetune"
     trains = finetune or options.option == "pretrain"
-    checks = [functools.partial(check_encoding, options.encoding)]
+    checks = [lambda: check_encoding(options.encoding)]
     if options.option == "pretrain" and not options.pretrained_model_path:
-        checks.append(functools.partial(options.llama_config, vocab_size=32000))
+        checks.append(lambda: options.llama_config(vocab_size=32000))  # as if: none is known yet
     for check in checks:
         try:
             check()
@@ -45,10 +46,9 @@ def find_problems(options: Options) -> Iterator[str]:
             yield f"--{name} is for --plan --world_size N, a plan for other machines; leave it out"
     if options.minutes is not None and options.world_size:
         yield "--minutes times steps on this machine, --world_size plans for others: give one"
-    for name in ("minutes", "schedule_steps"):
-        for other in ("epochs", "schedule_steps"):
-            if name != other and {name, other} <= options.given:
-                yield f"--{name} and --{other} both say how long to train: give one"
+    for name, other in LENGTHS:
+        if {name, other} <= options.given:
+            yield f"--{name} and --{other} both say how long to train: give one"
     if finetune and options.freeze_backbone and options.lora_rank:
         yield "--freeze_backbone and --lora_rank exclude each other: give one"
     if finetune and options.freeze_backbone and options.optimizer == "muon":

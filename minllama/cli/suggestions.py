@@ -1,7 +1,4 @@
-"""A command line with unknown flags: what each may have meant, ours or another program's name.
-
-Pure Python, like the parser.
-"""
+"""Unknown flags on a command line: what each may have meant, ours or another program's flag."""
 
 from __future__ import annotations
 
@@ -9,13 +6,14 @@ import argparse
 import difflib
 from collections.abc import Mapping, Sequence
 
+from minllama.cli.command_line import with_underscores
 from minllama.system.errors import UsageError
 
 MOST = 3  # suggestions in one message
 
-# What nanoGPT, llama2.c, minimind, transformers and llama.cpp call ours, by our name. A name may
-# stand for several of ours: the one that the option at hand reads is meant.
-NEIGHBOURS = {
+# Our flags, and what nanoGPT, llama2.c, minimind, transformers and llama.cpp call them. A name of
+# theirs may stand for several of ours: then the one that the --option reads is meant.
+FOREIGN_NAMES = {
     "save_dir": "out_dir output_dir out output outdir save_path checkpoint_dir log_dir",
     "max_seq_len": "block_size context_length context n_ctx ctx ctx_size seq_len seq_length "
     "max_length sequence_length max_position_embeddings",
@@ -70,18 +68,18 @@ NEIGHBOURS = {
 
 
 def suggest(name: str, readers: Mapping[str, Sequence[str]], option: str) -> list[str]:
-    """Our names that the unknown `name` may have meant, likeliest first, at most MOST.
+    """Our flags that the unknown `name` may have meant, likeliest first, at most MOST.
 
-    `readers` has the options that read each of ours: where `option` reads some of what fits, only
-    those are named.
+    `readers` has each flag's options. Flags that `option` does not read are named only where it
+    reads none of those that fit.
     """
-    others = [ours for ours, theirs in NEIGHBOURS.items() if name in theirs.split()]
-    begun = [ours for ours in readers if len(name) > 1 and ours.startswith(name)]
-    alike = difflib.get_close_matches(name, readers, n=MOST, cutoff=0.7)
-    for found in (others, begun, alike):
-        read = [ours for ours in found if option in readers.get(ours, ())]
-        if found:
-            return (read or found)[: 1 if found is alike else MOST]
+    foreign = [ours for ours, theirs in FOREIGN_NAMES.items() if name in theirs.split()]
+    longer = [ours for ours in readers if len(name) > 1 and ours.startswith(name)]
+    similar = difflib.get_close_matches(name, readers, n=MOST, cutoff=0.7)
+    for names, most in ((foreign, MOST), (longer, MOST), (similar, 1)):
+        read = [ours for ours in names if option in readers[ours]]
+        if names:
+            return (read or names)[:most]
     return []
 
 
@@ -90,22 +88,23 @@ def describe_unknown(
 ) -> list[str]:
     """A line for each mistake among the `unknown` words of a command line.
 
-    An unknown flag and the value that follows it are one mistake.
+    An unknown flag and the values that follow it are one mistake.
     """
-    lines, place, strange = [], -1, -1  # the last unknown word; the last of an unknown flag's
+    lines, place, end = [], -1, -1  # of this word, and of the last unknown flag with its values
     for word in unknown:
         place = words.index(word, place + 1)
         if word.startswith("-") and len(word) > 1 and not word[1].isdigit():
-            strange = place
-            near = suggest(word.partition("=")[0].lstrip("-"), readers, option)
-            ask = f"did you mean {' or '.join(f'--{name}' for name in near)}?"
-            lines.append(f"{word}: no such option; {ask if near else '--help lists the options'}")
-        elif strange >= 0 and place == strange + 1:
-            strange = place
+            end = place
+            names = suggest(word.partition("=")[0].lstrip("-"), readers, option)
+            question = f"did you mean {' or '.join(f'--{name}' for name in names)}?"
+            remedy = question if names else "--help lists the options"
+            lines.append(f"{word}: no such option; {remedy}")
+        elif end >= 0 and place == end + 1:
+            end = place
+        elif word in readers["option"]:
+            lines.append(f"{word}: belongs to no option; did you mean --option {word}?")
         else:
-            values = readers.get("option", ())
-            remedy = f"did you mean --option {word}?" if word in values else "a flag begins with --"
-            lines.append(f"{word}: belongs to no option; {remedy}")
+            lines.append(f"{word}: belongs to no option; a flag begins with --")
     return lines
 
 
@@ -117,10 +116,11 @@ def parse_words(
     *,
     where: str = "",
 ) -> argparse.Namespace:
-    """The flags in `words`, over those in `namespace`.
+    """The flags in `words`, which replace those in `namespace`.
 
-    Raises UsageError with a line for each mistake, each of which begins with `where`.
+    Raises UsageError with a line for each mistake, each after the prefix `where`.
     """
+    words = [with_underscores(word) for word in words]  # as the parser spells them in `unknown`
     try:
         namespace, unknown = parser.parse_known_args(words, namespace)
         if unknown:

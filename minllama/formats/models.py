@@ -241,7 +241,7 @@ def find_start_model(
     options.check_shape(path, stored.config)
     tokenizer = find_vocabulary(stored, path, options)
     if checkpoint is None:
-        options = options.suited_to(stored.config, continued=True)
+        options = options.with_recommended_lr(stored.config, continued=True)
     context = max(stored.config.max_seq_len, options.max_seq_len or 0)
     config = dataclasses.replace(stored.config, max_seq_len=context, dropout=options.dropout)
 

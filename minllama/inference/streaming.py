@@ -13,9 +13,9 @@ import torch
 
 from config import Options
 from llama import Llama
+from minllama.cli.console import human_time
 from minllama.model.generation import Sampling, generate_tokens
 from minllama.system.signals import StopRequest
-from minllama.system.units import human_time
 from minllama.text.chat import ChatTemplate, Exchange
 from tokenizer import Tokenizer
 

@@ -1,73 +1,87 @@
-"""The plan of a run: steps, memory, files and time, by arithmetic alone.
+"""The plan of a run: steps, memory, disk and time, by arithmetic alone.
 
-Nothing here trains or looks at the machine; `session` prints it before every run.
+Nothing here trains or looks at the machine. The plan is printed before every run.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 
-from config import CONTINUED_LR, DTYPE_BYTES, LlamaConfig, Options, suited_lr
-from minllama.cli.console import say
+from config import CONTINUED_LR, DTYPE_BYTES, LlamaConfig, Options, recommended_lr
+from minllama.cli.console import human_size, human_time, say
 from minllama.machine.gpus import Gpu
 from minllama.model.kernels import chunk_rows_for, max_materialized_len
-from minllama.system.units import human_size, human_time
 
-# What a process takes before it has a model: Python and torch with their kernels, CUDA's context.
+# Of a process without a model: Python, torch and its kernels, and on a GPU the CUDA context.
 PROCESS_BYTES = {"cpu": 400 * 10**6, "cuda": 500 * 10**6, "mps": 400 * 10**6}
+RECORD_BYTES = 400  # of one step in metrics.jsonl
 
-RECORD_BYTES = 400  # of a step in metrics.jsonl
-
-# Assumed for --plan --world_size, and printed: what computing alone reaches of a GPU's peak, and
-# the GB/s each way between two machines, all their network adapters together.
+# Assumed by --plan --world_size, and printed: the share of a GPU's peak FLOP/s that computing
+# reaches, and GB/s in each direction between two machines, over all their network adapters.
 GPUS_PER_NODE, ASSUMED_MFU, INTER_NODE_GB_S = 8, 0.4, 400
 
-# A learning rate so many times below the usual one is noted, and so are fewer steps to pretrain.
+# A learning rate this many times below the usual one is pointed out, and so is a pretraining of
+# fewer steps than this.
 FAR_BELOW, FEW_STEPS = 20, 200
 
-# What --compile auto assumes: the share of an eager step that a compiled one saves (4 to 15 % on a
-# CPU, 16 on a GPU), seconds that compiling takes, and that a GPU waits for a layer's launches.
+# Assumed by --compile auto: the share of an eager step that compiling saves (measured: 4 to 15 % on
+# a CPU, 16 % on a GPU); the seconds it takes; and the least seconds that a layer's forward and
+# backward pass take on a GPU, in which its kernels are launched.
 COMPILED_SAVES, COMPILING_TAKES = {"cpu": 0.08, "cuda": 0.16}, {"cpu": 35, "cuda": 30}
-LAUNCHING_A_LAYER = 1e-3
+SECONDS_PER_LAYER = 1e-3
+
+
+def epoch_steps(data: int, batch: int) -> int:
+    """Optimizer steps of one pass over the data, a smaller last batch included; at least 1.
+
+    Both in the same unit, sequences or tokens.
+    """
+    return max(1, -(-data // batch))
+
+
+def micro_batches(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """Micro-batches that each rank accumulates in one optimizer step; at least 1."""
+    return max(1, global_batch_size // (micro_batch_size * world_size))
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a training run will do and need. Memory is that of one process, in bytes."""
+    """What a training run will do and need. Memory is in bytes, of one process."""
 
-    options: Options  # with the global batch settled
+    options: Options  # their global batch is resolved
     world_size: int
     device: str  # cpu, cuda or mps
     dtype: str
     config: LlamaConfig
     trainable_parameters: int
-    muon_parameters: int  # of those: Muon keeps one number for each, AdamW two
-    sequences: int  # to train on: chunks of text, or labelled sentences
-    tokens: int  # in those sequences
-    sequence_length: int  # of the longest
+    muon_parameters: int  # of those, what Muon updates: one moment each, where AdamW has two
+    sequences: int  # to train on: chunks of text, labelled sentences or dialogues
+    tokens: int  # in all sequences
+    sequence_length: int  # of the longest sequence
     logits_width: int  # logits per target: the vocabulary's size, or the number of labels
 
     @property
     def accumulation_steps(self) -> int:
         """Micro-batches of one optimizer step on each rank."""
-        at_once = self.options.micro_batch_size * self.world_size
-        return self.options.global_batch_size // at_once
+        options = self.options
+        return micro_batches(options.global_batch_size, options.micro_batch_size, self.world_size)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps per pass over the data, a last short one included: at least 1."""
-        return max(1, -(-self.sequences // self.options.global_batch_size))
+        """Optimizer steps of one pass over the data."""
+        return epoch_steps(self.sequences, self.options.global_batch_size)
 
     @property
     def schedule_steps(self) -> int:
-        """Steps that the learning rate's schedule spans: as given, else all epochs."""
+        """Steps of the learning-rate schedule: as given, else those of all epochs."""
         return self.options.schedule_steps or self.options.epochs * self.steps_per_epoch
 
     @property
     def last_step(self) -> int:
-        """Steps after which the run ends: --max_steps may come before the schedule's end."""
+        """The step after which the run ends: the schedule's last, or --max_steps before it."""
         return min(self.options.max_steps or self.schedule_steps, self.schedule_steps)
 
     @property
@@ -78,16 +92,16 @@ class TrainingPlan:
 
     @property
     def micro_tokens(self) -> int:
-        """Tokens of a micro-batch of the longest sequences."""
+        """Tokens of a micro-batch in which all sequences are the longest."""
         return self.options.micro_batch_size * self.sequence_length
 
     def activation_bytes(self) -> int:
-        """What a micro-batch keeps for the backward pass, and the gradient of its last states."""
+        """Activations kept for a micro-batch's backward pass, and the last states' gradient."""
         config, compute = self.config, DTYPE_BYTES[self.dtype]
         kv_dim = config.n_kv_heads * config.head_dim
         on_gpu = self.device == "cuda"
         residual = (compute if on_gpu else 4) * config.dim
-        # Two normed states, queries, keys, values and what attention gives; a CPU keeps others.
+        # Two normalised states, q, k, v and the attention's output; on a CPU another q and k.
         attention = 4 * config.dim + 2 * kv_dim + (0 if on_gpu else config.dim + kv_dim)
         layer = 2 * residual + compute * (attention + 4 * config.hidden_dim)
         if self.device == "cpu" and self.sequence_length <= max_materialized_len(
@@ -100,23 +114,23 @@ class TrainingPlan:
         return self.micro_tokens * (layers + 2 * residual + 4 * config.dim)
 
     def logits_bytes(self) -> int:
-        """A chunk of logits, their softmax in float32, and the head's gradient as it is made."""
+        """A chunk of logits in `dtype` and its softmax in float32, and the head's gradient."""
         rows = min(self.micro_tokens, chunk_rows_for(self.device, self.logits_width))
         chunk = rows * self.logits_width * (4 + DTYPE_BYTES[self.dtype])
         return chunk + 4 * self.logits_width * self.config.dim
 
     def flops_per_token(self) -> float:
-        """Operations to train on one token; of finetuning, as if all weights were trained."""
+        """FLOPs to train on one token; in finetuning, as if all weights were trained."""
         logits = self.logits_width == self.config.vocab_size
         return self.config.flops_per_token(self.sequence_length, logits=logits)
 
     def compiling_pays(self, eager_flops: float) -> tuple[bool, str]:
-        """Whether a run is long enough to compile for, at an eager step's FLOP/s, and why."""
+        """Whether the run is long enough to compile for, at this eager speed in FLOP/s; and why."""
         tokens = self.tokens * self.last_step / self.steps_per_epoch / self.world_size
         seconds = tokens * self.flops_per_token() / eager_flops
-        if self.device == "cuda":  # where small models take longer than their arithmetic
+        if self.device == "cuda":  # small models take longer there than their FLOPs say
             layers = self.last_step * self.accumulation_steps * self.config.n_layers
-            seconds = max(seconds, LAUNCHING_A_LAYER * layers, 60 * (self.options.minutes or 0))
+            seconds = max(seconds, SECONDS_PER_LAYER * layers, 60 * (self.options.minutes or 0))
         saved, takes = COMPILED_SAVES[self.device] * seconds, COMPILING_TAKES[self.device]
         reason = (
             f"it would save about {human_time(saved)} of {human_time(seconds)} and takes about "
@@ -126,15 +140,15 @@ class TrainingPlan:
 
     @property
     def shards(self) -> int:
-        """Processes that divide up weights, gradients and the optimizer's moments."""
+        """Among how many processes weights, gradients and moments are divided."""
         return self.world_size if self.options.parallel == "fsdp" else 1
 
     def gathered_bytes(self) -> int:
-        """What a process holds of the weights beside its own float32 shard of them.
+        """Copies of weights that a process holds beside its float32 weights, or its shard.
 
-        Sharded: of two blocks the weights in `dtype`, one used and one on its way, of one its
-        gradients, in `dtype` and as float32 for the exchange; embedding and head whole, in float32,
-        with their gradients. Whole: autocast's copies of the matrices.
+        With FSDP: the weights in `dtype` of two blocks, of which one computes while the next is
+        gathered; one block's gradients in `dtype`, and in float32 to be reduced; embedding and head
+        in float32, with their gradients. Without: autocast's copies of the matrices.
         """
         compute = DTYPE_BYTES[self.dtype]
         blocks, rest = self.config.block_parameters()
@@ -147,7 +161,7 @@ class TrainingPlan:
         gradients = {"gradients": 4 * self.trainable_parameters // self.shards}
         activations = {"activations": self.activation_bytes()}
         if self.device == "cuda" and self.world_size == self.accumulation_steps == 1:
-            # Layer by layer, backward, the ones take the place of the others.
+            # In the backward pass a layer's gradients take the place of its activations.
             largest = max(*gradients.values(), *activations.values())
             gradients, activations = {}, {"activations or gradients": largest}
         return {
@@ -161,7 +175,7 @@ class TrainingPlan:
         }
 
     def optimizer_bytes(self) -> int:
-        """The optimizer's moments: two float32 numbers for each parameter, one where it is Muon."""
+        """The optimizer's moments, float32: two per parameter, of Muon's one."""
         return 8 * self.trainable_parameters - 4 * self.muon_parameters
 
     def checkpoint_bytes(self) -> int:
@@ -169,53 +183,53 @@ class TrainingPlan:
         return self.weights_file_bytes("float32") + self.optimizer_bytes()
 
     def weights_file_bytes(self, dtype: str) -> int:
-        """The weights alone, a tied embedding once."""
+        """A file of the weights alone; a tied embedding is stored once."""
         return DTYPE_BYTES[dtype] * sum(self.config.parameter_counts().values())
 
     def disk(self) -> dict[str, int]:
-        """Bytes of the run's files by kind, at their most: one that is replaced stays till then."""
-        options, last, one = self.options, self.last_step, self.checkpoint_bytes()
-        save = options.save_interval * self.steps_per_epoch
-        kept = {*range(save, last + 1, save)}
-        if last % self.steps_per_epoch == 0:
-            kept.add(last)
+        """Bytes of the run's files by kind, at their peak: old ones go when new ones are whole."""
+        options, last, size = self.options, self.last_step, self.checkpoint_bytes()
+        # The last step is counted by itself: it always has a checkpoint, of its epoch or its step.
+        save_interval = options.save_interval * self.steps_per_epoch
         interval = options.checkpoint_interval or last
-        steps = len({*range(interval, last + 1, interval), last} - kept)
-        if options.keep_last:  # the oldest goes when the newest is there
+        both = math.lcm(save_interval, interval)  # such a step has its epoch's checkpoint alone
+        ends_epoch = last % self.steps_per_epoch == 0
+        epochs = (last - 1) // save_interval + ends_epoch
+        steps = (last - 1) // interval - (last - 1) // both + (not ends_epoch)
+        if options.keep_last:  # the oldest is deleted once the newest is written
             steps = min(steps, options.keep_last + 1)
-        models = 3 if options.option == "pretrain" else 2  # the final one, the best, its next
+        models = 3 if options.option == "pretrain" else 2  # the final one, the best, its successor
         return {
-            f"{len(kept):,} epoch checkpoint{'s' * (len(kept) > 1)}": len(kept) * one,
-            f"{steps:,} step checkpoint{'s' * (steps > 1)}": steps * one,
+            f"{epochs:,} epoch checkpoint{'s' * (epochs > 1)}": epochs * size,
+            f"{steps:,} step checkpoint{'s' * (steps > 1)}": steps * size,
             f"{models} models": models * self.weights_file_bytes(options.save_dtype),
             "records": last * RECORD_BYTES,
         }
 
     def disk_line(self) -> str:
-        """What takes how much of the disk."""
+        """The bytes on disk by kind, to print."""
         return ", ".join(f"{name} {human_size(size)}" for name, size in self.disk().items() if size)
 
     def flags_for_less_disk(self) -> list[str]:
-        """The flags, with values, that would have less on the disk."""
-        whole, options = sum(self.disk().values()), self.options
-        changes = {
+        """The flags, with values, each of which makes the run's files smaller."""
+        smaller = {
             "keep_last": 1,
             "checkpoint_interval": 0,
-            "save_interval": options.epochs,
+            "save_interval": self.options.epochs,
             "save_dtype": "bfloat16",
         }
-        return [
-            f"--{name} {value}"
-            for name, value in changes.items()
-            for other in [replace(self, options=replace(options, **{name: value}))]
-            if sum(other.disk().values()) < whole
-        ]
+        flags = []
+        for name, value in smaller.items():
+            plan = replace(self, options=replace(self.options, **{name: value}))
+            if sum(plan.disk().values()) < sum(self.disk().values()):
+                flags.append(f"--{name} {value}")
+        return flags
 
     def lines(self, available: int | None) -> list[str]:
-        """The plan as a person reads it, with the bytes of memory that are available."""
+        """The plan in lines to print; `available` is the machine's free memory in bytes."""
         config, options, memory = self.config, self.options, self.memory()
-        noun = {"pretrain": "chunks"}.get(options.option, "sentences")
-        noun = "dialogues" if options.is_chat else noun
+        noun = "dialogues" if options.is_chat else "sentences"
+        noun = "chunks" if options.option == "pretrain" else noun
         counts = config.parameter_counts()
         parts = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
         needs = ", ".join(f"{name} {human_size(size)}" for name, size in memory.items() if size)
@@ -253,26 +267,27 @@ class TrainingPlan:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Machines of eight GPUs of one kind, and what training on them takes.
+    """Machines of eight GPUs of one kind, and the time that training on them takes.
 
-    Collectives go round a ring of all GPUs at the pace of its slowest link: NVLink (or PCIe)
-    within a machine, all network adapters of a machine together between machines.
+    Collectives go round a ring of all GPUs, at the speed of its slowest link: NVLink (or PCIe)
+    within a machine, all network adapters of a machine between machines.
     """
 
     gpu: Gpu
 
     def compute_seconds(self, plan: TrainingPlan) -> float:
-        """An optimizer step's computing on one GPU."""
+        """Computing of one optimizer step on one GPU."""
         tokens = plan.accumulation_steps * plan.micro_tokens
-        again = 4 / 3 if plan.options.activation_checkpointing else 1  # the forward third twice
-        return tokens * plan.flops_per_token() * again / (self.gpu.flops(plan.dtype) * ASSUMED_MFU)
+        recomputed = 4 / 3 if plan.options.activation_checkpointing else 1  # forward: a third
+        flops = tokens * plan.flops_per_token() * recomputed
+        return flops / (self.gpu.flops(plan.dtype) * ASSUMED_MFU)
 
     def communicated_bytes(self, plan: TrainingPlan) -> float:
-        """Bytes that each GPU sends, and receives, per optimizer step.
+        """Bytes that each of N GPUs sends, and receives, per optimizer step.
 
-        DDP: a ring's all-reduce of the float32 gradients sends 2 (N-1)/N of them. FSDP: of each
-        micro-batch a block's weights in `dtype` for the forward and for the backward pass, and its
-        gradients in float32, (N-1)/N of each; embedding and head once each way, in float32.
+        DDP: a ring all-reduce of the float32 gradients sends 2 (N-1)/N of them. FSDP, per
+        micro-batch: (N-1)/N of every block's weights in `dtype`, for the forward and again for the
+        backward pass, and of its gradients in float32; embedding and head in float32, each once.
         """
         share = (plan.world_size - 1) / plan.world_size
         blocks, around = plan.config.block_parameters()
@@ -282,16 +297,16 @@ class Cluster:
         return plan.accumulation_steps * share * (per_block * blocks + 8 * around)
 
     def communication_seconds(self, plan: TrainingPlan) -> float:
-        """The time of that traffic alone."""
+        """The time of that traffic by itself."""
         slowest = self.gpu.link_gb_s
         if plan.world_size > GPUS_PER_NODE:
             slowest = min(slowest, INTER_NODE_GB_S)
         return self.communicated_bytes(plan) / (slowest * 1e9)
 
     def step_seconds(self, plan: TrainingPlan) -> float:
-        """An optimizer step whose communication overlaps with computing as far as it can.
+        """One optimizer step whose communication overlaps with computing as far as possible.
 
-        DDP's overlaps with the backward pass of the last micro-batch, FSDP's with everything.
+        DDP's overlaps with the last micro-batch's backward pass, FSDP's with all computing.
         """
         compute, communication = self.compute_seconds(plan), self.communication_seconds(plan)
         overlap = compute
@@ -301,7 +316,7 @@ class Cluster:
         return compute + max(0.0, communication - overlap)
 
     def lines(self, plan: TrainingPlan) -> list[str]:
-        """Traffic, speed and time as a person reads them."""
+        """Traffic, speed and time in lines to print."""
         step, compute = self.step_seconds(plan), self.compute_seconds(plan)
         communication = self.communication_seconds(plan)
         tokens = plan.options.global_batch_size * plan.sequence_length
@@ -326,7 +341,7 @@ class Cluster:
 
 
 def warn_of_plan(plan: TrainingPlan, available: int | None) -> None:
-    """Say what of a plan will not fit, or cannot do what it is there for."""
+    """Print what will not fit, and settings by which a run learns little."""
     needed = sum(plan.memory().values())
     if available is not None and needed > available:
         sharded = ", --parallel fsdp" if plan.world_size > plan.shards else ""
@@ -338,7 +353,7 @@ def warn_of_plan(plan: TrainingPlan, available: int | None) -> None:
     flag, what, share = "--pretrain_lr", "it from scratch", 1.0
     if plan.options.option == "finetune":
         flag, what, share = "--lr", "the fine-tuning of so small a model", CONTINUED_LR
-    lr, suited = plan.options.peak_lr(), share * suited_lr(plan.config, plan.options.optimizer)
+    lr, suited = plan.options.peak_lr(), share * recommended_lr(plan.config, plan.options.optimizer)
     if lr < suited / FAR_BELOW:
         print(
             f"note: {flag} {lr:g} is {suited / lr:,.0f} times below what suits {what} "

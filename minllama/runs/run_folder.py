@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from config import FLAGS, HINTS, READERS
-from minllama.cli.config_file import typed_words
+from config import FLAGS, READERS
+from minllama.cli.config_file import recorded_words
 from minllama.formats.pt_file import STATE_FILE
 from minllama.machine.ranks import Ranks
 from minllama.runs.checkpoints import (
@@ -48,7 +48,10 @@ RUN_FILES = (
     "tensorboard",
     "profile.json.gz",
 )
+# Flags of a single start, and two whose outcome the record has instead: the global batch, and the
+# steps and sizes that --minutes came to.
 NOT_REPEATED = {"option", "save_dir", "config", "resume", "overwrite", "plan", "profile"}
+NOT_REPEATED |= {"gradient_accumulation_steps", "minutes"}
 ABANDONED = ".abandoned"
 LOOK_EVERY = 1.0  # seconds between two looks whether the folder is still there
 
@@ -205,20 +208,12 @@ class RunFolder:
         option = stored.get("option") if isinstance(stored, dict) else None
         if option not in READERS["option"]:
             return []
-        # The global batch was settled; where the micro-batch is the whole of it, it says no more.
-        whole = stored.get("pretrain_batch_size" if option == "pretrain" else "batch_size")
-        settled = "gradient_accumulation_steps"
-        if whole == stored.get("global_batch_size"):
-            settled = "global_batch_size"
-        without = NOT_REPEATED | {settled}
-        if stored.get("schedule_steps") is not None:
-            without |= {"minutes"}  # what was chosen for them is how long it trains
         fields = {
             name: field
             for name, field in FLAGS.items()
-            if option in READERS[name] and name not in without
+            if option in READERS[name] and name not in NOT_REPEATED
         }
-        words = typed_words(stored, fields, HINTS, where=str(self.file("run.json")))
+        words = recorded_words(stored, fields, where=str(self.file("run.json")))
         folder = self.path.with_name(f"{Path(real_path(self.path)).name}-again")
         return ["--option", option, "--save_dir", str(folder), *words]
 

@@ -1,12 +1,11 @@
-"""Errors, whole files, locks, signals: what any program needs.
+"""What any program needs: errors, whole files, locks, signals.
 
-Knows nothing of models, text or flags, and imports neither torch nor anything of this project's.
+Knows nothing of models, text or flags; imports neither torch nor any other folder.
 
     errors      how a command ends early
-    units       sizes and durations for people
-    files       written whole or not at all, read with a bound
-    locks       files that one process holds
-    signals     Ctrl-C and its like as a request that loops read
+    files       written whole or not at all, read up to a size
+    locks       files that one process at a time holds
+    signals     Ctrl-C and the like as a flag that loops read
     encodings   which encoding a text may have
-    json_lines  JSON objects, one a line or in a list
+    json_lines  JSON objects, one per line or in a list
 """

@@ -1,6 +1,6 @@
-"""Which encoding the bytes of a text that is not UTF-8 may have, told by the commonest characters.
+"""Which encoding a text may have that is not UTF-8, guessed by its language's common characters.
 
-Pure Python. Only names encodings; nothing is read in one that the user did not name.
+The guess is for messages: no text is read in an encoding that the user did not name.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 
 from minllama.system.errors import UsageError
 
-# The commonest Chinese characters, simplified and traditional, and the punctuation of both.
+# The most common Chinese characters, simplified and traditional, with their punctuation.
 CHINESE = (
     "的一是不了在人有我他这这个们中来上大为和国地到以说时要就出会可也你对生能而子那得于着下自之年过发后作里用"
     "道行所然家种事成方多经么去法学如都同现当没动面起看定天分还进好小部其些主样理心她本前开但因只从想实日"
@@ -20,7 +20,7 @@ CHINESE = (
 KOREAN = "다이는을의에가고하지한은로도를서그나자시기사리어아있대인것들수"
 JAPANESE = "[\u3041-\u30fe]"
 CYRILLIC = "[\u0430-\u044f]{3,}"  # small letters, three in a row
-# How an encoding's text looks where it is read in it: characters that hardly come by chance.
+# Characters that text has in plenty when decoded as it was encoded, and rarely by chance.
 LIKELY = {
     "gb18030": f"[{CHINESE}]",
     "big5": f"[{CHINESE}]",
@@ -33,8 +33,8 @@ LIKELY = {
     "koi8-r": CYRILLIC,
     "cp1252": "(?<=[A-Za-z])[ß-ÿ]|[ß-ÿ](?=[A-Za-z])|[’“”–—…«»]",
 }
-LEAST = 0.2  # of the characters beyond ASCII look so, or the encoding is not named
-BOMS = {  # the longer first: UTF-32's begins as UTF-16's
+LEAST = 0.2  # share of the non-ASCII characters that must look likely
+BOMS = {  # UTF-32's first, for UTF-16's is the beginning of it
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
@@ -43,7 +43,7 @@ BOMS = {  # the longer first: UTF-32's begins as UTF-16's
 
 
 def check_encoding(name: str) -> None:
-    """Raise UsageError unless `name` is an encoding of text that Python reads in pieces."""
+    """Raise UsageError unless Python has a text encoding of this name, and decodes it in pieces."""
     try:
         "".encode(name)
         codecs.getincrementaldecoder(name)
@@ -54,17 +54,17 @@ def check_encoding(name: str) -> None:
 
 
 def is_utf8(name: str) -> bool:
-    """Whether an encoding that can be read is UTF-8, by whatever name."""
+    """Whether this is one of the names of UTF-8; raises LookupError for no encoding's."""
     return codecs.lookup(name).name in ("utf-8", "utf-8-sig")
 
 
 def likely_encoding(data: bytes) -> str | None:
-    """The encoding that bytes from the beginning of a text may have; None where none is likely."""
+    """The encoding that the first bytes of a text may have; None where none is likely."""
     for bom, name in BOMS.items():
         if data.startswith(bom):
             return name
     zeros = (data[0::2].count(0), data[1::2].count(0))
-    if 20 * min(zeros) < len(data) < 4 * max(zeros):  # of ASCII every second byte
+    if 20 * min(zeros) < len(data) < 4 * max(zeros):  # of ASCII in UTF-16 every second byte is 0
         return "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be"
     shares = {name: _share(data, name, looks) for name, looks in LIKELY.items()}
     best = max(shares, key=shares.get)
@@ -72,10 +72,10 @@ def likely_encoding(data: bytes) -> str | None:
 
 
 def _share(data: bytes, name: str, looks: str) -> float:
-    """The share of the characters beyond ASCII that look as they do in text of that encoding."""
+    """The share of the non-ASCII characters that look likely once decoded; 0.0 if it fails."""
     try:
-        text = codecs.getincrementaldecoder(name)().decode(data)  # its end may be half a character
+        text = codecs.getincrementaldecoder(name)().decode(data)  # may end within a character
     except UnicodeError:
         return 0.0
-    beyond = sum(character > "\x7f" for character in text)
-    return len("".join(re.findall(looks, text))) / beyond if beyond else 0.0
+    beyond_ascii = sum(character > "\x7f" for character in text)
+    return len("".join(re.findall(looks, text))) / beyond_ascii if beyond_ascii else 0.0

@@ -1,8 +1,8 @@
-"""Files written whole or not at all, and read with their size bounded.
+"""Files written whole or not at all, and read up to a size.
 
-Every file that this program writes goes through `atomic_write` (or a folder through
-`atomic_folder`): a temporary beside the target, flushed to the disk, then renamed. Knows nothing of
-what the files hold.
+Every file of this program is written through `atomic_write`, or a folder through `atomic_folder`:
+into a temporary beside the target, which is flushed to the disk and then renamed. Knows nothing of
+their content.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 from minllama.system.errors import UsageError
 
 READ_BYTES = 1 << 20
-JSON_BYTES = 64 << 20  # a JSON file of ours or Hugging Face's is far smaller
+JSON_BYTES = 64 << 20  # far more than a JSON file of ours or of Hugging Face has
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # some network file systems cannot
 
 
@@ -35,15 +35,15 @@ NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # some network file
 def atomic_write(
     path: Path, *, verify: Callable[[Path], object] | None = None
 ) -> Iterator[BinaryIO]:
-    """A file to fill within the block; at its end it is flushed, verified and renamed to `path`.
+    """A file to fill within the block, then flushed, verified and renamed to `path`.
 
-    On any failure the temporary is removed and `path` is as it was; killed, it leaves a temporary
-    that `remove_temporaries` finds. A file that is replaced keeps its mode. Raises OSError, and
-    what `verify`, which is given the flushed file's path, raises.
+    After any failure `path` is as it was and the temporary is gone; a killed process leaves one,
+    for `remove_temporaries`. A file that is replaced keeps its mode. Raises OSError, and what
+    `verify` raises, which is called with the path of the flushed file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_beside(path)
-    file = temporary.open("x+b")  # exclusive: never follows a link that somebody left there
+    file = temporary.open("x+b")  # exclusive: a link that somebody left there is not followed
     try:
         with file:
             if os.name != "nt" and path.is_file():
@@ -51,34 +51,34 @@ def atomic_write(
             yield file
             file.flush()
             os.fsync(file.fileno())
-            if verify is not None and hasattr(os, "posix_fadvise"):  # it shall read from the disk
+            if verify is not None and hasattr(os, "posix_fadvise"):  # read the disk, not the cache
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if verify is not None:
             verify(temporary)
         replace(temporary, path)
     finally:
-        with contextlib.suppress(OSError):  # a failing disk must not hide what failed first
+        with contextlib.suppress(OSError):  # must not hide the first error
             temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text with Unix line ends, whole or not at all."""
+    """Write UTF-8 text, its line ends unchanged, whole or not at all."""
     with atomic_write(path) as file:
         file.write(text.encode("utf-8"))
 
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A new folder to fill within the block; at its end it takes the name `path`.
+    """A new folder to fill within the block, then renamed to `path`, whose old folder it replaces.
 
-    A folder of that name is replaced: call `restore_folder` before looking at it, which undoes a
-    replacement that was killed between its two renames.
+    Before reading `path` call `restore_folder`, which undoes a replacement that was killed between
+    its two renames.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = _temporary_beside(path), _replaced_folder(path)
     restore_folder(path)
-    shutil.rmtree(old, ignore_errors=True)  # of one that was killed after both
+    shutil.rmtree(old, ignore_errors=True)  # left by a process that was killed after both renames
     try:
         temporary.mkdir()
         yield temporary
@@ -98,7 +98,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def restore_folder(path: Path) -> None:
-    """Put back the folder that a killed `atomic_folder` had moved aside."""
+    """Put the old folder back that a killed `atomic_folder` had moved aside."""
     old = _replaced_folder(path)
     if old.is_dir() and not path.exists():
         replace(old, path)
@@ -113,9 +113,9 @@ def _temporary_beside(path: Path) -> Path:
 
 
 def remove_temporaries(folder: Path, names: str, *, older_than: float = 0) -> None:
-    """Delete what killed processes left of files whose names match the regular expression `names`.
+    """Delete killed processes' temporaries of files whose names match the regular expression.
 
-    `older_than` seconds spares files that another process may be writing.
+    Those younger than `older_than` seconds stay: another process may be writing them.
     """
     pattern = re.compile(rf"\.(?:{names})\.[0-9a-f]{{8}}\.tmp")
     for path in folder.glob(".*.tmp"):
@@ -133,7 +133,7 @@ def remove(path: Path) -> None:
 
 
 def replace(source: Path, target: Path) -> None:
-    """os.replace, tried again where Windows says that a scanner or indexer holds the target."""
+    """os.replace, tried again on Windows, where a virus scanner may hold the target open."""
     for pause in (0.05, 0.2, 0.5, 1.0, None):
         try:
             return os.replace(source, target)
@@ -144,7 +144,7 @@ def replace(source: Path, target: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a rename to the disk, where the system and the file system can."""
+    """Flush a rename within the folder to the disk, where the file system can."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -161,7 +161,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def check_writable(folder: Path, flag: str) -> None:
-    """Make `folder` and write a byte into it; raises UsageError that names the flag."""
+    """Create `folder` and write a byte in it; raises UsageError that names the flag."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
@@ -171,7 +171,7 @@ def check_writable(folder: Path, flag: str) -> None:
 
 
 def check_writable_file(path: Path, flag: str) -> None:
-    """Raise UsageError, naming the flag, where a run could not write the file at its end."""
+    """Raise UsageError, naming the flag, if a file to be written later could not be."""
     if path.is_dir():
         raise UsageError(f"{flag} {path}: is a folder; name a file")
     check_writable(path.parent, flag)
@@ -190,9 +190,9 @@ def free_disk(folder: Path) -> int:
 
 
 def real_path(path: Path) -> str:
-    """Where a path leads in the end; unlike Path.resolve, also of links that go round in a circle.
+    """The path without links, the same for all paths to a file.
 
-    Two paths that lead to the same file have the same.
+    Unlike Path.resolve, which up to Python 3.12 raises for links in a circle.
     """
     return os.path.realpath(path)
 
@@ -203,7 +203,7 @@ def size_on_disk(path: Path) -> int:
 
 
 def check_regular(path: Path) -> None:
-    """Raise UsageError unless `path` is a file: to open a pipe would wait for ever."""
+    """Raise UsageError unless `path` is a file: opening a pipe could block for ever."""
     if path.is_dir():
         raise UsageError(f"{path}: is a folder, not a file")
     if not path.exists():
@@ -213,7 +213,7 @@ def check_regular(path: Path) -> None:
 
 
 def read_bounded(path: Path, most: int) -> str:
-    """A UTF-8 file of at most so many bytes; raises OSError, and ValueError for any other."""
+    """The text of a UTF-8 file of at most this many bytes; raises OSError, else ValueError."""
     with path.open("rb") as file:
         data = file.read(most + 1)
     if len(data) > most:
@@ -222,7 +222,7 @@ def read_bounded(path: Path, most: int) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file of bounded size; UsageError that names the file for any other."""
+    """The content of a JSON file; raises UsageError, naming the file, for what is none."""
     check_regular(path)
     try:
         return json.loads(read_bounded(path, JSON_BYTES))

@@ -1,4 +1,4 @@
-"""JSON in text files: an object a line, as in .jsonl, or one list of objects, as in .json."""
+"""JSON in text files: an object per line, as in .jsonl, or one list of objects, as in .json."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 
 from minllama.system.errors import UsageError
 
-Lines = Iterable[tuple[int, str]]  # with their numbers
-BETWEEN = re.compile(r"[\s,]*")  # items of a list
-MOST_LINES = 1_000  # of an item, which is tried again with each line that it has
+Lines = Iterable[tuple[int, str]]  # number and text
+BETWEEN = re.compile(r"[\s,]*")  # two items of a list
+MOST_LINES = 1_000  # of one item, which is parsed again with every line that it gains
 
 
 def read_objects(lines: Lines, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a file with the numbers of their first lines, streamed.
+    """The objects of a file, streamed, each with the number of its first line.
 
-    A file that begins with `[` is one list of them, else each line but blank ones is an object.
+    A file that begins with `[` is one list of objects, else each line but blank ones is an object.
     Raises UsageError `file:line: ...` for anything else.
     """
     lines = iter(lines)
@@ -43,7 +43,7 @@ def _values(lines: Lines, path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _items(lines: Lines, path: Path) -> Iterator[tuple[int, Any]]:
-    """The items of a list that begins in the first line, of which each may span many."""
+    """The items of a list that begins in the first line; an item may span several lines."""
     decode, text, number, ended = json.JSONDecoder().raw_decode, "", 0, False
     for last, line in lines:
         if number == 0:
@@ -65,7 +65,7 @@ def _items(lines: Lines, path: Path) -> Iterator[tuple[int, Any]]:
                 if getattr(error, "pos", 0) < len(text.rstrip()):
                     what = getattr(error, "msg", error)
                     raise UsageError(f"{path}:{last}: not JSON ({what})") from None
-                break  # it goes on in the next line
+                break  # it continues in the next line
             yield number, value
             number, at = number + text.count("\n", at, end), end
         else:

@@ -1,6 +1,6 @@
-"""Files that one process at a time holds: a run's folder, a cache that is being built.
+"""Locks that one process at a time holds: on a run's folder, or a cache that is being built.
 
-A lock on an open file, not the existence of one: no process that dies can leave it behind.
+The system locks an open file, so that a process that dies leaves no lock behind.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from minllama.system.files import check_regular
 
-LOCKED_BYTE = 1 << 20  # on Windows a locked byte cannot be read: one that the file does not have
+LOCKED_BYTE = 1 << 20  # beyond the file's end: on Windows others cannot read a locked byte
 
 
 class Busy(Exception):
@@ -28,7 +28,7 @@ class Lock:
     """A lock that this process holds."""
 
     path: Path
-    content: str  # of the file: who holds it
+    content: str  # of the file: process, machine and a random id
     stat: os.stat_result
 
     def is_gone(self) -> bool:
@@ -37,26 +37,26 @@ class Lock:
             return not os.path.samestat(self.stat, self.path.stat())
         except (FileNotFoundError, NotADirectoryError):
             return True
-        except OSError:  # a network file system that hangs is no reason to end a run
+        except OSError:  # of a network file system that hangs: no reason to end a run
             return False
 
 
 @contextlib.contextmanager
 def hold(path: Path, *, remove: bool = False) -> Iterator[Lock]:
-    """Hold an exclusive lock on a file, whose content says who does; the file stays, or not.
+    """Hold an exclusive lock on a file, which says who holds it; `remove` the file at the end.
 
-    Where the file system has no locks nothing is held, and that is said. Raises Busy, UsageError
-    for what is no file, and OSError where it cannot be opened.
+    On a file system without locks prints a note and holds none. Raises Busy, UsageError for what is
+    no file, and OSError where it cannot be opened.
     """
     with contextlib.ExitStack() as opened:
         lock = _try_to_hold(path, opened)
-        while lock.is_gone():  # it was removed by another process, just before it was locked here
+        while lock.is_gone():  # its last holder removed it between our opening and locking it
             lock = _try_to_hold(path, opened)
         try:
             yield lock
         finally:
             if remove:
-                with contextlib.suppress(OSError):  # Windows removes no file that is open
+                with contextlib.suppress(OSError):  # Windows does not remove an open file
                     path.unlink()
 
 
@@ -66,7 +66,7 @@ def _try_to_hold(path: Path, opened: contextlib.ExitStack) -> Lock:
     flags = os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     try:
         descriptor, mode = os.open(path, flags | os.O_RDWR, 0o666), "r+b"
-    except PermissionError:  # another user's file: to lock it, reading it is enough
+    except PermissionError:  # another user's file: it can be locked if it can be read
         descriptor, mode = os.open(path, flags | os.O_RDONLY), "rb"
     file = opened.enter_context(os.fdopen(descriptor, mode))
     try:
@@ -74,7 +74,7 @@ def _try_to_hold(path: Path, opened: contextlib.ExitStack) -> Lock:
     except (BlockingIOError, PermissionError):
         pid, host, *_ = [*file.read(200).decode("utf-8", "replace").split(), "?", "?"]
         raise Busy(f"process {pid} on {host}") from None
-    except OSError as error:  # some network file systems have none
+    except OSError as error:  # some network file systems have no locks
         print(f"note: {path} cannot be locked ({error.strerror}): let no other run write there")
     content = f"{os.getpid()} {platform.node()} {uuid.uuid4().hex}"
     if file.writable():

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal: the handler sets a flag, loops read it between steps."""
+"""Ctrl-C, SIGTERM and a closed terminal: a handler sets a flag, which loops read between steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from minllama.system.errors import Interrupted
 
 HANDLED = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
-LAUNCHER_REPEATS = 5.0  # seconds in which a launcher may deliver the terminal's Ctrl-C once more
+LAUNCHER_REPEATS = 5.0  # seconds in which torchrun may deliver the terminal's Ctrl-C once more
 
 
 @dataclass
@@ -21,14 +21,14 @@ class StopRequest:
     """Whether the user asked to stop.
 
     A second signal finds Python's own handlers restored and ends the process at once. Under a
-    launcher the same signal may arrive twice, so there only one after `repeats` seconds counts.
+    launcher one signal may arrive twice: there a second one counts after `repeats` seconds.
     """
 
     signal_number: int | None = None
-    failure: str | None = None  # why, where it was no signal: save, then fail with it
-    previous: dict[int, Any] = field(default_factory=dict)
+    failure: str | None = None  # why to stop, if not by a signal: save, then fail with this
+    previous: dict[int, Any] = field(default_factory=dict)  # handlers, by the signal's number
     repeats: float = 0.0
-    silent: bool = False
+    silent: bool = False  # on all ranks but the first
 
     @property
     def requested(self) -> bool:
@@ -37,22 +37,22 @@ class StopRequest:
 
     @property
     def exit_status(self) -> int:
-        """What a shell expects of a process ended by that signal: 130 for Ctrl-C, 143 for TERM."""
+        """The shell's convention for a process ended by a signal: 130 for Ctrl-C, 143 for TERM."""
         return 128 + (self.signal_number or 0)
 
     def fail(self, failure: str) -> None:
-        """Ask to stop since the run cannot go on, though what it has made can be saved."""
+        """Ask to stop because the run cannot continue, though its progress can be saved."""
         self.failure, self.signal_number = failure, signal.SIGTERM
 
     def check(self) -> None:
-        """Raise Interrupted if a signal has come: for work that has nothing to save."""
+        """Raise Interrupted if a signal has come; for work that has nothing to save."""
         if self.requested:
             raise Interrupted
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:
         """Handle the signals within the block; under nohup SIGHUP stays ignored."""
-        since = 0.0
+        since = 0.0  # when the first signal came, by the monotonic clock
 
         def handle(signal_number: int, frame: Any) -> None:
             nonlocal since
@@ -64,7 +64,7 @@ class StopRequest:
                 signal.raise_signal(signal_number)
             self.signal_number, since = signal_number, time.monotonic()
             if not self.silent:
-                # os.write, since a signal may arrive inside print; stderr may be gone (SIGHUP)
+                # os.write: the signal may have come within a print; stderr may be gone (SIGHUP)
                 with contextlib.suppress(OSError):
                     os.write(2, b"\nstopping after this step; press Ctrl-C again to quit at once\n")
 

@@ -20,12 +20,12 @@ from tqdm import tqdm
 
 from config import SHAPE_FLAGS, LlamaConfig, Options
 from llama import Llama, NextTokenLoss
-from minllama.cli.console import say
+from minllama.cli.console import human_time, say
 from minllama.machine.device import autocast, is_out_of_memory, training_arithmetic
 from minllama.machine.random_state import random_state, restore_random_state
 from minllama.machine.ranks import Ranks
+from minllama.runs.plan import epoch_steps, micro_batches
 from minllama.system.errors import UsageError
-from minllama.system.units import human_time
 from minllama.text.corpus import Texts
 from minllama.training.deadline import FINISHING, MAX_EPOCHS
 from optimizer import make_optimizer
@@ -247,9 +247,10 @@ def fit(
     rows = max(1, micro // context)
     if "global_batch_size" in options.given:  # of which a micro-batch is a whole share
         rows = math.gcd(rows, max(1, options.global_batch_size // processes))
+    options = options.choose({"pretrain_batch_size": rows})
+    whole = options.global_batch_size if "global_batch_size" in options.given else batch // context
     chosen: dict[str, Any] = {
-        "pretrain_batch_size": rows,
-        "gradient_accumulation_steps": max(1, batch // processes // micro),
+        "gradient_accumulation_steps": micro_batches(whole, options.micro_batch_size, processes),
         "lr_scheduler": "linear",
         "early_stopping": PATIENCE,
         "val_tokens": max(2, val_tokens),
@@ -259,7 +260,7 @@ def fit(
         options = dataclasses.replace(options, global_batch_size=None)
     options = options.with_global_batch(processes)
     batch = options.global_batch_size * context
-    steps = min(steps_of(batch), MAX_EPOCHS * max(1, -(-distinct // batch)))
+    steps = min(steps_of(batch), MAX_EPOCHS * epoch_steps(distinct, batch))
     tokens = steps * batch
     epochs = tokens / distinct
     chosen = {
@@ -270,7 +271,7 @@ def fit(
     }
     size = config.block_parameters()[0]
     loss = predicted_loss(size, tokens, distinct)
-    options = options.choose(chosen).suited_to(config, continued=False)
+    options = options.choose(chosen).with_recommended_lr(config, continued=False)
     return Fit(options, tokens, loss, training)
 
 

@@ -69,7 +69,7 @@ def prepare_pretraining(
         options = fit_to_time(options, texts, shape, device=device, dtype=dtype, ranks=ranks)
     texts = texts.cut(options.max_seq_len, options.val_tokens)
     config = start.config if start else options.llama_config(tokenizer.n_words)
-    options = options.suited_to(config, continued=False)
+    options = options.with_recommended_lr(config, continued=False)
     return options, config, texts, start
 
 

@@ -16,7 +16,7 @@ import torch
 
 from config import TYPED_ON_RESUME, Options, check_options
 from minllama.cli.command_line import quoted
-from minllama.cli.console import say
+from minllama.cli.console import human_size, say
 from minllama.formats.pt_file import state_file
 from minllama.machine.device import (
     available_memory,
@@ -36,7 +36,6 @@ from minllama.runs.run_folder import RunFolder
 from minllama.system.errors import UsageError
 from minllama.system.files import check_writable, free_disk, real_path, size_on_disk
 from minllama.system.signals import StopRequest
-from minllama.system.units import human_size
 from minllama.training.identity import GLOBAL_BATCH, check_identity, check_ranks_agree
 from minllama.training.run import Run
 from minllama.training.task import Task

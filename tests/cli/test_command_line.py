@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import io
 import os
 import re
@@ -11,13 +10,14 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_type_hints
+from typing import Literal
 
 import pytest
 
 from minllama.cli.command_line import (
     OneLineParser,
     add_flag,
+    flags_of,
     number_reader,
     parse_or_exit,
     print_error,
@@ -26,7 +26,6 @@ from minllama.cli.command_line import (
     read_stored,
     section,
     with_underscores,
-    without_none,
 )
 from minllama.system.errors import UsageError
 
@@ -48,14 +47,13 @@ class Table:
     del flag
 
 
-FIELDS = {field.name: field for field in dataclasses.fields(Table)}
-HINTS = get_type_hints(Table)
+FIELDS = flags_of(Table)
 
 
 def parse(*words: str) -> argparse.Namespace:
     parser = OneLineParser(prog="table")
-    for name, field in FIELDS.items():
-        add_flag(parser, field, HINTS[name])
+    for field in FIELDS.values():
+        add_flag(parser, field)
     return parser.parse_args(words)
 
 
@@ -145,7 +143,7 @@ def test_a_bad_flag_is_an_error_without_usage(words, capsys):
 )
 def test_a_stored_value_is_what_the_flag_had(name, stored, want):
     """As JSON and checkpoints hold it."""
-    value = read_stored(FIELDS[name], HINTS[name], stored)
+    value = read_stored(FIELDS[name], stored)
     assert value == want and type(value) is type(want)
 
 
@@ -160,14 +158,14 @@ def test_a_stored_value_is_what_the_flag_had(name, stored, want):
 def test_a_stored_value_that_the_flag_could_not_have(name, stored):
     """A damaged or made-up checkpoint must not bring in what the command line refuses."""
     with pytest.raises(UsageError, match=f"the checkpoint's --{name} is .*: it is damaged"):
-        read_stored(FIELDS[name], HINTS[name], stored)
+        read_stored(FIELDS[name], stored)
 
 
 def test_types_without_none():
-    """What a value is, and whether it may be left out."""
-    assert without_none(int | None) == (int, True)
-    assert without_none(Path) == (Path, False)
-    assert without_none(tuple[str, ...]) == (tuple[str, ...], False)
+    """Of a flag that may be left out its value's."""
+    types = {name: field.type for name, field in FIELDS.items()}
+    assert types["rate"] is float and types["note"] is str and types["folder"] is Path
+    assert types["kind"] == Literal["a", "b"] and types["files"] == tuple[str, ...]
 
 
 def test_each_problem_is_a_line_with_the_programs_name(capsys):

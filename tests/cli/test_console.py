@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minllama.cli.console import say
+from minllama.cli.console import human_size, human_time, say
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = {"step": 7, "epoch": 1, "loss": 7.5184, "lr": 1.1e-3, "tokens_per_second": 14_831.0}
@@ -119,3 +119,12 @@ def test_lines_that_a_program_reads_are_whole(capsys):
     """Wrapped ones could not be searched."""
     say("word " * 100)
     assert capsys.readouterr().out == "word " * 100 + "\n"
+
+
+def test_sizes_and_times_as_people_read_them():
+    """Three digits, decimal units."""
+    assert [human_size(n) for n in (0, 999, 1000, 226e6, 1.17e9)] == [
+        "0 B", "999 B", "1 kB", "226 MB", "1.17 GB",
+    ]  # fmt: skip
+    assert [human_time(s) for s in (45, 200, 7500)] == ["45 s", "3 min 20 s", "2 h 5 min"]
+    assert human_time(98 * 86400 + 21 * 3600) == "98 days 21 h"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 
 import pytest
 
 from config import PRESETS, LlamaConfig, parse_options
+from minllama.cli.console import human_size
 from minllama.machine.gpus import Gpu
 from minllama.runs import plan as plans
 from minllama.runs.plan import Cluster, TrainingPlan, warn_of_plan
-from minllama.system.units import human_size, human_time
 
 
 def plan_of(**changes) -> TrainingPlan:
@@ -80,6 +81,39 @@ def test_the_plan_counts_the_files_there_will_be(changes, epochs, steps):
     one, model = plan.checkpoint_bytes(), plan.weights_file_bytes("float16")
     assert [*plan.disk().values()][:3] == [epochs * one, steps * one, 3 * model]
     assert "disk         " in plan.lines(None)[-1] and "3 models" in plan.lines(None)[-1]
+
+
+def checkpoints_counted_one_by_one(plan: TrainingPlan) -> tuple[int, int]:
+    """Those of epochs and of steps, at their most: the oracle of the plan's arithmetic."""
+    options, last, per_epoch = plan.options, plan.last_step, plan.steps_per_epoch
+    save = options.save_interval * per_epoch
+    epochs = {step for step in range(1, last + 1) if step % save == 0}
+    epochs |= {last} if last % per_epoch == 0 else set()
+    interval = options.checkpoint_interval or last
+    steps = {step for step in range(1, last + 1) if step % interval == 0 or step == last} - epochs
+    most = options.keep_last + 1 if options.keep_last else len(steps)
+    return len(epochs), min(len(steps), most)
+
+
+def test_checkpoints_are_counted_without_making_a_list_of_them():
+    """Of 5 million steps with --checkpoint_interval 1 that took 560 MB and 4 seconds."""
+    plan, rng = plan_of(), random.Random(0)
+    size = plan.checkpoint_bytes()
+    for _ in range(5000):
+        case = changed(
+            dataclasses.replace(plan, sequences=rng.randint(1, 12)),
+            global_batch_size=rng.randint(1, 4),
+            epochs=rng.randint(1, 8),
+            schedule_steps=rng.choice([None, rng.randint(1, 60)]),
+            max_steps=rng.choice([None, rng.randint(1, 60)]),
+            save_interval=rng.randint(1, 9),
+            checkpoint_interval=rng.randint(0, 20),
+            keep_last=rng.choice([0, 0, 1, 2]),
+        )
+        epochs, steps, *_ = case.disk().values()
+        assert (epochs // size, steps // size) == checkpoints_counted_one_by_one(case)
+    long = changed(plan, schedule_steps=5 * 10**6, checkpoint_interval=1, keep_last=0)
+    assert [*long.disk().values()][1] > 4.9e6 * size
 
 
 def test_the_flags_that_need_less_disk_are_those_that_do():
@@ -271,15 +305,3 @@ def test_one_gpu_communicates_with_nobody(parallel):
     plan = plan_of_preset("1.1B", parallel=parallel, world_size=1)
     assert CLUSTER.communicated_bytes(plan) == 0
     assert CLUSTER.step_seconds(plan) == CLUSTER.compute_seconds(plan)
-
-
-# ---------------------------------------------------------------------------- how it is written
-
-
-def test_sizes_and_times_as_people_read_them():
-    """Three digits, decimal units."""
-    assert [human_size(n) for n in (0, 999, 1000, 226e6, 1.17e9)] == [
-        "0 B", "999 B", "1 kB", "226 MB", "1.17 GB",
-    ]  # fmt: skip
-    assert [human_time(s) for s in (45, 200, 7500)] == ["45 s", "3 min 20 s", "2 h 5 min"]
-    assert human_time(98 * 86400 + 21 * 3600) == "98 days 21 h"

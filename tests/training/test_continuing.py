@@ -22,7 +22,7 @@ from running import (
 )
 
 import check_model_precision
-from config import CONTINUED_LR, LlamaConfig, suited_lr
+from config import CONTINUED_LR, LlamaConfig, recommended_lr
 from llama import Llama, load_pretrained, model_payload
 from minllama.formats.pt_file import load_pt, save_pt
 from tokenizer import Tokenizer, train_vocabulary
@@ -179,7 +179,8 @@ def test_the_learning_rate_suits_the_models_size():
     """
     sizes = [dict(dim=64, n_heads=2, n_layers=2), dict(dim=512), dict(dim=2048, n_layers=22)]
     rates = [
-        CONTINUED_LR * suited_lr(LlamaConfig(vocab_size=32000, **size), "adamw") for size in sizes
+        CONTINUED_LR * recommended_lr(LlamaConfig(vocab_size=32000, **size), "adamw")
+        for size in sizes
     ]
     assert rates == pytest.approx([1e-3, 1e-4, 8e-5])
     path = write_model(Path.cwd())

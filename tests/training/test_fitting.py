@@ -124,6 +124,21 @@ def test_a_global_batch_that_was_typed_is_made_of_whole_micro_batches(texts):
         assert options.global_batch_size == typed and typed % options.pretrain_batch_size == 0
 
 
+@pytest.mark.parametrize("line", ["--pretrain_batch_size 2", "--max_seq_len 8192"])
+def test_steps_are_as_large_as_the_time_asks_for(texts, line):
+    """The accumulation was that of the micro-batch that would have been chosen, not the typed one.
+
+    A typed --pretrain_batch_size 2 made steps of a fraction of the wished size, and a context
+    longer than a usual micro-batch's tokens made them twice as large.
+    """
+    large = dataclasses.replace(texts, train=Sized(10**9))
+    context = 8192 if "8192" in line else 32
+    fast = Speed(1e-7, 1e-4)
+    tokens = fitted(large, speed=fast).options.global_batch_size * 32
+    assert tokens > 8192
+    assert fitted(large, line, speed=fast).options.global_batch_size * context == tokens
+
+
 @pytest.mark.parametrize("largest, chosen", [(64, 64), (0, None)])
 def test_a_shape_beyond_the_memory_of_one_rank_is_beyond_all(texts, largest, chosen, monkeypatch):
     """Of several ranks the error of one ended them all, with a traceback."""
