@@ -1,7 +1,7 @@
 """The data sets: text cut into chunks, dialogues, labelled sentences, and the order of batches.
 
 Every order is a pure function of (seed, epoch, index), so the state of a run's data is integers.
-Tokens come from `minllama.text.tokens`, labelled lines from `minllama.text.labelled`. It knows
+Tokens come from `minllama.text.token_cache`, labelled lines from `minllama.text.labelled`. It knows
 nothing of models, nor of how many processes train.
 """
 
@@ -24,7 +24,7 @@ from minllama.system.errors import UsageError
 from minllama.text.chat import ChatTemplate, Cuts, Dialogue, encode_dialogue
 from minllama.text.labelled import UNLABELLED, read_labelled
 from minllama.text.reading import Reading, find_text_files
-from minllama.text.tokens import READ_BYTES, StoredTokens, TokenCache, build_or_load
+from minllama.text.token_cache import READ_BYTES, StoredTokens, TokenCache, build_or_load
 from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------- holding out

@@ -14,7 +14,7 @@ from vocabularies import vocabulary
 
 from minllama.system.errors import UsageError
 from minllama.text.labelled import UNLABELLED
-from minllama.text.tokens import TokenCache
+from minllama.text.token_cache import TokenCache
 from utils import (
     IGNORE_INDEX,
     LlamaDataset,

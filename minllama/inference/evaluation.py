@@ -17,8 +17,8 @@ from llama import Llama, LlamaZeroShotClassifier, common_prefix
 from minllama.system.errors import UsageError
 from minllama.system.json_lines import read_objects
 from minllama.system.signals import StopRequest
+from minllama.text.encoder import DocumentEncoder
 from minllama.text.reading import JSON_SUFFIXES, Reading, read_documents, read_lines
-from minllama.text.tokens import DocumentEncoder
 from tokenizer import Tokenizer
 from utils import PretrainDataset, TokenStream
 

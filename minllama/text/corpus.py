@@ -29,7 +29,7 @@ from minllama.text.reading import (
     first_words,
     is_labelled,
 )
-from minllama.text.tokens import TokenCache, build_or_load
+from minllama.text.token_cache import TokenCache, build_or_load
 from tokenizer import Tokenizer
 from utils import PretrainDataset, count_chunks, split_documents, whole_stream
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from minllama.system.errors import UsageError
-from minllama.text.tokens import TokenCache
+from minllama.text.token_cache import TokenCache
 from utils import TokenStream, documents_in
 
 

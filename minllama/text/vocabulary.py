@@ -11,7 +11,7 @@ from minllama.system.errors import UsageError
 from minllama.system.files import check_writable, remove
 from minllama.text.corpus import TextFiles
 from minllama.text.reading import Reading
-from minllama.text.tokens import place_name, text_signature
+from minllama.text.token_cache import place_name, text_signature
 from tokenizer import Tokenizer, train_vocabulary
 
 SAMPLED_BYTES = 16 << 20  # of text to train on: more changes next to nothing
