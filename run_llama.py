@@ -69,16 +69,14 @@ from minllama.system.files import check_writable_file, write_text
 from minllama.system.signals import LAUNCHER_REPEATS, StopRequest
 from minllama.text.corpus import Texts, find_texts, load_texts
 from minllama.text.labelled import (
-    LabelledFiles,
     Scores,
-    find_labelled_files,
-    find_sentences,
     is_unlabelled,
     labels_of,
     read_labelled,
     report_predictions,
 )
 from minllama.text.reading import Reading, find_text_files, first_words, read_lines
+from minllama.text.splits import SplitFiles, find_labelled_files, find_sentences
 from minllama.text.vocabulary import choose_vocabulary
 from minllama.training.chat_training import finetune_chat
 from minllama.training.classifying import load_splits, predict, predict_files
@@ -376,7 +374,7 @@ class Finetuning(Task):
     def __init__(
         self,
         session: Session,
-        files: LabelledFiles,
+        files: SplitFiles,
         splits: dict[str, LlamaDataset],
         model: LlamaEmbeddingClassifier,
     ) -> None:
@@ -433,7 +431,7 @@ class Finetuning(Task):
         return f"{self.train_set.path}, sentence {number + 1:,}"
 
 
-def finish_finetuning(run: Run, files: LabelledFiles, splits: dict[str, LlamaDataset]) -> int:
+def finish_finetuning(run: Run, files: SplitFiles, splits: dict[str, LlamaDataset]) -> int:
     """Report and write the best model's predictions on dev and test."""
     run.checkpoints.finish()
     best = run.folder.file("best-model.pt")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,11 +18,11 @@ from minllama.machine.ranks import Ranks
 from minllama.model.generation import Sampling, generate_tokens
 from minllama.model.lora import add_lora
 from minllama.system.errors import Interrupted, UsageError
-from minllama.system.files import check_writable_file, write_text
+from minllama.system.files import write_text
 from minllama.system.signals import StopRequest
 from minllama.text.chat import ChatTemplate, read_dialogues
-from minllama.text.labelled import data_set_name
-from minllama.text.reading import Reading, find_text_files
+from minllama.text.reading import Reading
+from minllama.text.splits import SplitFiles, find_dialogue_files
 from minllama.training.next_token import NextTokenTask
 from minllama.training.run import Run
 from minllama.training.session import Session, open_session, print_results, say_interrupted
@@ -41,39 +40,6 @@ ANSWER_TOKENS = 200  # at most, of an answer at the end of a run
 # ---------------------------------------------------------------------------- before the loop
 
 
-@dataclass(frozen=True)
-class ChatFiles:
-    """The files of dialogues, their name, and where answers to the questions of `test` go."""
-
-    name: str
-    train: Path
-    dev: Path | None
-    test: Path | None
-    test_out: Path
-
-
-def find_files(options: Options) -> ChatFiles:
-    """The files that the flags name, checked before any long work; raises UsageError."""
-    if options.freeze_backbone:
-        raise UsageError(
-            "--freeze_backbone is for labelled sentences: dialogues have no linear head to train"
-        )
-    name = data_set_name(options.train)
-    test_out = options.test_out or Path(f"{name}-test-finetuning-output.jsonl")
-    files = ChatFiles(name, options.train, options.dev, options.test, test_out)
-    for split in ("train", "dev", "test"):
-        path = getattr(files, split)
-        if path is not None:
-            find_text_files([path], flag=f"--{split}")
-            if files.test and path.resolve() == test_out.resolve():
-                raise UsageError(
-                    f"--test_out {path}: is another of the files named; give a new one"
-                )
-    if files.test:
-        check_writable_file(test_out, "--test_out")
-    return files
-
-
 def with_chat_lr(session: Session, width: int) -> Options:
     """The options with a learning rate that suits a model of this width, where none is typed."""
     options = session.options
@@ -87,7 +53,7 @@ def with_chat_lr(session: Session, width: int) -> Options:
 
 
 def load_dialogues(
-    files: ChatFiles, options: Options, llama: Llama, tokenizer: Tokenizer
+    files: SplitFiles, options: Options, llama: Llama, tokenizer: Tokenizer
 ) -> tuple[ChatDataset, ChatDataset | None]:
     """The dialogues to train on, and those to choose the best model by; says what was loaded."""
 
@@ -104,9 +70,9 @@ def load_dialogues(
         say(f"Loaded {count:,} dialogues from {path} ({split})", *found.cuts.lines())
         return found
 
-    train_set = load(files.train, "train")
-    if files.dev is not None:
-        return train_set, load(files.dev, "dev")
+    train_set = load(files.paths["train"], "train")
+    if "dev" in files.paths:
+        return train_set, load(files.paths["dev"], "dev")
     train_set, val_set = train_set.split(options.val_fraction)
     if val_set is not None:
         print(f"validation   {len(np.unique(val_set.lines)):,} of the dialogues held out")
@@ -168,18 +134,23 @@ class ChatTuning(NextTokenTask):
 
 def finetune_chat(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     """Train a model to answer as in the dialogues of --train; returns the exit status."""
-    files = find_files(options)
+    if options.freeze_backbone:
+        raise UsageError(
+            "--freeze_backbone is for labelled sentences: dialogues have no linear head to train"
+        )
+    files = find_dialogue_files(options)
+    train_file = files.paths["train"]
     with open_session(options, f"finetune-{files.name}", ranks=ranks, stop=stop) as session:
         keep_freed_memory()
         llama, tokenizer = load_model(session.options, session.device)
         llama.chat_template = llama.chat_template or ChatTemplate()
         session.options = options = with_chat_lr(session, llama.config.dim)
         train_set, val_set = load_dialogues(files, options, llama, tokenizer)
-        questions = read_questions(files.test, options, llama.chat_template, tokenizer)
+        questions = read_questions(files.paths.get("test"), options, llama.chat_template, tokenizer)
         if options.lora_rank:
             add_lora(llama, rank=options.lora_rank, alpha=2 * options.lora_rank)
         identity = {
-            "--train": fingerprint(files.train.read_bytes()),
+            "--train": fingerprint(train_file.read_bytes()),
             "dialogues to train on (--dev, --val_fraction)": len(train_set),
             "model shape": llama.config.to_model_args(),
             "--tokenizer_model": tokenizer.fingerprint,
@@ -198,7 +169,7 @@ def finetune_chat(options: Options, stop: StopRequest, ranks: Ranks) -> int:
         )
         if options.plan:
             return 0
-        run = Run(session, ChatTuning(session, files.train, llama, train_set, val_set))
+        run = Run(session, ChatTuning(session, train_file, llama, train_set, val_set))
         run.start()
         if train(run):
             return say_interrupted(session, run.progress.step)
@@ -211,7 +182,7 @@ def finetune_chat(options: Options, stop: StopRequest, ranks: Ranks) -> int:
 # ---------------------------------------------------------------------------- the end
 
 
-def finish(run: Run, files: ChatFiles, questions: list[Question], tokenizer: Tokenizer) -> int:
+def finish(run: Run, files: SplitFiles, questions: list[Question], tokenizer: Tokenizer) -> int:
     """Show what the best model answers, and how often rightly; returns the exit status.
 
     Raises Interrupted when asked to stop.
@@ -250,7 +221,7 @@ def answers_to(prompts: list[list[int]], model: Llama, tokenizer: Tokenizer) -> 
 
 
 def report_answers(
-    questions: list[Question], files: ChatFiles, model: Llama, tokenizer: Tokenizer, run: Run
+    questions: list[Question], files: SplitFiles, model: Llama, tokenizer: Tokenizer, run: Run
 ) -> None:
     """Answer the questions and say how many of the answers are those of the file word for word.
 
@@ -265,9 +236,9 @@ def report_answers(
             right += answer == question.answer
             record = {"prompt": question.text, "response": answer, "expected": question.answer}
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    write_text(files.test_out, "".join(lines))
+    write_text(files.outs["test"], "".join(lines))
     print(
-        f"test: {right:,} of {len(questions):,} answers are those of {files.test} word for word "
-        f"({right / len(questions):.1%})"
+        f"test: {right:,} of {len(questions):,} answers are those of {files.paths['test']} word "
+        f"for word ({right / len(questions):.1%})"
     )
-    print(f"wrote {files.test_out}")
+    print(f"wrote {files.outs['test']}")

@@ -14,7 +14,8 @@ from config import Options
 from llama import LlamaEmbeddingClassifier
 from minllama.cli.console import progress_bar
 from minllama.machine.sharding import no_gradients
-from minllama.text.labelled import LabelledFiles, report_predictions
+from minllama.text.labelled import report_predictions
+from minllama.text.splits import SplitFiles
 from minllama.training.session import Session
 from minllama.training.task import Batch
 from tokenizer import Tokenizer
@@ -22,7 +23,7 @@ from utils import LlamaDataset
 
 
 def load_splits(
-    files: LabelledFiles,
+    files: SplitFiles,
     options: Options,
     tokenizer: Tokenizer,
     *,
@@ -75,7 +76,7 @@ def predict(model: LlamaEmbeddingClassifier, dataset: LlamaDataset, session: Ses
 
 def predict_files(
     model: LlamaEmbeddingClassifier,
-    files: LabelledFiles,
+    files: SplitFiles,
     splits: dict[str, LlamaDataset],
     session: Session,
 ) -> None:
