@@ -113,7 +113,7 @@ class Tokenizer:
                 lengths[i] = 1 if sp.is_byte(i) else len(_piece_text(sp.id_to_piece(i)))
         return lengths
 
-    def spelt_in_bytes(self, tokens: np.ndarray) -> float:
+    def byte_fallback_share(self, tokens: np.ndarray) -> float:
         """The share of the bytes of some tokens' text that have a byte token each, from 0 to 1.
 
         Such tokens spell characters that the vocabulary has no piece for. A newline's does not
@@ -350,7 +350,7 @@ def _build_parser() -> argparse.ArgumentParser:
     train.add_argument(  # within SentencePiece's own limits
         "--character_coverage",
         type=share,
-        help="share of characters that get tokens, the rest are spelt in bytes; unset: 0.9995, and "
+        help="share of characters that get tokens, the rest fall back to bytes; unset: 0.9995, and "
         "0.99 of a script of thousands",
     )
     train.add_argument("--text_field", default="text", help="of .jsonl files (default text)")

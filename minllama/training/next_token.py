@@ -5,15 +5,13 @@ What pretraining and chat share; how sequences are ordered is their own.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from llama import Llama, NextTokenLoss
 from minllama.cli.console import progress_bar
-from minllama.inference.evaluation import perplexity
+from minllama.inference.evaluation import TextScore
 from minllama.machine.device import autocast
 from minllama.machine.sharding import no_gradients
 from minllama.training.session import Session
@@ -84,8 +82,4 @@ def evaluate_tokens(
     for (number, counts), loss in zip(numbers, torch.stack(losses).tolist(), strict=True):
         sums[0, number] = loss if counts else 0
     loss_sum, targets = (sum(row) for row in ranks.sum_array(sums).tolist())
-    metrics = {"val_loss": loss_sum / max(1, targets)}
-    metrics["val_perplexity"] = perplexity(metrics["val_loss"])
-    if dataset.utf8_bytes:
-        metrics["bits_per_byte"] = loss_sum / math.log(2) / dataset.utf8_bytes
-    return metrics
+    return TextScore(loss_sum, targets, dataset.utf8_bytes or 0).metrics()
