@@ -378,12 +378,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 args.output,
                 vocab_size=args.vocab_size,
                 character_coverage=args.character_coverage,
-                reading=Reading(
-                    text_field=args.text_field,
-                    encoding=args.encoding,
-                    encoding_errors=args.encoding_errors,
-                    sentences_only=args.sentences_only,
-                ),
+                reading=Reading.from_flags(args),
             )
             tokenizer = Tokenizer(tokenizer_model=args.output)
         else:

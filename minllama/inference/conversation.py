@@ -22,7 +22,7 @@ HELP = """\
 
 
 def converse(writer: Writer, temperature: float) -> int:
-    """Hold a conversation, or with a model that is for none continue what is typed.
+    """Hold a conversation, or with a model without a chat template continue what is typed.
 
     Returns the exit status, at the end of input or when Ctrl-C ends it.
     """
@@ -49,14 +49,14 @@ class Conversation:
         self.writer, self.temperature = writer, temperature
         self.history: list[Exchange] = []
         self.forgotten = 0  # exchanges at the beginning that the context has no room for
-        self.asked = 0  # questions: each answer has random numbers of its own
+        self.asked = 0  # questions, whose number seeds the answer
 
     def run(self) -> int:
         """Converse until the input ends; returns the exit status.
 
         Ctrl-C ends an answer; where none is being given, the second one in a row ends it all.
         """
-        self.writer.stop.restore()  # each answer listens by itself
+        self.writer.stop.restore()  # each answer has a StopRequest of its own
         print(GREETING)
         warned = False
         while True:
@@ -79,7 +79,7 @@ class Conversation:
                 return status
 
     def ask(self, question: str) -> int:
-        """Answer a question, shown as it comes; returns the exit status to end with, else 0."""
+        """Answer a question; returns the exit status to end the conversation with, else 0."""
         row = self._row(question)
         room = self.writer.llama.config.max_seq_len - len(row.prompt_ids)
         if room < 1:

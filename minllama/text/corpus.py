@@ -96,14 +96,8 @@ def find_texts(options: Options) -> TextFiles:
             val_data = (str(DATA_DIR / "stories-val.jsonl"),)
     files = find_text_files(patterns, flag="--pretrain_data")
     val_files = find_text_files(val_data, flag="--val_data") if val_data else []
-    reading = Reading(
-        document_per_line=options.document_per_line,
-        text_field=options.text_field,
-        encoding=options.encoding,
-        encoding_errors=options.encoding_errors,
-        sentences_only=options.sentences_only,
-    )
-    return TextFiles(without_validation(files, val_files), val_files, reading)
+    files = without_validation(files, val_files)
+    return TextFiles(files, val_files, Reading.from_flags(options))
 
 
 def load_texts(
@@ -127,7 +121,7 @@ def load_texts(
             tokenizer,
             files.reading,
             options.cache_dir,
-            should_stop=lambda: stop.requested,
+            check_stop=stop.check,
         )
         # A machine's other processes need not compare the checksum again.
         cache = ranks.first_on_node(build, then=functools.partial(build, is_verified=True))

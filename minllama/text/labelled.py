@@ -19,7 +19,7 @@ from minllama.system.files import replace, write_text
 from minllama.text.reading import Reading, read_lines, split_labelled
 
 UNLABELLED = -1  # the label of a sentence without one, in files and in batches
-NEARLY_ALL = 0.9  # of a split's predictions
+NEARLY_ALL = 0.9  # of a split's predictions: so many alike say little of the model
 MAX_LABELS = 1000  # without names; each gets a row of the classifier's head
 
 
@@ -86,7 +86,7 @@ def labels_of(examples: Sequence[LabelledExample]) -> list[int | None]:
 
 def is_unlabelled(examples: Sequence[LabelledExample]) -> bool:
     """Whether no sentence has a label."""
-    return all(label is None for label in labels_of(examples))
+    return all(example.label is None for example in examples)
 
 
 def has_placeholder_labels(examples: Sequence[LabelledExample]) -> bool:
@@ -130,8 +130,9 @@ class Scores:
     def macro_f1(self) -> float:
         """Mean F1 over the labels that occur, in truth or in predictions."""
         hits = np.diag(self.confusion)
-        seen = self.confusion.sum(axis=0) + self.confusion.sum(axis=1)
-        return float(np.mean(2 * hits[seen > 0] / seen[seen > 0])) if seen.any() else 0.0
+        occurrences = self.confusion.sum(axis=0) + self.confusion.sum(axis=1)
+        occurs = occurrences > 0
+        return float(np.mean(2 * hits[occurs] / occurrences[occurs])) if occurs.any() else 0.0
 
     def lines(self, names: Sequence[str]) -> list[str]:
         """The confusion matrix as a table: a row per label, a column per prediction."""

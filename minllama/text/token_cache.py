@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import struct
@@ -17,7 +18,6 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minllama.cli.console import progress_bar
-from minllama.system.errors import Interrupted, TextLost, UsageError
+from minllama.system.errors import TextLost, UsageError
 from minllama.system.files import READ_BYTES, atomic_write, remove_temporaries
 from minllama.system.locks import Busy, hold
 from minllama.text.encoder import DocumentEncoder, EncodedPart
@@ -40,9 +40,8 @@ MAGIC = b"MLTOKENS"
 CACHE_VERSION = 3
 HEADER = struct.Struct("<8sIIQQQ32s32s32sI")
 ROW = struct.Struct("<QQ16s")  # of a document, while its tokens are written
-NO_SIGNATURE = bytes(32)  # of text too new to tell whether it changes: its cache serves one run
-# How shortly before it is read a file may change again without another time stamp: those of most
-# file systems advance every few milliseconds, FAT's every two seconds.
+# Within so many nanoseconds a file may change twice and have one time stamp: those of most file
+# systems advance every few milliseconds, FAT's, in whole seconds, every other one.
 FINE_NS, COARSE_NS = 20_000_000, 2_000_000_000
 LARGE_BYTES = 1 << 30  # of a cache: checking it takes a second or more
 BUFFER_BYTES = 1 << 12  # a chunk is about 1 kB, at a random place
@@ -106,7 +105,7 @@ class TokenCache:
         *,
         signature: bytes | None = None,
         verify: bool = True,
-        should_stop: Callable[[], bool] = lambda: False,
+        check_stop: Callable[[], None] = lambda: None,
     ) -> None:
         self.path = path
         self.rebuilt_because: str | None = None
@@ -116,7 +115,7 @@ class TokenCache:
         with contextlib.ExitStack() as opened:
             try:
                 file = opened.enter_context(path.open("rb", buffering=BUFFER_BYTES))
-                self._open(file, signature, verify, should_stop)
+                self._open(file, signature, verify, check_stop)
             except OSError as error:
                 raise BadCache(f"it cannot be read ({error.strerror})") from None
             opened.pop_all()  # the tokens keep it open
@@ -126,7 +125,7 @@ class TokenCache:
         file: BinaryIO,
         signature: bytes | None,
         verify: bool,
-        should_stop: Callable[[], bool],
+        check_stop: Callable[[], None],
     ) -> None:
         data, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
         if len(data) < HEADER.size or zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
@@ -136,8 +135,6 @@ class TokenCache:
         if magic != MAGIC or version != CACHE_VERSION or width not in (2, 4):
             raise BadCache("it is not a token cache of this version")
         if signature not in (None, made_of):
-            if made_of == NO_SIGNATURE:
-                raise BadCache("the text had just been changed when it was read")
             raise BadCache("the text, the vocabulary or the reading options changed")
         tokens_end = HEADER.size + width * n_tokens
         documents_at = tokens_end + -tokens_end % 8
@@ -147,7 +144,7 @@ class TokenCache:
             raise BadCache("it is damaged (its size is wrong)")
         self.tokens = StoredTokens(self.path, file, np.dtype(f"<u{width}"), n_tokens)
         edges = (HEADER.size, fingerprints_at, size)
-        if verify and _digests(file, edges, should_stop) != [self.key, others]:
+        if verify and _digests(file, edges, check_stop) != [self.key, others]:
             raise BadCache("it is damaged (its checksum is wrong)")
         raw = np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r"))
         documents = raw[documents_at:files_at].view("<i8").reshape(-1, 2)
@@ -170,11 +167,11 @@ class TokenCache:
         return file, position - int(ends[file] - self.file_tokens[file])
 
 
-def _digests(file: BinaryIO, edges: Sequence[int], should_stop: Callable[[], bool]) -> list[bytes]:
+def _digests(file: BinaryIO, edges: Sequence[int], check_stop: Callable[[], None]) -> list[bytes]:
     """The SHA-256 of what is between one place of a file and the next."""
     size, digests = edges[-1], []
     with _byte_bar("checking", size, size > LARGE_BYTES) as bar:
-        for start, stop in pairwise(edges):
+        for start, stop in itertools.pairwise(edges):
             digest = hashlib.sha256()
             file.seek(start)
             while left := stop - file.tell():
@@ -183,8 +180,7 @@ def _digests(file: BinaryIO, edges: Sequence[int], should_stop: Callable[[], boo
                     break  # cut off meanwhile
                 digest.update(data)
                 bar.update(len(data))
-                if should_stop():
-                    raise Interrupted
+                check_stop()
             digests.append(digest.digest())
     return digests
 
@@ -199,31 +195,29 @@ def build_or_load(
     cache_dir: Path,
     *,
     threads: int | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
+    check_stop: Callable[[], None] = lambda: None,
     progress: bool = True,
     is_verified: bool = False,
 ) -> TokenCache:
     """The token cache of `files` in `cache_dir`, built unless a valid one is there.
 
-    Its checksum is compared unless another process has just done so (`is_verified`). Memory is
-    bounded whatever the size of the text. `should_stop` is polled several times a second. Raises
-    Interrupted; UsageError for text that cannot be read, changes meanwhile or is empty, and, naming
-    --cache_dir, for a folder that cannot be written.
+    Its checksum is compared unless another process has just done so (`is_verified`). What
+    `check_stop`, called several times a second, raises leaves no half-made file. Raises UsageError
+    for text that cannot be read, changes meanwhile or is empty, and, naming --cache_dir, for a
+    folder that cannot be written.
     """
     signature = text_signature(files, reading, tokenizer)
     # Named by the place of the text, not its content: changed text replaces its old cache.
     path = cache_dir / f"{place_name(files, reading, tokenizer.fingerprint)}.tokens"
 
     def load() -> TokenCache:
-        return TokenCache(
-            path, signature=signature, verify=not is_verified, should_stop=should_stop
-        )
+        return TokenCache(path, signature=signature, verify=not is_verified, check_stop=check_stop)
 
     def build() -> None:
         encoder, file_documents = DocumentEncoder(tokenizer, threads=threads), []
         marks = np.array([[tokenizer.bos_id], [tokenizer.eos_id]], encoder.dtype)
-        made_of = NO_SIGNATURE if _is_racy(files) else signature
         size = sum(_stat(file).st_size for file in files)
+        _outwait_time_stamps(files)
         try:
             remove_temporaries(cache_dir, r".*\.tokens", older_than=86400)
             with (
@@ -232,7 +226,7 @@ def build_or_load(
                 _byte_bar("tokenizing", size, progress) as bar,
             ):
                 batches = encoder.encode(_all_blocks(files, reading, bar.update, file_documents))
-                _write_cache(file, table, batches, file_documents, marks, made_of, should_stop)
+                _write_cache(file, table, batches, file_documents, marks, signature, check_stop)
                 if not any(file_documents):
                     others = " and the others" if len(files) > 1 else ""
                     raise UsageError(f"{files[0]}{others}: empty, there is no text to train on")
@@ -245,7 +239,7 @@ def build_or_load(
     try:
         cache = load()
     except BadCache:
-        with _sole_builder(path, should_stop):
+        with _sole_builder(path, check_stop):
             try:
                 cache = load()  # another process may have made it meanwhile
             except BadCache as reason:
@@ -257,10 +251,10 @@ def build_or_load(
 
 
 @contextlib.contextmanager
-def _sole_builder(path: Path, should_stop: Callable[[], bool]) -> Iterator[None]:
+def _sole_builder(path: Path, check_stop: Callable[[], None]) -> Iterator[None]:
     """Keep other processes, also of other machines, from building the same cache meanwhile.
 
-    One that is at it is waited for. Raises Interrupted.
+    One that is at it is waited for.
     """
     waited = False
     with contextlib.ExitStack() as held:
@@ -276,8 +270,7 @@ def _sole_builder(path: Path, should_stop: Callable[[], bool]) -> Iterator[None]
             except OSError:  # a folder that cannot be written, of which `build` tells
                 break
             time.sleep(0.2)
-            if should_stop():
-                raise Interrupted
+            check_stop()
         yield
 
 
@@ -288,7 +281,7 @@ def _write_cache(
     file_documents: list[int],
     marks: np.ndarray,
     signature: bytes,
-    should_stop: Callable[[], bool],
+    check_stop: Callable[[], None],
 ) -> None:
     """Stream a cache's tokens into a file, then its tables and header.
 
@@ -323,8 +316,7 @@ def _write_cache(
                 table.write(ROW.pack(start, utf8_bytes, fingerprint.digest()))
             n_tokens += part.starts + len(part.ids) + part.ends
         write(np.concatenate(arrays, dtype=marks.dtype).tobytes())
-        if should_stop():
-            raise Interrupted
+        check_stop()
     write(bytes(-file.tell() % 8))
     file_starts = []  # in tokens, and the end
     for first in np.cumsum([0, *file_documents]).tolist():
@@ -386,12 +378,14 @@ def text_signature(
     return hashlib.sha256(json.dumps([of_files, vocabulary, asdict(reading)]).encode()).digest()
 
 
-def _is_racy(files: Sequence[Path]) -> bool:
-    """Whether a file changed so shortly before now that a later change may not show."""
-    now = time.time_ns()
+def _outwait_time_stamps(files: Sequence[Path]) -> None:
+    """Return when any change from now on gives each of the files another time stamp."""
     # Where there is a time of change that no program sets, the other may be of any year.
     times = [s.st_mtime_ns if os.name == "nt" else s.st_ctime_ns for s in map(_stat, files)]
-    return any(at + (FINE_NS if at % 10**9 else COARSE_NS) >= now for at in times)
+    grains = [FINE_NS if at % 10**9 else COARSE_NS for at in times]
+    now = time.time_ns()
+    is_new = [at + grain >= now for at, grain in zip(times, grains, strict=True)]
+    time.sleep(max(itertools.compress(grains, is_new), default=0) / 1e9)
 
 
 def _stat(path: Path) -> os.stat_result:

@@ -34,11 +34,10 @@ LINES = Reading(document_per_line=True)
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> list[Path]:
-    """Three files, one of them blank; old enough for their times to be believed."""
+    """Three files, one of them blank; as new as text can be."""
     contents = {"a.txt": STORY * 3, "b.txt": "\n", "c.txt": "two dogs\n\nsat ﬁ\n"}
     for name, text in contents.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    time.sleep(0.05)
     return [tmp_path / name for name in contents]
 
 
@@ -136,7 +135,10 @@ def test_changed_text_is_tokenized_again(corpus: list[Path], tmp_path: Path) -> 
 
 
 def test_text_changed_at_once_behind_the_same_size(tmp_path: Path) -> None:
-    """A second write within the grain of the clock leaves size and times alike."""
+    """A second write within the grain of the clock leaves size and times alike: that is outwaited.
+
+    Text that had just been written was once tokenized again at the next start.
+    """
     path = tmp_path / "a.txt"
     for text in ("two dogs", "two cats", "ten cats") * 7:
         path.write_text(text, encoding="utf-8")
@@ -239,9 +241,14 @@ def test_interrupted_tokenizing_leaves_nothing(
             yield batch
 
     monkeypatch.setattr(DocumentEncoder, "encode", encode_and_note)
-    for should_stop in (lambda: True, lambda: bool(started)):
+    for when in (lambda: True, lambda: bool(started)):
+
+        def check_stop(when=when) -> None:
+            if when():
+                raise Interrupted
+
         with pytest.raises(Interrupted):
-            build(corpus, tmp_path / "cache", should_stop=should_stop)
+            build(corpus, tmp_path / "cache", check_stop=check_stop)
         assert not list((tmp_path / "cache").glob("*tokens*"))
     assert started
     assert build(corpus, tmp_path / "cache").rebuilt_because == "there was none"
@@ -301,20 +308,21 @@ def test_who_finds_a_cache_being_made_waits_for_it(ends, corpus, tmp_path, capsy
     path.parent.mkdir()
     polls = iter(range(9))
 
-    def should_stop() -> bool:
+    def check_stop() -> None:
         if next(polls) == 1:
             if ends == "built":
                 path.write_bytes(made.read_bytes())
             held.close()
-        return ends == "interrupted"
+        if ends == "interrupted":
+            raise Interrupted
 
     with contextlib.ExitStack() as held:
         held.enter_context(hold(path.with_name(f"{path.name}.lock")))
         if ends == "interrupted":
             with pytest.raises(Interrupted):
-                build(corpus, path.parent, should_stop=should_stop)
+                build(corpus, path.parent, check_stop=check_stop)
         else:
-            cache = build(corpus, path.parent, should_stop=should_stop)
+            cache = build(corpus, path.parent, check_stop=check_stop)
             assert (cache.rebuilt_because is None) == (ends == "built")
             assert cache.tokens[:].tolist() == build(corpus, path.parent).tokens[:].tolist()
             assert [file.name for file in path.parent.iterdir()] == [path.name]
