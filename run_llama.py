@@ -618,7 +618,7 @@ def generate(options: Options, stop: StopRequest, ranks: Ranks) -> int:
             if stop.requested:
                 break
             chosen = prompts[start : start + size]
-            writer.continue_texts(chosen, temperature, first=start, of=len(prompts))
+            writer.continue_texts(chosen, temperature, first=start, total=len(prompts))
     return stop.exit_status if stop.requested else 0
 
 

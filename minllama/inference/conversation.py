@@ -43,7 +43,7 @@ def converse(writer: Writer, temperature: float) -> int:
 
 
 class Conversation:
-    """Questions and answers, with what was said before."""
+    """Questions and answers, each behind those before it."""
 
     def __init__(self, writer: Writer, temperature: float) -> None:
         self.writer, self.temperature = writer, temperature
@@ -93,7 +93,7 @@ class Conversation:
                 self.temperature,
                 seeds=[options.seed + self.asked],
                 max_new_tokens=min(room, options.max_new_tokens) if typed else room,
-                lead="",
+                prefix="",
                 stop=stop,
             )
         self.asked += 1
@@ -117,7 +117,7 @@ class Conversation:
         return row
 
     def command(self, line: str) -> str:
-        """Do what a line that begins with / asks for; returns what to say."""
+        """Carry out a line that begins with /; returns what to print."""
         name, _, argument = line.partition(" ")
         argument = argument.strip()
         if name == "/reset":

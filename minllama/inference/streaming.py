@@ -82,11 +82,16 @@ class Writer:
     template: ChatTemplate | None = None  # of a chat model, whose prompts are questions to answer
 
     def continue_texts(
-        self, prompts: Sequence[str], temperature: float, *, first: int = 0, of: int | None = None
+        self,
+        prompts: Sequence[str],
+        temperature: float,
+        *,
+        first: int = 0,
+        total: int | None = None,
     ) -> list[str]:
         """Prompt and continuation of each prompt, or its answer, `--num_samples` times.
 
-        The prompts are those from number `first` on, of `of` in all.
+        The prompts are those from number `first` on, of `total`, by default of these alone.
         """
         options, samples = self.options, self.options.num_samples
         rows = [self.row(text) for text in prompts for _ in range(samples)]
@@ -98,22 +103,22 @@ class Writer:
                 "continues the last ones that fit",
                 file=sys.stderr,
             )
-        of = of or len(prompts)
-        streamed = of * samples == 1
-        leads = [text + "\n" * (self.template is not None) for text in prompts]
+        total = samples * (total or len(prompts))
+        streamed = total == 1
+        prefixes = [text + "\n" * (self.template is not None) for text in prompts]
         self.write(
             rows,
             temperature,
             # Seeded by the sample's number alone: a prompt gives the same alone and in a batch.
             seeds=[options.seed + number for _ in prompts for number in range(samples)],
             max_new_tokens=options.max_new_tokens,
-            lead=leads[0] if streamed else None,
+            prefix=prefixes[0] if streamed else None,
             stop=self.stop,
         )
-        texts = [leads[i // samples] + row.text for i, row in enumerate(rows)]
+        texts = [prefixes[i // samples] + row.text for i, row in enumerate(rows)]
         if not streamed:
             for number, text in enumerate(texts, start=first * samples + 1):
-                print(f"--- {number} of {of * samples}\n{text}")
+                print(f"--- {number} of {total}\n{text}")
         return texts
 
     def row(self, text: str, history: Sequence[Exchange] = ()) -> Continuation:
@@ -131,10 +136,10 @@ class Writer:
         *,
         seeds: Sequence[int],
         max_new_tokens: int,
-        lead: str | None,
+        prefix: str | None,
         stop: StopRequest,
     ) -> None:
-        """Extend the rows until they end; with a `lead`, print that and the first row as it grows.
+        """Extend the rows until they end; with a `prefix`, print that and the first row as it grows.
 
         Raises Interrupted when asked to stop while it compiles.
         """
@@ -160,16 +165,16 @@ class Writer:
             stop_ids=[self.tokenizer.eos_id],
             should_stop=lambda: stop.requested,
         )
-        if lead is not None:
-            print(lead, end="", flush=True)
+        if prefix is not None:
+            print(prefix, end="", flush=True)
         for step in steps:
             new = [row.add(token) for row, token in zip(rows, step, strict=True)]
-            if lead is not None:
+            if prefix is not None:
                 print(new[0], end="", flush=True)
             if all(row.ended for row in rows):
                 break
         rest = [row.add(None) for row in rows]
-        if lead is not None:
+        if prefix is not None:
             print(rest[0])
 
 

@@ -78,7 +78,7 @@ class ChatTemplate:
         history: Sequence[Exchange] = (),
         system: str = "",
     ) -> list[int]:
-        """The ids of what was said before, and of the question."""
+        """The ids of the history and of the question."""
         ids: list[int] = []
         for asked, answer in history:
             ids += self.question_ids(tokenizer, asked, system) + answer_ids(tokenizer, answer)
@@ -125,7 +125,7 @@ def answer_ids(tokenizer: Tokenizer, answer: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Questions and their answers, what the system was told, and the line of the file."""
+    """Questions and their answers, the system text, and the line of the file."""
 
     exchanges: list[Exchange]
     system: str = ""
@@ -145,7 +145,7 @@ PAIRS = (("prompt", "response"), ("instruction", "output"), ("prompt", "completi
 def read_dialogues(
     path: Path, reading: Reading = UTF8, on_bytes: Callable[[int], object] = lambda count: None
 ) -> Iterator[Dialogue]:
-    """The dialogues of a .jsonl file, streamed; `on_bytes` is told of the bytes that were read.
+    """The dialogues of a .jsonl file, streamed; `on_bytes` gets the number of bytes of each read.
 
     Raises UsageError `file:line: ...` for a line that is none.
     """
@@ -179,7 +179,7 @@ def _exchanges(record: dict[str, Any], where: str) -> tuple[list[Exchange], str]
 def _turns_of_pairs(record: dict[str, Any], where: str) -> list[dict[str, Any]]:
     """The turns of a line that has a question and its answer in fields of their own.
 
-    Alpaca's `input` is what the instruction is about; LLaMA-Factory's `history` was said before.
+    Alpaca's `input` is what the instruction is about; LLaMA-Factory's `history` comes before it.
     """
     names = next((names for names in PAIRS if {*names} <= record.keys()), None)
     if names is None:
@@ -215,7 +215,7 @@ def _turn(turn: Any, where: str) -> tuple[str, str]:
             f"{where}: the text of a turn of {named!r} is {str(text)[:40]!r}; give it words or "
             "take the line out"
         )
-    try:  # JSON can spell half a surrogate pair, which no UTF-8 can hold
+    try:  # JSON can escape half a surrogate pair, which UTF-8 cannot encode
         text.encode()
     except UnicodeEncodeError:
         raise UsageError(f"{where}: half a surrogate pair in a text; repair the line") from None
@@ -266,7 +266,7 @@ def encode_dialogue(
 ) -> list[Encoded]:
     """A dialogue's ids in as few parts of up to context + 1 as hold it (the last is never read).
 
-    It is split between two exchanges, and every part begins with what the system was told.
+    It is split between two exchanges, and every part begins with the system text.
     """
     parts: list[Encoded] = []
     room = cuts.context + 1

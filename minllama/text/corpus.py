@@ -88,7 +88,7 @@ class Texts:
 
 
 def find_texts(options: Options) -> TextFiles:
-    """The files that the flags mean; raises UsageError."""
+    """The files that the flags name, else the embedded stories and reviews; raises UsageError."""
     patterns, val_data = options.pretrain_data, options.val_data
     if not patterns:
         patterns = tuple(str(DATA_DIR / name) for name in EMBEDDED_TEXTS)
@@ -192,7 +192,7 @@ def without_validation(files: Sequence[Path], val_files: Sequence[Path]) -> Sequ
     held_out = {real_path(path) for path in val_files}
     remaining = [path for path in files if real_path(path) not in held_out]
     if not remaining:
-        print("warning: --val_data is the text to train on: its loss tells nothing of other text")
+        print("warning: --val_data is the text to train on: its loss says nothing of other text")
         return files
     if count := len(files) - len(remaining):
         print(f"not trained on: {count} of the files, which --val_data names, too")
@@ -215,7 +215,7 @@ def print_loaded(files: Sequence[Path], cache: TokenCache, reading: Reading, len
 
 
 def _remark(path: Path, reading: Reading) -> str:
-    """What to say of a file that may not be meant to be read as it is; else nothing."""
+    """A note on a file that may not be meant to be read as it is; else an empty string."""
     name = path.name.lower()
     if is_labelled(path, reading) and not reading.sentences_only:
         return "labelled lines in it: --sentences_only reads the sentences alone"

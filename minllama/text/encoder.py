@@ -19,7 +19,7 @@ from tokenizer import SPACE, Tokenizer
 
 WORD_CACHE_SPEED = 2.5  # characters per second, relative to one thread of SentencePiece
 WORD_CACHE_ENTRIES = 1 << 19
-WORD_CACHE_CHARS = 64  # a longer word hardly comes twice
+WORD_CACHE_CHARS = 64  # a longer word is hardly ever repeated
 # Where a text may be cut: before a newline, and at a single space, which the right part gets back
 # as the space that SentencePiece puts before every text.
 CUT = re.compile(rf"\n|(?<=[^ {SPACE}]) (?=[^ {SPACE}])")

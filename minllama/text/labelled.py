@@ -90,7 +90,7 @@ def is_unlabelled(examples: Sequence[LabelledExample]) -> bool:
 
 
 def has_placeholder_labels(examples: Sequence[LabelledExample]) -> bool:
-    """Whether a test file's labels tell nothing: none, or one and the same on every line.
+    """Whether a test file's labels mean nothing: none, or one and the same on every line.
 
     CFIMDB's test file has 0 on all lines; an accuracy against it means nothing.
     """

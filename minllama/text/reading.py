@@ -106,7 +106,7 @@ class Reading:
 
     @classmethod
     def from_flags(cls, flags: Any) -> Reading:
-        """As a command's options say that have the names of these."""
+        """From a command's parsed flags, those of them that have a field's name."""
         names = {each.name for each in fields(cls)} & vars(flags).keys()
         return cls(**{name: getattr(flags, name) for name in names})
 
@@ -125,7 +125,7 @@ def read_blocks(
 ) -> Iterator[str]:
     """A file's text, gzip or not, in blocks of about READ_BYTES; no BOM, and CRLF turned into LF.
 
-    `on_bytes` is told of the bytes of the file itself (compressed ones of a .gz) as they are read.
+    `on_bytes` gets the number of bytes of each read of the file itself, compressed ones of a .gz.
     What was replaced is counted and printed at the end. Raises UsageError naming the file, and the
     line where there is one.
     """
@@ -292,7 +292,7 @@ def _json_text(record: dict[str, Any], where: str, reading: Reading) -> str:
         what = "no field" if value is None else f"{type(value).__name__}, not a string, in field"
         raise UsageError(f"{where}: {what} {name!r} (has: {fields}); name it with --text_field")
     text = value.replace("\r\n", "\n")
-    try:  # JSON can spell half a surrogate pair, which no UTF-8 can hold
+    try:  # JSON can escape half a surrogate pair, which UTF-8 cannot encode
         text.isascii() or text.encode()
     except UnicodeEncodeError:
         if reading.encoding_errors == "strict":

@@ -144,7 +144,7 @@ def read_label_names(given: Path | None, beside: Path) -> list[str]:
         raise UsageError(f"--label_names {error}") from None
     if not isinstance(names, list) or len(names) < 2 or not all(isinstance(n, str) for n in names):
         raise UsageError(f'--label_names {path}: must be a JSON list of names, ["bad", "good"]')
-    twice = sorted(name for name, count in Counter(names).items() if count > 1)
-    if twice:
-        raise UsageError(f"--label_names {path}: {twice[0]!r} is there more than once")
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    if repeated:
+        raise UsageError(f"--label_names {path}: {repeated[0]!r} is there more than once")
     return names

@@ -267,7 +267,7 @@ def _sole_builder(path: Path, check_stop: Callable[[], None]) -> Iterator[None]:
                 if not waited:
                     print(f"waiting for {holder}, which makes the same {path}")
                 waited = True
-            except OSError:  # a folder that cannot be written, of which `build` tells
+            except OSError:  # a folder that cannot be written: an error of `build`
                 break
             time.sleep(0.2)
             check_stop()
@@ -367,15 +367,15 @@ def place_name(files: Sequence[Path], reading: Reading, *others: str) -> str:
 def text_signature(
     files: Sequence[Path], reading: Reading, tokenizer: Tokenizer | None = None
 ) -> bytes:
-    """SHA-256 of all that tells whether what was made of the files is still theirs.
+    """SHA-256 of all that changes where what was made of the files is no longer theirs.
 
     The time of a file's last change of any kind (ctime) is among it, which no program can set; on
     Windows that is when it was created, and a tool that restores times can hide a change.
     """
     stats = [(path, _stat(path)) for path in files]
-    of_files = [[str(p.absolute()), s.st_size, s.st_mtime_ns, s.st_ctime_ns] for p, s in stats]
+    states = [[str(p.absolute()), s.st_size, s.st_mtime_ns, s.st_ctime_ns] for p, s in stats]
     vocabulary = hashlib.sha256(tokenizer.model_bytes).hexdigest() if tokenizer else None
-    return hashlib.sha256(json.dumps([of_files, vocabulary, asdict(reading)]).encode()).digest()
+    return hashlib.sha256(json.dumps([states, vocabulary, asdict(reading)]).encode()).digest()
 
 
 def _outwait_time_stamps(files: Sequence[Path]) -> None:
