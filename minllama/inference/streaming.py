@@ -139,7 +139,7 @@ class Writer:
         prefix: str | None,
         stop: StopRequest,
     ) -> None:
-        """Extend the rows until they end; with a `prefix`, print that and the first row as it grows.
+        """Extend the rows until they end; with a `prefix`, print it and the first row as it grows.
 
         Raises Interrupted when asked to stop while it compiles.
         """
