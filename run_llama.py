@@ -44,14 +44,10 @@ from minllama.model.packing import pack_weights
 from minllama.system.errors import Interrupted, RunFailed, UsageError
 from minllama.system.files import check_writable_file, write_text
 from minllama.system.signals import LAUNCHER_REPEATS, StopRequest
-from minllama.text.labelled import (
-    find_labelled_files,
-    find_sentences,
-    read_labelled,
-    report_predictions,
-)
+from minllama.text.labelled import read_labelled, report_predictions
 from minllama.text.reading import Reading, find_text_files, read_lines
-from minllama.training.chat_tuning import ChatTuning, find_chat_files
+from minllama.text.splits import find_dialogue_files, find_labelled_files, find_sentences
+from minllama.training.chat_tuning import ChatTuning
 from minllama.training.classification import POOLED, Classification, load_splits, predict_files
 from minllama.training.loop import train
 from minllama.training.pretraining import Pretraining, plan_for_gpus
@@ -75,7 +71,7 @@ def pretrain(options: Options, stop: StopRequest, ranks: Ranks) -> int:
 def finetune(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     """Train a pretrained model on dialogues, or a classifier on it; returns the exit status."""
     if options.is_chat:
-        files, task = find_chat_files(options), ChatTuning
+        files, task = find_dialogue_files(options), ChatTuning
     else:
         files, task = find_labelled_files(options, "finetuning"), Classification
     with open_run(options, f"finetune-{files.name}", ranks=ranks, stop=stop) as run:
@@ -269,7 +265,7 @@ def generate(options: Options, stop: StopRequest, ranks: Ranks) -> int:
             if stop.requested:
                 break
             chosen = prompts[start : start + size]
-            writer.continue_texts(chosen, temperature, first=start, of=len(prompts))
+            writer.continue_texts(chosen, temperature, first=start, total=len(prompts))
     return stop.exit_status if stop.requested else 0
 
 

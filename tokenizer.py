@@ -93,9 +93,9 @@ class Tokenizer:
     def is_plain_bpe(self) -> bool:
         """Whether this is BPE over unchanged text, as Llama's vocabularies are.
 
-        Only of such a vocabulary it is known how a text may be cut and which merges it has. What
-        SentencePiece's interface does not tell shows by example: an identity normaliser is named
-        in the file, and BPE's scores are ranks, where a unigram's are logarithms.
+        Only of such a vocabulary it is known how a text may be cut and which merges it has.
+        SentencePiece has no call for it, so this goes by signs: an identity normaliser is named in
+        the file, and BPE's scores are ranks, where a unigram's are logarithms.
         """
         sp = self.sp_model
         return (
@@ -113,16 +113,16 @@ class Tokenizer:
                 lengths[i] = 1 if sp.is_byte(i) else len(_piece_text(sp.id_to_piece(i)))
         return lengths
 
-    def spelt_in_bytes(self, tokens: np.ndarray) -> float:
-        """The share of the bytes of some tokens' text that have a byte token each, from 0 to 1.
+    def byte_fallback_share(self, tokens: np.ndarray) -> float:
+        """The share of the bytes of these tokens' text that are byte tokens, from 0 to 1.
 
-        Such tokens spell characters that the vocabulary has no piece for. A newline's does not
-        count: SentencePiece learns from lines, so no vocabulary has another for it.
+        They stand for characters that the vocabulary has no piece for. A newline's does not count:
+        SentencePiece learns from lines, so no vocabulary has another for it.
         """
         sizes = np.bincount(tokens, minlength=self.n_words) * self.token_byte_lengths()
         newline = self.sp_model.piece_to_id("<0x0A>")
-        alone = [self.sp_model.is_byte(i) and i != newline for i in range(self.n_words)]
-        return float(sizes[alone].sum() / max(1, sizes.sum()))
+        fallback = [self.sp_model.is_byte(i) and i != newline for i in range(self.n_words)]
+        return float(sizes[fallback].sum() / max(1, sizes.sum()))
 
 
 def vocabulary_remedy(size: int) -> str:
@@ -153,21 +153,17 @@ def sealed(data: bytes) -> bytes:
     return SEAL + hashlib.sha256(data).hexdigest().encode() + data
 
 
-def _check_seal(data: bytes, name: str) -> None:
-    """Raise UsageError for a vocabulary made here that was damaged; others carry no checksum."""
+def _load_model(data: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
+    # A damaged seal is one too. Vocabularies that were not made here have none.
     like_a_seal = sum(a == b for a, b in zip(data, SEAL, strict=False))
     if like_a_seal > len(SEAL) // 2 and data != sealed(data[len(SEAL) + 64 :]):
         raise UsageError(f"{name} is damaged: its bytes do not match its SHA-256")
-
-
-def _load_model(data: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
-    _check_seal(data, name)
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(data)
         if processor.vocab_size() < 1:
             raise ValueError("no pieces")
-        # One damaged byte may leave a piece that is no text.
+        # One damaged byte may leave a piece that is not UTF-8.
         processor.id_to_piece(list(range(processor.vocab_size())))
     except (RuntimeError, ValueError, TypeError, OSError):
         raise UsageError(f"{name}: not a SentencePiece model ({len(data):,} bytes)") from None
@@ -197,13 +193,15 @@ def train_vocabulary(
 ) -> None:
     """Train a byte-fallback BPE vocabulary with Llama-2's conventions and publish it at `output`.
 
-    With a `seal` the file carries a checksum, which SentencePiece passes over.
-    Without `vocab_size` or `character_coverage` what suits the text is taken (see
-    `fit_vocabulary`). The same inputs and options give the same bytes: the file holds no path and
-    no date. At most `max_bytes` of text are used, sampled evenly. Raises UsageError, naming the
-    largest (or the smallest) size that works, when `vocab_size` does not fit the corpus.
+    With a `seal` the file carries a checksum, which SentencePiece passes over. `vocab_size` and
+    `character_coverage` are by default what suits the text (see `fit_vocabulary`). The same inputs
+    and options give the same bytes: the file holds no path and no date. At most `max_bytes` of text
+    are used, sampled evenly. Raises UsageError, naming the largest (or the smallest) size that
+    works, when `vocab_size` does not fit the corpus.
     """
-    share = min(1.0, max_bytes / max(1, _text_bytes(inputs)))
+    # A .gz unpacks to about four times its size.
+    sizes = [path.stat().st_size * (4 if path.suffix.lower() == ".gz" else 1) for path in inputs]
+    share = min(1.0, max_bytes / max(1, sum(sizes)))
     sentences = _sample_sentences(inputs, reading or Reading(), share, max_bytes)
     if not sentences:
         raise UsageError(f"{', '.join(map(str, inputs))}: no text to train a vocabulary on")
@@ -247,8 +245,8 @@ def fit_vocabulary(
     """The size of a vocabulary that suits a text, and the share of its characters to have pieces.
 
     `sentences` are the `share` of the text that was sampled. The size is that of bytes and
-    characters, which must be there, and of merges, twice the square root of the text's bytes: a
-    piece has to be met often enough to be learnt (`benchmarks/README.md` has what was measured).
+    characters, which must be there, and of merges, twice the square root of the text's bytes: each
+    piece has to occur often enough to be learnt (measured in `benchmarks/README.md`).
     """
     counts: collections.Counter[str] = collections.Counter()
     for sentence in sentences:
@@ -265,20 +263,15 @@ def fit_vocabulary(
     return -(-size // 64) * 64, coverage  # of whole 64s, which matrices on a GPU are fastest in
 
 
-def _text_bytes(inputs: Sequence[Path]) -> int:
-    """Bytes of the inputs; a .gz unpacks to about four times its size."""
-    return sum(p.stat().st_size * (4 if p.suffix.lower() == ".gz" else 1) for p in inputs)
-
-
 def _sample_sentences(
     inputs: Sequence[Path], reading: Reading, share: float, max_bytes: int
 ) -> list[str]:
     """Lines of the inputs, each kept with the probability `share`, of about `max_bytes` in all."""
-    # Where a .gz unpacks to more than was guessed, this limit ends it.
-    coin, kept, room = random.Random(0), [], max_bytes * 5 // 4
+    rng, kept = random.Random(0), []
+    room = max_bytes * 5 // 4  # ends the sampling where a .gz unpacks to more than was estimated
     for path in inputs:
         for sentence in _sentences(read_documents(path, reading)):
-            if share < 1 and coin.random() >= share:
+            if share < 1 and rng.random() >= share:
                 continue
             room -= len(sentence.encode())
             if room < 0:
@@ -350,7 +343,7 @@ def _build_parser() -> argparse.ArgumentParser:
     train.add_argument(  # within SentencePiece's own limits
         "--character_coverage",
         type=share,
-        help="share of characters that get tokens, the rest are spelt in bytes; unset: 0.9995, and "
+        help="share of characters that get tokens, the rest fall back to bytes; unset: 0.9995, and "
         "0.99 of a script of thousands",
     )
     train.add_argument("--text_field", default="text", help="of .jsonl files (default text)")
@@ -378,12 +371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 args.output,
                 vocab_size=args.vocab_size,
                 character_coverage=args.character_coverage,
-                reading=Reading(
-                    text_field=args.text_field,
-                    encoding=args.encoding,
-                    encoding_errors=args.encoding_errors,
-                    sentences_only=args.sentences_only,
-                ),
+                reading=Reading.from_flags(args),
             )
             tokenizer = Tokenizer(tokenizer_model=args.output)
         else:

@@ -24,7 +24,7 @@ from minllama.text.chat import ChatTemplate, Cuts, Dialogue, encode_dialogue
 from minllama.text.labelled import UNLABELLED, read_labelled
 from minllama.text.reading import Reading, find_text_files
 from minllama.text.stream import TokenStream, splitmix64, whole_stream
-from minllama.text.tokens import build_or_load
+from minllama.text.token_cache import build_or_load
 from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------- pretraining chunks

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from minllama.text.reading import Reading, read_documents  # noqa: E402
-from minllama.text.tokens import TokenCache, build_or_load  # noqa: E402
+from minllama.text.token_cache import TokenCache, build_or_load  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 INVENTED = 0.02  # share of the words

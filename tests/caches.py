@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 
-from minllama.text.tokens import TokenCache
+from minllama.text.token_cache import TokenCache
 
 
 def fake_cache(sizes: list[int]) -> TokenCache:

@@ -46,8 +46,8 @@ from minllama.runs.run_folder import RunFolder
 from minllama.system.errors import UsageError
 from minllama.system.files import atomic_folder, remove_temporaries, restore_folder
 from minllama.system.signals import HANDLED
-from minllama.text import tokens
-from minllama.text.tokens import BadCache, TokenCache
+from minllama.text import encoder
+from minllama.text.token_cache import BadCache, TokenCache
 from minllama.training import loop
 from minllama.training import task as tasks
 from tokenizer import EMBEDDED_VOCABULARY, Tokenizer, train_vocabulary
@@ -650,7 +650,7 @@ def signals(folder: Path) -> Tally:
     model = ["--pretrained_model_path", "model/final-model.pt"]
     pretraining = "--save_dir run --max_steps 40 --eval_interval 8".split()
     cases: list[tuple[str, list[str], Any, str, int, str | None]] = [
-        ("tokenizing", pretraining, tokens.DocumentEncoder, "encode", 1, None),
+        ("tokenizing", pretraining, encoder.DocumentEncoder, "encode", 1, None),
         ("the first step", pretraining, loop, "optimizer_step", 1, "pretrain-step-1.pt"),
         ("validation", pretraining, tasks, "evaluate_tokens", 2, "pretrain-step-8.pt"),
         ("saving", pretraining, pt_file, "verify_seal", 1, "pretrain-step-3.pt"),

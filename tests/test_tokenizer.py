@@ -109,7 +109,7 @@ def test_token_byte_lengths_sum_to_the_text(name: str) -> None:
     assert lengths.sum() == len(text.encode()) + 1
 
 
-def test_spelt_in_bytes() -> None:
+def test_byte_fallback_share() -> None:
     """The share of a text's bytes for whose characters the vocabulary has no piece.
 
     Of plays under a vocabulary of their own 3.6 % were said to be lacking: their newlines.
@@ -117,9 +117,9 @@ def test_spelt_in_bytes() -> None:
     tokenizer = vocabulary("embedded")
     texts = (("the little fox\nran home\n", 0, 0), ("从前有一个小女孩", 0.9, 1))
     for text, low, high in texts:
-        share = tokenizer.spelt_in_bytes(np.array(tokenizer.encode(text, True, True)))
+        share = tokenizer.byte_fallback_share(np.array(tokenizer.encode(text, True, True)))
         assert low <= share <= high
-    assert tokenizer.spelt_in_bytes(np.array([], dtype=np.uint16)) == 0
+    assert tokenizer.byte_fallback_share(np.array([], dtype=np.uint16)) == 0
 
 
 def test_the_remedy_names_what_can_be_fetched() -> None:

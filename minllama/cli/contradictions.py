@@ -49,6 +49,8 @@ def find_problems(options: Options) -> Iterator[str]:
     for name, other in LENGTHS:
         if {name, other} <= options.given:
             yield f"--{name} and --{other} both say how long to train: give one"
+    if options.is_chat and options.freeze_backbone:
+        yield "--freeze_backbone is for labelled sentences: dialogues have no linear head to train"
     if finetune and options.freeze_backbone and options.lora_rank:
         yield "--freeze_backbone and --lora_rank exclude each other: give one"
     if finetune and options.freeze_backbone and options.optimizer == "muon":

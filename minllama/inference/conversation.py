@@ -22,7 +22,7 @@ HELP = """\
 
 
 def converse(writer: Writer, temperature: float) -> int:
-    """Hold a conversation, or with a model that is for none continue what is typed.
+    """Hold a conversation, or with a model without a chat template continue what is typed.
 
     Returns the exit status, at the end of input or when Ctrl-C ends it.
     """
@@ -43,20 +43,20 @@ def converse(writer: Writer, temperature: float) -> int:
 
 
 class Conversation:
-    """Questions and answers, with what was said before."""
+    """Questions and answers, each behind those before it."""
 
     def __init__(self, writer: Writer, temperature: float) -> None:
         self.writer, self.temperature = writer, temperature
         self.history: list[Exchange] = []
         self.forgotten = 0  # exchanges at the beginning that the context has no room for
-        self.asked = 0  # questions: each answer has random numbers of its own
+        self.asked = 0  # questions, whose number seeds the answer
 
     def run(self) -> int:
         """Converse until the input ends; returns the exit status.
 
         Ctrl-C ends an answer; where none is being given, the second one in a row ends it all.
         """
-        self.writer.stop.restore()  # each answer listens by itself
+        self.writer.stop.restore()  # each answer has a StopRequest of its own
         print(GREETING)
         warned = False
         while True:
@@ -79,7 +79,7 @@ class Conversation:
                 return status
 
     def ask(self, question: str) -> int:
-        """Answer a question, shown as it comes; returns the exit status to end with, else 0."""
+        """Answer a question; returns the exit status to end the conversation with, else 0."""
         row = self._row(question)
         room = self.writer.llama.config.max_seq_len - len(row.prompt_ids)
         if room < 1:
@@ -93,7 +93,7 @@ class Conversation:
                 self.temperature,
                 seeds=[options.seed + self.asked],
                 max_new_tokens=min(room, options.max_new_tokens) if typed else room,
-                lead="",
+                prefix="",
                 stop=stop,
             )
         self.asked += 1
@@ -117,7 +117,7 @@ class Conversation:
         return row
 
     def command(self, line: str) -> str:
-        """Do what a line that begins with / asks for; returns what to say."""
+        """Carry out a line that begins with /; returns what to print."""
         name, _, argument = line.partition(" ")
         argument = argument.strip()
         if name == "/reset":

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from llama import Llama, LlamaZeroShotClassifier, common_prefix
+from minllama.cli.console import progress_bar
 from minllama.system.errors import UsageError
 from minllama.system.json_lines import read_objects
 from minllama.system.signals import StopRequest
+from minllama.text.encoder import DocumentEncoder
 from minllama.text.reading import JSON_SUFFIXES, Reading, read_documents, read_lines
 from minllama.text.stream import TokenStream
-from minllama.text.tokens import DocumentEncoder
 from tokenizer import Tokenizer
 from utils import PretrainDataset
 
@@ -29,17 +29,17 @@ BATCH_TOKENS = 1 << 13
 
 
 def perplexity(loss: float) -> float:
-    """That of a loss in nats per token, as far as there is a number for it."""
-    return math.exp(min(loss, 700.0))
+    """That of a loss in nats per token."""
+    return math.exp(min(loss, 700.0))  # there is no float beyond e**709
 
 
 @dataclass(frozen=True)
 class TextScore:
-    """What a model made of a text; `loss_sum` in nats, over the tokens that it had to predict."""
+    """How well a model predicted a text."""
 
-    loss_sum: float
+    loss_sum: float  # in nats, over the tokens that it had to predict
     tokens: int
-    utf8_bytes: int
+    utf8_bytes: int  # of the text; 0: not known
 
     @property
     def loss(self) -> float:
@@ -48,7 +48,7 @@ class TextScore:
 
     @property
     def bits_per_byte(self) -> float:
-        """What comparing models of other vocabularies takes."""
+        """Comparable between models of different vocabularies, unlike the loss per token."""
         return self.loss_sum / math.log(2) / max(1, self.utf8_bytes)
 
     def line(self) -> str:
@@ -57,6 +57,11 @@ class TextScore:
             f"{self.utf8_bytes:,} bytes in {self.tokens:,} tokens: {self.loss:.4f} nats per token, "
             f"perplexity {perplexity(self.loss):.4f}, {self.bits_per_byte:.4f} bits per byte"
         )
+
+    def metrics(self) -> dict[str, float]:
+        """Those of a validation, by the names that a run's metrics have."""
+        metrics = {"val_loss": self.loss, "val_perplexity": perplexity(self.loss)}
+        return metrics | ({"bits_per_byte": self.bits_per_byte} if self.utf8_bytes else {})
 
 
 @torch.inference_mode()
@@ -79,12 +84,14 @@ def score_text(
     tokens = np.concatenate(arrays, dtype=np.int32)
     stream = TokenStream(tokens, np.array([0]), np.array([len(tokens)]))
     dataset = PretrainDataset(stream, model.config.max_seq_len, bos_id=tokenizer.bos_id)
-    size, total, count = max(1, BATCH_TOKENS // model.config.max_seq_len), 0.0, 0
-    for first in tqdm(range(0, len(dataset), size), desc="scoring", leave=False, disable=None):
-        batch = dataset.batch(range(first, min(first + size, len(dataset))))
-        loss, targets = model.loss(*batch)
-        total, count = total + loss.item(), count + int(targets)
-    return TextScore(total, count, utf8_bytes)
+    batch_size = max(1, BATCH_TOKENS // model.config.max_seq_len)
+    loss_sum, targets = 0.0, 0
+    starts = range(0, len(dataset), batch_size)
+    for first in progress_bar(starts, desc="scoring", leave=False, disable=None):
+        batch = dataset.batch(range(first, min(first + batch_size, len(dataset))))
+        batch_loss, batch_targets = model.loss(*batch)
+        loss_sum, targets = loss_sum + batch_loss.item(), targets + int(batch_targets)
+    return TextScore(loss_sum, targets, utf8_bytes)
 
 
 # ---------------------------------------------------------------------------- minimal pairs
@@ -111,11 +118,11 @@ def read_pairs(files: Sequence[Path], reading: Reading) -> list[Pair]:
     for path in files:
         lines = read_lines(path, reading)
         if path.name.lower().endswith(JSON_SUFFIXES):
-            found, read = read_objects(lines, path), _json_pair
+            records, parse = read_objects(lines, path), _json_pair
         else:
-            found, read = (pair for pair in lines if pair[1].strip()), _tabbed_pair
-        for number, said in found:
-            good, bad, category = read(said, f"{path}:{number}")
+            records, parse = (line for line in lines if line[1].strip()), _tabbed_pair
+        for number, record in records:
+            good, bad, category = parse(record, f"{path}:{number}")
             pairs.append(Pair(good, bad, category or path.name, f"{path}:{number}"))
     if not pairs:
         raise UsageError(f"{files[0]}: empty, there is no pair of sentences")
@@ -129,8 +136,8 @@ def _tabbed_pair(line: str, where: str) -> tuple[str, str, str]:
     return good, bad, category
 
 
-def _json_pair(said: dict[str, Any], where: str) -> tuple[str, str, str]:
-    texts = {key: value for key, value in said.items() if isinstance(value, str) and value.strip()}
+def _json_pair(record: dict[str, Any], where: str) -> tuple[str, str, str]:
+    texts = {key: text for key, text in record.items() if isinstance(text, str) and text.strip()}
     if not {"sentence_good", "sentence_bad"} <= texts.keys():
         raise UsageError(f"{where}: lacks a text in sentence_good or sentence_bad, BLiMP's fields")
     category = next((texts[key] for key in CATEGORY_FIELDS if key in texts), "")
@@ -159,11 +166,11 @@ def compare_pairs(
         encoded.append(both)
     differences = np.zeros(len(pairs))
     order = sorted(range(len(pairs)), key=lambda i: max(map(len, encoded[i])))
-    for first in tqdm(range(0, len(pairs), batch_size), desc="comparing", disable=None):
+    for first in progress_bar(range(0, len(pairs), batch_size), desc="comparing", disable=None):
         stop.check()
         chosen = order[first : first + batch_size]
         rows = [encoded[i] for i in chosen]
-        # What a pair's sentences begin with adds the same to both.
+        # The beginning that both sentences of a pair share adds the same to both: not scored.
         starts = [min(common_prefix(row), min(map(len, row)) - 1) for row in rows]
         good, bad = model.score(rows, starts)[0].double().cpu().unbind(dim=1)
         tied = torch.isclose(good, bad, rtol=1e-6, atol=0)
@@ -186,10 +193,10 @@ def pair_report(pairs: Sequence[Pair], differences: np.ndarray) -> list[str]:
     rows = [(name, differences[categories == name]) for name in names] if len(names) > 1 else []
     width = max(8, *map(len, names))
     lines = [f"{'category':<{width}}    pairs   ties  good is likelier (95 % interval)"]
-    for name, found in [*rows, ("all", differences)]:
-        ties = int((found == 0).sum())
-        right = (found > 0).sum() + ties / 2
-        low, high = wilson_interval(right, len(found))
-        share = f"{right / len(found):.3f} ({low:.3f} to {high:.3f})"
-        lines.append(f"{name:<{width}} {len(found):>8,} {ties:>6,}  {share}")
+    for name, values in [*rows, ("all", differences)]:
+        n, ties = len(values), int((values == 0).sum())
+        right = (values > 0).sum() + ties / 2  # a tie is half right
+        low, high = wilson_interval(right, n)
+        share = f"{right / n:.3f} ({low:.3f} to {high:.3f})"
+        lines.append(f"{name:<{width}} {n:>8,} {ties:>6,}  {share}")
     return lines

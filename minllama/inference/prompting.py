@@ -41,14 +41,14 @@ class Prompts:
         return self.template.replace("{labels}", labels).replace("{sentence}", sentence).strip()
 
     def sequences(self, sentence: str) -> tuple[list[list[int]], int]:
-        """Each label's ids after the prompt, tokenized jointly, and where the labels begin.
+        """Prompt and label as ids, a sequence per label, and where the labels begin in them.
 
         The sentence is cut until all fits into the context; the question never is. Raises
         UsageError where the question alone does not fit.
         """
         ids = self.tokenizer.encode(sentence, bos=False, eos=False)
         kept = min(len(ids), self.max_sentence_len or len(ids))
-        while True:
+        while True:  # a cut sentence may have more ids than were kept of it
             cut = sentence if kept == len(ids) else self.tokenizer.decode(ids[:kept])
             prompt = self.shots + self.text(cut)
             texts = [prompt, *(f"{prompt} {name}" for name in self.label_names)]
@@ -69,9 +69,10 @@ class Prompts:
 def score_labels(
     model: LlamaZeroShotClassifier, prompts: Prompts, sentences: Sequence[str], norm: str
 ) -> torch.Tensor:
-    """Log-probabilities (B, n_labels) of the labels: their sum, or per token or byte, as `norm`.
+    """Log-probabilities (B, n_labels) of the labels: the sum, or per "token" or "byte", as `norm`.
 
-    For pmi, of the sum the caller subtracts what a label has without any sentence.
+    "pmi" (Holtzman et al. 2021) takes the sum, from which the caller subtracts that of the labels
+    after an empty sentence.
     """
     sequences, starts = zip(*(prompts.sequences(sentence) for sentence in sentences), strict=True)
     scores, counts = model.score(sequences, starts)

@@ -1,4 +1,4 @@
-"""Text from a model: prompts continued and shown as the tokens come, only what is certain."""
+"""Text from a model: prompts continued, and shown as soon as no later token can change it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ SAMPLE_TOKENS = 120  # of the text shown after a pretraining
 
 
 class Continuation:
-    """The text that grows behind a prompt; holds back what may yet turn into something else."""
+    """The text that grows behind a prompt.
+
+    An unfinished character, and what may be the beginning of a stop text, is held back.
+    """
 
     def __init__(
         self,
@@ -39,24 +42,25 @@ class Continuation:
         self.is_answer = is_answer
         self.ids: list[int] = []
         self.prompt_text = tokenizer.decode(prompt_ids)
-        self.text = ""  # without the prompt, certain
+        self.text = ""  # without the prompt, and without what is held back
         self.ended = False
 
     def add(self, token: int | None) -> str:
-        """Take the next token (None: the row has ended); returns the text that became certain."""
+        """Take the next token (None: the row has ended); returns the text to show for it."""
         if token is None:
             self.ended = True
         elif not self.ended:
             self.ids.append(token)
+        # Decoded with the prompt: of a text by itself SentencePiece drops the first space.
         text = self.tokenizer.decode(self.prompt_ids + self.ids)[len(self.prompt_text) :]
         text = text.lstrip() if self.is_answer else text
-        found = [place for place in map(text.find, self.stops) if place >= 0]
-        if found:
-            self.ended, text = True, text[: min(found)]
-        elif not self.ended:  # a character of several bytes, or the beginning of a stop text
-            text = text.rstrip("\ufffd")
-            held = max((overlap(text, stop) for stop in self.stops), default=0)
-            text = text[: len(text) - held]
+        stop_places = [place for place in map(text.find, self.stops) if place >= 0]
+        if stop_places:
+            self.ended, text = True, text[: min(stop_places)]
+        elif not self.ended:
+            text = text.rstrip("\ufffd")  # the first bytes of a character
+            held_back = max((overlap(text, stop) for stop in self.stops), default=0)
+            text = text[: len(text) - held_back]
         new, self.text = text[len(self.text) :], text
         return new
 
@@ -68,21 +72,26 @@ def overlap(text: str, stop: str) -> int:
 
 @dataclass(frozen=True)
 class Writer:
-    """Continues texts with a model and shows them: one as it comes, several when they are whole."""
+    """Continues texts with a model and prints them: one as it comes, several when they end."""
 
     llama: Llama
     tokenizer: Tokenizer
     options: Options
     stop: StopRequest
-    step: Callable[..., torch.Tensor] | None = None  # compiled, to read single tokens with
+    step: Callable[..., torch.Tensor] | None = None  # a compiled decode step
     template: ChatTemplate | None = None  # of a chat model, whose prompts are questions to answer
 
     def continue_texts(
-        self, prompts: Sequence[str], temperature: float, *, first: int = 0, of: int | None = None
+        self,
+        prompts: Sequence[str],
+        temperature: float,
+        *,
+        first: int = 0,
+        total: int | None = None,
     ) -> list[str]:
         """Prompt and continuation of each prompt, or its answer, `--num_samples` times.
 
-        The prompts are those from number `first` on, of `of` in all.
+        The prompts are those from number `first` on, of `total`, by default of these alone.
         """
         options, samples = self.options, self.options.num_samples
         rows = [self.row(text) for text in prompts for _ in range(samples)]
@@ -94,22 +103,22 @@ class Writer:
                 "continues the last ones that fit",
                 file=sys.stderr,
             )
-        of = of or len(prompts)
-        streamed = of * samples == 1
-        leads = [text + "\n" * (self.template is not None) for text in prompts]
+        total = samples * (total or len(prompts))
+        streamed = total == 1
+        prefixes = [text + "\n" * (self.template is not None) for text in prompts]
         self.write(
             rows,
             temperature,
-            # A sample's number alone seeds it, so a prompt gives alone what it gives in company.
+            # Seeded by the sample's number alone: a prompt gives the same alone and in a batch.
             seeds=[options.seed + number for _ in prompts for number in range(samples)],
             max_new_tokens=options.max_new_tokens,
-            lead=leads[0] if streamed else None,
+            prefix=prefixes[0] if streamed else None,
             stop=self.stop,
         )
-        texts = [leads[i // samples] + row.text for i, row in enumerate(rows)]
+        texts = [prefixes[i // samples] + row.text for i, row in enumerate(rows)]
         if not streamed:
             for number, text in enumerate(texts, start=first * samples + 1):
-                print(f"--- {number} of {of * samples}\n{text}")
+                print(f"--- {number} of {total}\n{text}")
         return texts
 
     def row(self, text: str, history: Sequence[Exchange] = ()) -> Continuation:
@@ -127,10 +136,10 @@ class Writer:
         *,
         seeds: Sequence[int],
         max_new_tokens: int,
-        lead: str | None,
+        prefix: str | None,
         stop: StopRequest,
     ) -> None:
-        """Let the rows grow until they end; with a `lead` the first is shown as it comes behind it.
+        """Extend the rows until they end; with a `prefix`, print it and the first row as it grows.
 
         Raises Interrupted when asked to stop while it compiles.
         """
@@ -142,12 +151,12 @@ class Writer:
             max_new_tokens=max_new_tokens,
             step=self.step,
         )
-        if self.step is not None:  # compile now, rather than while the text is being shown
+        if self.step is not None:  # compile now, not in the middle of the text
             started = time.perf_counter()
             for _ in itertools.islice(generate_steps(sampling=Sampling(temperature=0)), 2):
                 stop.check()
             seconds = time.perf_counter() - started
-            if seconds >= 1:  # else these shapes were compiled before
+            if seconds >= 1:  # else these shapes had been compiled
                 print(f"compile      took {human_time(seconds)}", file=sys.stderr)
         penalty = options.repetition_penalty
         steps = generate_steps(
@@ -156,16 +165,16 @@ class Writer:
             stop_ids=[self.tokenizer.eos_id],
             should_stop=lambda: stop.requested,
         )
-        if lead is not None:
-            print(lead, end="", flush=True)
+        if prefix is not None:
+            print(prefix, end="", flush=True)
         for step in steps:
             new = [row.add(token) for row, token in zip(rows, step, strict=True)]
-            if lead is not None:
+            if prefix is not None:
                 print(new[0], end="", flush=True)
             if all(row.ended for row in rows):
                 break
         rest = [row.add(None) for row in rows]
-        if lead is not None:
+        if prefix is not None:
             print(rest[0])
 
 
@@ -177,9 +186,9 @@ def sample_text(
     tokens: int = SAMPLE_TOKENS,
     should_stop: Callable[[], bool] | None = None,
 ) -> str:
-    """A prompt and its continuation, by default a document begun from nothing.
+    """A prompt and its continuation, by default a document from its beginning.
 
-    Seeded: a model always writes the same, and no other random state is touched.
+    Always of the same seed, and without touching torch's global generator.
     """
     prompt_ids = tokenizer.encode(prompt, True, False)
     steps = generate_tokens(

@@ -2,12 +2,14 @@
 
 Knows no model. A data set of `utils.py` is what comes out.
 
-    reading     text files found, decoded, and read as documents
-    labelled    `label ||| sentence` files and the scores of predictions
-    chat        dialogues and the template that they are written in
-    tokens      documents to token ids; the token cache
-    stream      tokens as a stream, and what is held out of it
-    duplicates  documents that come twice
-    corpus      the text of a pretraining, held out and cut
-    vocabulary  which vocabulary a pretraining takes
+    reading      finding text files, decoding them, reading them as documents
+    labelled     `label ||| sentence` files and the scores of predictions
+    chat         dialogues and the template that they are written in
+    splits       the train, dev and test files, and where predictions on them go
+    encoder      documents to token ids
+    token_cache  the token ids of a corpus on disk
+    stream       tokens as a stream, and what is held out of it
+    duplicates   documents that are there more than once
+    corpus       the text of a pretraining, held out and cut
+    vocabulary   which vocabulary a pretraining takes
 """

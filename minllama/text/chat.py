@@ -57,22 +57,19 @@ class ChatTemplate:
         return cls() if text == cls().jinja() else None
 
     def to_stored(self) -> dict[str, str]:
-        """What a model file holds of it."""
+        """The labels as a model file stores them."""
         return asdict(self)
 
     @property
     def next_question(self) -> str:
-        """What a model writes that goes on after its answer: a text to stop before."""
+        """A text to stop before: an answer ends where the model asks the next question itself."""
         return f"\n{self.user}"
 
-    def question_text(self, question: str, system: str = "") -> str:
-        """A question as the model reads it, up to where the answer begins."""
-        head = f"{self.system} {system}\n" if system else ""
-        return f"{head}{self.user} {question}\n{self.assistant}"
-
     def question_ids(self, tokenizer: Tokenizer, question: str, system: str = "") -> list[int]:
-        """BOS and the question's ids."""
-        return tokenizer.encode(self.question_text(question, system), bos=True, eos=False)
+        """BOS and the ids of a question, up to where the answer begins."""
+        head = f"{self.system} {system}\n" if system else ""
+        text = f"{head}{self.user} {question}\n{self.assistant}"
+        return tokenizer.encode(text, bos=True, eos=False)
 
     def prompt_ids(
         self,
@@ -81,7 +78,7 @@ class ChatTemplate:
         history: Sequence[Exchange] = (),
         system: str = "",
     ) -> list[int]:
-        """The ids of what was said before, and of the question."""
+        """The ids of the history and of the question."""
         ids: list[int] = []
         for asked, answer in history:
             ids += self.question_ids(tokenizer, asked, system) + answer_ids(tokenizer, answer)
@@ -128,15 +125,15 @@ def answer_ids(tokenizer: Tokenizer, answer: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Questions and their answers, what the system was told, and the line of the file."""
+    """Questions and their answers, the system text, and the line of the file."""
 
     exchanges: list[Exchange]
     system: str = ""
     line: int = 0
 
 
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
-ROLES |= {"system": "system"}
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's
+ROLES |= {role: role for role in ("user", "assistant", "system")}
 FORMS = (
     'a line is {"conversations": [{"role": "user", "content": "..."}, {"role": "assistant", '
     '"content": "..."}]} or {"prompt": "...", "response": "..."}'
@@ -148,7 +145,7 @@ PAIRS = (("prompt", "response"), ("instruction", "output"), ("prompt", "completi
 def read_dialogues(
     path: Path, reading: Reading = UTF8, on_bytes: Callable[[int], object] = lambda count: None
 ) -> Iterator[Dialogue]:
-    """The dialogues of a .jsonl file, streamed; `on_bytes` is told of the bytes that were read.
+    """The dialogues of a .jsonl file, streamed; `on_bytes` gets the number of bytes of each read.
 
     Raises UsageError `file:line: ...` for a line that is none.
     """
@@ -157,33 +154,32 @@ def read_dialogues(
 
 
 def _exchanges(record: dict[str, Any], where: str) -> tuple[list[Exchange], str]:
-    """The questions and answers of one line, and its system text."""
     turns = record.get("conversations", record.get("messages"))
     if turns is None:
         turns = _turns_of_pairs(record, where)
     if not isinstance(turns, list) or not turns:
         raise UsageError(f"{where}: its turns are {str(turns)[:40]!r}; {FORMS}")
-    said = [_turn(turn, where) for turn in turns]
-    if record.get("system") and said[0][0] != "system":
-        said.insert(0, _turn({"role": "system", "content": record["system"]}, where))
-    system = said.pop(0)[1] if said[0][0] == "system" else ""
-    for number, (role, _) in enumerate(said):
+    spoken = [_turn(turn, where) for turn in turns]
+    if record.get("system") and spoken[0][0] != "system":
+        spoken.insert(0, _turn({"role": "system", "content": record["system"]}, where))
+    system = spoken.pop(0)[1] if spoken[0][0] == "system" else ""
+    for number, (role, _) in enumerate(spoken):
         if role != ("user", "assistant")[number % 2]:
-            before = f"behind {said[number - 1][0]!r}" if number else "at the beginning"
+            before = f"behind {spoken[number - 1][0]!r}" if number else "at the beginning"
             raise UsageError(
                 f"{where}: a turn of {role!r} {before}: user and assistant take turns, the user "
                 "begins; repair the line or take it out"
             )
-    if len(said) < 2:
+    if len(spoken) < 2:
         raise UsageError(f"{where}: a dialogue without an answer; add one or take the line out")
-    texts = [text for _, text in said]
+    texts = [text for _, text in spoken]
     return list(zip(texts[::2], texts[1::2], strict=False)), system
 
 
 def _turns_of_pairs(record: dict[str, Any], where: str) -> list[dict[str, Any]]:
     """The turns of a line that has a question and its answer in fields of their own.
 
-    Alpaca's `input` is what the instruction is about; LLaMA-Factory's `history` was said before.
+    Alpaca's `input` is what the instruction is about; LLaMA-Factory's `history` comes before it.
     """
     names = next((names for names in PAIRS if {*names} <= record.keys()), None)
     if names is None:
@@ -219,7 +215,7 @@ def _turn(turn: Any, where: str) -> tuple[str, str]:
             f"{where}: the text of a turn of {named!r} is {str(text)[:40]!r}; give it words or "
             "take the line out"
         )
-    try:  # JSON can spell half a surrogate pair, which no UTF-8 can hold
+    try:  # JSON can escape half a surrogate pair, which UTF-8 cannot encode
         text.encode()
     except UnicodeEncodeError:
         raise UsageError(f"{where}: half a surrogate pair in a text; repair the line") from None
@@ -252,15 +248,15 @@ class Cuts:
     questions: int = 0  # left out, too long for an answer to follow
 
     def lines(self) -> list[str]:
-        """What to say of them; nothing where all fit."""
-        told = {
+        """A line for each kind of cut that there was."""
+        counts = {
             "dialogues were split between two questions": self.dialogues,
             "answers were cut at their end": self.answers,
             "questions left no room for an answer and were left out": self.questions,
         }
         return [
             f"  longer than the context of {self.context:,} tokens: {count:,} {what}"
-            for what, count in told.items()
+            for what, count in counts.items()
             if count
         ]
 
@@ -270,7 +266,7 @@ def encode_dialogue(
 ) -> list[Encoded]:
     """A dialogue's ids in as few parts of up to context + 1 as hold it (the last is never read).
 
-    It is split between two exchanges, and every part begins with what the system was told.
+    It is split between two exchanges, and every part begins with the system text.
     """
     parts: list[Encoded] = []
     room = cuts.context + 1

@@ -19,7 +19,7 @@ from minllama.cli.console import say
 from minllama.machine.ranks import Ranks
 from minllama.system.files import real_path
 from minllama.system.signals import StopRequest
-from minllama.text.duplicates import say_copies, without_copies
+from minllama.text.duplicates import drop_duplicates, report_duplicates
 from minllama.text.reading import (
     JSON_SUFFIXES,
     SHOWN_FILES,
@@ -30,7 +30,7 @@ from minllama.text.reading import (
     is_labelled,
 )
 from minllama.text.stream import split_documents, whole_stream
-from minllama.text.tokens import TokenCache, build_or_load
+from minllama.text.token_cache import TokenCache, build_or_load
 from tokenizer import Tokenizer
 from utils import PretrainDataset, count_chunks
 
@@ -40,7 +40,8 @@ FEW_FILES = 3  # have a line each
 MIN_CONTEXT, WANTED_STEPS = 128, 1000
 SAMPLED_TOKENS = 1 << 20  # looked at to see whether the vocabulary fits the text
 OPENING_TOKENS = 64  # of a document, looked at for its first words
-MOSTLY, SOME = 0.5, 0.02  # of a text's bytes; English under an English vocabulary has next to none
+# Of a text's bytes, encoded one by one. English under an English vocabulary has next to none.
+MOSTLY, SOME = 0.5, 0.02
 
 
 class TextFiles(NamedTuple):
@@ -88,7 +89,7 @@ class Texts:
 
 
 def find_texts(options: Options) -> TextFiles:
-    """The files that the flags mean; raises UsageError."""
+    """The files that the flags name, else the embedded stories and reviews; raises UsageError."""
     patterns, val_data = options.pretrain_data, options.val_data
     if not patterns:
         patterns = tuple(str(DATA_DIR / name) for name in EMBEDDED_TEXTS)
@@ -96,14 +97,8 @@ def find_texts(options: Options) -> TextFiles:
             val_data = (str(DATA_DIR / "stories-val.jsonl"),)
     files = find_text_files(patterns, flag="--pretrain_data")
     val_files = find_text_files(val_data, flag="--val_data") if val_data else []
-    reading = Reading(
-        document_per_line=options.document_per_line,
-        text_field=options.text_field,
-        encoding=options.encoding,
-        encoding_errors=options.encoding_errors,
-        sentences_only=options.sentences_only,
-    )
-    return TextFiles(without_validation(files, val_files), val_files, reading)
+    files = without_validation(files, val_files)
+    return TextFiles(files, val_files, Reading.from_flags(options))
 
 
 def load_texts(
@@ -127,35 +122,35 @@ def load_texts(
             tokenizer,
             files.reading,
             options.cache_dir,
-            should_stop=lambda: stop.requested,
+            check_stop=stop.check,
         )
+        # A machine's other processes need not compare the checksum again.
         cache = ranks.first_on_node(build, then=functools.partial(build, is_verified=True))
         if cache.rebuilt_because not in (None, "there was none"):
             print(f"tokenized again: the cache in {options.cache_dir}: {cache.rebuilt_because}")
         return cache
 
     cache, val_cache = load(files.train), load(files.val) if files.val else None
-    chosen = without_copies(cache, val_cache) if options.dedup else None
+    chosen = drop_duplicates(cache, val_cache) if options.dedup else None
     whole = whole_stream(cache, chosen)
-    held_out = 0.0 if files.val else options.val_fraction
-    trained = round(len(whole) * (1 - held_out))
+    val_fraction = 0.0 if files.val else options.val_fraction
     length = options.max_seq_len or longest
     if options.max_seq_len is None and options.minutes is None:
-        length = fit_context(options, trained, longest)
-    for paths, of_paths in ((files.train, cache), (files.val, val_cache)):
-        if of_paths is not None:
-            say_loaded(paths, of_paths, files.reading, length)
+        length = fit_context(options, round(len(whole) * (1 - val_fraction)), longest)
+    print_loaded(files.train, cache, files.reading, length)
+    if val_cache is not None:
+        print_loaded(files.val, val_cache, files.reading, length)
     per_token = whole.utf8_bytes / len(whole)
     print(f"text         {len(whole):,} tokens, {per_token:.2f} bytes per token")
-    say_byte_pieces(tokenizer.spelt_in_bytes(cache.tokens[:SAMPLED_TOKENS]), files.train)
+    print_byte_share(tokenizer.byte_fallback_share(cache.tokens[:SAMPLED_TOKENS]), files.train)
     if val_cache is not None:
         train, val = whole, whole_stream(val_cache)
     else:
-        train, val = split_documents(cache, held_out, chunk_length=length, chosen=chosen)
-        if val is None and held_out:
+        train, val = split_documents(cache, val_fraction, chunk_length=length, chosen=chosen)
+        if val is None and val_fraction:
             print("no validation: the text is too short to hold some of it out; --val_data FILE")
     if chosen is None:
-        say_copies(cache, val_cache, train, val)
+        report_duplicates(cache, val_cache, train, val)
     if val is not None:
         share = len(val) / (len(val) + len(train))
         say(f"validation   {len(val):,} tokens held out ({share:.1%} of all)")
@@ -167,16 +162,12 @@ def load_texts(
         text = tokenizer.decode(train.read(position, position + 8)[:8].tolist())
         return f"{files.train[file]}, token {token:,} ({text!r})"
 
+    key = cache.key.hex()[:16]
+    if chosen is not None and not chosen.all():
+        key = fingerprint(cache.key + np.packbits(chosen).tobytes())
     cut = functools.partial(PretrainDataset, chunk_length=length, bos_id=tokenizer.bos_id)
     val_set = None if val is None else cut(val)
-    return Texts(cut(train), val_set, tokenizer, length, key_of(cache, chosen), place)
-
-
-def key_of(cache: TokenCache, chosen: np.ndarray | None) -> str:
-    """Names a text by its content, of which `chosen` documents, (documents,) bool, are used."""
-    if chosen is None or chosen.all():
-        return cache.key.hex()[:16]
-    return fingerprint(cache.key + np.packbits(chosen).tobytes())
+    return Texts(cut(train), val_set, tokenizer, length, key, place)
 
 
 def fit_context(options: Options, tokens: int, longest: int) -> int:
@@ -185,10 +176,10 @@ def fit_context(options: Options, tokens: int, longest: int) -> int:
     The `longest`, halved until the whole schedule has about a thousand steps: a small text is
     learnt better in more and shorter steps.
     """
-    at_once = options.global_batch_size or 1
+    batch_size = options.global_batch_size or 1
 
     def steps(context: int) -> int:
-        return options.epochs * max(1, -(-count_chunks(tokens, context) // at_once))
+        return options.epochs * max(1, -(-count_chunks(tokens, context) // batch_size))
 
     context = longest
     while steps(context) < WANTED_STEPS and context > MIN_CONTEXT:
@@ -200,47 +191,47 @@ def fit_context(options: Options, tokens: int, longest: int) -> int:
 def without_validation(files: Sequence[Path], val_files: Sequence[Path]) -> Sequence[Path]:
     """The training files that are not --val_data's, too; says what is left out."""
     held_out = {real_path(path) for path in val_files}
-    left = [path for path in files if real_path(path) not in held_out]
-    if not left:
-        print("warning: --val_data is the text to train on: its loss tells nothing of other text")
+    remaining = [path for path in files if real_path(path) not in held_out]
+    if not remaining:
+        print("warning: --val_data is the text to train on: its loss says nothing of other text")
         return files
-    if len(left) < len(files):
-        print(f"not trained on: {len(files) - len(left)} of the files, which --val_data names, too")
-    return left
+    if count := len(files) - len(remaining):
+        print(f"not trained on: {count} of the files, which --val_data names, too")
+    return remaining
 
 
-def say_loaded(files: Sequence[Path], cache: TokenCache, reading: Reading, length: int) -> None:
-    """Say how many chunks of `length` tokens the files have, and what is odd about them."""
-    odd = [remarks(path, reading) for path in files[:SHOWN_FILES]]
+def print_loaded(files: Sequence[Path], cache: TokenCache, reading: Reading, length: int) -> None:
+    """Say how many chunks of `length` tokens the files have, and where they may be misread."""
+    remarks = [_remark(path, reading) for path in files[:SHOWN_FILES]]
     if len(files) > FEW_FILES:
         where = f"{len(files):,} files, {files[0]} to {files[-1]}"
         print(f"Loaded {count_chunks(len(cache), length):,} chunks from {where}")
-        for remark, count in Counter(remark for of_file in odd for remark in of_file).items():
-            print(f"  {count} of the first {len(odd)}: {remark}")
+        for remark, count in Counter(filter(None, remarks)).items():
+            print(f"  {count} of the first {len(remarks)}: {remark}")
         return
-    for path, tokens, of_file in zip(files, cache.file_tokens, odd, strict=True):
+    for path, tokens, remark in zip(files, cache.file_tokens, remarks, strict=True):
         print(f"Loaded {count_chunks(int(tokens), length)} chunks from {path}")
-        for remark in of_file:
+        if remark:
             print(f"  {remark}")
 
 
-def remarks(path: Path, reading: Reading) -> list[str]:
-    """What to say of a file that may not be meant to be read as it is."""
+def _remark(path: Path, reading: Reading) -> str:
+    """A note on a file that may not be meant to be read as it is; else an empty string."""
     name = path.name.lower()
     if is_labelled(path, reading) and not reading.sentences_only:
-        return ["labelled lines in it: --sentences_only reads the sentences alone"]
+        return "labelled lines in it: --sentences_only reads the sentences alone"
     if name.endswith(TABLE_SUFFIXES):
-        return [
+        return (
             "a table, read as plain text with all its separators: to train on one of its "
             'columns make a .jsonl of it, a line {"text": ...} for each row'
-        ]
+        )
     if not name.endswith((*TEXT_SUFFIXES, *JSON_SUFFIXES)):
-        return ["read as plain text, markup included"]
-    return []
+        return "read as plain text, markup included"
+    return ""
 
 
-def say_byte_pieces(share: float, files: Sequence[Path]) -> None:
-    """Say so where a `share` of the text that matters is encoded byte by byte.
+def print_byte_share(share: float, files: Sequence[Path]) -> None:
+    """Say what `share` of the text is encoded byte by byte, if any that matters.
 
     Where that is most of it, how to train a vocabulary.
     """

@@ -1,6 +1,6 @@
-"""Documents that come twice: in the text to train on, or in it and what is held out.
+"""Duplicate documents: in the text to train on, or in it and what is held out.
 
-Two are the same where their tokens are; they are told by fingerprints, without reading the text.
+Two are the same where their tokens are, by their fingerprints alone: the text is not read.
 """
 
 from __future__ import annotations
@@ -9,47 +9,34 @@ import numpy as np
 
 from minllama.system.errors import UsageError
 from minllama.text.stream import TokenStream, documents_in
-from minllama.text.tokens import TokenCache
+from minllama.text.token_cache import TokenCache
 
 
-def first_alike(fingerprints: np.ndarray) -> np.ndarray:
+def first_occurrences(fingerprints: np.ndarray) -> np.ndarray:
     """(documents,) int64: the number of the first document that is the same as each one.
 
     `fingerprints` are (documents, 2) uint64, alike where documents are. Only those whose first
-    halves come twice are put in order by both, which takes twenty times as long as the search.
+    halves are not unique are sorted by both, which takes twenty times as long as the search.
     """
     first = np.arange(len(fingerprints))
     halves = np.sort(fingerprints[:, 0])
-    again = halves[1:][halves[1:] == halves[:-1]]
-    if len(again):
-        at = np.searchsorted(again, fingerprints[:, 0]).clip(max=len(again) - 1)
-        found = np.flatnonzero(again[at] == fingerprints[:, 0])
-        order = found[np.lexsort(fingerprints[found].T)]  # stable: the first of the same is first
-        ordered = fingerprints[order]
-        new = np.append(True, (ordered[1:] != ordered[:-1]).any(axis=1))
-        first[order] = order[new][np.cumsum(new) - 1]
+    repeated = halves[1:][halves[1:] == halves[:-1]]
+    if len(repeated):
+        at = np.searchsorted(repeated, fingerprints[:, 0]).clip(max=len(repeated) - 1)
+        candidates = np.flatnonzero(repeated[at] == fingerprints[:, 0])
+        order = candidates[np.lexsort(fingerprints[candidates].T)]  # stable: the first stays first
+        in_order = fingerprints[order]
+        is_new = np.append(True, (in_order[1:] != in_order[:-1]).any(axis=1))
+        first[order] = order[is_new][np.cumsum(is_new) - 1]
     return first
 
 
-def _first_alike(cache: TokenCache, val_cache: TokenCache | None) -> np.ndarray:
-    """That of the documents of a text, and after them of --val_data's."""
-    if val_cache is None:
-        return first_alike(cache.fingerprints)
-    return first_alike(np.concatenate([cache.fingerprints, val_cache.fingerprints]))
-
-
-def _documents(cache: TokenCache, some: np.ndarray) -> str:
-    """How many of a text's documents those are, and how much of it."""
-    tokens = (cache.document_stops() - cache.document_starts)[some].sum()
-    return f"{some.sum():,} of {len(some):,} documents ({tokens / len(cache):.1%} of the tokens)"
-
-
-def without_copies(cache: TokenCache, val_cache: TokenCache | None) -> np.ndarray:
+def drop_duplicates(cache: TokenCache, val_cache: TokenCache | None) -> np.ndarray:
     """(documents,) bool: the first of each kind that --val_data has not; says what is dropped.
 
     Raises UsageError where that is all.
     """
-    count, first = len(cache.document_starts), _first_alike(cache, val_cache)
+    count, first = len(cache.document_starts), _first_of_both(cache, val_cache)
     held_out = np.zeros(len(first), bool)
     held_out[first[count:]] = True
     held_out = held_out[first[:count]]
@@ -57,21 +44,21 @@ def without_copies(cache: TokenCache, val_cache: TokenCache | None) -> np.ndarra
     if dropped.all():
         raise UsageError("--dedup leaves nothing to train on: every document is in --val_data, too")
     why = f", {held_out.sum():,} of them held out by --val_data" if val_cache is not None else ""
-    print(f"duplicates   {_documents(cache, dropped)} dropped{why}")
+    print(f"duplicates   {_share(cache, dropped)} dropped{why}")
     return ~dropped
 
 
-def say_copies(
+def report_duplicates(
     cache: TokenCache, val_cache: TokenCache | None, train: TokenStream, val: TokenStream | None
 ) -> None:
-    """Say how many documents come twice in the text, and are in both of `train` and `val`.
+    """Say how many documents are in the text again, and how many are in both `train` and `val`.
 
     `val` is of the text itself, or without --dedup the whole of --val_data.
     """
-    count, first = len(cache.document_starts), _first_alike(cache, val_cache)
-    again = first[:count] != np.arange(count)
-    if again.any():
-        print(f"duplicates   {_documents(cache, again)} are copies of others; --dedup drops them")
+    count, first = len(cache.document_starts), _first_of_both(cache, val_cache)
+    repeated = first[:count] != np.arange(count)
+    if repeated.any():
+        print(f"duplicates   {_share(cache, repeated)} are copies of others; --dedup drops them")
     if val is None:
         return
     if val_cache is None:
@@ -79,10 +66,24 @@ def say_copies(
     else:
         trained = np.arange(len(first)) < count
         held_out = ~trained
-    like_it = np.bincount(first[trained], minlength=len(first))[first]
-    shared = held_out & (like_it > trained)  # itself, where it is partly held out, is none
+    # How often each document is trained on. One that is partly held out does not count itself.
+    occurrences = np.bincount(first[trained], minlength=len(first))[first]
+    shared = held_out & (occurrences > trained)
     if shared.any():
         print(
             f"shared       {shared.sum():,} of {held_out.sum():,} held-out documents are trained "
             "on, too, and flatter the validation loss; --dedup keeps them apart"
         )
+
+
+def _first_of_both(cache: TokenCache, val_cache: TokenCache | None) -> np.ndarray:
+    """`first_occurrences` of the documents of a text, and after them of --val_data's."""
+    if val_cache is None:
+        return first_occurrences(cache.fingerprints)
+    return first_occurrences(np.concatenate([cache.fingerprints, val_cache.fingerprints]))
+
+
+def _share(cache: TokenCache, chosen: np.ndarray) -> str:
+    tokens = (cache.document_stops() - cache.document_starts)[chosen].sum()
+    share = tokens / len(cache)
+    return f"{chosen.sum():,} of {len(chosen):,} documents ({share:.1%} of the tokens)"

@@ -14,7 +14,7 @@ import runpy
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,13 +41,13 @@ def find_text_files(patterns: Sequence[str | Path], *, flag: str = "--pretrain_d
     A folder means its .txt and .jsonl files, also .gz, at any depth, sorted. Raises UsageError,
     naming `flag`, for a pattern that matches nothing or something that is not a file.
     """
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for pattern in patterns:
         for path in _expand(str(pattern), flag):
-            found.setdefault(real_path(path), path)
-    if not found:
+            files.setdefault(real_path(path), path)
+    if not files:
         raise UsageError(f"{flag}: no file is named")
-    return list(found.values())
+    return list(files.values())
 
 
 def _expand(pattern: str, flag: str) -> list[Path]:
@@ -56,7 +56,7 @@ def _expand(pattern: str, flag: str) -> list[Path]:
         inside = sorted(p for p in path.rglob("*") if p.is_file())
         files = [p for p in inside if p.name.lower().endswith(TEXT_SUFFIXES)]
         if files:
-            _say_skipped(path, [p for p in inside if not p.name.startswith(".")])
+            _print_skipped(path, [p for p in inside if not p.name.startswith(".")])
         problem = f"the folder holds no {', '.join(TEXT_SUFFIXES)} file"
         if inside:
             problem += f"; name what else to read, as in '{path / '*'}{inside[0].suffix}'"
@@ -73,8 +73,7 @@ def _expand(pattern: str, flag: str) -> list[Path]:
     return files
 
 
-def _say_skipped(folder: Path, inside: Sequence[Path]) -> None:
-    """Say how many of a folder's files, by their ends, are not read."""
+def _print_skipped(folder: Path, inside: Sequence[Path]) -> None:
     skipped = [p for p in inside if not p.name.lower().endswith(TEXT_SUFFIXES)]
     kinds = Counter(p.suffix.lower() or "without an end" for p in skipped).most_common()
     if kinds:
@@ -105,6 +104,12 @@ class Reading:
     encoding_errors: str = "strict"  # bytes that are not in it: "strict" refuses, "replace" U+FFFD
     sentences_only: bool = False  # `label ||| sentence` files: each sentence a document
 
+    @classmethod
+    def from_flags(cls, flags: Any) -> Reading:
+        """From a command's parsed flags, those of them that have a field's name."""
+        names = {each.name for each in fields(cls)} & vars(flags).keys()
+        return cls(**{name: getattr(flags, name) for name in names})
+
 
 UTF8 = Reading()
 MOSTLY = 0.2  # of the characters beyond ASCII: if more are not UTF-8, it is another encoding
@@ -120,22 +125,23 @@ def read_blocks(
 ) -> Iterator[str]:
     """A file's text, gzip or not, in blocks of about READ_BYTES; no BOM, and CRLF turned into LF.
 
-    `on_bytes` is told of the bytes of the file itself (compressed ones of a .gz) as they are read.
-    What was replaced is counted and said at the end. Raises UsageError naming the file, and the
+    `on_bytes` gets the number of bytes of each read of the file itself, compressed ones of a .gz.
+    What was replaced is counted and printed at the end. Raises UsageError naming the file, and the
     line where there is one.
     """
     utf8 = is_utf8(reading.encoding)
     decoder = codecs.getincrementaldecoder(reading.encoding)(reading.encoding_errors)
-    line, held, first, replaced = 1, "", True, 0  # held: a CR whose LF may open the next block
+    line, first, replaced = 1, True, 0
+    held = ""  # a CR whose LF may open the next block
     for data in _raw_blocks(path, on_bytes):
         if first and utf8:
             _check_utf8(path, data, reading)
         try:
             decoded = decoder.decode(data, final=not data)
         except UnicodeError as error:
-            raise _not_decoded(path, line, error, reading) from None
+            raise _decode_error(path, line, error, reading) from None
         line += decoded.count("\n")
-        if reading.encoding_errors == "replace":
+        if reading.encoding_errors == "replace":  # not counting those that the file itself has
             replaced += decoded.count("\ufffd") - utf8 * data.count("\ufffd".encode())
         text = held + (decoded.removeprefix("\ufeff") if first else decoded)
         first = first and not decoded
@@ -180,8 +186,7 @@ def _reads_as(data: bytes, encoding: str) -> str:
     return f"it is likely {encoding} ({sample!r}): --encoding {encoding} reads it"
 
 
-def _not_decoded(path: Path, line: int, error: UnicodeError, reading: Reading) -> UsageError:
-    """What to say of bytes that are not in the encoding that was asked for."""
+def _decode_error(path: Path, line: int, error: UnicodeError, reading: Reading) -> UsageError:
     if not isinstance(error, UnicodeDecodeError):
         return UsageError(f"{path}: not {reading.encoding} ({error})")
     data, start = error.object, error.start
@@ -223,14 +228,14 @@ def _raw_blocks(path: Path, on_bytes: Callable[[int], object]) -> Iterator[bytes
             if path.suffix.lower() == ".gz" and not packed:
                 raise UsageError(f"{path}: named .gz, but not a gzip file")
             file.seek(0)
-            size, told = os.fstat(file.fileno()).st_size, 0
+            size, before = os.fstat(file.fileno()).st_size, 0
             stream: Any = gzip.GzipFile(fileobj=file) if packed else file
             while data := stream.read(READ_BYTES):
                 position = file.tell()
                 if position > size:  # a log that grows faster than it is read has no end
                     raise UsageError(f"{path}: grew while it was read; wait for its end")
-                on_bytes(position - told)
-                told = position
+                on_bytes(position - before)
+                before = position
                 yield data
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UsageError(f"{path}: damaged gzip file ({error}); fetch it again") from None
@@ -267,7 +272,7 @@ def read_documents(
 
 
 def _whole_document(blocks: Iterable[str]) -> Iterator[Block]:
-    blank, started = "", False  # blank so far: a file of nothing else has no document
+    blank, started = "", False  # white space is held back: a file of nothing else has no document
     for text in blocks:
         if started or not text.isspace():
             yield Block(blank + text, False)
@@ -287,7 +292,7 @@ def _json_text(record: dict[str, Any], where: str, reading: Reading) -> str:
         what = "no field" if value is None else f"{type(value).__name__}, not a string, in field"
         raise UsageError(f"{where}: {what} {name!r} (has: {fields}); name it with --text_field")
     text = value.replace("\r\n", "\n")
-    try:  # JSON can spell half a surrogate pair, which no UTF-8 can hold
+    try:  # JSON can escape half a surrogate pair, which UTF-8 cannot encode
         text.isascii() or text.encode()
     except UnicodeEncodeError:
         if reading.encoding_errors == "strict":
@@ -300,8 +305,9 @@ def _json_text(record: dict[str, Any], where: str, reading: Reading) -> str:
 def first_words(text: str) -> str:
     """How a text begins: four words of it, or a few characters where words have no spaces."""
     words = text.split()
-    few = text.strip()[: min(8, len(text) // 2)]
-    return " ".join(words[:4]) if len(words) >= 8 else few.strip()
+    if len(words) >= 8:
+        return " ".join(words[:4])
+    return text.strip()[: min(8, len(text) // 2)].strip()
 
 
 def is_labelled(path: Path, reading: Reading = UTF8) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minllama.text.tokens import READ_BYTES, StoredTokens, TokenCache
+from minllama.text.token_cache import READ_BYTES, StoredTokens, TokenCache
 
 MAX_BLOCKS = 16  # of a long document held out
 MIN_SHARE = 0.1  # of what was asked for, that whole documents have to come to

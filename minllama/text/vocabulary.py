@@ -11,7 +11,7 @@ from minllama.system.errors import UsageError
 from minllama.system.files import check_writable, remove
 from minllama.text.corpus import TextFiles
 from minllama.text.reading import Reading
-from minllama.text.tokens import place_name, text_signature
+from minllama.text.token_cache import place_name, text_signature
 from tokenizer import Tokenizer, train_vocabulary
 
 SAMPLED_BYTES = 16 << 20  # of text to train on: more changes next to nothing
@@ -26,27 +26,26 @@ def choose_vocabulary(
     the embedded one; of other text one trained on it, kept in --cache_dir. Raises UsageError.
     """
     if options.tokenizer_model is not None:
-        return _said(Tokenizer(tokenizer_model=options.tokenizer_model), options.tokenizer_model)
-    if stored is not None:
-        return _said(Tokenizer(tokenizer_model=stored), "the checkpoint's")
-    if not options.pretrain_data:
-        return _said(Tokenizer(), "the embedded one")
-    model_bytes, where = ranks.on_main(
-        lambda: _of_text(files.train, files.reading, options.cache_dir)
-    )
-    return _said(Tokenizer(tokenizer_model=model_bytes), f"trained on the text, in {where}")
-
-
-def _said(tokenizer: Tokenizer, which: str | Path) -> Tokenizer:
-    print(f"vocabulary   {tokenizer.n_words:,} pieces: {which}")
+        model, source = options.tokenizer_model, options.tokenizer_model
+    elif stored is not None:
+        model, source = stored, "the checkpoint's"
+    elif not options.pretrain_data:
+        model, source = None, "the embedded one"
+    else:
+        model, path = ranks.on_main(
+            lambda: _train_or_load(files.train, files.reading, options.cache_dir)
+        )
+        source = f"trained on the text, in {path}"
+    tokenizer = Tokenizer(tokenizer_model=model)
+    print(f"vocabulary   {tokenizer.n_words:,} pieces: {source}")
     beside = Path("tokenizer.model")
-    if beside.is_file() and Path(which) != beside:
+    if beside.is_file() and Path(source) != beside:
         print(f"             {beside} is not used: --tokenizer_model {beside} takes it")
     return tokenizer
 
 
-def _of_text(files: Sequence[Path], reading: Reading, cache_dir: Path) -> tuple[bytes, Path]:
-    """A vocabulary that suits the files, as trained on them earlier or now, and its file."""
+def _train_or_load(files: Sequence[Path], reading: Reading, cache_dir: Path) -> tuple[bytes, Path]:
+    """The bytes and the file of a vocabulary trained on the text, now or earlier."""
     # Named by the place of the text and then by its state: changed text replaces its old one.
     place = place_name(files, reading)
     path = cache_dir / f"{place}-{text_signature(files, reading).hex()[:12]}.model"

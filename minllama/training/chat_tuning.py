@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,10 +16,10 @@ from minllama.formats.models import load_model
 from minllama.model.generation import Sampling, generate_tokens
 from minllama.model.lora import add_lora
 from minllama.system.errors import UsageError
-from minllama.system.files import check_writable_file, write_text
+from minllama.system.files import write_text
 from minllama.text.chat import ChatTemplate, read_dialogues
-from minllama.text.labelled import data_set_name
-from minllama.text.reading import Reading, find_text_files
+from minllama.text.reading import Reading
+from minllama.text.splits import SplitFiles
 from minllama.training.run import Run
 from minllama.training.session import print_best, print_results
 from minllama.training.task import NextTokenTask, trained_sizes
@@ -36,39 +35,6 @@ ANSWER_TOKENS = 200  # at most, of an answer at the end of a run
 # ---------------------------------------------------------------------------- before the loop
 
 
-@dataclass(frozen=True)
-class ChatFiles:
-    """The files of dialogues, their name, and where answers to the questions of `test` go."""
-
-    name: str
-    train: Path
-    dev: Path | None
-    test: Path | None
-    test_out: Path
-
-
-def find_chat_files(options: Options) -> ChatFiles:
-    """The files that the flags name, checked before any long work; raises UsageError."""
-    if options.freeze_backbone:
-        raise UsageError(
-            "--freeze_backbone is for labelled sentences: dialogues have no linear head to train"
-        )
-    name = data_set_name(options.train)
-    test_out = options.test_out or Path(f"{name}-test-finetuning-output.jsonl")
-    files = ChatFiles(name, options.train, options.dev, options.test, test_out)
-    for split in ("train", "dev", "test"):
-        path = getattr(files, split)
-        if path is not None:
-            find_text_files([path], flag=f"--{split}")
-            if files.test and path.resolve() == test_out.resolve():
-                raise UsageError(
-                    f"--test_out {path}: is another of the files named; give a new one"
-                )
-    if files.test:
-        check_writable_file(test_out, "--test_out")
-    return files
-
-
 def with_chat_lr(run: Run, width: int) -> Options:
     """The options with a learning rate that suits a model of this width, where none is typed."""
     options = run.options
@@ -82,7 +48,7 @@ def with_chat_lr(run: Run, width: int) -> Options:
 
 
 def load_dialogues(
-    files: ChatFiles, options: Options, llama: Llama, tokenizer: Tokenizer
+    files: SplitFiles, options: Options, llama: Llama, tokenizer: Tokenizer
 ) -> tuple[ChatDataset, ChatDataset | None]:
     """The dialogues to train on, and those to choose the best model by; says what was loaded."""
 
@@ -92,16 +58,17 @@ def load_dialogues(
             leave=False, disable=None,
         ) as bar:  # fmt: skip
             dialogues = read_dialogues(path, Reading(encoding=options.encoding), bar.update)
-            found = ChatDataset(dialogues, tokenizer, llama.chat_template, llama.config.max_seq_len)
-        if not len(found):
+            context = llama.config.max_seq_len
+            dataset = ChatDataset(dialogues, tokenizer, llama.chat_template, context)
+        if not len(dataset):
             raise UsageError(f"--{split} {path}: holds no dialogue that can be learnt from")
-        count = len(np.unique(found.lines))
-        say(f"Loaded {count:,} dialogues from {path} ({split})", *found.cuts.lines())
-        return found
+        count = len(np.unique(dataset.lines))
+        say(f"Loaded {count:,} dialogues from {path} ({split})", *dataset.cuts.lines())
+        return dataset
 
-    train_set = load(files.train, "train")
-    if files.dev is not None:
-        return train_set, load(files.dev, "dev")
+    train_set = load(files.paths["train"], "train")
+    if "dev" in files.paths:
+        return train_set, load(files.paths["dev"], "dev")
     train_set, val_set = train_set.split(options.val_fraction)
     if val_set is not None:
         print(f"validation   {len(np.unique(val_set.lines)):,} of the dialogues held out")
@@ -137,7 +104,7 @@ def read_questions(
 class ChatTuning(NextTokenTask):
     """Next-token prediction of answers, in batches of similar length, by (seed, epoch)."""
 
-    def __init__(self, run: Run, files: ChatFiles) -> None:
+    def __init__(self, run: Run, files: SplitFiles) -> None:
         """Load the model, the dialogues and the questions. Raises UsageError."""
         self.run, self.files = run, files
         self.llama, self.tokenizer = load_model(run.options, run.device)
@@ -145,13 +112,15 @@ class ChatTuning(NextTokenTask):
         llama.chat_template = llama.chat_template or ChatTemplate()
         run.options = options = with_chat_lr(run, llama.config.dim)
         self.train_set, self.val_set = load_dialogues(files, options, llama, tokenizer)
-        self.questions = read_questions(files.test, options, llama.chat_template, tokenizer)
+        self.questions = read_questions(
+            files.paths.get("test"), options, llama.chat_template, tokenizer
+        )
         if options.lora_rank:
             add_lora(llama, rank=options.lora_rank, alpha=2 * options.lora_rank)
         lengths = self.train_set.lengths
         self.order = batches_by_length(lengths, options.global_batch_size, options.seed)
         self.identity = {
-            "--train": fingerprint(files.train.read_bytes()),
+            "--train": fingerprint(files.paths["train"].read_bytes()),
             "dialogues to train on (--dev, --val_fraction)": len(self.train_set),
             "model shape": llama.config.to_model_args(),
             "--tokenizer_model": tokenizer.fingerprint,
@@ -176,7 +145,7 @@ class ChatTuning(NextTokenTask):
         return self.train_set.count_targets(numbers), tokens
 
     def locate(self, number: int) -> str:
-        return f"{self.files.train}:{self.train_set.lines[number]}"
+        return f"{self.files.paths['train']}:{self.train_set.lines[number]}"
 
     def finish(self) -> None:
         """Show what the best model answers, and how often rightly."""
@@ -215,7 +184,7 @@ def answers_to(prompts: list[list[int]], model: Llama, tokenizer: Tokenizer) -> 
 
 
 def report_answers(
-    questions: list[Question], files: ChatFiles, model: Llama, tokenizer: Tokenizer, run: Run
+    questions: list[Question], files: SplitFiles, model: Llama, tokenizer: Tokenizer, run: Run
 ) -> None:
     """Answer the questions and say how many of the answers are those of the file word for word.
 
@@ -230,9 +199,9 @@ def report_answers(
             right += answer == question.answer
             record = {"prompt": question.text, "response": answer, "expected": question.answer}
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    write_text(files.test_out, "".join(lines))
+    write_text(files.outs["test"], "".join(lines))
     print(
-        f"test: {right:,} of {len(questions):,} answers are those of {files.test} word for word "
-        f"({right / len(questions):.1%})"
+        f"test: {right:,} of {len(questions):,} answers are those of {files.paths['test']} word "
+        f"for word ({right / len(questions):.1%})"
     )
-    print(f"wrote {files.test_out}")
+    print(f"wrote {files.outs['test']}")

@@ -20,13 +20,13 @@ from minllama.machine.sharding import full_state_dict, load_state, no_gradients
 from minllama.model.lora import add_lora, merge_lora
 from minllama.system.signals import StopRequest
 from minllama.text.labelled import (
-    LabelledFiles,
     Scores,
     is_unlabelled,
     labels_of,
     report_predictions,
 )
 from minllama.text.reading import first_words
+from minllama.text.splits import SplitFiles
 from minllama.training.run import Run
 from minllama.training.session import print_best, print_results
 from minllama.training.task import Batch, Task, trained_sizes
@@ -37,7 +37,7 @@ POOLED = {"last": "the state after the last token", "mean": "the mean over the t
 
 
 def load_splits(
-    files: LabelledFiles,
+    files: SplitFiles,
     options: Options,
     tokenizer: Tokenizer,
     *,
@@ -97,7 +97,7 @@ def predict(
 
 def predict_files(
     model: LlamaEmbeddingClassifier,
-    files: LabelledFiles,
+    files: SplitFiles,
     splits: dict[str, LlamaDataset],
     *,
     options: Options,
@@ -115,7 +115,7 @@ def predict_files(
 class Classification(Task):
     """Classification of sentences, in batches of similar length in the order of (seed, epoch)."""
 
-    def __init__(self, run: Run, files: LabelledFiles) -> None:
+    def __init__(self, run: Run, files: SplitFiles) -> None:
         """Load the model and the sentences. Raises UsageError."""
         self.run, self.files, options = run, files, run.options
         self.llama, tokenizer = load_model(options, run.device)

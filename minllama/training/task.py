@@ -7,7 +7,6 @@ prediction, which two of them are, is here.
 from __future__ import annotations
 
 import copy
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from config import IGNORE_INDEX, Options
 from llama import Llama, NextTokenLoss, model_payload
 from minllama.cli.console import progress_bar
-from minllama.inference.evaluation import perplexity
+from minllama.inference.evaluation import TextScore
 from minllama.machine.device import autocast
 from minllama.machine.random_state import random_state, restore_random_state
 from minllama.machine.sharding import distribute, full_state_dict, no_gradients
@@ -269,8 +268,4 @@ def evaluate_tokens(
     for (number, counts), loss in zip(numbers, torch.stack(losses).tolist(), strict=True):
         sums[0, number] = loss if counts else 0
     loss_sum, targets = (sum(row) for row in ranks.sum_array(sums).tolist())
-    metrics = {"val_loss": loss_sum / max(1, targets)}
-    metrics["val_perplexity"] = perplexity(metrics["val_loss"])
-    if dataset.utf8_bytes:
-        metrics["bits_per_byte"] = loss_sum / math.log(2) / dataset.utf8_bytes
-    return metrics
+    return TextScore(loss_sum, targets, dataset.utf8_bytes or 0).metrics()

@@ -229,7 +229,7 @@ def test_a_prompt_for_a_chat_model_is_a_question(tokenizer, monkeypatch, capsys)
     assert texts == ["Where does a fox live?\nIn a den."]
     assert capsys.readouterr().out == texts[0] + "\n"
     assert model.prompts == ["User: Where does a fox live?\nAssistant:"]
-    writer(tokenizer).continue_texts(["Where?"], 0.5, first=1, of=2)
+    writer(tokenizer).continue_texts(["Where?"], 0.5, first=1, total=2)
     assert "--- 2 of 2\nWhere?\nIn a den." in capsys.readouterr().out
 
 

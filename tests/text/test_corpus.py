@@ -122,12 +122,8 @@ def test_a_vocabulary_for_another_language_is_told(capsys):
     assert "byte by byte" not in capsys.readouterr().out
 
 
-def test_a_text_that_changed_is_tokenized_again_and_said(monkeypatch, capsys):
+def test_a_text_that_changed_is_tokenized_again_and_said(capsys):
     """Found as it was, it is not; the key names the content."""
-    monkeypatch.setattr(
-        "minllama.text.tokens.FINE_NS", -(10**12)
-    )  # no file here is suspiciously new
-    monkeypatch.setattr("minllama.text.tokens.COARSE_NS", -(10**12))
     path = write_stories(Path.cwd(), 2)
     first = load("--pretrain_data text.jsonl")
     assert load("--pretrain_data text.jsonl").key == first.key

@@ -13,7 +13,7 @@ from running import RESUME, assert_same_run, command, pretrain, stop_after
 from test_corpus import load
 
 from minllama.system.errors import UsageError
-from minllama.text.duplicates import first_alike
+from minllama.text.duplicates import first_occurrences
 from tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
@@ -26,9 +26,9 @@ LINES = [
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30))
-def test_first_alike(pairs):
+def test_first_occurrences(pairs):
     """Alike are those with both halves alike, one half is not enough."""
-    found = first_alike(np.array(pairs, np.uint64))
+    found = first_occurrences(np.array(pairs, np.uint64))
     assert found.tolist() == [pairs.index(pair) for pair in pairs]
 
 
@@ -43,7 +43,7 @@ def documents(stream) -> list[str]:
     return [tokenizer.decode(ids[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
 
 
-def test_text_without_copies_has_no_line(capsys):
+def test_text_without_duplicates_has_no_line(capsys):
     """And --dedup trains on the same, under the same key."""
     write("a.txt", LINES)
     plain = load("--pretrain_data a.txt --document_per_line")
@@ -56,7 +56,7 @@ def test_text_without_copies_has_no_line(capsys):
     assert dedup.key == plain.key and documents(dedup.val.stream) == documents(plain.val.stream)
 
 
-def test_copies_in_the_text_are_counted_and_dropped(capsys):
+def test_duplicates_in_the_text_are_counted_and_dropped(capsys):
     """The first stays, also where the copies are in another file; none is on both sides."""
     write("a.txt", LINES)
     write("b.txt", [LINES[7], "One day .", LINES[7], *LINES[20:]])
@@ -122,7 +122,7 @@ def test_byte_pieces_are_told_where_they_matter(capsys):
     assert "byte pieces  3.4% of the text" in capsys.readouterr().out
 
 
-def test_a_run_without_copies_is_resumed_so(monkeypatch):
+def test_a_run_without_duplicates_is_resumed_so(monkeypatch):
     """--dedup is the run's: untyped it is kept, and it cannot be taken up halfway."""
     lines = [json.dumps({"text": line}) for line in LINES]
     write("text.jsonl", lines + lines[:5])

@@ -37,8 +37,8 @@ def test_an_own_text_has_a_vocabulary_of_its_own():
     text = "\n".join("".join(rng.choices(characters, k=30)) + "。" for _ in range(300))
     Path("text.txt").write_text(text, encoding="utf-8")
     own, embedded = choose("--pretrain_data text.txt"), Tokenizer()
-    assert own.spelt_in_bytes(own.encode(text, False, False)) < 0.02
-    assert embedded.spelt_in_bytes(embedded.encode(text, False, False)) > 0.95
+    assert own.byte_fallback_share(own.encode(text, False, False)) < 0.02
+    assert embedded.byte_fallback_share(embedded.encode(text, False, False)) > 0.95
     assert choose("").fingerprint == embedded.fingerprint  # of the stories
 
 

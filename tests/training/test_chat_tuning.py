@@ -171,6 +171,9 @@ def test_a_second_training_keeps_the_files_own_labels(monkeypatch):
 def test_a_mistake_of_a_line_is_named_in_the_file():
     """With the step's sequences, where numbers are not finite."""
     sequence = chat_tuning.ChatTuning.locate
-    files, train_set = SimpleNamespace(train=Path("a.jsonl")), SimpleNamespace(lines=[3, 9])
+    files, train_set = (
+        SimpleNamespace(paths={"train": Path("a.jsonl")}),
+        SimpleNamespace(lines=[3, 9]),
+    )
     task = SimpleNamespace(files=files, train_set=train_set)
     assert sequence(task, 1) == "a.jsonl:9" and sys.argv

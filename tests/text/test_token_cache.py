@@ -1,17 +1,15 @@
-"""minllama/text/tokens.py: exact encoding of streamed documents, and the token cache."""
+"""minllama/text/token_cache.py: a cache is checked, rebuilt, and never believed while wrong."""
 
 from __future__ import annotations
 
 import builtins
 import concurrent.futures
 import contextlib
-import copy
 import functools
 import hashlib
 import io
 import os
 import platform
-import random
 import subprocess
 import sys
 import time
@@ -19,193 +17,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sentencepiece
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from vocabularies import FRAGMENTS, OTHERS, PLAIN, corpus_lines, vocabulary
+from vocabularies import corpus_lines, vocabulary
 
 from minllama.system.errors import Interrupted, TextLost, UsageError
 from minllama.system.locks import hold
-from minllama.text import tokens
-from minllama.text.reading import Block, Reading
-from minllama.text.tokens import BadCache, DocumentEncoder, TokenCache, build_or_load
-from tokenizer import SPACE, Tokenizer
+from minllama.text import token_cache
+from minllama.text.encoder import DocumentEncoder
+from minllama.text.reading import Reading
+from minllama.text.token_cache import BadCache, TokenCache, build_or_load
 
 ROOT = Path(__file__).resolve().parents[2]
-REAL = ["embedded", "llama-2"]
-
-# ---------------------------------------------------------------------------- the encoder
-
-
-def blocks_of(text: str, sizes: list[int]) -> list[Block]:
-    """`text` in blocks of the given sizes, over and over; an empty block is its end."""
-    blocks, at = [], 0
-    while at < len(text):
-        size = sizes[len(blocks) % len(sizes)]
-        blocks.append(Block(text[at : at + size], False))
-        at += size
-    return [*blocks, Block("", True)]
-
-
-def encode(encoder: DocumentEncoder, documents: list[str], sizes: list[int]) -> list[list[int]]:
-    """The ids of each document, put together from its parts, whose bytes are counted too."""
-    found, counted = [], []
-    for batch in encoder.encode(block for text in documents for block in blocks_of(text, sizes)):
-        for part in batch:
-            assert part.ids.dtype == encoder.dtype
-            if part.starts:
-                found.append([])
-                counted.append(0)
-            found[-1] += part.ids.tolist()
-            counted[-1] += part.utf8_bytes
-    assert counted == [len(text.encode()) for text in documents]
-    return found
-
-
-@functools.cache
-def encoder_of(name: str) -> DocumentEncoder:
-    return DocumentEncoder(vocabulary(name))
-
-
-def whole(tokenizer: Tokenizer, documents: list[str]) -> list[list[int]]:
-    """What SentencePiece itself gives for whole documents."""
-    return [tokenizer.sp_model.encode(text) for text in documents]
-
-
-def part_sizes(encoder: DocumentEncoder, text: str, block: int = 512) -> list[int]:
-    """The ids of each part of one document, counted."""
-    return [len(part.ids) for batch in encoder.encode(blocks_of(text, [block])) for part in batch]
-
-
-texts = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=3), max_size=40).map("".join)
-settled = settings(max_examples=30, deadline=None, derandomize=True)
-
-
-@pytest.mark.parametrize("name", [*PLAIN, *OTHERS, *REAL])
-@settled
-@given(
-    documents=st.lists(texts.filter(bool), min_size=1, max_size=3),
-    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
-    part_chars=st.integers(1, 6),
-    batch_chars=st.sampled_from([20, 300]),
-    threads=st.sampled_from([1, 2, 3]),
-)
-def test_the_ids_are_those_of_whole_documents(
-    name: str,
-    documents: list[str],
-    sizes: list[int],
-    part_chars: int,
-    batch_chars: int,
-    threads: int,
-) -> None:
-    """Exactness is what lets a document be larger than memory and words be remembered."""
-    tokenizer = vocabulary(name)
-    encoder = copy.copy(encoder_of(name))  # a new one takes long to look through 32,000 pieces
-    encoder.threads, encoder.part_chars, encoder.batch_chars = threads, part_chars, batch_chars
-    encoder.words = {}
-    assert encode(encoder, documents, sizes) == whole(tokenizer, documents)
-
-
-def random_text(pick: random.Random, length: int) -> str:
-    """Prose, runs of spaces, bytes as characters, Chinese and anything else, in random shares."""
-    kinds = [
-        lambda: pick.choice(FRAGMENTS),
-        lambda: f" {pick.choice(FRAGMENTS)}",
-        lambda: pick.choice([" ", "  ", "\n", SPACE, " \n", "\n ", f"\n{SPACE}", f" {SPACE} "]),
-        lambda: bytes(pick.choices(range(256), k=4)).decode("latin-1"),
-        lambda: "".join(chr(pick.randrange(0x4E00, 0x9FA5)) for _ in range(3)),
-        lambda: pick.choice(corpus_lines()),
-        lambda: chr(pick.choice([pick.randrange(1, 0xD800), pick.randrange(0xE000, 0x110000)])),
-    ]
-    chosen = pick.choices(kinds, weights=[pick.random() ** 2 for _ in kinds], k=length)
-    return "".join(make() for make in chosen)
-
-
-@pytest.mark.parametrize("part_chars", [16, 300])
-@pytest.mark.parametrize("name", [*PLAIN, *REAL])
-def test_the_ids_of_longer_texts(name: str, part_chars: int) -> None:
-    """The same with what words a long-lived encoder has remembered, and ids of either width."""
-    tokenizer, pick = vocabulary(name), random.Random(part_chars)
-    for threads, width in ((1, np.uint16), (2, np.uint32), (8, np.uint16)):
-        encoder = DocumentEncoder(
-            tokenizer, threads=threads, part_chars=part_chars, batch_chars=5000
-        )
-        encoder.dtype = np.dtype(width)
-        for _ in range(8):
-            documents = [random_text(pick, pick.randrange(1, 300)) for _ in range(3)]
-            assert encode(encoder, documents, [pick.randrange(1, 400)]) == whole(
-                tokenizer, documents
-            )
-
-
-@pytest.mark.parametrize("name", [*PLAIN, *OTHERS, *REAL])
-def test_which_vocabularies_let_a_document_be_cut(name: str) -> None:
-    """Exactness must not come from never cutting, nor speed from cutting where ids change."""
-    encoder = DocumentEncoder(vocabulary(name), threads=1, part_chars=100)
-    sizes = part_sizes(encoder, " ".join(corpus_lines()), 64)
-    assert encoder.has_safe_cuts == (name not in OTHERS)
-    assert (len(sizes) > 100 and max(sizes) < 400) == encoder.has_safe_cuts
-    assert (len(sizes) == 1) == (not encoder.has_safe_cuts)
-
-
-def test_a_text_without_a_cut_is_read_in_linear_time() -> None:
-    """A long line without spaces was once joined again for every block of it."""
-    encoder = DocumentEncoder(vocabulary("ours"), threads=1, part_chars=100)
-    blocks = blocks_of("a" * 100_000, [10])
-    start = time.process_time()
-    assert len(list(encoder._parts(blocks))) == 1
-    assert time.process_time() - start < 2  # 0.01 s, and quadratic 20 s
-
-
-def test_a_long_real_text(real_data: Path) -> None:
-    """Reviews in one document, under Llama-2's vocabulary and one that is not plain BPE.
-
-    Of a unigram vocabulary all the text before counts: a cut that no piece spans changes ids.
-    """
-    model = io.BytesIO()
-    lines = (real_data / "sst-train.txt").read_text(encoding="utf-8").split("\n")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines[:1000]),
-        model_writer=model,
-        vocab_size=500,
-        model_type="unigram",
-        minloglevel=2,
-    )
-    text = (real_data / "cfimdb-train.txt").read_text(encoding="utf-8")[:100_000]
-    for tokenizer in (Tokenizer(tokenizer_model=model.getvalue()), vocabulary("llama-2")):
-        encoder = DocumentEncoder(tokenizer, threads=2, part_chars=1000, batch_chars=20_000)
-        assert encode(encoder, [text], [4096]) == whole(tokenizer, [text])
-
-
-def test_threads_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With three threads or more SentencePiece once got all, the remembered words nothing."""
-    tokenizer, shares = vocabulary("ours"), {"_look_up": 0, "_encode_parts": 0}
-    for name in shares:
-        real = getattr(DocumentEncoder, name)
-
-        def counted(self, parts, *rest, name=name, real=real):
-            shares[name] += len(parts)
-            return real(self, parts, *rest)
-
-        monkeypatch.setattr(DocumentEncoder, name, counted)
-    encoder = DocumentEncoder(tokenizer, threads=8, part_chars=50, batch_chars=2000)
-    documents = ["".join(corpus_lines())]
-    assert encode(encoder, documents, [4096]) == whole(tokenizer, documents)
-    assert min(shares.values()) > 0
-
-
-def test_remembered_words_stay_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Words are forgotten when there are too many or they are long, and the ids stay right."""
-    monkeypatch.setattr(tokens, "WORD_CACHE_ENTRIES", 50)
-    monkeypatch.setattr(tokens, "WORD_CACHE_CHARS", 5)
-    tokenizer = vocabulary("ours")
-    encoder = DocumentEncoder(tokenizer, threads=1, batch_chars=200)
-    documents = [f"{line} {number}" for number, line in enumerate(corpus_lines())]
-    assert encode(encoder, documents, [1000]) == whole(tokenizer, documents)
-    assert len(encoder.words) <= 50 and max(map(len, encoder.words)) <= 5
-
-
-# ---------------------------------------------------------------------------- the token cache
 
 STORY = "the cat sat on the mat .\nit ran home with two dogs .\n"
 LINES = Reading(document_per_line=True)
@@ -213,11 +34,10 @@ LINES = Reading(document_per_line=True)
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> list[Path]:
-    """Three files, one of them blank; old enough for their times to be believed."""
+    """Three files, one of them blank; as new as text can be."""
     contents = {"a.txt": STORY * 3, "b.txt": "\n", "c.txt": "two dogs\n\nsat ﬁ\n"}
     for name, text in contents.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    time.sleep(0.05)
     return [tmp_path / name for name in contents]
 
 
@@ -257,7 +77,7 @@ def test_a_cache_holds_every_document(corpus: list[Path], tmp_path: Path) -> Non
 def test_a_document_of_many_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file as one document is one document in the cache, however often it was cut."""
     small = functools.partial(DocumentEncoder, part_chars=50, batch_chars=400)
-    monkeypatch.setattr(tokens, "DocumentEncoder", small)
+    monkeypatch.setattr(token_cache, "DocumentEncoder", small)
     text = "\n".join(corpus_lines())
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     cache = build([tmp_path / "a.txt"], tmp_path / "cache", Reading(), threads=2)
@@ -315,7 +135,10 @@ def test_changed_text_is_tokenized_again(corpus: list[Path], tmp_path: Path) -> 
 
 
 def test_text_changed_at_once_behind_the_same_size(tmp_path: Path) -> None:
-    """A second write within the grain of the clock leaves size and times alike."""
+    """A second write within the grain of the clock leaves size and times alike: that is outwaited.
+
+    Text that had just been written was once tokenized again at the next start.
+    """
     path = tmp_path / "a.txt"
     for text in ("two dogs", "two cats", "ten cats") * 7:
         path.write_text(text, encoding="utf-8")
@@ -389,7 +212,7 @@ def test_a_cache_that_was_just_verified_is_not_read_again(corpus, tmp_path, monk
     """Of eight processes of a machine each read all of it before the first step."""
     tokenizer = vocabulary("embedded")
     first = build_or_load(corpus, tokenizer, Reading(), tmp_path)
-    monkeypatch.setattr(tokens, "_digests", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(token_cache, "_digests", lambda *_: pytest.fail("read again"))
     again = build_or_load(corpus, tokenizer, Reading(), tmp_path, is_verified=True)
     assert again.key == first.key and again.rebuilt_because is None
 
@@ -418,9 +241,14 @@ def test_interrupted_tokenizing_leaves_nothing(
             yield batch
 
     monkeypatch.setattr(DocumentEncoder, "encode", encode_and_note)
-    for should_stop in (lambda: True, lambda: bool(started)):
+    for when in (lambda: True, lambda: bool(started)):
+
+        def check_stop(when=when) -> None:
+            if when():
+                raise Interrupted
+
         with pytest.raises(Interrupted):
-            build(corpus, tmp_path / "cache", should_stop=should_stop)
+            build(corpus, tmp_path / "cache", check_stop=check_stop)
         assert not list((tmp_path / "cache").glob("*tokens*"))
     assert started
     assert build(corpus, tmp_path / "cache").rebuilt_because == "there was none"
@@ -458,7 +286,7 @@ def test_two_processes_build_the_same_cache(corpus: list[Path], tmp_path: Path) 
     """One does, the other waits and reads it: machines that share a folder each tokenized."""
     code = (
         "import sys; from pathlib import Path\n"
-        "from minllama.text.tokens import build_or_load\n"
+        "from minllama.text.token_cache import build_or_load\n"
         "from minllama.text.reading import Reading\n"
         "from tokenizer import Tokenizer\n"
         "cache = build_or_load([Path(sys.argv[1])], Tokenizer(), Reading(), Path(sys.argv[2]),"
@@ -480,20 +308,21 @@ def test_who_finds_a_cache_being_made_waits_for_it(ends, corpus, tmp_path, capsy
     path.parent.mkdir()
     polls = iter(range(9))
 
-    def should_stop() -> bool:
+    def check_stop() -> None:
         if next(polls) == 1:
             if ends == "built":
                 path.write_bytes(made.read_bytes())
             held.close()
-        return ends == "interrupted"
+        if ends == "interrupted":
+            raise Interrupted
 
     with contextlib.ExitStack() as held:
         held.enter_context(hold(path.with_name(f"{path.name}.lock")))
         if ends == "interrupted":
             with pytest.raises(Interrupted):
-                build(corpus, path.parent, should_stop=should_stop)
+                build(corpus, path.parent, check_stop=check_stop)
         else:
-            cache = build(corpus, path.parent, should_stop=should_stop)
+            cache = build(corpus, path.parent, check_stop=check_stop)
             assert (cache.rebuilt_because is None) == (ends == "built")
             assert cache.tokens[:].tolist() == build(corpus, path.parent).tokens[:].tolist()
             assert [file.name for file in path.parent.iterdir()] == [path.name]
@@ -536,7 +365,7 @@ def test_two_threads_read_one_cache(corpus, tmp_path) -> None:
     whole, file, others = tokens[:].tolist(), tokens.file, []
 
     class SlowFile:
-        fileno, readinto = file.fileno, file.readinto
+        fileno, read = file.fileno, file.read
 
         def seek(self, place: int) -> None:
             file.seek(place)
@@ -573,7 +402,7 @@ def test_fingerprints_are_alike_where_documents_are(tmp_path, monkeypatch) -> No
     (tmp_path / "b.txt").write_text("\n".join([lines[-1], lines[-1] + "!"]), encoding="utf-8")
     small = functools.partial(DocumentEncoder, part_chars=50, batch_chars=400)
     a = build([tmp_path / "a.txt"], tmp_path / "cache")
-    monkeypatch.setattr(tokens, "DocumentEncoder", small)
+    monkeypatch.setattr(token_cache, "DocumentEncoder", small)
     b = build([tmp_path / "b.txt"], tmp_path / "cache")
     for cache in (a, b):
         starts, stops = cache.document_starts.tolist(), cache.document_stops().tolist()
@@ -590,14 +419,14 @@ def test_the_key_is_that_of_earlier_versions(tmp_path: Path) -> None:
     ids = cache.tokens[:].tobytes()
     documents = np.stack([cache.document_starts, cache.document_bytes], axis=1).tobytes()
     files = np.array([[len(cache), 2]], "<i8").tobytes()
-    padding = bytes(-(tokens.HEADER.size + len(ids)) % 8)
+    padding = bytes(-(token_cache.HEADER.size + len(ids)) % 8)
     assert cache.key == hashlib.sha256(ids + padding + documents + files).digest()
 
 
 def test_a_cache_of_another_version_is_rebuilt(corpus, tmp_path, monkeypatch) -> None:
     """Such as one without fingerprints."""
     with monkeypatch.context() as patch:
-        patch.setattr(tokens, "CACHE_VERSION", tokens.CACHE_VERSION - 1)
+        patch.setattr(token_cache, "CACHE_VERSION", token_cache.CACHE_VERSION - 1)
         build(corpus, tmp_path / "cache")
     again = build(corpus, tmp_path / "cache")
     assert again.rebuilt_because == "it is not a token cache of this version"

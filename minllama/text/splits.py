@@ -1,0 +1,150 @@
+"""Which files train, dev and test are, and where what a model makes of dev and test is written.
+
+All of it is checked before any long work. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from config import DATA_DIR, Options
+from minllama.system.errors import UsageError
+from minllama.system.files import check_writable_file, read_json, real_path
+from minllama.text.labelled import read_labelled
+from minllama.text.reading import find_text_files
+
+
+@dataclass(frozen=True)
+class SplitFiles:
+    """The files of a data set by split, its name, and its labels' names, if it has any."""
+
+    name: str
+    paths: dict[str, Path]  # of train, dev and test, those that there are
+    outs: dict[str, Path]  # for the predictions or answers, of the same splits but train
+    label_names: list[str]
+
+
+def find_labelled_files(options: Options, suffix: str) -> SplitFiles:
+    """The labelled files that the flags name, else the embedded reviews.
+
+    `suffix` ends the default names of the prediction files, as the assignment has them: its
+    `sst-dev-finetuning-output.txt`. Raises UsageError.
+    """
+    if options.train is None and (options.dev or options.test):
+        raise UsageError(
+            "--dev and --test need --train, from which the labels are learnt, or a fine-tuned "
+            "model (--pretrained_model_path), which knows them"
+        )
+    paths = _embedded("train", "dev", "test") if options.train is None else _given(options)
+    train = paths["train"]
+    if "dev" not in paths:
+        raise UsageError(f"--dev is not given: --train {train} needs a file to be measured on")
+    name = data_set_name(train)
+    outs = {split: Path(f"{name}-{split}-{suffix}-output.txt") for split in ("dev", "test")}
+    files = _checked(options, SplitFiles(name, paths, outs, []))
+    names = read_label_names(options.label_names, train.parent / f"{name}-label-mapping.json")
+    examples = read_labelled(train, n_labels=len(names) or None, encoding=options.encoding)
+    labels = {example.label for example in examples}
+    if None in labels:
+        raise UsageError(f"--train {train}: has lines without a label, which cannot be learnt from")
+    if len(labels) < 2:
+        raise UsageError(f"--train {train}: has one label on all lines: there is nothing to learn")
+    if names and len(labels) != len(names):
+        raise UsageError(
+            f"--label_names names {len(names)} labels and --train {train} has {len(labels)} "
+            f"({', '.join(map(str, sorted(labels)))}): give names and lines for the same labels"
+        )
+    return replace(files, label_names=names or [str(label) for label in range(max(labels) + 1)])
+
+
+def find_sentences(options: Options, names: list[str]) -> SplitFiles:
+    """The files to classify with a model that knows its labels' `names`: --dev, --test, or both.
+
+    Without any they are the embedded reviews, if these are what the labels are of. Raises
+    UsageError.
+    """
+    paths = {split: path for split, path in _given(options).items() if split != "train"}
+    if not paths:
+        if read_label_names(None, DATA_DIR / "reviews-label-mapping.json") != names:
+            raise UsageError(
+                "--test is not given: name a file of sentences, one a line, to classify as "
+                f"{' or '.join(names)}"
+            )
+        paths = _embedded("dev", "test")
+    if options.label_names and read_label_names(options.label_names, Path()) != names:
+        raise UsageError(
+            f"--label_names {options.label_names}: the model's own are {', '.join(names)}: leave "
+            "the flag out"
+        )
+    outs = {split: Path(f"{_stem(path)}-prompting-output.txt") for split, path in paths.items()}
+    return _checked(options, SplitFiles("", paths, outs, names))
+
+
+def find_dialogue_files(options: Options) -> SplitFiles:
+    """The files of dialogues that the flags name; answers to the questions of test are written.
+
+    Raises UsageError.
+    """
+    name = data_set_name(options.train)
+    outs = {"test": Path(f"{name}-test-finetuning-output.jsonl")}
+    return _checked(options, SplitFiles(name, _given(options), outs, []))
+
+
+def _given(options: Options) -> dict[str, Path]:
+    files = {"train": options.train, "dev": options.dev, "test": options.test}
+    return {split: path for split, path in files.items() if path is not None}
+
+
+def _embedded(*splits: str) -> dict[str, Path]:
+    return {split: DATA_DIR / f"reviews-{split}.txt" for split in splits}
+
+
+def _checked(options: Options, files: SplitFiles) -> SplitFiles:
+    """The files with the outputs of their splits alone, where the flags want them.
+
+    Raises UsageError for a file that is not there, and for an output that could not be written, or
+    is another of the files.
+    """
+    outs = {
+        split: getattr(options, f"{split}_out") or path
+        for split, path in files.outs.items()
+        if split in files.paths
+    }
+    for split, path in files.paths.items():
+        find_text_files([path], flag=f"--{split}")
+    taken = {real_path(path) for path in files.paths.values()}
+    for split, path in outs.items():
+        if real_path(path) in taken:
+            raise UsageError(f"--{split}_out {path}: is another of the files named; give a new one")
+        taken.add(real_path(path))
+        check_writable_file(path, f"--{split}_out")
+    return replace(files, outs=outs)
+
+
+def data_set_name(train: Path) -> str:
+    """The name in `NAME-train.txt`, which the run's files are called by."""
+    return re.sub(r"[-_.]?train$", "", _stem(train)) or _stem(train)
+
+
+def _stem(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).stem
+
+
+def read_label_names(given: Path | None, beside: Path) -> list[str]:
+    """The JSON list of label names, as given or beside the training file; else an empty list."""
+    if given is None and not beside.is_file():
+        return []
+    path = given or beside
+    try:
+        names = read_json(path)
+    except UsageError as error:
+        raise UsageError(f"--label_names {error}") from None
+    if not isinstance(names, list) or len(names) < 2 or not all(isinstance(n, str) for n in names):
+        raise UsageError(f'--label_names {path}: must be a JSON list of names, ["bad", "good"]')
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    if repeated:
+        raise UsageError(f"--label_names {path}: {repeated[0]!r} is there more than once")
+    return names
