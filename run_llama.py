@@ -34,17 +34,15 @@ from llama import (
 )
 from minllama.cli.command_line import print_error, protect_output
 from minllama.cli.console import progress_bar, say
-from minllama.formats.formats import read_vocabulary
-from minllama.formats.models import (
+from minllama.formats.find_model import (
     STARTING_WEIGHTS,
-    Classifier,
     Start,
     find_model,
     find_start_model,
     load_model,
-    read_classifier,
 )
 from minllama.formats.pt_file import load_pt
+from minllama.formats.pt_model import Classifier, read_classifier, read_vocabulary
 from minllama.inference.conversation import converse
 from minllama.inference.evaluation import compare_pairs, pair_report, perplexity, read_pairs
 from minllama.inference.prompting import Prompts, score_labels

@@ -9,4 +9,5 @@ Knows nothing of models, text or flags, and imports neither torch nor anything o
     signals     Ctrl-C and its like as a request that loops read
     encodings   which encoding a text may have
     json_lines  JSON objects, one a line or in a list
+    packages    what only some uses need, and what to install for them
 """

@@ -13,7 +13,7 @@ import numpy as np
 from config import Options, check_options, fingerprint
 from llama import Llama, load_pretrained
 from minllama.cli.console import progress_bar, say
-from minllama.formats.models import load_model
+from minllama.formats.find_model import load_model
 from minllama.machine.device import keep_freed_memory
 from minllama.machine.ranks import Ranks
 from minllama.model.generation import Sampling, generate_tokens
