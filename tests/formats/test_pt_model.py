@@ -101,9 +101,12 @@ def put(name, tensor):
         (lambda p: p["model_args"].update(dim="wide"), "invalid Llama shape: --dim 'wide'"),
         (
             lambda p: p["model_args"].update(n_layers=900),
-            "layers.2.attention_norm.weight and 8081 ",
+            "layers.2.attention.compute_query.weight and 8081 ",
         ),
-        (lambda p: p["model_args"].update(n_layers=3), "layers.2.attention_norm.weight and 8 more"),
+        (
+            lambda p: p["model_args"].update(n_layers=3),
+            "2.attention.compute_query.weight and 8 more",
+        ),
         (lambda p: p.update(vocabulary_fingerprint="0" * 16), "says 0000000000000000"),
         (lambda p: p.update(vocabulary="text"), "'vocabulary' is not a tensor of bytes"),
     ],
