@@ -12,7 +12,7 @@ import math
 import struct
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from config import LlamaConfig
 from minllama.formats.stored_model import (
     Contents,
     StoredModel,
-    as_stored,
+    check_finite,
     check_read_back,
     checked_model,
     parameter_shapes,
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from llama import Llama
 
 PACKAGE, BESIDE = "gguf", "Modelfile"  # Ollama's recipe
-MAGIC = b"GGUF"
-MOST_ENTRIES = 10_000  # values, and tensors: a Llama of 1,000 layers has 9,003
 MOST_PARTS = 4_000_000  # pieces of the header: a vocabulary of 256,000 tokens and its merges: 2 M
 NAME_CHARS = 256  # of a value or a tensor
 REASON_CHARS = 200  # of what the package says of a file that it cannot read
@@ -83,10 +81,6 @@ CONFIG = {  # keys that begin with `llama.`, and ours
 HEAD_DIM = ("rope.dimension_count", "attention.key_length", "attention.value_length")
 
 
-def _package() -> ModuleType:
-    return import_optional(PACKAGE, "a GGUF file")
-
-
 def tensor_name(name: str) -> str:
     """What llama.cpp calls our tensor of this name."""
     return translate(name, NAMES, "blk")
@@ -95,101 +89,81 @@ def tensor_name(name: str) -> str:
 # ---------------------------------------------------------------------------- reading
 
 
-class Stored(NamedTuple):
-    """What a file holds: its values, and the tensors as the package describes them."""
-
-    values: dict[str, Any]  # arrays as lists
-    tensors: list[ReaderTensor]
-
-
 def recognizes(path: Path, head: bytes) -> bool:
     """Whether a file that begins so is of this format."""
-    return head.startswith(MAGIC)
+    return head.startswith(b"GGUF")
 
 
-def read_gguf(path: Path) -> Stored:
-    """Read a file of version 2 or 3. Raises UsageError, naming what is wrong, for any other.
+def contents(path: Path) -> Contents:
+    """The tensors by llama.cpp's names, and under 'metadata' the values before them.
 
-    Its tensors, which are mapped from the disk, must follow each other without gap or overlap, as
-    llama.cpp asks.
+    What torch has numbers for is mapped from the disk, all else is widened to float32. Raises
+    UsageError for a damaged file; the tensors must lie one after the other, as llama.cpp asks.
     """
-    with path.open("rb") as file:
-        head = file.read(24).ljust(24, b"\0")
-    magic, version, n_tensors, n_values = struct.unpack("<4sIQQ", head)
-    if magic != MAGIC or version not in (2, 3):  # 1 had sizes of 4 bytes
-        raise UsageError(f"{path}: GGUF version {version} is not read, only 2 and 3, little-endian")
-    for count in (n_tensors, n_values):
-        if count > MOST_ENTRIES:
-            claim = f"its header claims {count:,} entries"
-            raise UsageError(f"{path}: {claim}: cut off or no GGUF file")
+    package = import_optional(PACKAGE, "a GGUF file")
     try:
-        with np.errstate(all="ignore"):  # sums of what a damaged file claims
-            reader = _open(path)
-            values = {key: field.contents() for key, field in reader.fields.items()}
-    except UsageError:
-        raise
+        with np.errstate(all="ignore"):  # sums of what a damaged file claims; NaN as a weight
+            reader = _checking_reader(package)(path, "c")  # torch warns of memory that is read-only
+            end = reader.data_offset
+            for tensor in reader.tensors:
+                if tensor.data_offset != end:
+                    where = f"at byte {tensor.data_offset:,}, not where the one before it ends"
+                    raise ValueError(f"tensor {tensor.name[:NAME_CHARS]} lies {where}")
+                end = tensor.data_offset + tensor.n_bytes
+                end += -end % int(reader.alignment)
+            metadata = {key: field.contents() for key, field in reader.fields.items()}
+            tensors = {t.name: _widened(package, t) for t in reader.tensors}
     except Exception as error:  # the package raises what the damage happens to hit
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:REASON_CHARS]
-        raise UsageError(f"{path}: cut off or no GGUF file ({reason})") from None
-    end = reader.data_offset
-    for name in (*values, *(tensor.name for tensor in reader.tensors)):
+        raise UsageError(f"{path}: damaged or not read ({reason})") from None
+    for name in (*metadata, *tensors):
         if len(name) > NAME_CHARS or not name.isprintable():
             raise UsageError(f"{path}: {name[:40]!r} in its header is no name")
-    for tensor in reader.tensors:
-        if tensor.data_offset != end:
-            where = f"at byte {tensor.data_offset:,}, not where the one before it ends"
-            raise UsageError(f"{path}: tensor {tensor.name} lies {where}")
-        end += -(-tensor.n_bytes // reader.alignment) * reader.alignment
-    return Stored(values, reader.tensors)
+    dtypes = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    return Contents(
+        "GGUF",
+        {"model": tensors, "metadata": metadata},
+        {name: OUR_DTYPES.get(dtype, dtype.lower()) for name, dtype in dtypes.items()},
+        sum(tensor.n_bytes for tensor in reader.tensors),
+    )
 
 
-def _open(path: Path) -> GGUFReader:
-    """The package's reader, made to check what it reads; raises anything."""
-    package = _package()
+def _checking_reader(package: ModuleType) -> type[GGUFReader]:
+    """The package's reader, which by itself takes a file's end for the end of what it reads."""
 
-    class Reader(package.GGUFReader):
+    class CheckingReader(package.GGUFReader):
         parts = 0
 
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
-            """Numbers at an offset. The package's own slice ends quietly where the file does."""
             self.parts += 1
             if offset + int(count) * np.dtype(dtype).itemsize > self.data.size:
-                raise ValueError("it claims more than the file has")
+                raise ValueError("it claims more than the file has: cut off")
             if self.parts > MOST_PARTS:
                 raise ValueError(f"its header has more than {MOST_PARTS:,} parts")
             self.data = np.asarray(self.data)  # a memmap takes four times as long to slice
             return super()._get(offset, dtype, count, override_order)
 
-    return Reader(path, "c")  # as if written to, and never: torch warns of what it may not write
+    return CheckingReader
 
 
-def widened(path: Path, tensor: ReaderTensor) -> Tensor:
-    """A tensor as it is stored, if torch has such numbers, else in float32."""
+def _widened(package: ModuleType, tensor: ReaderTensor) -> Tensor:
     if tensor.data.dtype.kind == "f":
         return torch.from_numpy(tensor.data)
-    package = _package()
-    try:
-        with np.errstate(all="ignore"):  # NaN and infinity are as good as any other weight
-            return torch.from_numpy(package.quants.dequantize(tensor.data, tensor.tensor_type))
-    except NotImplementedError:
-        raise UsageError(
-            f"{path}: tensor {tensor.name} is stored as {tensor.tensor_type.name}, which is not "
-            "read: llama.cpp's llama-quantize --allow-requantize makes Q8_0 of it"
-        ) from None
+    return torch.from_numpy(package.quants.dequantize(tensor.data, tensor.tensor_type))
 
 
 def read(path: Path) -> StoredModel:
     """Read a Llama with its vocabulary; UsageError for anything else."""
-    stored = read_gguf(path)
-    tensors = {tensor.name: widened(path, tensor) for tensor in stored.tensors}
+    stored = contents(path).values
+    tensors, metadata = stored["model"], stored["metadata"]
     table = tensors.get("token_embd.weight", torch.empty(0))
-    config = _read_config(path, stored.values, len(table), tied="output.weight" not in tensors)
+    config = _read_config(path, metadata, len(table), tied="output.weight" not in tensors)
     ours = {tensor_name(name): name for name in parameter_shapes(config)}
     weights = {ours.get(name, name): tensor for name, tensor in tensors.items()}
     weights.setdefault("output.weight", table)
-    vocabulary = rebuilt_vocabulary(path, stored.values)
+    vocabulary = rebuilt_vocabulary(path, metadata)
     model = checked_model(path, config, weights, vocabulary, their_name=tensor_name)
-    template = ChatTemplate.from_jinja(stored.values.get("tokenizer.chat_template"))
+    template = ChatTemplate.from_jinja(metadata.get("tokenizer.chat_template"))
     return model._replace(chat_template=template)
 
 
@@ -219,30 +193,18 @@ def _read_config(path: Path, values: dict[str, Any], vocab_size: int, tied: bool
     return config
 
 
-def contents(path: Path) -> Contents:
-    """The tensors by llama.cpp's names, and what they are in the file."""
-    tensors = read_gguf(path).tensors
-    dtypes = {t.name: t.tensor_type.name for t in tensors}
-    return Contents(
-        "GGUF",
-        {"model": {tensor.name: widened(path, tensor) for tensor in tensors}},
-        {name: OUR_DTYPES.get(dtype, dtype.lower()) for name, dtype in dtypes.items()},
-        sum(tensor.n_bytes for tensor in tensors),
-    )
-
-
 # ---------------------------------------------------------------------------- writing
 
 
 def write(model: Llama, output: Path, *, dtype: str, tokenizer: Tokenizer | None) -> list[Path]:
     """Write the file, its vocabulary in it, and Ollama's Modelfile beside it; the paths of both."""
-    package = _package()
+    package = import_optional(PACKAGE, "--convert gguf")
     config = model.config
     if tokenizer is None:
         remedy = vocabulary_remedy(config.vocab_size)
         raise UsageError(f"--convert gguf: llama.cpp needs a vocabulary in the file: {remedy}")
     require_plain_bpe(tokenizer)
-    values = {
+    metadata = {
         "general.file_type": int(package.LlamaFileType[WRITTEN[dtype][1]]),
         "general.quantization_version": package.GGML_QUANT_VERSION,
         **{f"llama.{key}": getattr(config, ours) for key, ours in CONFIG.items()},
@@ -250,10 +212,15 @@ def write(model: Llama, output: Path, *, dtype: str, tokenizer: Tokenizer | None
         **vocabulary_values(tokenizer),
         **({"tokenizer.chat_template": model.chat_template.jinja()} if model.chat_template else {}),
     }
-    want = as_stored(model, dtype, store=lambda tensor: rounded(tensor, dtype))
-    state = model.state_dict()
+    with np.errstate(all="ignore"):  # check_finite refuses a number that is too large
+        encoded = {name: encode(package, t, dtype) for name, t in model.state_dict().items()}
+        want = {
+            name: torch.from_numpy(package.quants.dequantize(data, kind))
+            for name, (data, kind) in encoded.items()
+        }
+    check_finite(model, want, dtype)
     if config.tie_word_embeddings:
-        del state["output.weight"]
+        del encoded["output.weight"]
 
     def verify(path: Path) -> None:
         stored = read(path)
@@ -262,55 +229,47 @@ def write(model: Llama, output: Path, *, dtype: str, tokenizer: Tokenizer | None
         check_same_ids(tokenizer, lambda text: again.encode(text, True, True), str(path), eos=True)
 
     with atomic_write(output, verify=verify) as file:
-        write_gguf(file, values, {tensor_name(name): t for name, t in state.items()}, dtype)
+        write_file(package, file, metadata, {tensor_name(name): e for name, e in encoded.items()})
     recipe = output.with_name(BESIDE)
     write_text(recipe, modelfile(output, model, tokenizer))
     return [output, recipe]
 
 
-def write_gguf(
-    file: BinaryIO, values: dict[str, Any], tensors: dict[str, Tensor], dtype: str
+def encode(package: ModuleType, tensor: Tensor, dtype: str) -> tuple[np.ndarray, Any]:
+    """A tensor as a file of `dtype` holds it, and the package's name of that kind.
+
+    As llama.cpp's converter chooses: vectors stay float32, and rows that are not whole blocks of
+    Q8_0 are float16.
+    """
+    kind = package.GGMLQuantizationType["F32" if tensor.dim() == 1 else WRITTEN[dtype][0]]
+    if tensor.shape[-1] % package.GGML_QUANT_SIZES[kind][0]:
+        kind = package.GGMLQuantizationType.F16
+    return package.quants.quantize(tensor.numpy(), kind), kind
+
+
+def write_file(
+    package: ModuleType,
+    file: BinaryIO,
+    metadata: dict[str, Any],
+    tensors: dict[str, tuple[np.ndarray, Any]],
 ) -> None:
-    """Write a Llama's file; ints become uint32, floats float32, lists arrays."""
-    package = _package()
+    """Write values, ints as uint32 and floats as float32, and tensors as `encode` makes them."""
     types = package.GGUFValueType
     kinds = {bool: types.BOOL, int: types.UINT32, float: types.FLOAT32, str: types.STRING}
     writer = package.GGUFWriter(None, "llama")
-    for key, value in values.items():
+    for key, value in metadata.items():
         writer.add_key_value(key, value, kinds.get(type(value), types.ARRAY))
-    encoded = {name: encode(tensor, dtype) for name, tensor in tensors.items()}
-    for name, (data, kind) in encoded.items():
+    for name, (data, kind) in tensors.items():
         writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, kind)
     # Into the file that is open; the tensors by its own write, which says why a disk takes no more.
     writer.fout, writer.state = [file], package.gguf_writer.WriterState.EMPTY
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for data, _ in encoded.values():
+    for data, _ in tensors.values():
         writer.write_padding(file, file.tell())
         file.write(np.ascontiguousarray(data))
     writer.write_padding(file, file.tell())
-
-
-def encode(tensor: Tensor, dtype: str) -> tuple[np.ndarray, Any]:
-    """A tensor as a file of `dtype` holds it, and the package's name of that kind.
-
-    As llama.cpp's converter chooses: vectors stay float32, and rows that are not whole blocks of
-    Q8_0 are float16.
-    """
-    package = _package()
-    kind = package.GGMLQuantizationType["F32" if tensor.dim() == 1 else WRITTEN[dtype][0]]
-    if tensor.shape[-1] % package.GGML_QUANT_SIZES[kind][0]:
-        kind = package.GGMLQuantizationType.F16
-    with np.errstate(all="ignore"):  # a number that is too large is found when it is read back
-        return package.quants.quantize(tensor.numpy(), kind), kind
-
-
-def rounded(tensor: Tensor, dtype: str) -> Tensor:
-    """What a reader finds of a tensor in a file of `dtype`, in float32."""
-    package = _package()
-    with np.errstate(all="ignore"):
-        return torch.from_numpy(package.quants.dequantize(*encode(tensor, dtype)))
 
 
 def modelfile(output: Path, model: Llama, tokenizer: Tokenizer) -> str:

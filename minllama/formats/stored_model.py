@@ -121,20 +121,19 @@ def translate(name: str, parts: dict[str, str], layers: str) -> str:
 # ---------------------------------------------------------------------------- writing
 
 
-def as_stored(
-    model: Llama, dtype: str, *, store: Callable[[Tensor], Tensor] | None = None
-) -> dict[str, Tensor]:
-    """The float32 tensors that a reader must find in a file of this precision.
+def as_stored(model: Llama, dtype: str) -> dict[str, Tensor]:
+    """The float32 tensors that a reader must find in a file of one of torch's dtypes."""
+    state = model.state_dict().items()
+    want = {name: tensor.to(getattr(torch, dtype)).float() for name, tensor in state}
+    check_finite(model, want, dtype)
+    return want
 
-    `store` rounds a tensor as the format does, where that is not a cast to torch's dtype. Raises
-    UsageError for a number that is too large for the precision.
-    """
-    store = store or (lambda tensor: tensor.to(getattr(torch, dtype)).float())
-    want = {name: store(tensor) for name, tensor in model.state_dict().items()}
+
+def check_finite(model: Llama, want: dict[str, Tensor], dtype: str) -> None:
+    """UsageError for a number of the model that is too large for the precision."""
     for name, tensor in model.state_dict().items():
         if tensor.isfinite().all() and not want[name].isfinite().all():
             raise UsageError(f"{name} has numbers beyond {dtype}: --save_dtype float32 holds them")
-    return want
 
 
 def check_read_back(path: Path, stored: StoredModel, want: dict[str, Tensor]) -> None:

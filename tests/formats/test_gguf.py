@@ -207,7 +207,9 @@ def test_every_precision_that_llama_cpps_package_widens_is_read(tmp_path: Path, 
     data = np.zeros((3, 256 // block * size), np.uint8)
     data[:, ::3] = 7
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
-    writer.add_tensor("a", data, raw_dtype=kind)
+    writer.add_custom_alignment(64)
+    for name in ("a", "b"):
+        writer.add_tensor(name, data, raw_dtype=kind)
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file):
         step()
     writer.write_tensors_to_file()
@@ -217,8 +219,8 @@ def test_every_precision_that_llama_cpps_package_widens_is_read(tmp_path: Path, 
     assert contents.values["model"]["a"].shape == (3, 256) and np.isfinite(want).all()
     assert np.array_equal(contents.values["model"]["a"].numpy(), want)
     names = {"F64": "float64", "BF16": "bfloat16"}
-    assert contents.dtypes == {"a": names.get(kind.name, kind.name.lower())}
-    assert contents.packed_bytes == data.nbytes
+    assert contents.dtypes == dict.fromkeys("ab", names.get(kind.name, kind.name.lower()))
+    assert contents.packed_bytes == 2 * data.nbytes
 
 
 def test_without_the_package_the_remedy_is_named(tmp_path: Path, tokenizer: Tokenizer, monkeypatch):
@@ -378,11 +380,11 @@ def huge(n: int, kind: int) -> bytes:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: setattr(c, "version", 1), "GGUF version 1 is not read"),
-        (lambda c: setattr(c, "version", 3 << 24), "little-endian"),
-        (lambda c: c.counts.update(values=2**63), "claims 9,223,372,036,854,775,808 entries"),
+        (lambda c: setattr(c, "version", 1), "version 1 which we cannot handle"),
+        (lambda c: setattr(c, "version", 3 << 24), "claims more than the file has"),
+        (lambda c: c.counts.update(values=2**63), "is no name|a valid GGUFValueType|claims more"),
         (lambda c: c.counts.update(values=9000), "claims more|is no name|a valid GGUFValueType"),
-        (lambda c: c.counts.update(tensors=10_001), "claims 10,001 entries"),
+        (lambda c: c.counts.update(tensors=2**63), "claims more than the file has"),
         (value("a\nb", 1), r"'a\\nb' in its header is no name"),
         (tensor("x" * 300, [1], 0, 4), "x' in its header is no name"),
         (value("a", struct.pack("<IQ", 8, 2**62)), "claims more than the file has"),
@@ -415,15 +417,15 @@ def huge(n: int, kind: int) -> bytes:
         (value("llama.attention.sliding_window_pattern", [1, 0]), "sliding_window_pattern"),
         (tensor("rope_freqs.weight", [1], 0, 4), "rope_freqs.weight not of a Llama"),
         (tensor("output_norm.weight", [5], 0, 20), r"output_norm.weight has the shape \(5,\)"),
-        (tensor("blk.0.attn_q.weight", [4, 4], 24, 16), "attn_q.weight is stored as I8.*llama-q"),
+        (tensor("blk.0.attn_q.weight", [4, 4], 24, 16), "Dequantization for I8 is not"),
         (tensor("blk.0.attn_q.weight", [4, 4], 12, 64), "is not a multiple of Q4_K block size"),
         (tensor("blk.0.attn_q.weight", [4, 4], 77, 64), "77. is not a valid GGMLQuantizationType"),
         (tensor("blk.0.attn_q.weight", [4, 4], 8, 64), "is not a multiple of Q8_0 block size"),
-        (tensor("blk.0.attn_q.weight", [2**40, 2**40], 0, 64), "cut off|lies at byte"),
+        (tensor("blk.0.attn_q.weight", [2**40, 2**40], 0, 64), "cut off|lies at byte|cannot reshape"),
         (tensor("z", [2**40, 2**40], 0, 64), "cannot reshape"),
         (tensor("z", [], 0, 0), "claims more than the file has"),
         (tensor("z", [1] * 9, 0, 4), "tensor z not of a Llama"),
-        (lambda c: c.offsets.update({"output_norm.weight": 0}), "norm.weight lies at byte 7,104, not"),
+        (lambda c: c.offsets.update({"output_norm.weight": 0}), "norm.weight lies at byte 7,104"),
         (lambda c: c.offsets.update({"output_norm.weight": 2**60}), "claims more than the file"),
         (lambda c: setattr(c, "tail", -64), "claims more than the file has"),
         (value("tokenizer.ggml.tokens", ["a", "b"]), "do not fit together"),
