@@ -97,10 +97,8 @@ if __name__ == "__main__":  # --help and bad flags are answered before torch, wh
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback till then
     parse_or_exit(parse, PROGRAM, sys.argv[1:])
 
-import importlib.util
 import json
 import re
-import struct
 import zipfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -110,32 +108,31 @@ import torch
 from torch import Tensor
 
 from config import SHIPPED_MODEL
-from llama import Llama, load_pretrained
+from llama import load_pretrained
 from minllama.cli.console import human_size
-from minllama.formats.export import HUGGING_FACE_FILES, MODELFILE, TOKENIZER_BIN, export
-from minllama.formats.formats import LLAMA2C_MAGIC, own_name, read_model, read_safetensors
-from minllama.formats.gguf import GGUF_MAGIC, read_gguf
-from minllama.formats.models import model_in
-from minllama.formats.pt_file import is_pt, load_pt, tensors_in
+from minllama.formats import hugging_face, llama2c, pt_model
+from minllama.formats.export import export
+from minllama.formats.find_model import model_in, own_or_given_vocabulary
+from minllama.formats.model_file import format_named, read_contents, read_model
+from minllama.formats.pt_file import tensors_in
+from minllama.formats.stored_model import Contents
 from minllama.inference.evaluation import score_text
 from minllama.machine.ranks import check_runs_alone
 from minllama.runs.report import compare_runs
 from minllama.runs.run_folder import RunFolder
 from minllama.system.encodings import check_encoding
 from minllama.system.files import (
-    check_regular,
     real_path,
     remove_temporaries,
     restore_folder,
     size_on_disk,
     write_text,
 )
+from minllama.system.packages import import_optional
 from minllama.text.reading import Reading, find_text_files
 from tokenizer import Tokenizer, tokenizer_bin, vocabulary_remedy
 
 # ---------------------------------------------------------------------------- what is in a file
-
-CHECKPOINT_WITH_ADAPTERS = "resumable checkpoint with adapters"
 
 
 @dataclass
@@ -175,46 +172,16 @@ def stored_bytes(node: Any) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def read_stored(path: Path) -> tuple[str, dict[str, Any]]:
-    """Format, and all that a file holds: under 'model' its tensors as they are stored.
-
-    Where those are packed and read as float32, 'dtypes' are their own, and 'packed_bytes' their
-    size in the file.
-    """
-    if path.is_dir():
-        return "Hugging Face folder", {"model": read_safetensors(path)}
-    check_regular(path)
-    with path.open("rb") as file:
-        head = file.read(8).ljust(8, b"\0")
-    if is_pt(head):
-        payload = load_pt(path, verify=False)
-        if "optimizer" not in payload:
-            return "weights file", payload
-        adapters = any(".lora_" in name for name in payload["model"])
-        return CHECKPOINT_WITH_ADAPTERS if adapters else "resumable checkpoint", payload
-    if head.startswith(GGUF_MAGIC):
-        _, tensors, dtypes, sizes = read_gguf(path)
-        return "GGUF", {"model": tensors, "dtypes": dtypes, "packed_bytes": sum(sizes.values())}
-    magic, version = struct.unpack("<Ii", head)
-    version = version if magic == LLAMA2C_MAGIC else 0
-    payload = {"model": load_pretrained(path).state_dict()}
-    if version == 2:
-        dtypes = {name: "int8" for name, tensor in payload["model"].items() if tensor.dim() == 2}
-        payload |= {"dtypes": dtypes, "packed_bytes": path.stat().st_size - 256}
-    return f"llama2.c version {version}", payload
-
-
 def inspect(path: Path, *, verify: bool = False) -> Report:
     """Read the facts of a model file; with verify every byte of it."""
-    kind, payload = read_stored(path)
-    weights, size = payload["model"], size_on_disk(path)
-    optimizer = stored_bytes({key: payload.get(key) for key in ("optimizer", "scaler")})
-    held = payload.get("packed_bytes") or stored_bytes(weights)
-    dtypes = payload.get("dtypes", {})
+    contents = read_contents(path)
+    weights, size = contents.values["model"], size_on_disk(path)
+    optimizer = stored_bytes({key: contents.values.get(key) for key in ("optimizer", "scaler")})
+    held = contents.packed_bytes or stored_bytes(weights)
     tensors = [
         {
             "name": name,
-            "dtype": dtypes.get(name, str(tensor.dtype)[6:]),
+            "dtype": contents.dtypes.get(name, str(tensor.dtype).removeprefix("torch.")),
             "shape": list(tensor.shape),
         }
         for name, tensor in weights.items()
@@ -222,23 +189,23 @@ def inspect(path: Path, *, verify: bool = False) -> Report:
     unique = {(t.data_ptr(), t.shape): t.numel() for t in weights.values()}
     report = Report(
         path=str(path),
-        format=kind,
+        format=contents.format,
         size=size,
         parts={"weights": held, "optimizer": optimizer, "other": size - held - optimizer},
         tensors=tensors,
         dtypes=dict(Counter(tensor["dtype"] for tensor in tensors)),
         parameters=sum(unique.values()),
         embedding=describe_embedding(weights),
-        vocabulary=payload.get("vocabulary_fingerprint"),
+        vocabulary=contents.values.get("vocabulary_fingerprint"),
     )
     if verify:
-        verify_file(path, report, payload)
+        verify_file(path, report, contents)
     return report
 
 
 def describe_embedding(weights: dict[str, Tensor]) -> str:
     """Whether embedding and head are one table, and whether that is stored once."""
-    names = {own_name(name): tensor for name, tensor in weights.items()}
+    names = {pt_model.own_name(name): tensor for name, tensor in weights.items()}
     tables = ("tok_embeddings.weight", "model.embed_tokens.weight", "token_embd.weight")
     table = next((names[name] for name in tables if name in names), None)
     head = names.get("output.weight", names.get("lm_head.weight"))
@@ -251,15 +218,18 @@ def describe_embedding(weights: dict[str, Tensor]) -> str:
     return "tied, but stored twice" if torch.equal(table, head) else "not tied"
 
 
-def verify_file(path: Path, report: Report, payload: dict[str, Any]) -> None:
+def verify_file(path: Path, report: Report, contents: Contents) -> None:
     """Read every byte: checksums where the format has them, each number, and the model's shape."""
-    for name, tensor in tensors_in(payload):
+    for name, tensor in tensors_in(contents.values):
         if tensor.is_floating_point():
-            for found, bad in ((report.nan, tensor.isnan()), (report.inf, tensor.isinf())):
+            for counts, bad in ((report.nan, tensor.isnan()), (report.inf, tensor.isinf())):
                 if bad.any():
-                    found[name.removeprefix("model.")] = int(bad.sum())
+                    counts[name.removeprefix("model.")] = int(bad.sum())
     try:
-        read_model(path, adapters=report.format == CHECKPOINT_WITH_ADAPTERS)
+        if contents.adapters:  # part of a checkpoint, not of the model that it began with
+            pt_model.read(path, without_adapters=True)
+        else:
+            read_model(path)
     except UsageError as error:
         report.damage.append(str(error))
 
@@ -333,15 +303,14 @@ def print_comparison(path: Path, result: dict[str, Any]) -> None:
 def convert(path: Path, args: argparse.Namespace) -> list[Path]:
     """Write the model in another format; returns what was written. Raises UsageError."""
     model = load_pretrained(path)
-    tokenizer = find_tokenizer(model, args.tokenizer_model)
-    beside = {"bin": TOKENIZER_BIN, "bin-int8": TOKENIZER_BIN, "gguf": MODELFILE}
-    if args.convert in beside and tokenizer is not None:
-        second = args.output.with_name(beside[args.convert])
-        if not holds_vocabulary(second, tokenizer):
-            check_output(path, args.convert, second, args.overwrite)
-    stored = read_stored(path)[1]
-    of_classifier = ("classifier_head", "label_names", "pooling")
-    extra = {key: stored[key] for key in of_classifier if key in stored}
+    tokenizer = own_or_given_vocabulary(model, path, args.tokenizer_model)
+    if tokenizer is not None:
+        model.vocabulary = tokenizer.model_bytes
+        beside = format_named(args.convert).BESIDE
+        if beside and not holds_vocabulary(args.output.with_name(beside), tokenizer):
+            check_output(path, args.convert, args.output.with_name(beside), args.overwrite)
+    stored = read_contents(path).values
+    extra = {key: stored[key] for key in pt_model.CLASSIFIER_KEYS if key in stored}
     options = {"dtype": args.save_dtype, "tokenizer": tokenizer, "extra": extra}
     written = export(model, args.convert, args.output, **options)
     if tokenizer is None:
@@ -355,7 +324,7 @@ def convert(path: Path, args: argparse.Namespace) -> list[Path]:
 
 def holds_vocabulary(path: Path, tokenizer: Tokenizer) -> bool:
     """Whether this is the tokenizer.bin that would be written: then nothing is lost by it."""
-    if path.name != TOKENIZER_BIN or not path.is_file():
+    if path.name != llama2c.BESIDE or not path.is_file():
         return False
     data = tokenizer_bin(tokenizer)
     return path.stat().st_size == len(data) and path.read_bytes() == data
@@ -369,7 +338,7 @@ def check_output(path: Path, target: str, output: Path, overwrite: bool) -> None
     if output.exists() and output.is_dir() != (target == "hf"):
         raise UsageError(f"--output {output}: a folder and a file cannot replace each other")
     there = output.iterdir() if output.is_dir() else ()
-    others = {path.name for path in there} - HUGGING_FACE_FILES
+    others = {path.name for path in there} - hugging_face.FILES
     if others:
         raise UsageError(
             f"--output {output}: holds {min(others)}, which is no part of a model; name another"
@@ -382,33 +351,13 @@ def check_new(output: Path, overwrite: bool) -> None:
         raise UsageError(f"--output {output}: is there already; --overwrite replaces it")
 
 
-def find_tokenizer(model: Llama, given: Path | None) -> Tokenizer | None:
-    """The vocabulary to travel with the model: the one named, else the file's own."""
-    if given is None and model.vocabulary is None:
-        return None
-    tokenizer = Tokenizer(tokenizer_model=model.vocabulary if given is None else given)
-    if tokenizer.n_words != model.config.vocab_size:
-        raise UsageError(
-            f"--tokenizer_model {given or 'of the file'}: {tokenizer.n_words:,} tokens, but the "
-            f"model has {model.config.vocab_size:,}"
-        )
-    if model.vocabulary is not None and model.vocabulary != tokenizer.model_bytes:
-        own = Tokenizer(tokenizer_model=model.vocabulary).fingerprint
-        raise UsageError(
-            f"--tokenizer_model {given}: fingerprint {tokenizer.fingerprint}, but the model was "
-            f"trained with {own}; leave the option out"
-        )
-    model.vocabulary = tokenizer.model_bytes
-    return tokenizer
-
-
 # ---------------------------------------------------------------------------- scoring a text
 
 
 def score(path: Path, texts: list[Path], args: argparse.Namespace) -> dict[str, float]:
     """Print what the model makes of the texts, as bits per byte and more; returns the same."""
     model = load_pretrained(path)
-    tokenizer = find_tokenizer(model, args.tokenizer_model)
+    tokenizer = own_or_given_vocabulary(model, path, args.tokenizer_model)
     if tokenizer is None:
         remedy = vocabulary_remedy(model.config.vocab_size)
         raise UsageError(f"--text: {path} has no vocabulary: {remedy}")
@@ -463,8 +412,8 @@ def run(args: argparse.Namespace) -> int:
         restore_folder(args.output)
         remove_temporaries(args.output.parent, re.escape(args.output.name), older_than=86400)
         check_output(files[0], args.convert, args.output, args.overwrite)
-        if args.convert == "hf" and importlib.util.find_spec("safetensors") is None:
-            raise UsageError("--convert hf needs another package: pip install safetensors")
+        if package := format_named(args.convert).PACKAGE:
+            import_optional(package, f"--convert {args.convert}")
     check_encoding(args.encoding)
     texts = find_text_files(args.text, flag="--text") if args.text else []
     reports = [inspect(path, verify=args.verify) for path in files]

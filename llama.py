@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config import LlamaConfig, fingerprint
-from minllama.formats.formats import StoredModel, read_model
+from minllama.formats.model_file import read_model
+from minllama.formats.stored_model import StoredModel
 from minllama.model.generation import Cache, KVCache, Sampling, generate_tokens
 from minllama.model.kernels import (
     attend,
@@ -479,7 +480,7 @@ def load_pretrained(path: str | Path) -> Llama:
     """Read a model, in float32 on the CPU and in eval mode, whatever program wrote it.
 
     Runs no code from the file. Raises UsageError, naming file and tensor, for anything that is not
-    a Llama of one of the formats that `minllama.formats.formats` reads.
+    a Llama of one of the formats that `minllama.formats.model_file` lists.
     """
     return build_model(read_model(Path(path)))
 

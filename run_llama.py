@@ -26,7 +26,8 @@ from config import Options, find_idle_flags
 from llama import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
 from minllama.cli.command_line import print_error, protect_output
 from minllama.cli.console import progress_bar, say
-from minllama.formats.models import Classifier, find_model, load_model, read_classifier
+from minllama.formats.find_model import find_model, load_model
+from minllama.formats.pt_model import Classifier, read_classifier
 from minllama.inference.conversation import converse
 from minllama.inference.evaluation import compare_pairs, pair_report, read_pairs
 from minllama.inference.prompting import Prompts, score_labels

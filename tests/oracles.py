@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from config import LlamaConfig
-from llama import Llama
-from minllama.formats.formats import hugging_face_name
+from llama import Llama, load_pretrained
+from minllama.formats.export import export
+from minllama.formats.hugging_face import tensor_name
 from tokenizer import Tokenizer
 
 
@@ -51,7 +54,7 @@ def to_hugging_face(model: Llama) -> dict[str, torch.Tensor]:
                     for pair in range(size // 2)
                 ]
                 tensor = tensor[order]
-        state[hugging_face_name(name)] = tensor
+        state[tensor_name(name)] = tensor
     return state
 
 
@@ -63,3 +66,15 @@ def assert_same_weights(got: Llama, want: Llama) -> None:
         assert got.state_dict()[name].dtype == torch.float32
         assert torch.equal(got.state_dict()[name], tensor), name
     assert (got.output.weight is got.tok_embeddings.weight) == want.config.tie_word_embeddings
+
+
+def write(model: Llama, target: str, output: Path, *, dtype: str = "float32", tokenizer=None):
+    """Export a model; the paths written."""
+    return export(model, target, output, dtype=dtype, tokenizer=tokenizer, extra={})
+
+
+def assert_holds(path: Path, want: dict[str, torch.Tensor]) -> None:
+    """The model in a file has exactly these tensors."""
+    got = load_pretrained(path).state_dict()
+    assert {*got} == {*want}
+    assert all(torch.equal(tensor, want[name]) for name, tensor in got.items())

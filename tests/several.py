@@ -27,7 +27,7 @@ import torch.distributed as dist
 import run_llama
 from config import parse_options
 from llama import Llama
-from minllama.formats import models
+from minllama.formats import find_model
 from minllama.machine.ranks import Ranks, exit_at_once
 from minllama.training import loop
 
@@ -225,7 +225,7 @@ def without_the_model(rank: int) -> None:
         raise AssertionError(f"rank {rank} reads {path}")
 
     if rank == 1:
-        models.read_model = read
+        find_model.read_model = read
 
 
 FAULTS: dict[str, Callable[[int], None]] = {

@@ -226,14 +226,16 @@ def test_its_own_tokenizer_bin_is_not_in_the_way(saved: Path, tmp_path: Path, ta
     assert convert(saved, target, tmp_path / "two.bin") == 0
 
 
-def test_what_hf_needs_is_said_before_anything_else(
-    saved: Path, tmp_path: Path, capsys, monkeypatch
+@pytest.mark.parametrize("target, package", [("hf", "safetensors"), ("gguf", "gguf")])
+def test_the_package_that_is_needed_is_named_before_anything_else(
+    saved: Path, tmp_path: Path, capsys, monkeypatch, target: str, package: str
 ):
     """After ten lines of inspection, and after the model was read."""
-    monkeypatch.setattr(C.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(C, "inspect", None)
-    arguments = (saved, "--convert", "hf", "--output", tmp_path / "hf")
-    assert_refused(capsys, "--convert hf needs another package: pip install safe", *arguments)
+    arguments = (saved, "--convert", target, "--output", tmp_path / "it")
+    message = f"--convert {target} needs another package: pip install {package}"
+    assert_refused(capsys, message, *arguments)
 
 
 def test_an_error_of_converting_stands_alone(saved: Path, tmp_path: Path, capsys):
@@ -249,7 +251,7 @@ def test_another_vocabulary_than_the_models_own_is_refused(saved: Path, tmp_path
     other = tmp_path / "other.model"
     other.write_bytes(payload["vocabulary"].numpy().tobytes() + b"\xf8\x07\x01")  # a field unknown
     arguments = (saved, "--convert", "bin", "--output", tmp_path / "a.bin")
-    message = f"but the model was trained with {payload['vocabulary_fingerprint']}"
+    message = f"was trained with {payload['vocabulary_fingerprint']}"
     assert_refused(capsys, message, *arguments, "--tokenizer_model", other)
 
 
@@ -351,7 +353,7 @@ def test_bad_input_is_one_line_each(saved: Path, tmp_path: Path, capsys):
         ("says otherwise", saved, "--convert", "pt-float32", "--save_dtype", "float16", *out),
         ("exclude each other", saved, "--compare", saved, "--convert", "bin", *out),
         ("no such file", saved, "--compare", tmp_path / "none.pt"),
-        ("2,048 tokens, but the model has 300", bare, "--convert", "hf", *out)
+        ("has 2,048 pieces", bare, "--convert", "hf", *out)
         + ("--tokenizer-model", EMBEDDED_VOCABULARY),
         ("not a SentencePiece model", bare, "--convert", "hf", *out, "--tokenizer-model", text),
         ("unrecognized arguments: --bogus", saved, "--bogus"),

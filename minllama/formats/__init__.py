@@ -1,10 +1,16 @@
 """Model files, of this program and of others.
 
-Every reader takes hostile files: it runs no code, and checks sizes before it allocates.
+Every format is one module, which reads it, says what is in it, and writes it. All of them take
+hostile files: they run no code, and check sizes before they allocate.
 
-    pt_file  .pt files with a checksum, read without running code
-    formats  reading any of them
-    gguf     llama.cpp's files
-    export   writing other programs' files
-    models   which model a command means, and its vocabulary
+    pt_file       the container of .pt files: a checksum, no code
+    stored_model  what every format reads into, and checks
+    vocabularies  which vocabularies other programs can hold, and how that is tried
+    pt_model      models in .pt files, of this program, the original and llama2.c
+    llama2c       llama2.c's .bin files
+    gguf          llama.cpp's and Ollama's files
+    hugging_face  the folders of `transformers`
+    model_file    the table of formats; reading any of them
+    export        writing any of them
+    find_model    which model a command means, and its vocabulary
 """

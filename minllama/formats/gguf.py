@@ -1,284 +1,291 @@
-"""GGUF, the model files of llama.cpp and Ollama: named values, then tensors; read and written.
+"""GGUF, the model files of llama.cpp and Ollama, by way of llama.cpp's own package `gguf`.
 
-Knows the container, its number formats and its vocabularies, nothing of a model's shape. A file is
-untrusted: every size in it is compared with what there is before anything is made of it. The
-format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Every precision that the package widens is read; float32, float16, bfloat16 and Q8_0 are written,
+with the vocabulary in the file and Ollama's recipe beside it. The package believes what a file says
+of itself, so every size is compared with the file's before it is used. The format:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from config import LlamaConfig
+from minllama.formats.stored_model import (
+    Contents,
+    StoredModel,
+    check_finite,
+    check_read_back,
+    checked_model,
+    parameter_shapes,
+    read_shape,
+    translate,
+)
+from minllama.formats.vocabularies import check_same_ids, require_plain_bpe
 from minllama.system.errors import UsageError
-from tokenizer import Tokenizer
+from minllama.system.files import atomic_write, write_text
+from minllama.system.packages import import_optional
+from minllama.text.chat import ChatTemplate
+from tokenizer import Tokenizer, vocabulary_remedy
 
-GGUF_MAGIC = b"GGUF"
-VERSION = 3  # 2 is the same but for big-endian machines; 1 had sizes of 4 bytes
-ALIGNMENT = 32  # of each tensor, where a file names no other
-HEADER_BYTES = 64 << 20  # of all before the tensors: a vocabulary of 256,000 tokens needs 16 MB
-MOST_ENTRIES = 10_000  # values, and tensors: a Llama of 1,000 layers has 9,003
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+    from gguf.gguf_reader import ReaderTensor
+
+    from llama import Llama
+
+PACKAGE, BESIDE = "gguf", "Modelfile"  # Ollama's recipe
+MOST_PARTS = 4_000_000  # pieces of the header: a vocabulary of 256,000 tokens and its merges: 2 M
 NAME_CHARS = 256  # of a value or a tensor
-
-SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # codes of struct and numpy
-UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
-
-
-class NumberFormat(NamedTuple):
-    """How a tensor's numbers lie in the file: `size` bytes for each block of `block` numbers."""
-
-    code: int  # ggml's number for it
-    file_type: int  # llama.cpp's number for a file that holds mostly this
-    block: int
-    size: int
-
-
-FORMATS = {
-    "float32": NumberFormat(0, 0, 1, 4),
-    "float16": NumberFormat(1, 1, 1, 2),
-    "bfloat16": NumberFormat(30, 32, 1, 2),
-    "q8_0": NumberFormat(8, 7, 32, 34),  # a float16 scale and 32 int8
+REASON_CHARS = 200  # of what the package says of a file that it cannot read
+WRITTEN = {  # precisions that are written: the package's names for tensors and for whole files
+    "float32": ("F32", "ALL_F32"),
+    "float16": ("F16", "MOSTLY_F16"),
+    "bfloat16": ("BF16", "MOSTLY_BF16"),
+    "q8_0": ("Q8_0", "MOSTLY_Q8_0"),  # blocks of 32 int8 and a float16 scale
 }
-OTHER_FORMATS = {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K"}
-OTHER_FORMATS |= {13: "Q5_K", 14: "Q6_K", 20: "IQ4_NL", 23: "IQ4_XS", 39: "MXFP4"}
+OUR_DTYPES = {"F64": "float64"} | {theirs: ours for ours, (theirs, _) in WRITTEN.items()}
+NAMES = {
+    "tok_embeddings": "token_embd",
+    "norm": "output_norm",
+    "output": "output",
+    "attention_norm": "attn_norm",
+    "attention.compute_query": "attn_q",
+    "attention.compute_key": "attn_k",
+    "attention.compute_value": "attn_v",
+    "attention.compute_output": "attn_output",
+    "ffn_norm": "ffn_norm",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w2": "ffn_down",
+    "feed_forward.w3": "ffn_up",
+}
+CONFIG = {  # keys that begin with `llama.`, and ours
+    "vocab_size": "vocab_size",
+    "context_length": "max_seq_len",
+    "embedding_length": "dim",
+    "block_count": "n_layers",
+    "feed_forward_length": "hidden_dim",
+    "attention.head_count": "n_heads",
+    "attention.head_count_kv": "n_kv_heads",
+    "attention.layer_norm_rms_epsilon": "layer_norm_eps",
+    "rope.freq_base": "rope_theta",
+}
+HEAD_DIM = ("rope.dimension_count", "attention.key_length", "attention.value_length")
 
 
-class Stored(NamedTuple):
-    """What a GGUF file holds."""
-
-    values: dict[str, Any]  # arrays of numbers as numpy arrays, of strings as lists
-    tensors: dict[str, Tensor]  # Q8_0 as float32
-    dtypes: dict[str, str]  # a key of FORMATS for each tensor
-    sizes: dict[str, int]  # bytes of each in the file
-
-
-# ---------------------------------------------------------------------------- numbers
-
-
-def format_of(shape: Sequence[int], dtype: str) -> str:
-    """The number format of a tensor in a file of `dtype`, as llama.cpp's converter chooses it.
-
-    Vectors stay float32, and rows that are not whole blocks of Q8_0 are float16.
-    """
-    if len(shape) == 1:
-        return "float32"
-    return "float16" if shape[-1] % FORMATS[dtype].block else dtype
-
-
-def encode(tensor: Tensor, dtype: str) -> Tensor:
-    """The bytes of a tensor in a number format, as uint8."""
-    if dtype != "q8_0":
-        return tensor.to(getattr(torch, dtype)).contiguous().view(-1).view(torch.uint8)
-    blocks = tensor.float().reshape(-1, 32)
-    scales = blocks.abs().amax(dim=1, keepdim=True) / 127
-    inverse = torch.where(scales.half() > 0, 1 / scales, 0.0)  # a block of zeros stays one
-    scaled = blocks * inverse
-    numbers = torch.where(scaled < 0, (scaled - 0.5).ceil(), (scaled + 0.5).floor())  # C's roundf
-    parts = (scales.half().view(torch.uint8), numbers.to(torch.int8).view(torch.uint8))
-    return torch.cat(parts, dim=1).view(-1)
-
-
-def decode(data: Tensor, dtype: str, shape: Sequence[int]) -> Tensor:
-    """The inverse of encode; Q8_0 comes as float32."""
-    if dtype != "q8_0":
-        return data.view(getattr(torch, dtype)).view(*shape)
-    blocks = data.view(-1, 34)
-    scales = blocks[:, :2].contiguous().view(torch.float16).float()
-    return (blocks[:, 2:].view(torch.int8) * scales).view(*shape)
-
-
-def rounded(tensor: Tensor, dtype: str) -> Tensor:
-    """What a reader finds of a tensor in a file of `dtype`, in float32."""
-    used = format_of(tensor.shape, dtype)
-    return decode(encode(tensor, used), used, tensor.shape).float()
-
-
-# ---------------------------------------------------------------------------- writing
-
-
-def write_gguf(
-    file: BinaryIO, values: dict[str, Any], tensors: dict[str, Tensor], dtype: str
-) -> None:
-    """Write a file of version 3; ints become uint32, floats float32, lists arrays."""
-    counts = struct.pack("<4sIQQ", GGUF_MAGIC, VERSION, len(tensors), len(values))
-    header = bytearray(counts)
-    for key, value in values.items():
-        kind = _kind(value)
-        header += _text(key) + struct.pack("<I", kind) + _value(value, kind)
-    offset = 0
-    for name, tensor in tensors.items():
-        used = FORMATS[format_of(tensor.shape, dtype)]
-        place = struct.pack(
-            f"<I{tensor.dim()}QIQ", tensor.dim(), *tensor.shape[::-1], used.code, offset
-        )
-        header += _text(name) + place
-        offset += _aligned(tensor.numel() // used.block * used.size, ALIGNMENT)
-    file.write(header.ljust(_aligned(len(header), ALIGNMENT), b"\0"))
-    for tensor in tensors.values():
-        data = encode(tensor, format_of(tensor.shape, dtype)).numpy()
-        file.write(data)
-        file.write(bytes(-len(data) % ALIGNMENT))
-
-
-def _aligned(size: int, alignment: int) -> int:
-    return -(-size // alignment) * alignment
-
-
-def _text(text: str) -> bytes:
-    data = text.encode()
-    return struct.pack("<Q", len(data)) + data
-
-
-def _kind(value: Any) -> int:
-    return {bool: BOOL, int: UINT32, float: FLOAT32, str: STRING, list: ARRAY}[type(value)]
-
-
-def _value(value: Any, kind: int) -> bytes:
-    if kind == STRING:
-        return _text(value)
-    if kind != ARRAY:
-        return struct.pack(f"<{SCALARS[kind]}", value)
-    kind = {UINT32: INT32}.get(_kind(value[0]), _kind(value[0]))  # token types are signed
-    head = struct.pack("<IQ", kind, len(value))
-    return head + b"".join(_value(item, kind) for item in value)
+def tensor_name(name: str) -> str:
+    """What llama.cpp calls our tensor of this name."""
+    return translate(name, NAMES, "blk")
 
 
 # ---------------------------------------------------------------------------- reading
 
 
-class _Header:
-    """The values before the tensors, read one after another and never beyond the file's end."""
-
-    def __init__(self, path: Path, file: BinaryIO) -> None:
-        self.path, self.file = path, file
-        self.left = min(path.stat().st_size, HEADER_BYTES)
-
-    def error(self, problem: str) -> UsageError:
-        return UsageError(f"{self.path}: {problem}")
-
-    def take(self, count: int) -> bytes:
-        if count > self.left:
-            raise self.error("its header claims more than the file has: cut off or no GGUF file")
-        self.left -= count
-        return self.file.read(count)
-
-    def number(self, code: str) -> Any:
-        return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
-
-    def text(self) -> str:
-        data = self.take(self.number("Q"))
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            raise self.error(f"{data[:40]!r} in its header is not UTF-8") from None
-
-    def count(self) -> int:
-        found = self.number("Q")
-        if found > MOST_ENTRIES:
-            raise self.error(f"its header claims {found:,} entries: cut off or no GGUF file")
-        return found
-
-    def name(self) -> str:
-        found = self.text()
-        if len(found) > NAME_CHARS or not found.isprintable():
-            raise self.error(f"{found[:40]!r} in its header is no name")
-        return found
-
-    def value(self, kind: int) -> Any:
-        if kind == STRING:
-            return self.text()
-        if kind != ARRAY:
-            return self.number(self.scalar(kind))
-        kind, count = self.number("I"), self.number("Q")
-        if kind != STRING:
-            dtype = np.dtype(f"<{self.scalar(kind)}")
-            return np.frombuffer(self.take(count * dtype.itemsize), dtype)
-        return [self.text() for _ in range(count)]
-
-    def scalar(self, kind: int) -> str:
-        if kind not in SCALARS:
-            what = "an array of arrays" if kind == ARRAY else f"a value of the unknown type {kind}"
-            raise self.error(f"its header holds {what}")
-        return SCALARS[kind]
+def recognizes(path: Path, head: bytes) -> bool:
+    """Whether a file that begins so is of this format."""
+    return head.startswith(b"GGUF")
 
 
-def read_gguf(path: Path) -> Stored:
-    """Read a file of version 2 or 3. Raises UsageError, naming what is wrong, for any other.
+def contents(path: Path) -> Contents:
+    """The tensors by llama.cpp's names, and under 'metadata' the values before them.
 
-    Its tensors must follow each other without gap or overlap, as llama.cpp asks, and must be of
-    one of FORMATS.
+    What torch has numbers for is mapped from the disk, all else is widened to float32. Raises
+    UsageError for a damaged file; the tensors must lie one after the other, as llama.cpp asks.
     """
-    with path.open("rb") as file:
-        header = _Header(path, file)
-        magic, version = header.take(4), header.number("I")
-        if magic != GGUF_MAGIC or version not in (2, VERSION):
-            raise header.error(f"GGUF version {version} is not read, only 2 and 3, little-endian")
-        n_tensors, n_values = header.count(), header.count()
-        values: dict[str, Any] = {}
-        for _ in range(n_values):
-            key, kind = header.name(), header.number("I")
-            if key in values:
-                raise header.error(f"{key} is there twice")
-            values[key] = header.value(kind)
-        alignment = values.get("general.alignment", ALIGNMENT)
-        if type(alignment) is not int or alignment not in (8 << i for i in range(10)):
-            raise header.error(
-                f"general.alignment {str(alignment)[:40]!r} is not read, only 8 to 4096"
-            )
-        places: dict[str, tuple[tuple[int, ...], str]] = {}
-        sizes: dict[str, int] = {}
-        end = 0
-        for _ in range(n_tensors):
-            name, shape, dtype, offset = _place(header)
-            if name in places:
-                raise header.error(f"tensor {name} is there twice")
-            if offset != _aligned(end, alignment):
-                where = f"at byte {offset:,}, not where the one before it ends"
-                raise header.error(f"tensor {name} lies {where}")
-            places[name] = shape, dtype
-            sizes[name] = math.prod(shape) // FORMATS[dtype].block * FORMATS[dtype].size
-            end = offset + sizes[name]
-        start = _aligned(file.tell(), alignment)
-        if start + end > path.stat().st_size:  # found before anything of that size is made
-            raise header.error(
-                f"{path.stat().st_size:,} bytes where its header asks for {start + end:,}: "
-                "it is cut off"
-            )
-        tensors = {}
-        for name, (shape, dtype) in places.items():
-            file.seek(start)
-            data = torch.from_numpy(np.fromfile(file, np.uint8, sizes[name]))
-            tensors[name] = decode(data, dtype, shape)
-            start += _aligned(sizes[name], alignment)
-    return Stored(values, tensors, {name: dtype for name, (_, dtype) in places.items()}, sizes)
+    package = import_optional(PACKAGE, "a GGUF file")
+    try:
+        with np.errstate(all="ignore"):  # sums of what a damaged file claims; NaN as a weight
+            reader = _checking_reader(package)(path, "c")  # torch warns of memory that is read-only
+            end = reader.data_offset
+            for tensor in reader.tensors:
+                if tensor.data_offset != end:
+                    where = f"at byte {tensor.data_offset:,}, not where the one before it ends"
+                    raise ValueError(f"tensor {tensor.name[:NAME_CHARS]} lies {where}")
+                end = tensor.data_offset + tensor.n_bytes
+                end += -end % int(reader.alignment)
+            metadata = {key: field.contents() for key, field in reader.fields.items()}
+            tensors = {t.name: _widened(package, t) for t in reader.tensors}
+    except Exception as error:  # the package raises what the damage happens to hit
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:REASON_CHARS]
+        raise UsageError(f"{path}: damaged or not read ({reason})") from None
+    for name in (*metadata, *tensors):
+        if len(name) > NAME_CHARS or not name.isprintable():
+            raise UsageError(f"{path}: {name[:40]!r} in its header is no name")
+    dtypes = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    return Contents(
+        "GGUF",
+        {"model": tensors, "metadata": metadata},
+        {name: OUR_DTYPES.get(dtype, dtype.lower()) for name, dtype in dtypes.items()},
+        sum(tensor.n_bytes for tensor in reader.tensors),
+    )
 
 
-def _place(header: _Header) -> tuple[str, tuple[int, ...], str, int]:
-    """Name, shape, number format and offset of the next tensor."""
-    name, n_dims = header.name(), header.number("I")
-    if not 1 <= n_dims <= 4:
-        raise header.error(f"tensor {name} has {n_dims:,} dimensions")
-    shape = tuple(header.number("Q") for _ in range(n_dims))[::-1]
-    if 0 in shape:
-        raise header.error(f"tensor {name} has no numbers: its shape is {shape}")
-    code, offset = header.number("I"), header.number("Q")
-    dtype = next((dtype for dtype, used in FORMATS.items() if used.code == code), None)
-    if dtype is None:
-        raise header.error(
-            f"tensor {name} is stored as {OTHER_FORMATS.get(code, f'type {code}')}, and only "
-            f"{', '.join(FORMATS)} are read: llama.cpp's llama-quantize --allow-requantize makes "
-            "Q8_0 of it"
+def _checking_reader(package: ModuleType) -> type[GGUFReader]:
+    """The package's reader, which by itself takes a file's end for the end of what it reads."""
+
+    class CheckingReader(package.GGUFReader):
+        parts = 0
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            self.parts += 1
+            if offset + int(count) * np.dtype(dtype).itemsize > self.data.size:
+                raise ValueError("it claims more than the file has: cut off")
+            if self.parts > MOST_PARTS:
+                raise ValueError(f"its header has more than {MOST_PARTS:,} parts")
+            self.data = np.asarray(self.data)  # a memmap takes four times as long to slice
+            return super()._get(offset, dtype, count, override_order)
+
+    return CheckingReader
+
+
+def _widened(package: ModuleType, tensor: ReaderTensor) -> Tensor:
+    if tensor.data.dtype.kind == "f":
+        return torch.from_numpy(tensor.data)
+    return torch.from_numpy(package.quants.dequantize(tensor.data, tensor.tensor_type))
+
+
+def read(path: Path) -> StoredModel:
+    """Read a Llama with its vocabulary; UsageError for anything else."""
+    stored = contents(path).values
+    tensors, metadata = stored["model"], stored["metadata"]
+    table = tensors.get("token_embd.weight", torch.empty(0))
+    config = _read_config(path, metadata, len(table), tied="output.weight" not in tensors)
+    ours = {tensor_name(name): name for name in parameter_shapes(config)}
+    weights = {ours.get(name, name): tensor for name, tensor in tensors.items()}
+    weights.setdefault("output.weight", table)
+    vocabulary = rebuilt_vocabulary(path, metadata)
+    model = checked_model(path, config, weights, vocabulary, their_name=tensor_name)
+    template = ChatTemplate.from_jinja(metadata.get("tokenizer.chat_template"))
+    return model._replace(chat_template=template)
+
+
+def _read_config(path: Path, values: dict[str, Any], vocab_size: int, tied: bool) -> LlamaConfig:
+    """The shape that the values give; UsageError for what is not computed here."""
+    architecture = values.get("general.architecture")
+    if architecture != "llama":
+        architecture = str(architecture)[:40]
+        raise UsageError(
+            f"{path}: general.architecture {architecture!r} is not supported, only 'llama'"
         )
-    if shape[-1] % FORMATS[dtype].block:
-        raise header.error(f"tensor {name}: {dtype} rows of {shape[-1]:,} are no whole blocks")
-    return name, shape, dtype, offset
+    settings = {"rope.freq_base": 10000.0, "vocab_size": vocab_size}
+    for key, value in values.items():
+        if key.startswith("llama."):  # 1e-05, not the 9.999999747e-06 that float32 makes of it
+            value = float(str(np.float32(value))) if isinstance(value, float) else value
+            settings[key.removeprefix("llama.")] = value
+    for key in CONFIG:
+        if not isinstance(settings.get(key, 0), int | float):
+            raise UsageError(f"{path}: llama.{key} {str(settings[key])[:40]!r} is no number")
+    args = {ours: settings.get(key) for key, ours in CONFIG.items()}
+    config = read_shape(path, args | {"tie_word_embeddings": tied})
+    for key, value in settings.items():
+        must_be = (config.head_dim,) if key in HEAD_DIM else (0, "none")
+        known = key in CONFIG or key == "tensor_data_layout"
+        if not known and (not isinstance(value, int | float | str) or value not in must_be):
+            raise UsageError(f"{path}: llama.{key} {str(value)[:40]!r} is not supported")
+    return config
+
+
+# ---------------------------------------------------------------------------- writing
+
+
+def write(model: Llama, output: Path, *, dtype: str, tokenizer: Tokenizer | None) -> list[Path]:
+    """Write the file, its vocabulary in it, and Ollama's Modelfile beside it; the paths of both."""
+    package = import_optional(PACKAGE, "--convert gguf")
+    config = model.config
+    if tokenizer is None:
+        remedy = vocabulary_remedy(config.vocab_size)
+        raise UsageError(f"--convert gguf: llama.cpp needs a vocabulary in the file: {remedy}")
+    require_plain_bpe(tokenizer)
+    metadata = {
+        "general.file_type": int(package.LlamaFileType[WRITTEN[dtype][1]]),
+        "general.quantization_version": package.GGML_QUANT_VERSION,
+        **{f"llama.{key}": getattr(config, ours) for key, ours in CONFIG.items()},
+        **dict.fromkeys((f"llama.{key}" for key in HEAD_DIM), config.head_dim),
+        **vocabulary_values(tokenizer),
+        **({"tokenizer.chat_template": model.chat_template.jinja()} if model.chat_template else {}),
+    }
+    with np.errstate(all="ignore"):  # check_finite refuses a number that is too large
+        encoded = {name: encode(package, t, dtype) for name, t in model.state_dict().items()}
+        want = {
+            name: torch.from_numpy(package.quants.dequantize(data, kind))
+            for name, (data, kind) in encoded.items()
+        }
+    check_finite(model, want, dtype)
+    if config.tie_word_embeddings:
+        del encoded["output.weight"]
+
+    def verify(path: Path) -> None:
+        stored = read(path)
+        check_read_back(path, stored, want)
+        again = Tokenizer(tokenizer_model=stored.vocabulary)
+        check_same_ids(tokenizer, lambda text: again.encode(text, True, True), str(path), eos=True)
+
+    with atomic_write(output, verify=verify) as file:
+        write_file(package, file, metadata, {tensor_name(name): e for name, e in encoded.items()})
+    recipe = output.with_name(BESIDE)
+    write_text(recipe, modelfile(output, model, tokenizer))
+    return [output, recipe]
+
+
+def encode(package: ModuleType, tensor: Tensor, dtype: str) -> tuple[np.ndarray, Any]:
+    """A tensor as a file of `dtype` holds it, and the package's name of that kind.
+
+    As llama.cpp's converter chooses: vectors stay float32, and rows that are not whole blocks of
+    Q8_0 are float16.
+    """
+    kind = package.GGMLQuantizationType["F32" if tensor.dim() == 1 else WRITTEN[dtype][0]]
+    if tensor.shape[-1] % package.GGML_QUANT_SIZES[kind][0]:
+        kind = package.GGMLQuantizationType.F16
+    return package.quants.quantize(tensor.numpy(), kind), kind
+
+
+def write_file(
+    package: ModuleType,
+    file: BinaryIO,
+    metadata: dict[str, Any],
+    tensors: dict[str, tuple[np.ndarray, Any]],
+) -> None:
+    """Write values, ints as uint32 and floats as float32, and tensors as `encode` makes them."""
+    types = package.GGUFValueType
+    kinds = {bool: types.BOOL, int: types.UINT32, float: types.FLOAT32, str: types.STRING}
+    writer = package.GGUFWriter(None, "llama")
+    for key, value in metadata.items():
+        writer.add_key_value(key, value, kinds.get(type(value), types.ARRAY))
+    for name, (data, kind) in tensors.items():
+        writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, kind)
+    # Into the file that is open; the tensors by its own write, which says why a disk takes no more.
+    writer.fout, writer.state = [file], package.gguf_writer.WriterState.EMPTY
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for data, _ in tensors.values():
+        writer.write_padding(file, file.tell())
+        file.write(np.ascontiguousarray(data))
+    writer.write_padding(file, file.tell())
+
+
+def modelfile(output: Path, model: Llama, tokenizer: Tokenizer) -> str:
+    """Ollama's recipe for the file: dialogues, or text in and its continuation out."""
+    bos, eos = map(tokenizer.sp_model.id_to_piece, (tokenizer.bos_id, tokenizer.eos_id))
+    template, stops = "{{ .Prompt }}", [eos]  # the text alone: the model only continues it
+    if model.chat_template is not None:
+        template = model.chat_template.ollama(bos, eos)
+        stops.append(model.chat_template.user)
+    lines = [
+        f"FROM ./{output.name}",
+        f'TEMPLATE """{template}"""',
+        f"PARAMETER num_ctx {model.config.max_seq_len}",
+        *(f'PARAMETER stop "{stop}"' for stop in stops),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 # ---------------------------------------------------------------------------- vocabularies
@@ -315,20 +322,22 @@ def rebuilt_vocabulary(path: Path, values: dict[str, Any]) -> bytes | None:
     Raises UsageError, naming `path`, where they do not fit together.
     """
     prefix = "tokenizer.ggml."
-    said = {key[len(prefix) :]: value for key, value in values.items() if key.startswith(prefix)}
-    if said.get("model") != "llama":
+    told = {key[len(prefix) :]: value for key, value in values.items() if key.startswith(prefix)}
+    if told.get("model") != "llama":
         return None
-    tokens, scores, kinds = (said.get(key) for key in ("tokens", "scores", "token_type"))
-    bos, eos = said.get("bos_token_id"), said.get("eos_token_id")
-    right = (
-        isinstance(tokens, list)
-        and all(isinstance(column, np.ndarray) for column in (scores, kinds))
+    tokens, scores, kinds = (told.get(key) for key in ("tokens", "scores", "token_type"))
+    bos, eos = told.get("bos_token_id"), told.get("eos_token_id")
+    fit = (
+        all(isinstance(column, list) for column in (tokens, scores, kinds))
         and len(tokens) == len(scores) == len(kinds)
         and all(type(i) is int and 0 <= i < len(tokens) for i in (bos, eos))
-        and set(kinds.tolist()) <= {*range(1, 7)}
-        and np.isfinite(scores).all()
+        and {*map(type, tokens)} == {str}
+        and {*map(type, kinds)} == {int}
+        and {*kinds} <= {*range(1, 7)}
+        and {*map(type, scores)} <= {int, float}
+        and all(map(math.isfinite, scores))
     )
-    if not right:
+    if not fit:
         raise UsageError(
             f"{path}: its tokens, scores, token types, BOS and EOS do not fit together"
         )
@@ -338,7 +347,7 @@ def rebuilt_vocabulary(path: Path, values: dict[str, Any]) -> bytes | None:
     )
     bpe, bytes_for_the_rest = _field(3, 2), _field(35, int(BYTE in kinds))
     trainer = bpe + bytes_for_the_rest + _field(46, tokens[bos]) + _field(47, tokens[eos])
-    dummy_prefix = _field(3, int(bool(said.get("add_space_prefix", True))))
+    dummy_prefix = _field(3, int(bool(told.get("add_space_prefix", True))))
     normalizer = _field(1, "identity") + dummy_prefix + _field(4, 0)  # 4: trims no spaces
     model = b"".join([*pieces, _field(2, trainer), _field(3, normalizer)])
     try:

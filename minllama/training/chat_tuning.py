@@ -12,7 +12,7 @@ import numpy as np
 from config import Options, check_options, fingerprint
 from llama import Llama, load_pretrained
 from minllama.cli.console import progress_bar, say
-from minllama.formats.models import load_model
+from minllama.formats.find_model import load_model
 from minllama.model.generation import Sampling, generate_tokens
 from minllama.model.lora import add_lora
 from minllama.system.errors import UsageError

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from config import Options, fingerprint
 from llama import LlamaEmbeddingClassifier
 from minllama.cli.console import progress_bar, say
-from minllama.formats.models import load_model
+from minllama.formats.find_model import load_model
 from minllama.formats.pt_file import load_pt
 from minllama.machine.ranks import Ranks
 from minllama.machine.sharding import full_state_dict, load_state, no_gradients

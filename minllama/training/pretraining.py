@@ -14,8 +14,8 @@ from torch import Tensor
 from config import MAX_CONTEXT, LlamaConfig, Options
 from llama import Llama, load_pretrained
 from minllama.cli.console import say
-from minllama.formats.formats import read_vocabulary
-from minllama.formats.models import STARTING_WEIGHTS, Start, find_start_model
+from minllama.formats.find_model import STARTING_WEIGHTS, Start, find_start_model
+from minllama.formats.pt_model import read_vocabulary
 from minllama.inference.evaluation import perplexity
 from minllama.inference.streaming import sample_text
 from minllama.machine.gpus import GPUS

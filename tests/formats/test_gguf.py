@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import struct
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -18,14 +19,18 @@ from oracles import assert_same_weights, make_model
 from vocabularies import vocabulary
 
 import check_model_precision as C
+import minllama.formats.gguf
 from config import SHIPPED_MODEL
 from llama import Llama, load_pretrained, model_payload
-from minllama.formats.export import SAMPLES, export
-from minllama.formats.formats import gguf_name
-from minllama.formats.gguf import read_gguf
+from minllama.formats.export import export
+from minllama.formats.gguf import tensor_name
+from minllama.formats.model_file import read_contents
+from minllama.formats.vocabularies import SAMPLES
 from minllama.system.errors import UsageError
 from minllama.text.chat import ChatTemplate
 from tokenizer import Tokenizer
+
+gguf = pytest.importorskip("gguf")
 
 
 def write(model: Llama, path: Path, tokenizer: Tokenizer, dtype: str = "float32") -> Path:
@@ -181,17 +186,52 @@ def test_q8_0_is_ggmls(tmp_path: Path, tokenizer: Tokenizer, capsys):
     with torch.no_grad():
         model.layers[1].feed_forward.w1.weight[3, :32] = 0
     path = write(model, tmp_path / "a.gguf", tokenizer, "q8_0")
-    got, stored = load_pretrained(path).state_dict(), read_gguf(path)
+    got, stored = load_pretrained(path).state_dict(), read_contents(path)
     for name, tensor in model.state_dict().items():
         want = tensor if tensor.dim() == 1 else by_hand(tensor)
         want = tensor.half().float() if name.endswith("w2.weight") else want
         assert torch.equal(got[name], want), name
-    assert stored.dtypes[gguf_name("layers.0.feed_forward.w2.weight")] == "float16"
+    assert stored.dtypes[tensor_name("layers.0.feed_forward.w2.weight")] == "float16"
     assert C.main([str(path), "--verify"]) == 0
     out = capsys.readouterr().out
     assert "a.gguf: GGUF" in out and "13 q8_0, 2 float16, 5 float32" in out and "verified" in out
-    held = sum(stored.sizes.values())
+    held = stored.packed_bytes
     assert C.inspect(path).parts["weights"] == held < 0.4 * 4 * sum(t.numel() for t in got.values())
+
+
+@pytest.mark.parametrize("kind", ["F64", "BF16", "Q4_0", "Q5_1", "Q4_K", "Q6_K", "IQ4_XS", "MXFP4"])
+def test_every_precision_that_llama_cpps_package_widens_is_read(tmp_path: Path, kind: str):
+    """Only four used to be; the report names the file's own, and counts its bytes."""
+    kind = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    data = np.zeros((3, 256 // block * size), np.uint8)
+    data[:, ::3] = 7
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_custom_alignment(64)
+    for name in ("a", "b"):
+        writer.add_tensor(name, data, raw_dtype=kind)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file):
+        step()
+    writer.write_tensors_to_file()
+    writer.close()
+    contents = read_contents(tmp_path / "a.gguf")
+    want = data.view(np.float64) if kind.name == "F64" else gguf.dequantize(data, kind)
+    assert contents.values["model"]["a"].shape == (3, 256) and np.isfinite(want).all()
+    assert np.array_equal(contents.values["model"]["a"].numpy(), want)
+    names = {"F64": "float64", "BF16": "bfloat16"}
+    assert contents.dtypes == dict.fromkeys("ab", names.get(kind.name, kind.name.lower()))
+    assert contents.packed_bytes == 2 * data.nbytes
+
+
+def test_without_the_package_the_remedy_is_named(tmp_path: Path, tokenizer: Tokenizer, monkeypatch):
+    """Whatever is done with such a file."""
+    path = write(make_model(tokenizer), tmp_path / "a.gguf", tokenizer)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UsageError, match="needs another package: pip install gguf"):
+        load_pretrained(path)
+    with pytest.raises(UsageError, match="needs another package: pip install gguf"):
+        write(make_model(tokenizer), tmp_path / "b.gguf", tokenizer)
+    assert not (tmp_path / "b.gguf").exists()
 
 
 def test_it_converts_from_and_to_gguf(tmp_path: Path, tokenizer: Tokenizer):
@@ -340,36 +380,36 @@ def huge(n: int, kind: int) -> bytes:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: setattr(c, "version", 1), "GGUF version 1 is not read"),
-        (lambda c: setattr(c, "version", 3 << 24), "little-endian"),
-        (lambda c: c.counts.update(values=2**63), "claims 9,223,372,036,854,775,808 entries"),
-        (lambda c: c.counts.update(values=9000), "claims more|is no name|unknown type"),
-        (lambda c: c.counts.update(tensors=10_001), "claims 10,001 entries"),
+        (lambda c: setattr(c, "version", 1), "version 1 which we cannot handle"),
+        (lambda c: setattr(c, "version", 3 << 24), "claims more than the file has"),
+        (lambda c: c.counts.update(values=2**63), "is no name|a valid GGUFValueType|claims more"),
+        (lambda c: c.counts.update(values=9000), "claims more|is no name|a valid GGUFValueType"),
+        (lambda c: c.counts.update(tensors=2**63), "claims more than the file has"),
         (value("a\nb", 1), r"'a\\nb' in its header is no name"),
         (tensor("x" * 300, [1], 0, 4), "x' in its header is no name"),
         (value("a", struct.pack("<IQ", 8, 2**62)), "claims more than the file has"),
         (value("a", huge(2**62, 6)), "claims more than the file has"),
-        (value("a", huge(2**62, 8)), "claims more than the file has|not UTF-8"),
+        (value("a", huge(2**62, 8)), "claims more than the file has"),
         (value("a", huge(2**40, 0)), "claims more than the file has"),
-        (value("a", huge(1, 9) + huge(1, 9)), "an array of arrays"),
-        (value("a", struct.pack("<II", 99, 0)), "unknown type 99"),
-        (value("a", struct.pack("<IQ", 8, 2) + b"\xff\xfe"), "is not UTF-8"),
+        (value("a", huge(1, 9) + huge(1, 9)), "is no name|not a valid GGUFValueType"),
+        (value("a", struct.pack("<II", 99, 0)), "99. is not a valid GGUFValueType"),
+        (value("a", struct.pack("<IQ", 8, 2) + b"\xff\xfe"), "can't decode byte 0xff"),
         (lambda c: (c.counts.update(values=14), setattr(c, "extra", entry("llama.block_count", 1))),
-         "llama.block_count is there twice"),
-        (value("general.alignment", 7), "general.alignment '7' is not read"),
-        (value("general.alignment", 2**31), "general.alignment '2147483648'"),
+         "Duplicate llama.block_count"),
+        (value("general.alignment", 7), "Invalid alignment"),
+        (value("general.alignment", 2**31), "claims more than the file has"),
         (value("general.alignment", [32, 32]), "general.alignment"),
-        (value("general.alignment", 64), "lies at byte"),
+        (value("general.alignment", 64), "lies at byte|claims more than the file has"),
         (value("general.architecture", "gemma"), "general.architecture 'gemma'"),
         (gone("general.architecture"), "general.architecture 'None'"),
         (gone("llama.embedding_length"), "--dim None"),
         (gone("llama.attention.layer_norm_rms_epsilon"), "--layer_norm_eps None"),
         (value("llama.embedding_length", "w" * 999), "embedding_length 'w{40}' is no number"),
-        (value("llama.block_count", 900), "blk.1.attn_norm.weight and 8090 more missing"),
+        (value("llama.block_count", 900), "blk.1.attn_q.weight and 8090 more missing"),
         (value("llama.context_length", 2**31), "--max_seq_len"),
         (value("llama.vocab_size", 2**30), "--vocab_size"),
         (value("llama.vocab_size", 3000), r"token_embd.weight has the shape \(270, 4\)"),
-        (value("llama.attention.head_count", [2] * 9999), "head_count '.2 2 .*' is no number"),
+        (value("llama.attention.head_count", [2] * 9999), "head_count '.2, 2, .*' is no number"),
         (value("llama.attention.key_length", 4), "llama.attention.key_length '4' is not supported"),
         (value("llama.rope.dimension_count", 1), "llama.rope.dimension_count '1'"),
         (value("llama.rope.scaling.type", "yarn"), "llama.rope.scaling.type 'yarn'"),
@@ -377,23 +417,24 @@ def huge(n: int, kind: int) -> bytes:
         (value("llama.attention.sliding_window_pattern", [1, 0]), "sliding_window_pattern"),
         (tensor("rope_freqs.weight", [1], 0, 4), "rope_freqs.weight not of a Llama"),
         (tensor("output_norm.weight", [5], 0, 20), r"output_norm.weight has the shape \(5,\)"),
-        (tensor("blk.0.attn_q.weight", [4, 4], 12, 64), "attn_q.weight is stored as Q4_K.*llama-q"),
-        (tensor("blk.0.attn_q.weight", [4, 4], 77, 64), "stored as type 77"),
-        (tensor("blk.0.attn_q.weight", [4, 4], 8, 64), "q8_0 rows of 4 are no whole blocks"),
-        (tensor("blk.0.attn_q.weight", [2**40, 2**40], 0, 64), "cut off|lies at byte"),
-        (tensor("z", [2**40, 2**40], 0, 64), "where its header asks for 4,835,703,278,458,516,"),
-        (tensor("z", [], 0, 0), "tensor z has 0 dimensions"),
-        (tensor("z", [1] * 9, 0, 4), "tensor z has 9 dimensions"),
-        (lambda c: c.offsets.update({"output_norm.weight": 0}), "norm.weight lies at byte 0"),
-        (lambda c: c.offsets.update({"output_norm.weight": 2**60}), "lies at byte"),
-        (lambda c: setattr(c, "tail", -64), "it is cut off"),
+        (tensor("blk.0.attn_q.weight", [4, 4], 24, 16), "Dequantization for I8 is not"),
+        (tensor("blk.0.attn_q.weight", [4, 4], 12, 64), "is not a multiple of Q4_K block size"),
+        (tensor("blk.0.attn_q.weight", [4, 4], 77, 64), "77. is not a valid GGMLQuantizationType"),
+        (tensor("blk.0.attn_q.weight", [4, 4], 8, 64), "is not a multiple of Q8_0 block size"),
+        (tensor("blk.0.attn_q.weight", [2**40, 2**40], 0, 64), "cut off|lies at byte|cannot reshape"),
+        (tensor("z", [2**40, 2**40], 0, 64), "cannot reshape"),
+        (tensor("z", [], 0, 0), "claims more than the file has"),
+        (tensor("z", [1] * 9, 0, 4), "tensor z not of a Llama"),
+        (lambda c: c.offsets.update({"output_norm.weight": 0}), "norm.weight lies at byte 7,104"),
+        (lambda c: c.offsets.update({"output_norm.weight": 2**60}), "claims more than the file"),
+        (lambda c: setattr(c, "tail", -64), "claims more than the file has"),
         (value("tokenizer.ggml.tokens", ["a", "b"]), "do not fit together"),
         (value("tokenizer.ggml.token_type", [9] * 270), "do not fit together"),
         (value("tokenizer.ggml.scores", "0"), "do not fit together"),
         (value("tokenizer.ggml.bos_token_id", 270), "do not fit together"),
         (gone("tokenizer.ggml.scores"), "do not fit together"),
         (value("tokenizer.ggml.scores", [float("nan")] * 270), "do not fit together"),
-        (tensor("z", [0, 2**60], 0, 0), "tensor z has no numbers"),
+        (tensor("z", [0, 2**60], 0, 0), "tensor z not of a Llama"),
         (value("tokenizer.ggml.tokens", ["a"] * 270), "not a SentencePiece model"),
         (value("tokenizer.ggml.token_type", [1] * 270), "not a SentencePiece|has no BOS"),
     ],
@@ -408,6 +449,19 @@ def test_what_is_wrong_is_named_and_costs_nothing(tmp_path: Path, change, messag
         load_pretrained(path)
     assert time.process_time() - start < 1
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "claim", [huge(2**40, 0) + bytes(10**6), huge(2**40, 8) + bytes(10**6), huge(2**20, 9) * 10**5]
+)
+def test_a_large_header_of_small_claims_takes_bounded_memory(tmp_path: Path, monkeypatch, claim):
+    """A part of a byte costs a hundred in memory: many of them are refused, nested ones too."""
+    monkeypatch.setattr(minllama.formats.gguf, "MOST_PARTS", 10_000)
+    crafted = Crafted()
+    crafted.values["a"] = claim
+    with pytest.raises(UsageError, match="10,000 parts|RecursionError|not a valid") as caught:
+        load_pretrained(crafted.write(tmp_path / "a.gguf"))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_damaged_file_is_refused_or_read_but_never_a_traceback(tmp_path: Path):

@@ -10,8 +10,8 @@ from running import command, write_labelled, write_model
 
 from config import LlamaConfig
 from llama import Llama, LlamaZeroShotClassifier
-from minllama.formats.models import read_classifier
 from minllama.formats.pt_file import load_pt, save_pt
+from minllama.formats.pt_model import read_classifier
 from minllama.inference.prompting import Prompts, score_labels
 from minllama.system.errors import UsageError
 from minllama.text.labelled import LabelledExample

@@ -1,4 +1,4 @@
-"""Pretraining that goes on from given weights: `--option pretrain --pretrained_model_path`.
+"""Pretraining initialised from given weights: `--option pretrain --pretrained_model_path`.
 
 It began from scratch without a word.
 """
@@ -117,7 +117,7 @@ def test_a_resumed_run_needs_no_starting_weights(monkeypatch):
     assert done.status == 2
     assert "--pretrained_model_path: SHA-256 of its weights" in done.error
     done = command(f"{resume} --pretrained_model_path {path} --plan")
-    assert done.status == 0 and f"goes on from {path}" in done.out
+    assert done.status == 0 and f"initialised from {path}" in done.out
     path.unlink()
     done = command(f"{resume} --pretrained_model_path {path}")  # the command of before, repeated
     assert done.status == 0 and "before the first step" not in done.out

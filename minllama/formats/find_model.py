@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from config import SHIPPED_MODEL, LlamaConfig, Options
 from llama import Llama, build_model, load_pretrained
-from minllama.formats.formats import StoredModel, read_model, read_shape, read_vocabulary
-from minllama.formats.pt_file import STATE_FILE, is_pt, load_pt
+from minllama.formats.model_file import read_model
+from minllama.formats.pt_file import STATE_FILE, load_pt
+from minllama.formats.pt_model import read_vocabulary
+from minllama.formats.stored_model import StoredModel, read_shape
 from minllama.machine.ranks import Ranks
 from minllama.system.errors import UsageError
 from minllama.text.reading import SHOWN_FILES, download_hint
@@ -41,66 +42,25 @@ def find_model(options: Options) -> Path:
     """
     path, run = options.pretrained_model_path, options.save_dir
     if path is not None:
-        found = model_in(path, "--pretrained_model_path")
-        if found != path:
-            print(f"--pretrained_model_path {path} is a folder: using {found}")
-        return found
+        file = model_in(path, "--pretrained_model_path")
+        if file != path:
+            print(f"--pretrained_model_path {path} is a folder: using {file}")
+        return file
     if options.interactive and options.option == "generate":
-        found = newest_chat_model(run)
-        if found is not None:
-            print(f"--pretrained_model_path is not given: using {found}, which is for dialogues")
-            return found
+        chat_model = newest_chat_model(run)
+        if chat_model is not None:
+            which = f"using {chat_model}, which is for dialogues"
+            print(f"--pretrained_model_path is not given: {which}")
+            return chat_model
     finetune = options.option == "finetune"  # its own models may be in its folder, or will be
     if "save_dir" in options.given and not (finetune and pretrained_in(run) is None):
-        found = pretrained_in(run) or model_in(run, "--save_dir")
-        print(f"--pretrained_model_path is not given: using --save_dir's {found}")
-        return found
+        file = pretrained_in(run) or model_in(run, "--save_dir")
+        print(f"--pretrained_model_path is not given: using --save_dir's {file}")
+        return file
     defaults = (Path("checkpoints/final-model.pt"), Path("stories42M.pt"), SHIPPED_MODEL)
     path = next((path for path in defaults if path.exists()), SHIPPED_MODEL)
     print(f"--pretrained_model_path is not given: using {path}")
     return path
-
-
-class Classifier(NamedTuple):
-    """What a fine-tuning adds to a model: the head's weight (labels, dim) and bias, and names.
-
-    `pooling` is what the head was trained to read.
-    """
-
-    head: dict[str, Tensor]
-    label_names: list[str]
-    pooling: str
-
-
-def read_classifier(path: Path) -> Classifier | None:
-    """The classifier in a fine-tuned model's file; None for a model without one.
-
-    Raises UsageError for a head that is not that of as many labels, or reads what is not known.
-    """
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        if not is_pt(file.read(2)):
-            return None
-    payload = load_pt(path, verify=False)  # load_pretrained verifies
-    head, names = payload.get("classifier_head"), payload.get("label_names")
-    if head is None and names is None:
-        return None
-    args = payload.get("model_args")
-    named = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    if not (named and isinstance(head, dict) and isinstance(args, dict)):
-        raise UsageError(f"{path}: its classifier is no head with a name for each label")
-    shapes = {"weight": (len(names), args.get("dim")), "bias": (len(names),)}
-    if head.keys() != shapes.keys():
-        raise UsageError(f"{path}: its classifier's head is not a weight and a bias")
-    for name, shape in shapes.items():
-        tensor = head[name]
-        if not (isinstance(tensor, Tensor) and tuple(tensor.shape) == shape):
-            raise UsageError(f"{path}: classifier_head.{name} does not have the shape {shape}")
-    pooling = payload.get("pooling", "last")  # files of before there were two do not say
-    if pooling not in ("last", "mean"):
-        raise UsageError(f"{path}: its classifier's pooling is {pooling!r}, not last or mean")
-    return Classifier(head, names, pooling)
 
 
 def pretrained_in(folder: Path) -> Path | None:
@@ -126,26 +86,21 @@ def model_in(path: Path, flag: str) -> Path:
     Raises UsageError that names `flag` and what there is instead.
     """
     if not path.exists():
-        raise UsageError(f"{flag} {path}: no such file or folder{_there_is(path)}")
-    if (path / STATE_FILE).is_file():
-        raise UsageError(
-            f"{path}: is a sharded checkpoint: resume it (--resume {path}, one process is enough) "
-            "to get final-model.pt"
-        )
-    if path.is_file() or (path / "config.json").is_file():
-        return path
+        raise UsageError(f"{flag} {path}: no such file or folder{_models_nearby(path)}")
+    if path.is_file() or any((path / name).is_file() for name in ("config.json", STATE_FILE)):
+        return path  # of a sharded checkpoint, its reader says what to do
     files = sorted(path.glob("*.pt"))
     if not files:
-        raise UsageError(f"{flag} {path}: the folder holds no model{_there_is(path)}")
+        raise UsageError(f"{flag} {path}: the folder holds no model{_models_nearby(path)}")
     final = [file for file in files if file.name == "final-model.pt"]
     best = [file for file in files if file.name.endswith("best-model.pt")]
-    found = final or best or files
-    if len(found) != 1:
-        raise UsageError(f"{flag} {path}: is a folder; name one of {_named(found)}")
-    return found[0]
+    models = final or best or files
+    if len(models) != 1:
+        raise UsageError(f"{flag} {path}: is a folder; name one of {_listed(models)}")
+    return models[0]
 
 
-def _there_is(path: Path) -> str:
+def _models_nearby(path: Path) -> str:
     """What to add to the message of a model that is not there: which models are, near by."""
     if hint := download_hint(path):
         return hint
@@ -154,54 +109,67 @@ def _there_is(path: Path) -> str:
     if not near:  # beside a folder whose name is mistyped, or that a run left elsewhere
         near = sorted({*folder.glob("*/*.pt"), *Path().glob("*.pt"), *Path().glob("*/*.pt")})
     models = [file for file in near if file.name.endswith("-model.pt")]
-    return f"; there is {_named(models or near)}" if near else ""
+    return f"; there is {_listed(models or near)}" if near else ""
 
 
-def _named(files: Sequence[Path]) -> str:
+def _listed(files: Sequence[Path]) -> str:
     more = f" and {len(files) - SHOWN_FILES} more" if len(files) > SHOWN_FILES else ""
     return ", ".join(map(str, files[:SHOWN_FILES])) + more
 
 
 def find_vocabulary(model: Llama | StoredModel, path: Path, options: Options) -> Tokenizer:
-    """The vocabulary of a model: its own; files without one take a file of the same size.
+    """The vocabulary of a model: its own; for files without one as named, or tokenizer.model.
+
+    Raises UsageError for a vocabulary that is not the model's, and where there is none.
+    """
+    given, beside = options.tokenizer_model, Path("tokenizer.model")
+    if model.vocabulary is None and given is None and beside.exists():
+        given = beside
+    tokenizer = own_or_given_vocabulary(model, path, given)
+    if tokenizer is None:
+        remedy = vocabulary_remedy(model.config.vocab_size)
+        raise UsageError(f"{path} carries no SentencePiece vocabulary: {remedy}")
+    return tokenizer
+
+
+def own_or_given_vocabulary(
+    model: Llama | StoredModel, path: Path, given: Path | None
+) -> Tokenizer | None:
+    """The vocabulary in the model's file, else the one given; None for neither.
 
     Raises UsageError, naming both fingerprints or sizes, for a vocabulary that is not the model's.
     """
-    given, size = options.tokenizer_model, model.config.vocab_size
-    if model.vocabulary is not None:
-        tokenizer = Tokenizer(tokenizer_model=model.vocabulary)
-        named = tokenizer if given is None else Tokenizer(tokenizer_model=given)
-        if named.fingerprint != tokenizer.fingerprint:
+    size = model.config.vocab_size
+    named = None if given is None else Tokenizer(tokenizer_model=given)
+    if model.vocabulary is None:
+        if named is not None and named.n_words != size:
             raise UsageError(
-                f"--tokenizer_model {given} has the fingerprint {named.fingerprint}, and {path} "
-                f"was trained with {tokenizer.fingerprint}: leave the flag out"
+                f"--tokenizer_model {given} has {named.n_words:,} pieces (fingerprint "
+                f"{named.fingerprint}) and {path} was trained with {size:,}: name the vocabulary "
+                "it was trained with"
             )
-        if tokenizer.n_words != size:
-            raise UsageError(
-                f"{path}: the vocabulary in it has {tokenizer.n_words:,} pieces and the model "
-                f"{size:,}: they do not belong together: the file is damaged"
-            )
-        return tokenizer
-    beside = Path("tokenizer.model")
-    if given is None and not beside.exists():
-        raise UsageError(f"{path} carries no SentencePiece vocabulary: {vocabulary_remedy(size)}")
-    tokenizer = Tokenizer(tokenizer_model=given or beside)
+        return named
+    tokenizer = Tokenizer(tokenizer_model=model.vocabulary)
+    if named is not None and named.fingerprint != tokenizer.fingerprint:
+        raise UsageError(
+            f"--tokenizer_model {given} has the fingerprint {named.fingerprint}, and {path} "
+            f"was trained with {tokenizer.fingerprint}: leave the flag out"
+        )
     if tokenizer.n_words != size:
         raise UsageError(
-            f"--tokenizer_model {given or beside} has {tokenizer.n_words:,} pieces (fingerprint "
-            f"{tokenizer.fingerprint}) and {path} was trained with {size:,}: name the vocabulary "
-            "it was trained with"
+            f"{path}: the vocabulary in it has {tokenizer.n_words:,} pieces and the model "
+            f"{size:,}: they do not belong together: the file is damaged"
         )
     return tokenizer
 
 
-# ---------------------------------------------------------------------------- going on from weights
+# ---------------------------------------------------------------------------- a pretraining's start
 
 STARTING_WEIGHTS = "--pretrained_model_path: SHA-256 of its weights"  # in a run's identity
 
 
 class Start(NamedTuple):
-    """What a pretraining goes on from."""
+    """What a pretraining is initialised from."""
 
     config: LlamaConfig
     tokenizer: Tokenizer
@@ -258,7 +226,7 @@ def find_start_model(
             model.chat_template = stored.chat_template
         longer = f", made longer than its {stored.config.max_seq_len:,}"
         print(
-            f"goes on from {path}, context {context:,}"
+            f"initialised from {path}, context {context:,}"
             f"{longer if context > stored.config.max_seq_len else ''}; learning rate up to "
             f"{options.peak_lr():g} (--pretrain_lr)"
         )

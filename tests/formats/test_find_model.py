@@ -10,7 +10,7 @@ from running import command, write_model
 
 from config import SHIPPED_MODEL, parse_options
 from llama import Llama, load_pretrained, model_payload
-from minllama.formats.models import find_model, load_model
+from minllama.formats.find_model import find_model, load_model
 from minllama.formats.pt_file import STATE_FILE, save_pt
 from minllama.system.errors import UsageError
 from tokenizer import Tokenizer, train_vocabulary

@@ -1,0 +1,341 @@
+"""Folders of Hugging Face's `transformers`: config.json, safetensors, the tokenizer's files.
+
+A folder is untrusted: pickles in it are not read, and an index names files of its own folder only.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from config import LlamaConfig
+from minllama.formats.stored_model import (
+    Contents,
+    StoredModel,
+    as_stored,
+    check_read_back,
+    checked_model,
+    parameter_shapes,
+    read_shape,
+    translate,
+)
+from minllama.formats.vocabularies import check_same_ids, merges, require_plain_bpe
+from minllama.system.errors import UsageError
+from minllama.system.files import atomic_folder, read_json_object
+from minllama.system.packages import import_optional
+from minllama.text.chat import ChatTemplate
+from tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llama import Llama
+
+PACKAGE, BESIDE = "safetensors", None
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FILES = {  # what `write` makes
+    WEIGHTS,
+    "config.json",
+    "generation_config.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+NAMES = {
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+    "attention_norm": "input_layernorm",
+    "attention.compute_query": "self_attn.q_proj",
+    "attention.compute_key": "self_attn.k_proj",
+    "attention.compute_value": "self_attn.v_proj",
+    "attention.compute_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+}
+CONFIG = {  # config.json's keys, in the order they are written in, and ours
+    "vocab_size": "vocab_size",
+    "hidden_size": "dim",
+    "intermediate_size": "hidden_dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "head_dim": "head_dim",
+    "max_position_embeddings": "max_seq_len",
+    "rms_norm_eps": "layer_norm_eps",
+}
+# What would compute something else than the Llama here does, unless it is this.
+ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+
+
+def tensor_name(name: str) -> str:
+    """What `transformers` calls our tensor of this name."""
+    return translate(name, NAMES, "model.layers")
+
+
+def to_half_split(weight: Tensor, n_heads: int) -> Tensor:
+    """Rows of a query or key matrix as `transformers` rotates them: i paired with i + D/2."""
+    return weight.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def to_adjacent_pairs(weight: Tensor, n_heads: int) -> Tensor:
+    """The inverse of to_half_split: 2i paired with 2i + 1."""
+    return weight.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+# ---------------------------------------------------------------------------- reading
+
+
+def recognizes(path: Path, head: bytes) -> bool:
+    """Whether it is a folder, or the file of one that its weights are in."""
+    return path.is_dir() or path.name in (WEIGHTS, INDEX)
+
+
+def _rope(file: Path, theirs: dict[str, Any]) -> dict[str, Any]:
+    """What a config.json says of rotary positions, in transformers 5's place, 4's, or both."""
+    theta = theirs.get("rope_theta")
+    settings: dict[str, Any] = {} if theta is None else {"rope_theta": theta}
+    for key in ("rope_parameters", "rope_scaling"):
+        section = theirs.get(key) or {}
+        if not isinstance(section, dict):
+            raise UsageError(f"{file}: {key} {str(section)[:40]!r} is not an object")
+        for name, value in section.items():
+            name = "rope_type" if name == "type" else name  # its older name
+            if settings.setdefault(name, value) != value:
+                first = settings[name]
+                raise UsageError(
+                    f"{file}: {name} is given twice, as {first} and as {value}: leave one"
+                )
+    return settings
+
+
+def _read_config(path: Path) -> LlamaConfig:
+    file, theirs = path / "config.json", read_json_object(path / "config.json")
+    rope = _rope(file, theirs)
+    required = {  # else the model would compute something else than the Llama here: value, only
+        "model_type": (theirs.get("model_type"), "llama"),
+        **{key: (theirs.get(key, only), only) for key, only in ONLY.items()},
+        "quantization_config": (theirs.get("quantization_config"), None),
+        "rope_scaling": (rope.get("rope_type", "default"), "default"),
+        "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), 1.0),
+    }
+    for key, (value, must_be) in required.items():
+        if value != must_be:
+            raise UsageError(f"{file}: {key} {value!r} is not supported, only {must_be!r}")
+    theirs = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6} | theirs  # their defaults
+    args = {ours: theirs.get(key) for key, ours in CONFIG.items()}
+    args["rope_theta"] = rope.get("rope_theta", 10000.0)
+    args["tie_word_embeddings"] = theirs.get("tie_word_embeddings", False)
+    config = read_shape(file, args)
+    if theirs.get("head_dim") not in (None, config.head_dim):
+        raise UsageError(
+            f"{file}: head_dim {theirs['head_dim']} is not supported, only hidden_size / "
+            f"num_attention_heads = {config.head_dim}"
+        )
+    return config
+
+
+def read_safetensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a Hugging Face folder as they are stored, from one file or from shards.
+
+    Raises UsageError for a missing or damaged file, and where `safetensors` is not installed.
+    """
+    load_file = import_optional("safetensors.torch", f"{folder}: reading it").load_file
+    files = [WEIGHTS]
+    index = folder / INDEX
+    if index.is_file():
+        shards = read_json_object(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise UsageError(f"{index}: has no object 'weight_map'")
+        files = sorted({Path(str(name)).name for name in shards.values()})
+    elif not (folder / files[0]).is_file() and (folder / "pytorch_model.bin").is_file():
+        raise UsageError(
+            f"{folder}: holds pytorch_model.bin, a pickle: load it with transformers, then "
+            "model.save_pretrained(folder) writes safetensors"
+        )
+    tensors: dict[str, Tensor] = {}
+    for name in files:
+        try:
+            tensors |= load_file(folder / name)
+        except FileNotFoundError:
+            raise UsageError(f"{folder}: no {name} in this folder") from None
+        except Exception as error:  # safetensors' own class, or what the damage happens to hit
+            raise UsageError(f"{folder / name}: damaged: {error}") from None
+    return tensors
+
+
+def read(path: Path) -> StoredModel:
+    """Read a folder; UsageError for what is no Llama, or would compute something else here."""
+    path = path if path.is_dir() else path.parent
+    config = _read_config(path)
+    ours = {tensor_name(name): name for name in parameter_shapes(config)}
+    weights = {
+        ours.get(name, name): tensor
+        for name, tensor in read_safetensors(path).items()
+        if not name.endswith("rotary_emb.inv_freq")  # computed here
+    }
+    if config.tie_word_embeddings and "tok_embeddings.weight" in weights:
+        weights.setdefault("output.weight", weights["tok_embeddings.weight"])
+    vocabulary = path / "tokenizer.model"
+    vocabulary = vocabulary.read_bytes() if vocabulary.is_file() else None
+    model = checked_model(path, config, weights, vocabulary, their_name=tensor_name)
+    for i in range(config.n_layers):
+        for kind, heads in (("query", config.n_heads), ("key", config.n_kv_heads)):
+            name = f"layers.{i}.attention.compute_{kind}.weight"
+            model.weights[name] = to_adjacent_pairs(model.weights[name], heads)
+    settings = path / "tokenizer_config.json"
+    template = read_json_object(settings).get("chat_template") if settings.is_file() else None
+    return model._replace(chat_template=ChatTemplate.from_jinja(template))
+
+
+def contents(path: Path) -> Contents:
+    """The tensors as they are stored, by their names in the files."""
+    path = path if path.is_dir() else path.parent
+    return Contents("Hugging Face folder", {"model": read_safetensors(path)})
+
+
+# ---------------------------------------------------------------------------- writing
+
+
+def write(model: Llama, output: Path, *, dtype: str, tokenizer: Tokenizer | None) -> list[Path]:
+    """Write a folder that `transformers` loads, with the vocabulary where there is one."""
+    want = as_stored(model, dtype)
+    with atomic_folder(output) as folder:
+        write_files(model, folder, dtype, tokenizer)
+        check_read_back(folder, read(folder), want)
+        if tokenizer is not None:
+            check_token_ids(tokenizer, folder)
+    return [output]
+
+
+def write_files(model: Llama, folder: Path, dtype: str, tokenizer: Tokenizer | None) -> None:
+    """Fill an existing empty folder."""
+    save_file = import_optional("safetensors.torch", "--convert hf").save_file
+    config, state = model.config, {}
+    heads = {"query": config.n_heads, "key": config.n_kv_heads}
+    for name, tensor in model.state_dict().items():
+        kind = name.split(".")[-2].removeprefix("compute_")
+        tensor = to_half_split(tensor, heads[kind]) if kind in heads else tensor
+        if name != "output.weight" or not config.tie_word_embeddings:
+            state[tensor_name(name)] = tensor.to(getattr(torch, dtype)).contiguous()
+    path = folder / WEIGHTS
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(state, path, metadata={"format": "pt"})
+    path.chmod(mode)  # safetensors' own is 0600, which other users cannot read
+    described = config_json(config, dtype, tokenizer)
+    write_json(folder / "config.json", described)
+    ids = {key: described[key] for key in ("bos_token_id", "eos_token_id")}
+    write_json(folder / "generation_config.json", ids)
+    if tokenizer is not None:
+        require_plain_bpe(tokenizer)
+        (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+        write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
+        write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, model))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def config_json(config: LlamaConfig, dtype: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    bos, eos = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (1, 2)
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **ONLY,
+        **{key: getattr(config, ours) for key, ours in CONFIG.items()},
+        "rope_theta": config.rope_theta,  # where transformers 4 looks; 5 looks one line below
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "torch_dtype": dtype,
+    }
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The vocabulary in the `tokenizers` library's own format.
+
+    Not left to transformers' reading of tokenizer.model, which drops a leading space.
+    """
+    sp = tokenizer.sp_model
+    names = [sp.id_to_piece(i) for i in range(tokenizer.n_words)]
+    bos = names[tokenizer.bos_id]
+    special = sorted({tokenizer.bos_id, tokenizer.eos_id, sp.unk_id()})
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    piece = {"SpecialToken": {"id": bos, "type_id": 0}}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": names[i], **flags, "special": True} for i in special],
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ],
+        },
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [piece, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [piece, *({"Sequence": {"id": which, "type_id": 0}} for which in "AB")],
+            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": names[sp.unk_id()],
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": {name: i for i, name in enumerate(names)},
+            "merges": merges(tokenizer),
+        },
+    }
+
+
+def tokenizer_config(tokenizer: Tokenizer, model: Llama) -> dict[str, Any]:
+    piece, template = tokenizer.sp_model.id_to_piece, model.chat_template
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
+        "bos_token": piece(tokenizer.bos_id),
+        "eos_token": piece(tokenizer.eos_id),
+        "unk_token": piece(tokenizer.sp_model.unk_id()),
+        "model_max_length": model.config.max_seq_len,
+        "model_input_names": ["input_ids", "attention_mask"],  # generate() takes no others
+        "clean_up_tokenization_spaces": False,
+        # "<s>" in a text is text, as SentencePiece reads it; but a chat template has to write it.
+        "split_special_tokens": template is None,
+        **({} if template is None else {"chat_template": template.jinja()}),
+    }
+
+
+def check_token_ids(tokenizer: Tokenizer, folder: Path) -> None:
+    """Where `tokenizers` is installed, its ids of difficult texts must be ours."""
+    try:
+        from tokenizers import Tokenizer as TheirTokenizer
+    except ImportError:
+        return
+    # Not by its name, which their library looks for as UTF-8 whatever the locale.
+    theirs = TheirTokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    theirs.encode_special_tokens = True
+    check_same_ids(tokenizer, lambda text: theirs.encode(text).ids, "tokenizer.json")

@@ -1,0 +1,56 @@
+"""The formats of model files, and reading any of them: which one it is is told by its content.
+
+A new format is a module with `recognizes`, `read`, `contents` and `write`, the name of the PACKAGE
+that it needs and of a file that it writes BESIDE the model, or None, and a line in FORMATS.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+from minllama.formats import gguf, hugging_face, llama2c, pt_model
+from minllama.formats.pt_file import STATE_FILE
+from minllama.formats.stored_model import Contents, StoredModel
+from minllama.system.errors import UsageError
+from minllama.system.files import check_regular
+
+FORMATS: dict[str, ModuleType] = {  # by the names that --convert takes; the first that fits is it
+    "pt": pt_model,
+    "gguf": gguf,
+    "hf": hugging_face,
+    "bin": llama2c,  # whose oldest version begins with no mark of its own
+}
+
+
+def format_named(target: str) -> ModuleType:
+    """The module of FORMATS that --convert `target` means: bin-int8 is bin."""
+    return FORMATS[target.partition("-")[0]]
+
+
+def format_of(path: Path) -> ModuleType:
+    """The module of FORMATS that reads this file or folder; UsageError where there is none."""
+    head = b""
+    if (path / STATE_FILE).is_file():
+        raise UsageError(
+            f"{path}: is a sharded checkpoint: resume it (--resume {path}, one process is enough) "
+            "to get final-model.pt"
+        )
+    if not path.is_dir():
+        check_regular(path)
+        try:
+            with path.open("rb") as file:
+                head = file.read(8)
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    return next(each for each in FORMATS.values() if each.recognizes(path, head))
+
+
+def read_model(path: Path) -> StoredModel:
+    """Read a model of any of the formats; UsageError, naming file and tensor, for anything else."""
+    return format_of(path).read(path)
+
+
+def read_contents(path: Path) -> Contents:
+    """All that a file of any of the formats holds; UsageError where that cannot be read."""
+    return format_of(path).contents(path)

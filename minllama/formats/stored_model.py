@@ -1,0 +1,144 @@
+"""A model as a file holds it, and the checks that all formats share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from config import LlamaConfig
+from minllama.system.errors import UsageError
+from minllama.text.chat import ChatTemplate
+
+if TYPE_CHECKING:
+    from llama import Llama
+
+
+class StoredModel(NamedTuple):
+    """A model as a file holds it: exactly the tensors of its config, under our names."""
+
+    config: LlamaConfig
+    weights: dict[str, Tensor]  # in any floating dtype
+    vocabulary: bytes | None  # the SentencePiece model, where the file carries one
+    chat_template: ChatTemplate | None = None
+
+
+class Contents(NamedTuple):
+    """All that a file holds, as it is stored, whether or not it is a model."""
+
+    format: str
+    values: dict[str, Any]  # under 'model' the tensors by the file's names; .pt files have more
+    # Where tensors are packed and come as float32: what they are in the file, and how many bytes.
+    dtypes: dict[str, str] = {}
+    packed_bytes: int | None = None
+    adapters: bool = False  # of a LoRA finetuning's checkpoint, among the tensors
+
+
+# ---------------------------------------------------------------------------- reading
+
+
+def read_shape(path: Path, args: Any, **defaults: Any) -> LlamaConfig:
+    """The shape that a file's `model_args` ask for; `defaults` for what they leave out.
+
+    Raises UsageError, naming the file, for an invalid one.
+    """
+    if not isinstance(args, dict):
+        raise UsageError(f"{path}: no dict 'model_args', which gives the shape of the model")
+    missing = {name: value for name, value in defaults.items() if args.get(name) is None}
+    try:
+        return LlamaConfig.from_model_args(args | missing)
+    except (TypeError, ValueError) as error:  # UsageError is a ValueError
+        raise UsageError(f"{path}: invalid Llama shape: {error}") from None
+
+
+def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every tensor, in the model's order, a tied head under both names."""
+    dim, hidden, kv_dim = config.dim, config.hidden_dim, config.n_kv_heads * config.head_dim
+    in_layer = {
+        "attention.compute_query": (dim, dim),
+        "attention.compute_key": (kv_dim, dim),
+        "attention.compute_value": (kv_dim, dim),
+        "attention.compute_output": (dim, dim),
+        "feed_forward.w1": (hidden, dim),
+        "feed_forward.w2": (dim, hidden),
+        "feed_forward.w3": (hidden, dim),
+        "attention_norm": (dim,),
+        "ffn_norm": (dim,),
+    }
+    shapes = {"tok_embeddings.weight": (config.vocab_size, dim)}
+    for layer in range(config.n_layers):
+        for name, shape in in_layer.items():
+            shapes[f"layers.{layer}.{name}.weight"] = shape
+    return shapes | {"norm.weight": (dim,), "output.weight": (config.vocab_size, dim)}
+
+
+def checked_model(
+    path: Path,
+    config: LlamaConfig,
+    weights: dict[str, Tensor],
+    vocabulary: bytes | None = None,
+    *,
+    their_name: Callable[[str], str] = str,
+) -> StoredModel:
+    """The model; UsageError, naming file and tensor, if these are not the tensors of the config.
+
+    `their_name` gives the file's name of a tensor, for the message.
+    """
+    shapes = parameter_shapes(config)
+    missing = [their_name(name) for name in shapes if name not in weights]
+    surplus = [name for name in weights if name not in shapes]
+    for problem, names in (("missing", missing), ("not of a Llama of this shape", surplus)):
+        if names:
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UsageError(f"{path}: tensor {names[0]}{others} {problem}")
+    for name, shape in shapes.items():
+        tensor = weights[name]
+        if tuple(tensor.shape) != shape:
+            got = f"{tuple(tensor.shape)} where its config asks for {shape}"
+            raise UsageError(f"{path}: tensor {their_name(name)} has the shape {got}")
+        if not tensor.is_floating_point():
+            kind = f"holds {tensor.dtype}, not real numbers"
+            raise UsageError(f"{path}: tensor {their_name(name)} {kind}")
+    embedding, head = weights["tok_embeddings.weight"], weights["output.weight"]
+    same = embedding.dtype == head.dtype and torch.equal(embedding, head)
+    if config.tie_word_embeddings and not same:
+        raise UsageError(f"{path}: says that embedding and output are tied, but they differ")
+    return StoredModel(config, {name: weights[name] for name in shapes}, vocabulary)
+
+
+def translate(name: str, parts: dict[str, str], layers: str) -> str:
+    """Another program's name of our tensor, by its names of the parts and of the list of layers."""
+    stem = name.removesuffix(".weight")
+    if not stem.startswith("layers."):
+        return f"{parts[stem]}.weight"
+    _, layer, part = stem.split(".", 2)
+    return f"{layers}.{layer}.{parts[part]}.weight"
+
+
+# ---------------------------------------------------------------------------- writing
+
+
+def as_stored(model: Llama, dtype: str) -> dict[str, Tensor]:
+    """The float32 tensors that a reader must find in a file of one of torch's dtypes."""
+    state = model.state_dict().items()
+    want = {name: tensor.to(getattr(torch, dtype)).float() for name, tensor in state}
+    check_finite(model, want, dtype)
+    return want
+
+
+def check_finite(model: Llama, want: dict[str, Tensor], dtype: str) -> None:
+    """UsageError for a number of the model that is too large for the precision."""
+    for name, tensor in model.state_dict().items():
+        if tensor.isfinite().all() and not want[name].isfinite().all():
+            raise UsageError(f"{name} has numbers beyond {dtype}: --save_dtype float32 holds them")
+
+
+def check_read_back(path: Path, stored: StoredModel, want: dict[str, Tensor]) -> None:
+    """UsageError unless the tensors that were read back from `path` are exactly these."""
+    for name, tensor in want.items():
+        bits = stored.weights[name].float().view(torch.int32)  # so that NaN equals itself
+        if not torch.equal(bits, tensor.view(torch.int32)):
+            raise UsageError(f"self-check: {name} read back from {path} differs; nothing written")

@@ -1,0 +1,258 @@
+"""Hugging Face folders: read strictly, and loaded by `transformers` with equal logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import (
+    assert_same_weights,
+    make_llama,
+    make_model,
+    to_hugging_face,
+    write,
+)
+
+import minllama.formats.hugging_face as H
+from config import LlamaConfig
+from llama import Llama, load_pretrained
+from minllama.formats.hugging_face import tensor_name
+from minllama.formats.model_file import read_model
+from minllama.formats.vocabularies import SAMPLES
+from minllama.system.errors import UsageError
+from tokenizer import Tokenizer
+
+
+@pytest.fixture
+def model(tiny_config: LlamaConfig) -> Llama:
+    return make_llama(tiny_config)
+
+
+# ---------------------------------------------------------------------------- reading
+
+
+def hugging_face_config(model: Llama, **changes) -> dict:
+    config = model.config
+    return {
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.layer_norm_eps,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        **changes,
+    }
+
+
+def write_hugging_face(folder: Path, model: Llama, shards: int = 1, **changes) -> Path:
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(hugging_face_config(model, **changes)))
+    state = to_hugging_face(model)
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    names = ["model.safetensors"]
+    if shards > 1:
+        names = [f"model-{i}.safetensors" for i in range(shards)]
+        weight_map = {key: names[i % shards] for i, key in enumerate(state)}
+        index = json.dumps({"metadata": {}, "weight_map": weight_map})
+        (folder / "model.safetensors.index.json").write_text(index)
+    for i, name in enumerate(names):
+        save_file({key: state[key] for key in list(state)[i::shards]}, folder / name)
+    (folder / "tokenizer.model").write_bytes(b"a vocabulary")
+    return folder
+
+
+@pytest.mark.parametrize("tied, shards", [(True, 1), (False, 3)])
+def test_hugging_face_folders_load(
+    tiny_config: LlamaConfig, tmp_path: Path, tied: bool, shards: int
+):
+    model = make_llama(dataclasses.replace(tiny_config, tie_word_embeddings=tied))
+    folder = write_hugging_face(tmp_path / "hf", model, shards)
+    inside = "model.safetensors" + ".index.json" * (shards > 1)
+    for named in (folder, folder / inside):  # its weights name the folder, too
+        got = load_pretrained(named)
+        assert_same_weights(got, model)
+        assert got.vocabulary == b"a vocabulary"
+
+
+THETA = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "mistral"}, "model_type 'mistral'"),
+        ({"attention_bias": True}, "attention_bias True"),
+        ({"mlp_bias": True}, "mlp_bias True"),
+        ({"head_dim": 16}, "head_dim 16 is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"quantization_config": {}}, "quantization_config"),
+        ({"hidden_size": None}, "--dim None"),
+        ({"num_hidden_layers": 3}, "model.layers.2.self_attn.q_proj.weight and 8 more missing"),
+        ({"num_hidden_layers": 1}, "model.layers.1.* not of a Llama"),
+        ({"num_hidden_layers": 900}, "layers.2.self_attn.q_proj.weight and 8081 more"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling 'linear'"),
+        ({"rope_scaling": "linear"}, "rope_scaling 'linear' is not an object"),
+        ({"rope_parameters": {**THETA, "rope_type": "llama3"}}, "rope_scaling 'llama3'"),
+        ({"rope_parameters": {**THETA, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+    ],
+)
+def test_hugging_face_folders_are_read_strictly(
+    model: Llama, tmp_path: Path, changes: dict, message: str
+):
+    """What would compute something else, unnoticed, is refused by its name."""
+    with pytest.raises(UsageError, match=message):
+        read_model(write_hugging_face(tmp_path / "hf", model, **changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": THETA, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"rope_parameters": THETA, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_theta": 500.0, "rope_parameters": THETA},
+        {"rope_theta": 10000.0, "rope_parameters": {**THETA, "rope_theta": 500.0}},
+        {"rope_parameters": THETA, "rope_scaling": {**THETA, "rope_theta": 500.0}},
+    ],
+)
+def test_rotary_settings_that_contradict_each_other_are_refused(
+    model: Llama, tmp_path: Path, changes: dict
+):
+    """All but rope_parameters used to be ignored, unnoticed: logits were off by as much as 15.9."""
+    with pytest.raises(UsageError, match="config.json: (rope_|type).* (twice|not supported)"):
+        read_model(write_hugging_face(tmp_path / "hf", model, **changes))
+
+
+@pytest.mark.parametrize(
+    "changes, theta",
+    [
+        ({"rope_theta": 500.0}, 500.0),
+        ({"rope_theta": 500.0, "rope_scaling": None}, 500.0),
+        ({"rope_theta": 500.0, "rope_scaling": {"type": "default"}}, 500.0),
+        ({"rope_theta": 500.0, "rope_parameters": {"rope_type": "default"}}, 500.0),
+        ({"rope_theta": 500.0, "rope_parameters": {**THETA, "rope_theta": 500.0}}, 500.0),
+        ({"rope_theta": None, "rope_parameters": {**THETA, "rope_theta": 500.0}}, 500.0),
+        ({"rope_theta": None}, 10000.0),
+    ],
+)
+def test_theta_is_found_where_either_version_of_transformers_puts_it(
+    model: Llama, tmp_path: Path, changes: dict, theta: float
+):
+    folder = write_hugging_face(tmp_path / "hf", model, **changes)
+    assert read_model(folder).config.rope_theta == theta
+
+
+def test_hugging_face_folder_with_a_damaged_or_missing_file(model: Llama, tmp_path: Path):
+    folder = write_hugging_face(tmp_path / "hf", model)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(UsageError, match="model.safetensors: damaged"):
+        read_model(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match="no model.safetensors in this folder"):
+        read_model(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    with pytest.raises(UsageError, match="holds pytorch_model.bin, a pickle"):
+        read_model(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UsageError, match="config.json: not JSON"):
+        read_model(folder)
+
+
+def test_shards_outside_of_the_folder_are_not_read(model: Llama, tmp_path: Path):
+    """An index names files of its own folder, whatever path it gives."""
+    folder = write_hugging_face(tmp_path / "hf", model)
+    (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    names = dict.fromkeys(map(tensor_name, model.state_dict()), "../elsewhere.safetensors")
+    index = json.dumps({"weight_map": names})
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UsageError, match="no elsewhere.safetensors in this folder"):
+        read_model(folder)
+
+
+def test_without_safetensors_the_remedy_is_named(model: Llama, tmp_path: Path, monkeypatch):
+    folder = write_hugging_face(tmp_path / "hf", model)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(UsageError, match="pip install safetensors"):
+        read_model(folder)
+
+
+# ---------------------------------------------------------------------------- writing
+
+
+def test_transformers_loads_the_folder_with_equal_logits(tmp_path: Path, tokenizer: Tokenizer):
+    transformers = pytest.importorskip("transformers")
+    model = make_model(tokenizer, rope_theta=777.0)
+    write(model, "hf", tmp_path / "hf", tokenizer=tokenizer)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    tokens = torch.randint(model.config.vocab_size, (2, 40))
+    with torch.no_grad():
+        logits = theirs(tokens).logits
+        torch.testing.assert_close(model(tokens, tokens)[0], logits, rtol=1e-5, atol=1e-5)
+    assert theirs.generation_config.eos_token_id == tokenizer.eos_id
+    same = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in SAMPLES:
+        assert same(text)["input_ids"] == tokenizer.encode(text, bos=True, eos=False), text
+        plain = tokenizer.encode(text, bos=False, eos=False)
+        assert same(text, add_special_tokens=False)["input_ids"] == plain
+        assert same.decode(plain) == tokenizer.decode(plain)
+    assert (same.bos_token_id, same.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+
+
+ALPHABET = st.one_of(
+    st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n\t▁aetho<s>/0x.,!'🙂世é")
+)
+
+
+def exported(ours: Tokenizer):
+    """Our vocabulary in the `tokenizers` library, which takes special names in a text as text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(H.tokenizer_json(ours)))
+    theirs.encode_special_tokens = True
+    return theirs
+
+
+@pytest.fixture(scope="module")
+def exported_tokenizer(tokenizer: Tokenizer):
+    return exported(tokenizer)
+
+
+@given(text=st.text(ALPHABET, max_size=60))
+@settings(max_examples=300, deadline=None)
+def test_exported_tokenizer_gives_our_ids_for_any_text(tokenizer, exported_tokenizer, text: str):
+    """Leading spaces, newlines, emoji, special names in the text: the ids SentencePiece gives."""
+    ids = tokenizer.encode(text, bos=True, eos=False)
+    assert exported_tokenizer.encode(text).ids == ids
+
+
+def test_exported_llama2_vocabulary_gives_our_ids_on_reviews(real_data: Path):
+    ours = Tokenizer(tokenizer_model=real_data / "tokenizer.model")
+    theirs = exported(ours)
+    lines = (real_data / "sst-dev.txt").read_text(encoding="utf-8").splitlines()[:100]
+    for text in (*SAMPLES, *lines, "\n".join(lines)):
+        assert theirs.encode(text).ids == ours.encode(text, bos=True, eos=False)
+
+
+def test_another_tokenizer_json_than_ours_is_found_before_it_is_published(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch
+):
+    pytest.importorskip("tokenizers")
+    content = H.tokenizer_json(tokenizer)
+    content["model"]["merges"] = content["model"]["merges"][:100]
+    monkeypatch.setattr(H, "tokenizer_json", lambda tokenizer: content)
+    with pytest.raises(UsageError, match="self-check: tokenizer.json gives other ids for 'Once"):
+        write(make_model(tokenizer), "hf", tmp_path / "hf", tokenizer=tokenizer)
+    assert list(tmp_path.iterdir()) == []
