@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import itertools
 import secrets
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minllama.formats.pt_file import STATE_FILE, save_pt
-from minllama.machine.ranks import LAUNCHER_GONE, Ranks, attempt
+from minllama.machine.ranks import LAUNCHER_GONE, Ranks
 from minllama.runs.checkpoint import remove_unnamed
 from minllama.runs.run_folder import RunFolder
 from minllama.system.errors import RunFailed
@@ -43,8 +42,7 @@ class Checkpoints:
 
     `make_state` returns the content of a resumable checkpoint as the run is now; with `sharded`,
     each rank's content has its own shards. Those are written by a thread while the training goes
-    on: each rank its file, then rank 0, which learns of them through the store, `state.pt`, without
-    which the folder is no checkpoint.
+    on: each rank its file, then rank 0 `state.pt`, without which the folder is no checkpoint.
     """
 
     def __init__(
@@ -62,7 +60,6 @@ class Checkpoints:
         self.waiting: dict[str, Retry] = {}
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future[None] | None = None  # the sharded checkpoint being written
-        self.numbers = itertools.count(1)  # of sharded checkpoints
 
     def save(self, path: Path | None = None) -> None:
         """Write a resumable checkpoint, by default named after its step, and prune older ones.
@@ -163,8 +160,7 @@ class Checkpoints:
         self.ranks.on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
         # Copies on the CPU, for the training changes these tensors while they are written.
         own = copy.deepcopy({key: state.pop(key) for key in ("model", "optimizer")})
-        name = f"checkpoint {next(self.numbers)}"
-        self.pending = self.thread.submit(self._write_shards, folder, own, state, name)
+        self.pending = self.thread.submit(self._write_shards, folder, own, state)
 
     def _prune(self, state: dict[str, Any]) -> None:
         progress = state["progress"]
@@ -179,35 +175,19 @@ class Checkpoints:
             written, self.pending = self.pending, None
             written.result()
 
-    def _write_shards(
-        self, folder: Path, own: dict[str, Any], state: dict[str, Any], name: str
-    ) -> None:
-        """Write this rank's file; on rank 0 then what makes a checkpoint of all.
+    def _write_shards(self, folder: Path, own: dict[str, Any], state: dict[str, Any]) -> None:
+        """Write this rank's file; on rank 0 then the one that names all shards.
 
-        What rank 0 raises, all do. They wait for each other through the store, however long it
-        takes, since the training has the collectives.
+        What a rank raises, all do. They wait for each other however long it takes, in a group of
+        their own, since the training goes on in the others.
         """
-        ranks = self.ranks
+        ranks = self.ranks.for_thread()
         path = folder / f"shard-{ranks.rank}-{secrets.token_hex(4)}.pt"  # new: see remove_unnamed
-        with contextlib.suppress(Exception):  # raised below
-            ranks.lead(f"{name} of rank {ranks.rank}", lambda: (path.name, save_pt(path, own)))
-        if ranks.is_main:
-            ranks.lead(name, lambda: self._commit(folder, state, name))
-        else:
-            ranks.follow(name)
-
-    def _commit(self, folder: Path, state: dict[str, Any], name: str) -> None:
-        """When every rank is done, write the file that names all shards.
-
-        Then, or where that failed, delete what it does not name: the disk may be full.
-        """
-        works = [f"{name} of rank {rank}" for rank in range(self.ranks.world_size)]
-        found = [attempt(functools.partial(self.ranks.follow, work)) for work in works]
         try:
-            for error in [error for _, error in found if error is not None]:
-                raise error
-            shards = dict(shard for shard, _ in found)
-            save_pt(folder / STATE_FILE, state | {"model": {}, "optimizer": {}, "shards": shards})
-        finally:
-            remove_unnamed(folder)
-        self._prune(state)
+            digest = ranks.on_all(lambda: save_pt(path, own))
+            shards = dict(ranks.gather((path.name, digest)))
+            state |= {"model": {}, "optimizer": {}, "shards": shards}
+            ranks.on_main(lambda: save_pt(folder / STATE_FILE, state))
+        finally:  # where that failed, too: the disk may be full
+            ranks.on_main(lambda: remove_unnamed(folder))
+        ranks.on_main(lambda: self._prune(state))

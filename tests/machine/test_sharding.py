@@ -8,7 +8,7 @@ import pickle
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from config import LlamaConfig
 from llama import Llama, NextTokenLoss
 from minllama.formats import pt_file
 from minllama.formats.pt_file import load_pt, save_pt
-from minllama.machine.ranks import Ranks
+from minllama.machine.ranks import Ranks, is_lost_peer
 from minllama.machine.sharding import (
     distribute,
     full_state_dict,
@@ -254,10 +254,9 @@ def assert_is_of(path: Path, step: int) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path) -> Iterator[RunFolder]:
+def folder(tmp_path) -> RunFolder:
     """The folder of a run whose two ranks are threads, which `save` makes."""
-    with several.thread_store():
-        yield RunFolder(tmp_path / "run", "pretrain")
+    return RunFolder(tmp_path / "run", "pretrain")
 
 
 def save(
@@ -270,23 +269,29 @@ def save(
     """Two ranks save after each of some steps, and wait; returns what each raised or None."""
 
     def work(ranks: Ranks) -> None:
-        now = [0]
-        checkpoints = Checkpoints(
-            folder,
-            ranks,
-            make_state=lambda: payload_of(now[0], ranks.rank, **settings),
-            sharded=True,
-            keep_last=2,
-        )
-        with checkpoints:
-            for step in steps:
-                now[0] = step
-                checkpoints.next_step(step)
-                checkpoints.save(folder.step_checkpoint(under or step))
-        checkpoints.finish()
+        save_as(ranks, folder, *steps, under=under, **settings)
 
-    several.STORES[-1] = torch.distributed.HashStore()  # each start of a run has its own
     return several.on_threads(2, work, timeout=timeout)
+
+
+def save_as(
+    ranks: Ranks, folder: RunFolder, *steps: int, under: int | None = None, **settings: Any
+) -> None:
+    """What one of the ranks does in `save`."""
+    now = [0]
+    checkpoints = Checkpoints(
+        folder,
+        ranks,
+        make_state=lambda: payload_of(now[0], ranks.rank, **settings),
+        sharded=True,
+        keep_last=2,
+    )
+    with checkpoints:
+        for step in steps:
+            now[0] = step
+            checkpoints.next_step(step)
+            checkpoints.save(folder.step_checkpoint(under or step))
+    checkpoints.finish()
 
 
 def names(folder: RunFolder) -> list[str]:
@@ -552,8 +557,17 @@ def test_a_rank_may_write_for_long(folder, monkeypatch):
 def test_a_rank_that_falls_silent_while_it_writes_is_named(folder, monkeypatch):
     """Rank 0 once waited for its shard for ever."""
     slow_shard(monkeypatch, signs=60)
-    for error in save(folder, 1, timeout=0.5):
-        assert isinstance(error, RunFailed) and "from checkpoint 1 of rank 1" in str(error)
+    monkeypatch.setattr("minllama.machine.ranks.REPORT_WITHIN", 0.2)
+    messages = []
+
+    def work(ranks: Ranks) -> None:
+        with pytest.raises(RuntimeError) as error:
+            save_as(ranks, folder, 1)
+        assert is_lost_peer(error.value)
+        messages.append(ranks.lost_peer_message())
+
+    assert several.on_threads(2, work, timeout=0.5) == [None, None]
+    assert messages[0].startswith("rank 1 of 2 ended, or did not answer for --dist_timeout 0.5")
 
 
 @pytest.mark.parametrize("failing", ["shard-0", "shard-1", STATE_FILE])

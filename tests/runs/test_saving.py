@@ -11,11 +11,9 @@ from typing import Any
 import pytest
 import survivor
 import torch
-import torch.distributed as dist
 from survivor import content_digest, joined, small_payload
 
 from minllama.formats.pt_file import load_pt, save_pt
-from minllama.machine import ranks
 from minllama.machine.ranks import Ranks
 from minllama.runs import saving
 from minllama.runs.checkpoint import STATE_FILE, load_checkpoint
@@ -69,10 +67,8 @@ def run() -> Run:
 
 
 @pytest.fixture
-def sharded_run(monkeypatch) -> Iterator[Run]:
+def sharded_run() -> Iterator[Run]:
     """A run of one rank whose checkpoints are sharded."""
-    store = dist.HashStore()
-    monkeypatch.setattr(ranks, "run_store", lambda: store)
     run = Run(sharded=True)
     yield run
     run.checkpoints.thread.shutdown()
