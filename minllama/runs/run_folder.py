@@ -20,7 +20,7 @@ from config import FLAGS, HINTS, READERS
 from minllama.cli.config_file import typed_words
 from minllama.formats.pt_file import STATE_FILE
 from minllama.machine.ranks import Ranks
-from minllama.machine.sharding import shapes_alone
+from minllama.machine.sharding import to_meta
 from minllama.runs.checkpoint import Summary, load_checkpoint, remove_unnamed, summarize
 from minllama.system.errors import UsageError
 from minllama.system.files import (
@@ -301,13 +301,13 @@ def read_on_ranks(
     """The checkpoint that rank 0 finds. Every rank must call this.
 
     Rank 0 alone reads it: what is plain is told to the others, and the tensors of model and
-    optimizer have no values there until `sharding.receive` fetches them, one at a time.
+    optimizer have no values there until `sharding.broadcast_or_shard` fetches them, one at a time.
     """
 
     def tell(found: tuple[Path, dict[str, Any]] | None) -> tuple[Path, dict[str, Any]] | None:
         if found is None:
             return None
         path, state = found
-        return path, state | {key: shapes_alone(state[key]) for key in ("model", "optimizer")}
+        return path, state | {key: to_meta(state[key]) for key in ("model", "optimizer")}
 
     return ranks.on_main(find, tell=tell)

@@ -24,6 +24,7 @@ from minllama.formats import pt_file
 from minllama.formats.pt_file import load_pt, save_pt
 from minllama.machine.ranks import Ranks, is_lost_peer
 from minllama.machine.sharding import (
+    broadcast_or_shard,
     distribute,
     full_state_dict,
     is_sharded,
@@ -33,8 +34,7 @@ from minllama.machine.sharding import (
     local_shards,
     no_gradient_sync,
     no_gradients,
-    receive,
-    shapes_alone,
+    to_meta,
 )
 from minllama.runs import saving
 from minllama.runs.checkpoint import STATE_FILE, load_checkpoint, summarize
@@ -132,7 +132,7 @@ def load_together(
 ) -> None:
     """Load what rank 0 alone has; the others know its shapes."""
     if not ranks.is_main:
-        weights, moments = shapes_alone(weights), shapes_alone(moments)
+        weights, moments = to_meta(weights), to_meta(moments)
     load_state(model, weights)
     load_optimizer_state(optimizer, moments)
 
@@ -193,10 +193,10 @@ def test_one_process_loads_shards_of_any_number_and_no_others():
         load_state(module, {name: list(ranks_of(t, count)) for name, t in state.items()})
         assert_same(dict(module.state_dict()), state)
     with pytest.raises(ValueError, match=r"of shape \(4, 3\) where \(5, 3\) is asked for"):
-        receive([state["weight"][:2], state["weight"][3:]], module.weight)
+        broadcast_or_shard([state["weight"][:2], state["weight"][3:]], module.weight)
     with pytest.raises(ValueError, match="tensor bias is missing or not of this model"):
         load_state(module, {"weight": state["weight"]})
-    copied = receive(state["bias"], module.bias)
+    copied = broadcast_or_shard(state["bias"], module.bias)
     assert copied is not state["bias"] and torch.equal(copied, state["bias"])
 
 
