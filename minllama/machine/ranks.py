@@ -31,8 +31,8 @@ from minllama.system.signals import StopRequest
 
 T = TypeVar("T")
 LAUNCHER_GONE = "the launcher of this process ended without it"
-SIGN_OF_LIFE = 0.5  # seconds between those of a rank with long work; below any --dist_timeout
-REPORT_WITHIN = 2.0  # seconds in which every rank that misses others has noted so
+SIGN_OF_LIFE = 0.5  # seconds between those of a rank with long work: below any --dist_timeout
+REPORT_WITHIN = 2.0  # seconds within which all ranks that miss another have noted it
 BUSY = "busy"  # what a rank tells the others as long as its work goes on
 
 
@@ -40,9 +40,9 @@ BUSY = "busy"  # what a rank tells the others as long as its work goes on
 class Ranks:
     """This process among those of the run, as torchrun describes it in the environment.
 
-    A rank that waits in vain raises torch's RuntimeError, which `is_lost_peer` recognises. Sums go
-    through torch's default group; everything else through gloo groups on the CPU, so that ranks can
-    exchange objects while the default group is busy.
+    A rank that waits in vain raises torch's RuntimeError, which `is_lost_peer` recognises. Numbers
+    go through torch's default group, objects through gloo groups of their own, since they are
+    exchanged while the default group is busy.
     """
 
     rank: int = 0
@@ -134,7 +134,7 @@ class Ranks:
         dist.destroy_process_group()  # not after an error: it would wait for those who are gone
 
     def for_thread(self) -> Ranks:
-        """The same ranks for one thread beside the training, whose exchanges do not mix with it."""
+        """The same ranks for one thread beside the training: for `gather`, `on_all`, `on_main`."""
         return replace(self, group=self.thread_group)
 
     def _start_name(self, store: dist.Store) -> str:
@@ -261,12 +261,17 @@ class Ranks:
 
         Ranks other than 0 return what `tell` makes of it, where not all of it is to be sent.
         """
-        value = self.on_all(work if self.is_main else lambda: None)
         if self.world_size == 1:
-            return value
-        told = [tell(value) if self.is_main else None]
-        dist.broadcast_object_list(told, group_src=0, group=self.group)
-        return value if self.is_main else told[0]
+            return work()
+
+        def work_and_tell() -> tuple[T, Any]:
+            value = work()
+            return value, tell(value)
+
+        value, told = self.on_all(work_and_tell if self.is_main else lambda: (None, None))
+        values = [told]  # filled in by the broadcast
+        dist.broadcast_object_list(values, group_src=0, group=self.group)
+        return value if self.is_main else values[0]
 
     def first_on_node(self, work: Callable[[], T], *, then: Callable[[], T]) -> T:
         """Do something long on one process of each machine, and `then` on the others what is quick

@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minllama.formats.pt_file import STATE_FILE, save_pt
-from minllama.machine.ranks import LAUNCHER_GONE, Ranks
+from minllama.machine.ranks import Ranks
 from minllama.runs.checkpoint import remove_unnamed
 from minllama.runs.run_folder import RunFolder
 from minllama.system.errors import RunFailed
@@ -147,8 +147,6 @@ class Checkpoints:
 
     def _save(self, path: Path | None = None) -> None:
         """Write a checkpoint, or begin to. Raises OSError on all ranks."""
-        if self.sharded and self.ranks.launcher_is_gone():  # with it went the store: see below
-            raise RunFailed(f"{LAUNCHER_GONE}: --resume auto continues from the last checkpoint")
         self._await_shards()
         state = self.make_state()
         path = path or self.folder.step_checkpoint(state["progress"]["step"])
