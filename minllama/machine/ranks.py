@@ -182,7 +182,9 @@ class Ranks:
         own = computed.double()
         own = torch.cat([own, *(own.new_full((1,), number) for number in known)])
         numbers = own.new_empty(self.world_size * len(own))
-        dist.all_gather_into_tensor(numbers, own)
+        # Which torch 2.13 renamed, and warns of the old name.
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        all_gather(numbers, own)
         return numbers.view(self.world_size, -1).tolist()
 
     def gather(self, value: T) -> list[T]:
