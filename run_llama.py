@@ -284,7 +284,7 @@ def main(options: Options, stop: StopRequest | None = None) -> int:
     stop, ranks = stop or StopRequest(), Ranks()
 
     def fail(error: Exception | str, status: int) -> int:
-        if ranks.is_to_say(str(error)):
+        if ranks.should_report(str(error)):
             print_error("run_llama.py", error)
         return status
 
@@ -295,7 +295,7 @@ def main(options: Options, stop: StopRequest | None = None) -> int:
                 stop.repeats, stop.silent = LAUNCHER_REPEATS, not ranks.is_main
             if options.option not in ("pretrain", "finetune"):
                 check_runs_alone(f"--option {options.option}")
-            with ranks.connected(use_gpu=options.use_gpu):
+            with ranks.connected(use_gpu=options.use_gpu) as ranks:
                 for note in find_idle_flags(options):
                     print(note, file=sys.stderr)
                 return RUN_OPTION[options.option](options, stop, ranks)
@@ -312,8 +312,8 @@ def main(options: Options, stop: StopRequest | None = None) -> int:
             return stop.exit_status
         except (MemoryError, RuntimeError) as error:
             if ranks.world_size > 1 and is_lost_peer(error):
-                said = ranks.lost_peer()
-                return fail(said, 1) if said else 1
+                message = ranks.lost_peer_message()
+                return fail(message, 1) if message else 1
             if is_out_of_memory(error):
                 return fail("out of memory: give a smaller batch or a smaller model", 1)
             raise

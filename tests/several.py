@@ -6,16 +6,15 @@ theirs: it outlives them. As a script, for torchrun: FAULT, then the words of a 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -152,7 +151,7 @@ def call(count: int, function: Callable[[Ranks], None]) -> str:
 def connected(function: Callable[[Ranks], None], rank: int) -> None:
     """The function as one rank calls it."""
     ranks = Ranks.from_environment(timeout=30)
-    with ranks.connected(use_gpu=False):
+    with ranks.connected(use_gpu=False) as ranks:
         function(ranks)
 
 
@@ -240,42 +239,21 @@ FAULTS: dict[str, Callable[[int], None]] = {
 # ---------------------------------------------------------------------------- threads
 
 
-class ThreadRanks(Ranks):
-    """A rank that is a thread: what it does goes through the store alone."""
-
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks."""
-        store, name = STORES[-1], f"values {next(self.calls)} of"
-        store.set(f"{name} {self.rank}", pickle.dumps(value))
-        names = [f"{name} {rank}" for rank in range(self.world_size)]
-        store.wait(names, timedelta(seconds=self.timeout))
-        return [pickle.loads(store.get(name)) for name in names]
-
-
-STORES: list[dist.Store] = []
-
-
-@contextlib.contextmanager
-def thread_store() -> Iterator[dist.Store]:
-    """A store for ranks that are threads of this process, within the block."""
-    STORES.append(dist.HashStore())
-    try:
-        with mock.patch("minllama.machine.ranks.run_store", lambda: STORES[-1]):
-            yield STORES[-1]
-    finally:
-        STORES.pop()
-
-
 def on_threads(
     count: int, work: Callable[[Ranks], Any], *, nodes: int = 1, timeout: float = 10
 ) -> list[Any]:
-    """What `work` returns, or raises, on each of several ranks that are threads."""
-    per_node = count // nodes
+    """What `work` returns, or raises, on each of several ranks that are threads.
+
+    What they do together goes through a store and gloo groups of their own.
+    """
+    per_node, store = count // nodes, dist.HashStore()
     results: list[Any] = [None] * count
 
     def work_as(rank: int) -> None:
         node, local_rank = divmod(rank, per_node)
-        ranks = ThreadRanks(rank, count, local_rank, node, nodes, timeout=timeout)
+        groups = [thread_group(f"group {n}", store, rank, count, timeout) for n in range(2)]
+        ranks = Ranks(rank, count, local_rank, node, nodes, timeout=timeout)
+        ranks = replace(ranks, store=store, group=groups[0], thread_group=groups[1])
         try:
             results[rank] = work(ranks)
         except Exception as error:
@@ -288,6 +266,18 @@ def on_threads(
         thread.join(SECONDS)
         assert not thread.is_alive(), "hangs"
     return results
+
+
+def thread_group(
+    name: str, store: dist.Store, rank: int, count: int, timeout: float
+) -> dist.ProcessGroup:
+    """A gloo group of ranks that are threads, which torch.distributed itself does not know of."""
+    store = dist.PrefixStore(name, store)
+    backend = dist.ProcessGroupGloo(store, rank, count, timedelta(seconds=SECONDS))
+    backend._set_default_timeout(timedelta(seconds=timeout))  # not while they connect
+    group = dist.ProcessGroup(store, rank, count)
+    group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
+    return group
 
 
 if __name__ == "__main__":

@@ -32,14 +32,13 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 import torch._dynamo  # every optimizer imports it, for two seconds; here once for all processes
-import torch.distributed as dist
 
 import run_llama
 from config import LlamaConfig, parse_options
 from llama import Llama, load_pretrained
 from minllama.formats import pt_file
 from minllama.formats.pt_file import FORMAT_VERSION, SealingFile, load_pt, save_pt
-from minllama.machine import ranks, sharding
+from minllama.machine import sharding
 from minllama.machine.ranks import Ranks
 from minllama.runs.checkpoints import Checkpoints, load_checkpoint
 from minllama.runs.run_folder import RunFolder
@@ -329,11 +328,10 @@ def load_newest(folder: Path) -> list[dict[str, Any]]:
 
 def save_shards(folder: Path, step: int) -> None:
     """A sharded checkpoint of a single rank, always under the name of step 1."""
-    run, store = RunFolder(folder, "pretrain"), dist.HashStore()
-    with mock.patch.object(ranks, "run_store", lambda: store):
-        checkpoints = Checkpoints(run, Ranks(), sharded=True, keep_last=2)
-        checkpoints.save(small_payload(step), run.step_checkpoint(1))
-        checkpoints.finish()
+    run = RunFolder(folder, "pretrain")
+    checkpoints = Checkpoints(run, Ranks(), sharded=True, keep_last=2)
+    checkpoints.save(small_payload(step), run.step_checkpoint(1))
+    checkpoints.finish()
 
 
 def load_shards(folder: Path) -> list[dict[str, Any]]:

@@ -21,11 +21,11 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 def choose_device(use_gpu: bool, *, local_rank: int | None = None) -> tuple[torch.device, str]:
     """The device to compute on, and a line that says so; a missing GPU is no error.
 
-    Of several processes, number `local_rank` of this machine takes a GPU of its own; raises
-    UsageError where there are too few. None: alone.
+    Of several processes on this machine, number `local_rank` takes a GPU of its own (None: there
+    is only one process). Raises UsageError where there are too few GPUs.
     """
     cuda = torch.cuda.is_available()
-    mps = torch.backends.mps.is_available() and local_rank is None  # it has no collectives
+    mps = torch.backends.mps.is_available() and local_rank is None  # MPS has no collectives
     if not use_gpu or not (cuda or mps):
         note = f"CPU, {torch.get_num_threads()} threads"
         if use_gpu:
@@ -54,12 +54,12 @@ def describe_device(device: torch.device) -> str:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype; `auto` takes bfloat16 where the device multiplies it fast."""
+    """The compute dtype; `auto` is bfloat16 where the device has instructions for it."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float16
+        return torch.bfloat16 if native else torch.float16  # before Ampere: float16 is fast
     fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
@@ -87,15 +87,15 @@ def check_compiler(device: torch.device) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the memory of freed tensors for those of the next step.
+    """Have glibc reuse the memory of freed tensors in the next step.
 
-    By default it returns large blocks to the system, which has to zero their pages again at every
-    step: a seventh of a step's time. The peak does not change, nor do other systems' allocators.
+    By default it returns large blocks to the system, which then zeroes their pages again in every
+    step: a seventh of a step's time. The peak does not change. Other C libraries are left alone.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)  # no block gets pages of its own, however large
-        libc.mallopt(M_TRIM_THRESHOLD, -1)  # and the heap never shrinks
+        libc.mallopt(M_MMAP_MAX, 0)  # no block, however large, gets a mapping of its own
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # the heap never shrinks
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -113,23 +113,24 @@ def available_memory(device: torch.device) -> int | None:
             return int(re.search(r"MemAvailable:\s+(\d+)", text)[1]) * 1024
         if sys.platform == "darwin":
             return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        status = (ctypes.c_uint64 * 8)()  # MEMORYSTATUSEX: length and load, then seven sizes
+        # Windows' MEMORYSTATUSEX: its own size and the load, then seven sizes in bytes.
+        status = (ctypes.c_uint64 * 8)()
         status[0] = ctypes.sizeof(status)
         ctypes.windll.kernel32.GlobalMemoryStatusEx(status)
-        return status[2]  # of free physical memory
+        return status[2]  # free physical memory
     except (OSError, ValueError, TypeError, AttributeError):
         return None
 
 
 def used_memory(device: torch.device) -> int | None:
-    """Peak bytes of this process on the device (the CPU: resident), or None where unknown."""
+    """Peak bytes of this process on the device (CPU: resident), or None where unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform in ("linux", "darwin"):
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak * (1024 if sys.platform == "linux" else 1)
+        return peak * (1024 if sys.platform == "linux" else 1)  # Linux counts in KiB
     return None
 
 
@@ -149,7 +150,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 def training_arithmetic(
     device: torch.device, dtype: torch.dtype, *, deterministic: bool = False
 ) -> Iterator[None]:
-    """How a GPU computes within the block, where training is; beyond it all is as it was.
+    """How a GPU computes within the block, in which training runs; restores torch's settings.
 
     Float32 training multiplies in TF32, which rounds factors to 10 bits and sums in float32, in a
     fraction of the time. `deterministic` takes kernels that add in the same order every time.
@@ -158,7 +159,7 @@ def training_arithmetic(
         yield
         return
     precision = torch.get_float32_matmul_precision()
-    kernels = torch.are_deterministic_algorithms_enabled()
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
     if dtype == torch.float32:
         torch.set_float32_matmul_precision("high")
     if deterministic:
@@ -168,11 +169,11 @@ def training_arithmetic(
     finally:
         torch.set_float32_matmul_precision(precision)
         if deterministic:
-            torch.use_deterministic_algorithms(kernels)
+            torch.use_deterministic_algorithms(was_deterministic)
 
 
 def prepare_determinism() -> None:
-    """What deterministic kernels need before CUDA starts; called again it does nothing."""
+    """What deterministic kernels need before CUDA starts; may be called again."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # Memory that nothing reads before it is written need not be filled.
+    # No code here reads memory before it writes it, so torch need not fill it.
     torch.utils.deterministic.fill_uninitialized_memory = False

@@ -1,4 +1,4 @@
-"""GPUs by their makers' data sheets, and the rate that MFU is measured against."""
+"""GPUs by their makers' data sheets, and the peak FLOP/s that MFU is measured against."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ class Gpu(NamedTuple):
     """A GPU by its maker's data sheet, the rates without sparsity."""
 
     tflops: float  # of bfloat16 matrix products summed in float32 (V100, T4: float16)
-    float32_tflops: float  # of float32 ones, in TF32 where it has it, as training has them
+    float32_tflops: float  # of float32 ones as in training: in TF32 where the GPU has it
     memory_gb: float
-    link_gb_s: float  # each way to another GPU of the machine: NVLink, else PCIe
+    link_gb_s: float  # GB/s each way to another GPU of the machine: NVLink, else PCIe
 
     def flops(self, dtype: str) -> float:
-        """FLOP/s of training in this dtype, at most."""
+        """Peak FLOP/s of training in this dtype."""
         return 1e12 * (self.float32_tflops if dtype == "float32" else self.tflops)
 
 
-# By the words of the name that torch has for them. The first that fits counts.
+# By words in torch's name of the device; the first key that matches counts.
 GPUS = {
     "B300": Gpu(2250, 1125, 270, 900),
     "GB200": Gpu(2500, 1250, 186, 900),
@@ -50,15 +50,15 @@ GPUS = {
     "4090": Gpu(165, 82.6, 24, 32),
     "3090": Gpu(71, 35.6, 24, 32),
 }
-OTHERS = r"\b(Ti|D|Laptop|MIG)\b"  # slower or faster than what they are named after
-# Width of the product that is timed where no data sheet is known. A CPU reaches its rate at 1,024
-# in milliseconds; a GPU is not busy below some thousands, and needs no second for them.
+VARIANTS = r"\b(Ti|D|Laptop|MIG)\b"  # slower or faster than the GPU they are named after
+# Width of the matrix product that is timed where no data sheet is known. At 1,024 a CPU reaches its
+# peak within milliseconds; a GPU is not busy below some thousands, and takes less than a second.
 TIMED_WIDTH = {"cpu": 1024, "cuda": 8192, "mps": 4096}
 
 
 def find_gpu(name: str) -> Gpu | None:
-    """The GPU of which torch has this name; None: not known."""
-    if re.search(OTHERS, name):
+    """The GPU that torch calls by this name, or None where its data sheet is not known."""
+    if re.search(VARIANTS, name):
         return None
     return next((gpu for key, gpu in GPUS.items() if re.search(rf"\b{key}\b", name)), None)
 
@@ -73,13 +73,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype, *, width: int) -> float:
-    """FLOP/s of square matrix products as training makes them, the fastest of three after two."""
-    generator = torch.Generator(device).manual_seed(0)  # not the run's own
+    """FLOP/s of square matrix products as in training: the best of three, after two to warm up."""
+    generator = torch.Generator(device).manual_seed(0)  # the run's own stays where it is
     a = torch.randn(width, width, generator=generator, device=device).to(dtype)
     seconds = []
     with training_arithmetic(device, dtype):
         for _ in range(5):
             started = time.perf_counter()
-            (a @ a)[0, 0].item()  # waits for the device
+            (a @ a)[0, 0].item()  # .item() waits for the device
             seconds.append(time.perf_counter() - started)
     return 2 * width**3 / min(seconds[2:])

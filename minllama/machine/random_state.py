@@ -1,4 +1,4 @@
-"""Random number generators: seeding them, saving their state and putting it back."""
+"""Random number generators: seeding them, saving their state and restoring it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def seed_everything(seed: int) -> None:
 
 
 def rank_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of a rank's own random numbers, from `step` on."""
+    """The seed of a rank's own random numbers (dropout), from `step` on."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every random number generator, as tensors and plain values."""
+    """The state of every generator, as tensors and plain values, which a checkpoint can hold."""
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     return {
@@ -34,7 +34,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Put back what `random_state` took; CUDA's only where the number of GPUs is the same."""
+    """Restore what `random_state` returned; CUDA's only where the number of GPUs is the same."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]

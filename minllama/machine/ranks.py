@@ -1,6 +1,6 @@
 """Several processes as one run: who they are, what they do together, and noticing who is gone.
 
-A method that all ranks take part in has to be called by every rank, in the same order; alone it
+A method that all ranks take part in must be called by every rank, in the same order; alone it
 costs nothing. Knows nothing of models: `minllama.machine.sharding` distributes those.
 """
 
@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
-import pickle
 import platform
 import sys
-import threading
 import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -32,16 +30,19 @@ from minllama.system.errors import Interrupted, RunFailed, UsageError
 from minllama.system.signals import StopRequest
 
 T = TypeVar("T")
-SAY_WITHIN = 2.0  # seconds in which ranks that miss others say so
 LAUNCHER_GONE = "the launcher of this process ended without it"
-SIGN_OF_LIFE = 1.0  # seconds between the signs that a rank with long work gives
+SIGN_OF_LIFE = 0.5  # seconds between those of a rank with long work: below any --dist_timeout
+REPORT_WITHIN = 2.0  # seconds within which all ranks that miss another have noted it
+BUSY = "busy"  # what a rank tells the others as long as its work goes on
 
 
 @dataclass(frozen=True)
 class Ranks:
     """This process among those of the run, as torchrun describes it in the environment.
 
-    A rank that waits in vain raises torch's RuntimeError, which `is_lost_peer` recognises.
+    A rank that waits in vain raises torch's RuntimeError, which `is_lost_peer` recognises. Numbers
+    go through torch's default group, objects through gloo groups of their own, since they are
+    exchanged while the default group is busy.
     """
 
     rank: int = 0
@@ -52,7 +53,10 @@ class Ranks:
     launch: str | None = None  # names the launcher, the same for all its restarts; None: none
     parent: int | None = field(default=None, compare=False)  # the launcher's process
     timeout: int = 600  # seconds without a sign of life after which another process is lost
-    calls: Iterator[int] = field(default_factory=itertools.count, compare=False, repr=False)
+    # Set by `connected`. The store holds notes that no other rank has to wait for.
+    store: dist.Store | None = field(default=None, compare=False, repr=False)
+    group: dist.ProcessGroup | None = field(default=None, compare=False, repr=False)
+    thread_group: dist.ProcessGroup | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def from_environment(cls, *, timeout: int = 600) -> Ranks:
@@ -66,23 +70,23 @@ class Ranks:
                 )
             return int(text)
 
+        parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # that is torchrun
+        alone = cls(launch=launch_name(), parent=parent, timeout=timeout)
         world_size = number("WORLD_SIZE", 1)
         if world_size == 1:  # then a RANK that something else has set means nothing
-            return cls(launch=launch_name(), parent=launcher_process(), timeout=timeout)
+            return alone
         if not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             raise UsageError(
                 f"WORLD_SIZE={world_size} is set without RANK, MASTER_ADDR and MASTER_PORT: start "
                 "several processes with torchrun, or unset it"
             )
-        return cls(
+        return replace(
+            alone,
             rank=number("RANK", 0),
             world_size=world_size,
             local_rank=number("LOCAL_RANK", 0),
             node=number("GROUP_RANK", 0),
             nodes=number("GROUP_WORLD_SIZE", 1),
-            launch=launch_name(),
-            parent=launcher_process(),
-            timeout=timeout,
         )
 
     @property
@@ -108,10 +112,10 @@ class Ranks:
         return f"; {self.world_size} processes{machines}, {parallel}"
 
     @contextlib.contextmanager
-    def connected(self, *, use_gpu: bool) -> Iterator[None]:
-        """Join the other processes within the block, and let rank 0 alone print."""
+    def connected(self, *, use_gpu: bool) -> Iterator[Ranks]:
+        """These ranks, joined to the other processes within the block; rank 0 alone prints."""
         if self.world_size == 1:
-            yield
+            yield self
             return
         backend = "cpu:gloo,cuda:nccl" if use_gpu and torch.cuda.is_available() else "gloo"
         limit = timedelta(seconds=self.timeout)
@@ -120,38 +124,38 @@ class Ranks:
         dist.init_process_group(
             backend, store=store, rank=self.rank, world_size=self.world_size, timeout=limit
         )
+        group, thread_group = (dist.new_group(backend="gloo", timeout=limit) for _ in range(2))
         with contextlib.ExitStack() as stack:
             if not self.is_main:
                 nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
                 stack.enter_context(contextlib.redirect_stderr(nowhere))
-            yield
+            yield replace(self, store=store, group=group, thread_group=thread_group)
         dist.destroy_process_group()  # not after an error: it would wait for those who are gone
 
-    def _start_name(self, store: dist.Store) -> str:
-        """A name that the processes of this start share, and those of no other.
+    def for_thread(self) -> Ranks:
+        """The same ranks for one thread beside the training: for `gather`, `on_all`, `on_main`."""
+        return replace(self, group=self.thread_group)
 
-        A launcher that restarts a run keeps its store, with the addresses of the dead in it. So
-        each rank leaves a mark of its own, and rank 0 lists the marks it sees; once every rank has
-        found its own in the list and said so, they are those of the living. Raises RunFailed.
+    def _start_name(self, store: dist.Store) -> str:
+        """A name that the processes of this start share, and those of no other. Raises RunFailed.
+
+        A launcher that restarts a run keeps its store, with the addresses of the dead in it, and
+        its count of restarts is no name: each machine's launcher counts its own. So each rank 0
+        takes a new number, and answers with the marks that it found under it. A rank that came
+        earlier saw the number of a dead rank 0, which never answers with its mark.
         """
         mark, deadline = uuid.uuid4().hex, time.monotonic() + self.timeout
-        others = range(self.world_size)
-        store.set(f"mark {self.rank}", mark)
+        number = store.add("starts", 1) if self.is_main else 0
+        # Polled, since a blocking wait could neither look for a new number nor be interrupted.
         while time.monotonic() < deadline:
-            if self.is_main:
-                if store.check([f"mark {other}" for other in others]):
-                    marks = [store.get(f"mark {other}").decode() for other in others]
-                    store.set("marks", " ".join(marks))
-                    if store.check([f"{mark} sees {other}" for other in marks[1:]]):
-                        store.set("start", " ".join(marks))
-                        return mark
-            elif store.check(["marks"]):
-                marks = store.get("marks").decode().split()
-                if marks[self.rank] == mark:
-                    store.set(f"{marks[0]} sees {mark}", "")
-                    if store.check(["start"]) and mark in store.get("start").decode():
-                        return marks[0]
+            name = f"start {number or store.add('starts', 0)}"
+            store.set(f"{name} rank {self.rank}", mark)
+            marks = [f"{name} rank {rank}" for rank in range(self.world_size)]
+            if self.is_main and store.check(marks):
+                store.set(name, b" ".join(map(store.get, marks)))
+            if store.check([name]) and mark in store.get(name).decode():
+                return name
             time.sleep(0.02)
         raise RunFailed(
             f"not all of {self.world_size} processes came within --dist_timeout {self.timeout} "
@@ -159,10 +163,6 @@ class Ranks:
         )
 
     # ------------------------------------------------------------------------ numbers and values
-
-    def sum(self, *values: float) -> list[float]:
-        """The sum of each number over all ranks."""
-        return self.sum_array(np.array(values, np.float64)).tolist()
 
     def sum_array(self, values: np.ndarray) -> np.ndarray:
         """The sum of an array over all ranks, element by element."""
@@ -182,15 +182,16 @@ class Ranks:
         own = computed.double()
         own = torch.cat([own, *(own.new_full((1,), number) for number in known)])
         numbers = own.new_empty(self.world_size * len(own))
-        dist.all_gather_into_tensor(numbers, own)
+        # Which torch 2.13 renamed, and warns of the old name.
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        all_gather(numbers, own)
         return numbers.view(self.world_size, -1).tolist()
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, plain or tensors on the CPU, by rank."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        values: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def split_evenly(self, count: int) -> Iterator[tuple[int, bool]]:
@@ -220,14 +221,40 @@ class Ranks:
     # ------------------------------------------------------------------------ work
 
     def on_all(self, work: Callable[[], T]) -> T:
-        """Do something on every rank; what one of them raises, all do."""
+        """Do something on every rank, however long; what one of them raises, all do.
+
+        Meanwhile a thread exchanges signs of life through `group`: `work` may use torch's default
+        group, but must not call `gather` or `on_main`.
+        """
         if self.world_size == 1:
             return work()
-        value, error = attempt(work)
-        for failed in self.gather(error):
-            if failed is not None:
-                raise failed
+        own_error: Future[Exception | None] = Future()  # known when the work has ended
+        thread = ThreadPoolExecutor(1)
+        errors = thread.submit(self._exchange_errors, own_error)
+        thread.shutdown(wait=False)  # an interrupted rank does not wait for the others
+        value, own = attempt(work)
+        own_error.set_result(own)
+        for error in errors.result():
+            if error is not None:
+                raise error
         return value
+
+    def _exchange_errors(self, own_error: Future[Exception | None]) -> list[Exception | None]:
+        """Each rank's error or None, by rank, once the work of all has ended.
+
+        The exchange is repeated until then, so that work of any length keeps within the timeout of
+        torch's collectives, while a rank that is killed or stopped does not.
+        """
+        states: list[Any] = [BUSY]
+        try:
+            while BUSY in states:
+                wait([own_error], SIGN_OF_LIFE)
+                states = self.gather(own_error.result() if own_error.done() else BUSY)
+        except RuntimeError:
+            with contextlib.suppress(RuntimeError):  # the launcher is gone, and its store
+                self._note_missing()  # at once, for this rank's own work may go on for long
+            raise
+        return states
 
     def on_main(
         self, work: Callable[[], T], *, tell: Callable[[T], Any] = lambda value: value
@@ -238,106 +265,58 @@ class Ranks:
         """
         if self.world_size == 1:
             return work()
-        if self.launcher_is_gone():  # and with it the store through which the others would learn
-            return work() if self.is_main else None
-        name = f"work {next(self.calls)} of rank 0"
-        if not self.is_main:
-            return self.follow(name)
-        kept: list[T] = []
 
-        def work_and_tell() -> Any:
-            kept.append(work())
-            return tell(kept[0])
+        def work_and_tell() -> tuple[T, Any]:
+            value = work()
+            return value, tell(value)
 
-        self.lead(name, work_and_tell)
-        return kept[0]
+        value, told = self.on_all(work_and_tell if self.is_main else lambda: (None, None))
+        values = [told]  # filled in by the broadcast
+        dist.broadcast_object_list(values, group_src=0, group=self.group)
+        return value if self.is_main else values[0]
 
     def first_on_node(self, work: Callable[[], T], *, then: Callable[[], T]) -> T:
         """Do something long on one process of each machine, and `then` on the others what is quick
         once that is done."""
-        if self.world_size == 1:
-            return work()
-        name = f"work {next(self.calls)} of machine"
-        results: list[T] = []  # which stay here: they may be larger than what is sent to others
-        if self.local_rank == 0:
-            with contextlib.suppress(UsageError, RunFailed, Interrupted, OSError):  # raised below
-                self.lead(f"{name} {self.node}", lambda: results.append(work()))
-        for node in range(self.nodes):
-            self.follow(f"{name} {node}")
-        return results[0] if results else then()
-
-    def lead(self, name: str, work: Callable[[], T]) -> T:
-        """Do the work that others follow, with a sign of life every second."""
-        store, done = run_store(), threading.Event()
-
-        def give_signs() -> None:
-            with contextlib.suppress(RuntimeError):  # the launcher is gone
-                while not done.wait(SIGN_OF_LIFE):
-                    store.add(f"{name} lives", 1)
-
-        thread = threading.Thread(target=give_signs, daemon=True)
-        thread.start()
-        try:
-            outcome = attempt(work)
-        finally:
-            done.set()
-            thread.join()
-        # Pickled between the processes of one run, as torch's own collectives do; never in a file.
-        store.set(f"{name} ends", pickle.dumps(outcome))
-        return self.follow(name)
-
-    def follow(self, name: str) -> Any:
-        """Wait for the work that another rank leads; returns or raises what that did."""
-        store = run_store()
-        signs, since = -1, time.monotonic()
-        while not store.check([f"{name} ends"]):
-            found = store.add(f"{name} lives", 0)
-            if found != signs:
-                signs, since = found, time.monotonic()
-            if time.monotonic() - since > self.timeout:
-                raise RunFailed(
-                    f"no sign of life from {name} for --dist_timeout {self.timeout} seconds"
-                )
-            time.sleep(0.02)
-        value, error = pickle.loads(store.get(f"{name} ends"))
-        if error is not None:
-            raise error
-        return value
+        value = self.on_all(work if self.local_rank == 0 else lambda: None)
+        return value if self.local_rank == 0 else then()
 
     # ------------------------------------------------------------------------ errors
 
-    def is_to_say(self, message: str) -> bool:
+    def should_report(self, message: str) -> bool:
         """Whether this process prints an error: of those that have the same one, the first."""
-        if self.world_size == 1 or not dist.is_initialized() or self.launcher_is_gone():
-            return self.is_main  # the launcher has the store; that it is gone all know
+        if self.store is None or self.launcher_is_gone():  # every rank knows that by itself
+            return self.is_main
         try:
-            store = run_store()
-            store.add("errors", 1)
-            return store.add(f"error {hashlib.sha256(message.encode()).hexdigest()}", 1) == 1
-        except RuntimeError:  # the launcher is gone
+            self.store.add("errors", 1)
+            digest = hashlib.sha256(message.encode()).hexdigest()
+            return self.store.add(f"error {digest}", 1) == 1
+        except RuntimeError:  # the launcher is gone, and its store
             return True
 
-    def lost_peer(self) -> str | None:
-        """What to say of processes that ended or hang; None where one of them said why."""
+    def lost_peer_message(self) -> str | None:
+        """What to report of processes that ended or hang; None where one of them said why.
+
+        Through the store: in torch's `monitored_barrier` rank 0 alone learns who is missing, and
+        may itself be gone.
+        """
         missing = "another process"
-        with contextlib.suppress(RuntimeError, ValueError):  # no launcher, or not any more
-            store = run_store()
-            store.add(f"misses others {self.rank}", 1)
-            time.sleep(SAY_WITHIN)  # until those whose fault it is not have said the same
-            if store.add("errors", 0):
-                return None
-            names = range(self.world_size)
-            lost = [str(rank) for rank in names if not store.add(f"misses others {rank}", 0)]
-            missing = f"rank {' and '.join(lost)}" if lost else missing
+        if self.store is not None:
+            with contextlib.suppress(RuntimeError):  # the launcher is gone, and its store
+                self._note_missing()
+                time.sleep(REPORT_WITHIN)  # until every rank that is left has noted the same
+                if self.store.add("errors", 0):
+                    return None
+                ranks = range(self.world_size)
+                lost = [rank for rank in ranks if not self.store.check([f"rank {rank} misses"])]
+                missing = f"rank {' and '.join(map(str, lost))}" if lost else missing
         return (
             f"{missing} of {self.world_size} ended, or did not answer for --dist_timeout "
             f"{self.timeout} seconds, so all end; --resume auto continues from the last checkpoint"
         )
 
-
-def run_store() -> dist.Store:
-    """The key-value store of the run's processes: notes that the others need not wait for."""
-    return dist.distributed_c10d._get_default_store()
+    def _note_missing(self) -> None:
+        self.store.set(f"rank {self.rank} misses", "others")
 
 
 def check_runs_alone(what: str) -> None:
@@ -362,7 +341,8 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 def is_lost_peer(error: Exception) -> bool:
     """Whether torch means that another process is gone or silent; gloo has no exception for it."""
-    words = ("gloo", "Connection closed by peer", "NCCL", "Timed out waiting")
+    # gloo's messages begin with its source file, but for the last one: after a timeout.
+    words = ("gloo", "Connection closed by peer", "NCCL", "Timed out waiting", "pair closure")
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
@@ -372,11 +352,6 @@ def exit_at_once(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def launcher_process() -> int | None:
-    """The process of torchrun that started this one; None: another program did."""
-    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
 def launch_name() -> str | None:

@@ -1,7 +1,7 @@
 """Training one model on several processes: DDP and FSDP2, and tensors that are sharded by FSDP2.
 
-FSDP2 shards every parameter's first dimension: rank r holds the r-th of world_size pieces, which,
-joined in the order of the ranks, are the whole tensor.
+FSDP2 shards every parameter's first dimension: rank r holds the r-th of world_size chunks, which,
+concatenated in the order of the ranks, are the whole tensor.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def distribute(
     """The module to call in training, whose gradients are means over the ranks.
 
     ddp: a wrapper around it. fsdp: itself, changed so that each rank keeps its shard of weights,
-    gradients and optimizer state; `blocks` are gathered one at a time, in `dtype`, the rest
+    gradients and optimizer state; `blocks` are all-gathered one at a time, in `dtype`, the rest
     (embedding, head, last norm) in float32, as under autocast.
     """
     if ranks.world_size == 1:
@@ -60,7 +60,7 @@ def distribute(
 def no_gradient_sync(module: nn.Module) -> contextlib.AbstractContextManager:
     """Accumulate gradients on each rank within the block.
 
-    Sharded ones are reduced each time, since only then they need no more memory than their shard.
+    Those of FSDP are reduced each time: unreduced they would take the memory of the whole model.
     """
     if isinstance(module, DistributedDataParallel):
         return module.no_sync()
@@ -69,13 +69,14 @@ def no_gradient_sync(module: nn.Module) -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def no_gradients(module: nn.Module) -> Iterator[None]:
-    """Evaluate within the block; at its end a sharded module holds its shards alone."""
+    """Evaluate within the block; after it a sharded module holds its shards alone."""
     if not is_sharded(module):
         with torch.inference_mode():
             yield
         return
     try:
-        with torch.no_grad():  # FSDP keeps what it gathers, and cannot train on inference tensors
+        # FSDP reuses the buffers it gathers into, and cannot train on inference tensors.
+        with torch.no_grad():
             yield
     finally:
         for part in module.modules():
@@ -97,33 +98,32 @@ def full_state_dict(module: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
     """The state dict of whole tensors on rank 0, empty elsewhere. Every rank must call this."""
     if not is_sharded(module):
         return module.state_dict() if ranks.is_main else {}
-    whole: dict[int, Tensor] = {}  # by parameter: tied ones are gathered once
+    gathered: dict[int, Tensor] = {}  # by parameter: tied ones are gathered once
     state = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
-        if id(tensor) not in whole:
-            found = tensor.detach().full_tensor() if is_dtensor(tensor) else tensor
-            whole[id(tensor)] = found.cpu() if ranks.is_main else found.new_empty(0)
-        state[name] = whole[id(tensor)]
+        if id(tensor) not in gathered:
+            whole = tensor.detach().full_tensor() if is_dtensor(tensor) else tensor
+            gathered[id(tensor)] = whole.cpu() if ranks.is_main else whole.new_empty(0)
+        state[name] = gathered[id(tensor)]
     return state if ranks.is_main else {}
 
 
 def local_shards(node: Any) -> Any:
     """Nested dicts and lists with this rank's shard of every tensor in them, on the CPU."""
-    return _changed(node, lambda t: (t.to_local() if is_dtensor(t) else t).cpu())
+    return _map_tensors(node, lambda t: (t.to_local() if is_dtensor(t) else t).cpu())
 
 
-def shapes_alone(node: Any) -> Any:
+def to_meta(node: Any) -> Any:
     """Nested dicts and lists with every tensor on `meta`: what other ranks need of rank 0's."""
-    return _changed(node, lambda t: t.to("meta"))
+    return _map_tensors(node, lambda t: t.to("meta"))
 
 
-def _changed(node: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Nested dicts and lists with every tensor in them changed."""
+def _map_tensors(node: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if torch.is_tensor(node):
-        return change(node.detach())
+        return function(node.detach())
     if isinstance(node, dict):
-        return {key: _changed(value, change) for key, value in node.items()}
-    return [_changed(value, change) for value in node] if isinstance(node, list) else node
+        return {key: _map_tensors(value, function) for key, value in node.items()}
+    return [_map_tensors(value, function) for value in node] if isinstance(node, list) else node
 
 
 def join_shards(value: Tensor | list[Tensor]) -> Tensor:
@@ -131,11 +131,11 @@ def join_shards(value: Tensor | list[Tensor]) -> Tensor:
     return torch.cat(value) if isinstance(value, list) else value
 
 
-def receive(value: Tensor | list[Tensor], like: Tensor) -> Tensor:
-    """A copy of rank 0's tensor, of which each rank takes its shard where `like` is sharded.
+def broadcast_or_shard(value: Tensor | list[Tensor], like: Tensor) -> Tensor:
+    """A copy of rank 0's tensor on the device of `like`; each rank's shard where that is sharded.
 
-    Other ranks give that tensor or one of its shape on `meta`. Raises ValueError for another shape
-    than that of `like`. Every rank must call this.
+    `value` is the whole or its shards, on the other ranks of the same shape on `meta`. Raises
+    ValueError for another shape than that of `like`. Every rank must call this.
     """
     whole = join_shards(value)
     if whole.shape != like.shape:
@@ -155,21 +155,21 @@ def receive(value: Tensor | list[Tensor], like: Tensor) -> Tensor:
 
 
 def load_state(module: nn.Module, state: dict[str, Tensor | list[Tensor]]) -> None:
-    """`load_state_dict` of rank 0's tensors, whole or in shards; see `receive`.
+    """`load_state_dict` of rank 0's tensors, whole or in shards: see `broadcast_or_shard`.
 
     Every rank must call this. Raises RuntimeError or ValueError for other names or shapes.
     """
     own = module.state_dict()
-    strange = sorted(own.keys() ^ state.keys())
-    if strange:
-        raise ValueError(f"tensor {strange[0]} is missing or not of this model")
+    mismatched = sorted(own.keys() ^ state.keys())
+    if mismatched:
+        raise ValueError(f"tensor {mismatched[0]} is missing or not of this model")
     with torch.no_grad():
         for name, like in own.items():  # one at a time: the whole model may not fit
-            like.copy_(receive(state[name], like))
+            like.copy_(broadcast_or_shard(state[name], like))
 
 
 def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
-    """Load rank 0's moments, whole or in shards; see `receive`.
+    """Load rank 0's moments, whole or in shards: see `broadcast_or_shard`.
 
     Learning rate, decay and the like stay those of the optimizer, not the checkpoint's. Every rank
     must call this. Raises LookupError, TypeError, ValueError or AttributeError for a state that is
@@ -179,20 +179,20 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
     settings = [{key: group[key] for key in group if key != "params"} for group in groups]
     parts = getattr(optimizer, "parts", None)  # Muon has AdamW beside it
     if parts is None:
-        state = _received(optimizer, state)
+        state = _own_moments(optimizer, state)
     else:
-        state = {name: _received(part, state[name]) for name, part in parts.items()}
+        state = {name: _own_moments(part, state[name]) for name, part in parts.items()}
     optimizer.load_state_dict(state)
     for group, before in zip(optimizer.param_groups, settings, strict=True):
         group.update(before)
 
 
-def _received(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state with each moment received, or this rank's shard of it."""
+def _own_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state with rank 0's moments, or this rank's shards of them."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    moments = {index: dict(of_one) for index, of_one in state["state"].items()}
-    for index, of_one in moments.items():
-        for name, value in of_one.items():
-            if isinstance(value, Tensor | list):
-                of_one[name] = receive(value, parameters[index])
+    moments = {index: dict(values) for index, values in state["state"].items()}
+    for index, values in moments.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor | list):  # a step may be a plain number
+                values[name] = broadcast_or_shard(value, parameters[index])
     return state | {"state": moments}

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import itertools
 import secrets
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,8 +25,8 @@ import torch
 from tqdm import tqdm
 
 from minllama.formats.pt_file import STATE_FILE, load_pt, save_pt, state_file
-from minllama.machine.ranks import LAUNCHER_GONE, Ranks, attempt
-from minllama.machine.sharding import shapes_alone
+from minllama.machine.ranks import Ranks
+from minllama.machine.sharding import to_meta
 from minllama.system.errors import RunFailed, UsageError
 from minllama.system.files import remove
 
@@ -85,7 +84,7 @@ def read_on_main(
     """The checkpoint that `read` gives rank 0, which alone reads it. Every rank must call this.
 
     The other ranks get what is plain, and of the tensors of model and optimizer the shapes: the
-    values come one tensor at a time, by `sharding.receive`.
+    values come one tensor at a time, by `sharding.broadcast_or_shard`.
     """
 
     def without_values(
@@ -94,7 +93,7 @@ def read_on_main(
         if checkpoint is None:
             return None
         path, state = checkpoint
-        return path, state | {key: shapes_alone(state[key]) for key in ("model", "optimizer")}
+        return path, state | {key: to_meta(state[key]) for key in ("model", "optimizer")}
 
     return ranks.on_main(read, tell=without_values)
 
@@ -184,7 +183,6 @@ class Checkpoints:
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future[None] | None = None  # the sharded checkpoint being written
         self.begin_again: Callable[[], None] | None = None  # that one, from its copied shards
-        self.numbers = itertools.count(1)  # of sharded checkpoints
 
     def save(self, state: dict[str, Any], path: Path | None = None) -> None:
         """Write a resumable checkpoint, by default named after its step, and prune older ones."""
@@ -312,11 +310,8 @@ class Checkpoints:
 
     def _begin_shards(self, folder: Path, shards: dict[str, Any], state: dict[str, Any]) -> None:
         """Begin to write a sharded checkpoint: this rank's shards, and the plain state."""
-        if self.ranks.launcher_is_gone():  # with it went the store through which ranks agree
-            raise RunFailed(f"{LAUNCHER_GONE}: --resume auto continues from the last checkpoint")
         self.ranks.on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
-        name = f"checkpoint {next(self.numbers)}"
-        self.pending = self.thread.submit(self._write_shards, folder, shards, state, name)
+        self.pending = self.thread.submit(self._write_shards, folder, shards, state)
         self.begin_again = functools.partial(self._begin_shards, folder, shards, state)
 
     def _await_shards(self) -> None:
@@ -325,36 +320,20 @@ class Checkpoints:
             written, self.pending = self.pending, None
             written.result()
 
-    def _write_shards(
-        self, folder: Path, own: dict[str, Any], state: dict[str, Any], name: str
-    ) -> None:
-        """Write this rank's file; on rank 0 then what makes a checkpoint of all.
+    def _write_shards(self, folder: Path, own: dict[str, Any], state: dict[str, Any]) -> None:
+        """Write this rank's file; on rank 0 then the one that names all shards.
 
-        What rank 0 raises, all do. They wait for each other through the store, however long it
-        takes, since the training has the collectives.
+        What a rank raises, all do. They wait for each other however long it takes, in a group of
+        their own, since the training goes on in the others.
         """
-        ranks = self.ranks
+        ranks = self.ranks.for_thread()
         # A new name: state.pt may list the shards of an earlier save.
         path = folder / f"shard-{ranks.rank}-{secrets.token_hex(4)}.pt"
-        with contextlib.suppress(Exception):  # raised below
-            ranks.lead(f"{name} of rank {ranks.rank}", lambda: (path.name, save_pt(path, own)))
-        if ranks.is_main:
-            ranks.lead(name, lambda: self._commit(folder, state, name))
-        else:
-            ranks.follow(name)
-
-    def _commit(self, folder: Path, state: dict[str, Any], name: str) -> None:
-        """When every rank is done, write the file that names all shards.
-
-        Then, or where that failed, delete what it does not name: the disk may be full.
-        """
-        works = [f"{name} of rank {rank}" for rank in range(self.ranks.world_size)]
-        found = [attempt(functools.partial(self.ranks.follow, work)) for work in works]
         try:
-            for error in [error for _, error in found if error is not None]:
-                raise error
-            shards = dict(shard for shard, _ in found)
-            save_pt(folder / STATE_FILE, state | {"model": {}, "optimizer": {}, "shards": shards})
-        finally:
-            remove_unlisted_shards(folder)
-        self._note_written(folder, state)
+            digest = ranks.on_all(lambda: save_pt(path, own))
+            shards = dict(ranks.gather((path.name, digest)))
+            plain = state | {"model": {}, "optimizer": {}, "shards": shards}
+            ranks.on_main(lambda: save_pt(folder / STATE_FILE, plain))
+        finally:  # where that failed, too: the disk may be full
+            ranks.on_main(lambda: remove_unlisted_shards(folder))
+        ranks.on_main(lambda: self._note_written(folder, state))

@@ -421,7 +421,7 @@ def huge(n: int, kind: int) -> bytes:
         (tensor("blk.0.attn_q.weight", [4, 4], 12, 64), "is not a multiple of Q4_K block size"),
         (tensor("blk.0.attn_q.weight", [4, 4], 77, 64), "77. is not a valid GGMLQuantizationType"),
         (tensor("blk.0.attn_q.weight", [4, 4], 8, 64), "is not a multiple of Q8_0 block size"),
-        (tensor("blk.0.attn_q.weight", [2**40, 2**40], 0, 64), "cut off|lies at byte|cannot reshape"),
+        (tensor("blk.0.attn_q.weight", [2**40] * 2, 0, 64), "cut off|lies at byte|cannot reshape"),
         (tensor("z", [2**40, 2**40], 0, 64), "cannot reshape"),
         (tensor("z", [], 0, 0), "claims more than the file has"),
         (tensor("z", [1] * 9, 0, 4), "tensor z not of a Llama"),

@@ -95,7 +95,6 @@ def test_work_is_split_evenly_and_each_part_counted_once(count, world_size):
 def do_all_together(ranks: Ranks) -> None:
     """Every method of two connected ranks once, and what ranks without a launcher do not have."""
     rank = ranks.rank
-    assert ranks.sum(rank + 1, 0.5) == [3, 1]
     assert ranks.sum_array(np.array([[rank, 2]])).tolist() == [[1, 4]]
     numbers = ranks.gather_numbers(torch.tensor([rank, 0.5]), 80_000_000_001)
     assert numbers == [[0, 0.5, 80_000_000_001], [1, 0.5, 80_000_000_001]]
@@ -114,8 +113,9 @@ def do_all_together(ranks: Ranks) -> None:
     with pytest.raises(Interrupted):
         ranks.check_stop(stop)
     assert stop.exit_status == 143
-    said = ranks.gather(ranks.is_to_say("the same error"))
-    assert sorted(said) == [False, True] and all(ranks.gather(ranks.is_to_say(f"of {rank}")))
+    reported = ranks.gather(ranks.should_report("the same error"))
+    assert sorted(reported) == [False, True]
+    assert all(ranks.gather(ranks.should_report(f"of {rank}")))
     print(f"printed by rank {rank}")
 
 
@@ -124,25 +124,23 @@ def raises(error: Exception) -> None:
 
 
 def test_two_processes_do_all_together():
-    """Only rank 0 prints: a line of each rank once stood in every log."""
+    """Only rank 0 prints: a line of each rank once stood in every log.
+
+    So did torch's warning of a name that is deprecated.
+    """
     output = several.call(2, do_all_together)
     assert "printed by rank 0" in output and "rank 1" not in output
+    assert "Warning" not in output
 
 
 def test_alone_everything_is_done_at_once():
     ranks = Ranks()
     with ranks.connected(use_gpu=False):
-        assert ranks.sum(1, 2) == [1, 2] and ranks.gather("x") == ["x"]
+        assert ranks.sum_array(np.ones(1)) == 1 and ranks.gather("x") == ["x"]
         assert ranks.on_all(int) == ranks.on_main(int) == ranks.first_on_node(int, then=str) == 0
-        assert ranks.is_to_say("anything")
+        assert ranks.should_report("anything")
     with pytest.raises(ZeroDivisionError):
         ranks.on_main(lambda: 1 / 0)
-
-
-@pytest.fixture
-def store():
-    with several.thread_store() as store:
-        yield store
 
 
 @pytest.fixture
@@ -151,7 +149,7 @@ def quick_signs(monkeypatch):
     monkeypatch.setattr(room, "SIGN_OF_LIFE", 0.05)
 
 
-def test_long_work_of_rank_0_is_no_hang(store, quick_signs):
+def test_long_work_of_rank_0_is_no_hang(quick_signs):
     """It may take any time, with a sign of life now and then: three timeouts here."""
 
     def work() -> str:
@@ -161,7 +159,7 @@ def test_long_work_of_rank_0_is_no_hang(store, quick_signs):
     assert several.on_threads(3, lambda ranks: ranks.on_main(work), timeout=0.5) == ["done"] * 3
 
 
-def test_the_others_are_told_what_rank_0_need_not_send(store):
+def test_the_others_are_told_what_rank_0_need_not_send():
     """Rank 0 itself has the very object, which may be too large to send."""
     large = object()
 
@@ -171,17 +169,42 @@ def test_the_others_are_told_what_rank_0_need_not_send(store):
     assert several.on_threads(2, work) == [large, "told"]
 
 
-def test_work_without_a_sign_of_life_is_given_up_by_name(store, monkeypatch):
+def test_work_without_a_sign_of_life_is_given_up_by_name(monkeypatch):
+    """The rank that is silent finds, when it wakes up, that the others are gone."""
     monkeypatch.setattr(room, "SIGN_OF_LIFE", 60)
+    monkeypatch.setattr(room, "REPORT_WITHIN", 0.2)
     began = time.monotonic()
 
     def work() -> None:
         time.sleep(1)
 
-    done, gave_up = several.on_threads(2, lambda ranks: ranks.on_main(work), timeout=0.3)
-    assert done is None and time.monotonic() - began < 5
-    assert isinstance(gave_up, RunFailed)
-    assert str(gave_up).startswith("no sign of life from work 0 of rank 0 for --dist_timeout 0.3")
+    def report(ranks: Ranks) -> str:
+        with pytest.raises(RuntimeError) as error:
+            ranks.on_main(work)
+        assert is_lost_peer(error.value)
+        return ranks.lost_peer_message()
+
+    messages = several.on_threads(2, report, timeout=0.3)
+    assert messages[1].startswith("rank 0 of 2 ended, or did not answer for --dist_timeout 0.3")
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("quiet", [0, 1, 2])
+def test_a_rank_that_is_gone_during_long_work_is_named(quick_signs, monkeypatch, quiet):
+    """Not the one that still works, which had no time to note whom it misses."""
+    monkeypatch.setattr(room, "REPORT_WITHIN", 0.2)
+
+    def report(ranks: Ranks) -> str | None:
+        if ranks.rank == quiet:
+            return None
+        with pytest.raises(RuntimeError) as error:
+            ranks.on_main(lambda: time.sleep(1))
+        assert is_lost_peer(error.value)
+        return ranks.lost_peer_message()
+
+    messages = several.on_threads(3, report, timeout=0.3)
+    messages.pop(quiet)
+    assert all(message.startswith(f"rank {quiet} of 3 ended") for message in messages)
 
 
 @pytest.mark.parametrize(
@@ -189,17 +212,17 @@ def test_work_without_a_sign_of_life_is_given_up_by_name(store, monkeypatch):
     [UsageError("bad"), RunFailed("failed"), Interrupted(), OSError(28, "full", "a.pt")],
     ids=lambda error: type(error).__name__,
 )
-def test_what_rank_0_raises_all_raise(store, error):
+def test_what_rank_0_raises_all_raise(error):
     for found in several.on_threads(2, lambda ranks: ranks.on_main(lambda: raises(error))):
         assert type(found) is type(error) and str(found) == str(error)
 
 
-def test_an_error_nobody_expected_reaches_all_with_its_traceback(store):
+def test_an_error_nobody_expected_reaches_all_with_its_traceback():
     for found in several.on_threads(2, lambda ranks: ranks.on_main(lambda: 1 / 0)):
         assert isinstance(found, RunFailed) and "ZeroDivisionError" in str(found)
 
 
-def test_each_machine_does_long_work_once_and_first(store, quick_signs):
+def test_each_machine_does_long_work_once_and_first(quick_signs):
     """What it returns stays in its process: it may be the whole text of the training."""
     order, unpicklable = [], threading.Lock()
 
@@ -216,7 +239,7 @@ def test_each_machine_does_long_work_once_and_first(store, quick_signs):
     assert order[:2] == [0, 2] and sorted(order) == [0, 1, 2, 3]
 
 
-def test_long_work_that_fails_on_one_machine_fails_on_all(store):
+def test_long_work_that_fails_on_one_machine_fails_on_all():
     def work_on(ranks: Ranks) -> str:
         def work() -> str:
             return raises(UsageError("no text")) if ranks.node else "text"
@@ -255,21 +278,22 @@ def test_a_rank_that_does_not_come_ends_the_wait():
 # ---------------------------------------------------------------------------- errors
 
 
-def test_the_lost_one_is_named_by_those_who_miss_it(store, monkeypatch):
+def test_the_lost_one_is_named_by_those_who_miss_it(monkeypatch):
     """Unless a rank has said why it ends: then nothing is to be added."""
-    monkeypatch.setattr(room, "SAY_WITHIN", 0.2)
+    monkeypatch.setattr(room, "REPORT_WITHIN", 0.2)
 
-    def say(ranks: Ranks) -> str | None:
-        return None if ranks.rank == 1 else ranks.lost_peer()
+    def report(ranks: Ranks) -> str | None:
+        return None if ranks.rank == 1 else ranks.lost_peer_message()
 
-    first, _, third = several.on_threads(3, say)
+    first, _, third = several.on_threads(3, report)
     assert first == third and first.startswith("rank 1 of 3 ended, or did not answer for")
+    store = dist.HashStore()
     store.add("errors", 1)
-    assert Ranks(0, 3).lost_peer() is None
+    assert Ranks(0, 3, store=store).lost_peer_message() is None
 
 
 def test_a_rank_that_has_lost_its_launcher_says_so_too():
-    assert Ranks(1, 2).lost_peer().startswith("another process of 2 ended")
+    assert Ranks(1, 2).lost_peer_message().startswith("another process of 2 ended")
 
 
 @pytest.mark.parametrize(
@@ -278,6 +302,7 @@ def test_a_rank_that_has_lost_its_launcher_says_so_too():
         (RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer"), True),
         (dist.DistNetworkError("The client socket has timed out"), True),
         (RuntimeError("Timed out waiting 3000ms for recv operation to complete"), True),
+        (RuntimeError("Application timeout caused pair closure"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("bad"), False),
     ],

@@ -8,7 +8,7 @@ import pickle
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from config import LlamaConfig
 from llama import Llama, NextTokenLoss
 from minllama.formats import pt_file
 from minllama.formats.pt_file import STATE_FILE, load_pt, save_pt
-from minllama.machine.ranks import Ranks
+from minllama.machine.ranks import Ranks, is_lost_peer
 from minllama.machine.sharding import (
+    broadcast_or_shard,
     distribute,
     full_state_dict,
     is_sharded,
@@ -33,8 +34,7 @@ from minllama.machine.sharding import (
     local_shards,
     no_gradient_sync,
     no_gradients,
-    receive,
-    shapes_alone,
+    to_meta,
 )
 from minllama.runs import checkpoints as saving
 from minllama.runs.checkpoints import Checkpoints, load_checkpoint, summarize
@@ -131,7 +131,7 @@ def load_together(
 ) -> None:
     """Load what rank 0 alone has; the others know its shapes."""
     if not ranks.is_main:
-        weights, moments = shapes_alone(weights), shapes_alone(moments)
+        weights, moments = to_meta(weights), to_meta(moments)
     load_state(model, weights)
     load_optimizer_state(optimizer, moments)
 
@@ -192,10 +192,10 @@ def test_one_process_loads_shards_of_any_number_and_no_others():
         load_state(module, {name: list(ranks_of(t, count)) for name, t in state.items()})
         assert_same(dict(module.state_dict()), state)
     with pytest.raises(ValueError, match=r"of shape \(4, 3\) where \(5, 3\) is asked for"):
-        receive([state["weight"][:2], state["weight"][3:]], module.weight)
+        broadcast_or_shard([state["weight"][:2], state["weight"][3:]], module.weight)
     with pytest.raises(ValueError, match="tensor bias is missing or not of this model"):
         load_state(module, {"weight": state["weight"]})
-    copied = receive(state["bias"], module.bias)
+    copied = broadcast_or_shard(state["bias"], module.bias)
     assert copied is not state["bias"] and torch.equal(copied, state["bias"])
 
 
@@ -253,10 +253,9 @@ def assert_is_of(path: Path, step: int) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path) -> Iterator[RunFolder]:
+def folder(tmp_path) -> RunFolder:
     """The folder of a run whose two ranks are threads, which `save` makes."""
-    with several.thread_store():
-        yield RunFolder(tmp_path / "run", "pretrain")
+    return RunFolder(tmp_path / "run", "pretrain")
 
 
 def save(
@@ -269,16 +268,22 @@ def save(
     """Two ranks save after each of some steps, and wait; returns what each raised or None."""
 
     def work(ranks: Ranks) -> None:
-        checkpoints = Checkpoints(folder, ranks, sharded=True, keep_last=2)
-        with checkpoints:
-            for step in steps:
-                checkpoints.next_step(step)
-                state = payload_of(step, ranks.rank, **settings)
-                checkpoints.save(state, folder.step_checkpoint(under or step))
-        checkpoints.finish()
+        save_as(ranks, folder, *steps, under=under, **settings)
 
-    several.STORES[-1] = torch.distributed.HashStore()  # each start of a run has its own
     return several.on_threads(2, work, timeout=timeout)
+
+
+def save_as(
+    ranks: Ranks, folder: RunFolder, *steps: int, under: int | None = None, **settings: Any
+) -> None:
+    """What one of the ranks does in `save`."""
+    checkpoints = Checkpoints(folder, ranks, sharded=True, keep_last=2)
+    with checkpoints:
+        for step in steps:
+            checkpoints.next_step(step)
+            state = payload_of(step, ranks.rank, **settings)
+            checkpoints.save(state, folder.step_checkpoint(under or step))
+    checkpoints.finish()
 
 
 def names(folder: RunFolder) -> list[str]:
@@ -538,8 +543,17 @@ def test_a_rank_may_write_for_long(folder, monkeypatch):
 def test_a_rank_that_falls_silent_while_it_writes_is_named(folder, monkeypatch):
     """Rank 0 once waited for its shard for ever."""
     slow_shard(monkeypatch, signs=60)
-    for error in save(folder, 1, timeout=0.5):
-        assert isinstance(error, RunFailed) and "from checkpoint 1 of rank 1" in str(error)
+    monkeypatch.setattr("minllama.machine.ranks.REPORT_WITHIN", 0.2)
+    messages = []
+
+    def work(ranks: Ranks) -> None:
+        with pytest.raises(RuntimeError) as error:
+            save_as(ranks, folder, 1)
+        assert is_lost_peer(error.value)
+        messages.append(ranks.lost_peer_message())
+
+    assert several.on_threads(2, work, timeout=0.5) == [None, None]
+    assert messages[0].startswith("rank 1 of 2 ended, or did not answer for --dist_timeout 0.5")
 
 
 @pytest.mark.parametrize("failing", ["shard-0", "shard-1", STATE_FILE])

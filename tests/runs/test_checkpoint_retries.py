@@ -11,11 +11,9 @@ from typing import Any
 import pytest
 import survivor
 import torch
-import torch.distributed as dist
 from survivor import content_digest, joined, small_payload
 
 from minllama.formats.pt_file import STATE_FILE, load_pt, save_pt
-from minllama.machine import ranks
 from minllama.machine.ranks import Ranks
 from minllama.runs import checkpoints as saving
 from minllama.runs.checkpoints import MAX_RETRY_WAIT, Checkpoints, load_checkpoint
@@ -72,10 +70,8 @@ def run() -> Run:
 
 
 @pytest.fixture
-def sharded_run(monkeypatch) -> Iterator[Run]:
+def sharded_run() -> Iterator[Run]:
     """A run of one rank whose checkpoints are sharded."""
-    store = dist.HashStore()
-    monkeypatch.setattr(ranks, "run_store", lambda: store)
     run = Run(sharded=True)
     yield run
     run.checkpoints.thread.shutdown()

@@ -134,10 +134,9 @@ def test_a_folder_that_machines_do_not_share_is_refused(monkeypatch):
 
     for name in ("run0", "run1"):
         Path(name).mkdir()
-    with several.thread_store():
-        for error in several.on_threads(2, lock, nodes=2):
-            assert isinstance(error, UsageError)
-            assert "machine 1" in str(error) and "does not see what rank 0 wrote" in str(error)
+    for error in several.on_threads(2, lock, nodes=2):
+        assert isinstance(error, UsageError)
+        assert "machine 1" in str(error) and "does not see what rank 0 wrote" in str(error)
 
 
 def test_finetuning_continues_sharded_on_more_ranks():
