@@ -118,7 +118,7 @@ from minllama.formats.models import model_in
 from minllama.formats.pt_file import is_pt, load_pt, tensors_in
 from minllama.inference.evaluation import score_text
 from minllama.machine.ranks import check_runs_alone
-from minllama.runs.report import compare_runs
+from minllama.runs.metrics import compare_runs
 from minllama.runs.run_folder import RunFolder
 from minllama.system.encodings import check_encoding
 from minllama.system.files import (

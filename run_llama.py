@@ -18,6 +18,7 @@ if __name__ == "__main__":  # --help and bad flags are answered before torch, wh
 import contextlib
 import dataclasses
 import os
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,8 @@ from minllama.machine.sharding import full_state_dict, is_sharded, load_state
 from minllama.model.generation import compile_step, pack_weights
 from minllama.model.lora import add_lora, merge_lora
 from minllama.runs.advice import Outcome, advise
+from minllama.runs.metrics import read_records
 from minllama.runs.plan import Cluster, TrainingPlan, warn_of_plan
-from minllama.runs.record import loss_curve_svg, read_records
 from minllama.runs.run_folder import RunFolder
 from minllama.system.errors import Interrupted, RunFailed, UsageError
 from minllama.system.files import check_writable_file, write_text
@@ -98,7 +99,6 @@ from optimizer import layer_matrices
 from tokenizer import Tokenizer
 from utils import ORDER_VERSION, LlamaDataset, batch_indices, batches_by_length
 
-CURVE_POINTS = 2000  # of the training loss in its picture
 WORSE = 1.005  # than its best: a validation loss that has risen
 
 # ---------------------------------------------------------------------------- pretrain
@@ -236,21 +236,14 @@ class Pretraining(NextTokenTask):
 
 
 def finish_pretraining(run: Run, tokenizer: Tokenizer) -> int:
-    """Write the model and the loss curve, show a sample, and say what there is and what is next."""
+    """Write the model, show a sample, and say what there is and what is next."""
     folder, progress, checkpoints = run.folder, run.progress, run.checkpoints
-    final, curve = folder.file("final-model.pt"), folder.file("loss-curve.svg")
+    final = folder.file("final-model.pt")
     checkpoints.save_weights("final-model.pt", run.task.weights())
-    every_nth = max(1, progress.step // CURVE_POINTS)
-    records = [
-        record
-        for record in read_records(folder.file("metrics.jsonl"))
-        if record["step"] % every_nth == 0 or record.get("val_loss") is not None
-    ]
-    picture = loss_curve_svg(records, str(folder.path))
-    checkpoints.save_file(curve, lambda: write_text(curve, picture))
     checkpoints.finish()
     if not run.ranks.is_main:
         return 0
+    records = deque(read_records(folder.file("metrics.jsonl")), maxlen=20)  # the last ones
     val_loss = records[-1].get("val_loss") if records else None
     chosen = final
     if val_loss is not None and progress.best is not None and val_loss > WORSE * progress.best:
@@ -270,7 +263,7 @@ def finish_pretraining(run: Run, tokenizer: Tokenizer) -> int:
             f"{perplexity(progress.best):.2f} after {progress.best_step:,} steps{rose}"
         )
     if records:
-        recent = [record["loss"] for record in records[-20:] if record["loss"] is not None]
+        recent = [record["loss"] for record in records if record["loss"] is not None]
         outcome = Outcome(
             parameters=sum(run.plan.config.parameter_counts().values()),
             tokens=progress.tokens,

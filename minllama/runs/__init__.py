@@ -5,8 +5,8 @@ Knows nothing of how a step is made.
     run_folder  its files' names, its lock, which checkpoint to resume or delete
     checkpoint  reading a run's state, from one file or shards
     saving      writing a run's files while it trains
-    record      metrics, GPU telemetry, environment, profile
-    recording   where a run's records go
+    metrics     a line per step: metrics.jsonl, TensorBoard, two runs compared
+    telemetry   GPU, environment, profile
     report      report.html
     plan        steps, memory, disk and time by arithmetic
     advice      what a finished run's figures say

@@ -8,26 +8,22 @@ from __future__ import annotations
 
 import html
 import json
-import math
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from config import FLAGS
 from minllama.cli.command_line import quoted
 from minllama.cli.console import EVALUATED
-from minllama.runs.record import read_records
 from minllama.runs.run_folder import RunFolder
-from minllama.system.errors import UsageError
 from minllama.system.files import write_text
 
 PAGE = Path(__file__).parent / "page"  # the page's own text, and uPlot, which draws the curves
 MOST_POINTS = 2000  # of a curve
 MOST_SAMPLES, SAMPLE_LENGTH = 100, 4000  # texts, characters
-REWRITE_SECONDS = 10  # at most that often, and for at most a hundredth of the time
-RELOAD_SECONDS = 15
+LARGEST = 1e300  # of a figure: damaged records may hold integers that no float can
 PLACES = ("step", "tokens", "elapsed")  # what curves are drawn over
 MEASURED = (
     *("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory"),
@@ -42,7 +38,7 @@ def number(value: Any) -> int | float | None:
     """A number as a curve can hold it; None for anything else that a record may have."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    if not abs(value) < 2**63 or not math.isfinite(value):  # the first: an int too large to be one
+    if not abs(value) < LARGEST:  # NaN is not, either
         return None
     return value if isinstance(value, int) else float(f"{value:.6g}")
 
@@ -76,9 +72,9 @@ class Curves:
             points, self.points = self.points, []
             for point in points:
                 self._append(point)
-        found = {name: number(record.get(name)) for name in EVALUATED}
-        if any(value is not None for value in found.values()):
-            self.evaluations = thinned([*self.evaluations, place | found], MOST_POINTS)
+        scores = {name: number(record.get(name)) for name in EVALUATED}
+        if any(score is not None for score in scores.values()):
+            self.evaluations = thinned([*self.evaluations, place | scores], MOST_POINTS)
         if isinstance(record.get("sample"), str):
             sample = (step, record["sample"][:SAMPLE_LENGTH])
             self.samples = thinned([*self.samples, sample], MOST_SAMPLES)
@@ -103,7 +99,7 @@ class Curves:
         return {
             "stride": self.stride,
             "steps": steps,
-            "evaluations": {name: [found[name] for found in self.evaluations] for name in names},
+            "evaluations": {name: [point[name] for point in self.evaluations] for name in names},
             "samples": self.samples,
         }
 
@@ -177,78 +173,10 @@ def read_part(name: str) -> str:
     return (PAGE / name).read_text(encoding="utf-8")
 
 
-class Report:
-    """report.html of a run that is training, written again while it does."""
-
-    def __init__(
-        self,
-        folder: RunFolder,
-        done: int,
-        last_step: Callable[[], int],
-        save: Callable[[Path, Callable[[], None]], None],
-    ) -> None:
-        """Continue after the step `done`; `save(path, write)` is what writes the page."""
-        self.folder, self.last_step, self.save = folder, last_step, save
-        self.rewind(done)
-
-    def rewind(self, last_step: int) -> None:
-        """Show what is on record up to `last_step`: the steps after it are made again."""
-        records = read_records(self.folder.file("metrics.jsonl"))
-        self.curves = Curves(record for record in records if record["step"] <= last_step)
-        self.due = 0.0
-
-    def append(self, record: dict[str, Any]) -> None:
-        """Take in a step's record, and write the page where the last one is old enough."""
-        self.curves.add(record)
-        started = time.monotonic()
-        if started >= self.due:
-            self._save("running", reload=RELOAD_SECONDS)
-            now = time.monotonic()
-            self.due = now + max(REWRITE_SECONDS, 100 * (now - started))
-
-    def sync(self) -> None:
-        """Do nothing: the page can be made again from the metrics."""
-
-    def close(self, state: str) -> None:
-        """Write the page of a run that has ended as `state` says."""
-        self._save(state)
-
-    def _save(self, state: str, *, reload: int | None = None) -> None:
-        def write() -> None:
-            title = str(self.folder.path)
-            run = describe_run(title, self.curves, self.folder.starts())
-            run |= {"state": state, "last_step": self.last_step()}
-            write_text(path, page(title, [run], reload=reload))
-
-        path = self.folder.file("report.html")
-        self.save(path, write)
-
-
-# ---------------------------------------------------------------------------- several runs
-
-
-def compare_runs(paths: Sequence[Path]) -> str:
-    """A page of several runs laid over each other. Raises UsageError for a path without a run."""
-    runs = []
-    for path in paths:
-        metrics = find_metrics(path)
-        prefix = metrics.name.removesuffix("metrics.jsonl").removesuffix("-")
-        starts = RunFolder(metrics.parent, prefix or "pretrain").starts()
-        runs.append(describe_run(str(path), Curves(read_records(metrics)), starts))
-        if not runs[-1]["steps"]["step"]:
-            raise UsageError(f"{metrics}: holds no records of steps")
-    return page(" and ".join(run["name"] for run in runs), runs)
-
-
-def find_metrics(path: Path) -> Path:
-    """The records of the run that a folder, or a file of them, means. Raises UsageError."""
-    if path.is_file() and path.name.endswith("metrics.jsonl"):
-        return path
-    found = sorted(path.glob("*metrics.jsonl")) if path.is_dir() else []
-    found = [file for file in found if file.name == "metrics.jsonl"] or found
-    if not found:
-        problem = "holds no run (no metrics.jsonl)" if path.is_dir() else "no such folder of a run"
-        raise UsageError(f"{path}: {problem}")
-    if len(found) > 1:
-        raise UsageError(f"{path}: holds several runs; name one of {', '.join(map(str, found))}")
-    return found[0]
+def write_report(
+    folder: RunFolder, curves: Curves, *, state: str, last_step: int, reload: int | None
+) -> None:
+    """Write report.html of a run that is in this `state` ("running", "finished", ...)."""
+    run = describe_run(str(folder.path), curves, folder.starts())
+    run |= {"state": state, "last_step": last_step}
+    write_text(folder.file("report.html"), page(run["name"], [run], reload=reload))

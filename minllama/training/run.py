@@ -35,8 +35,9 @@ from minllama.machine.sharding import (
     load_state,
     local_shards,
 )
-from minllama.runs.record import environment, finite_or_none
+from minllama.runs.metrics import finite_or_none
 from minllama.runs.saving import Checkpoints
+from minllama.runs.telemetry import environment
 from minllama.system.errors import TextLost, UsageError
 from minllama.training.ahead import Ahead
 from minllama.training.deadline import (

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from minllama.machine.device import autocast, is_out_of_memory, training_arithmetic, used_memory
 from minllama.machine.random_state import random_state, restore_random_state
 from minllama.machine.sharding import is_dtensor, no_gradient_sync
-from minllama.runs.record import PHASES, finite_or_none
+from minllama.runs.metrics import finite_or_none
+from minllama.runs.telemetry import PHASES
 from minllama.system.errors import RunFailed
 from minllama.training.run import Progress, Run
 from minllama.training.task import Batch, Window

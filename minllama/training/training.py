@@ -10,15 +10,9 @@ from tqdm import tqdm
 
 from minllama.cli.console import show_record, training_bar
 from minllama.machine.gpus import peak_flops
-from minllama.runs.record import (
-    SPIKE_WINDOW,
-    gpu_telemetry,
-    note_spike,
-    profiled,
-    recompilations,
-)
-from minllama.runs.recording import NoRecording, Recording
+from minllama.runs.metrics import Metrics
 from minllama.runs.run_folder import read_on_ranks
+from minllama.runs.telemetry import gpu_telemetry, profiled
 from minllama.system.errors import Interrupted, RunFailed, TextLost
 from minllama.training.run import Run
 from minllama.training.train_step import optimizer_step
@@ -34,20 +28,18 @@ def train(run: Run) -> bool:
     """
     plan, task, options, progress = run.plan, run.task, run.options, run.progress
     ranks, stop, checkpoints = run.ranks, run.stop, run.checkpoints
-    sample_gpu, note_recompilation = gpu_telemetry(run.device), recompilations()
+    sample_gpu = gpu_telemetry(run.device)
     peak = ranks.world_size * peak_flops(run.device, run.dtype)
     flops = plan.flops_per_token()
     done = progress.step - bool(progress.pending)  # steps whose record is complete
-    recording: Recording | NoRecording = NoRecording()
-    if ranks.is_main:
-        recording = Recording(
-            run.folder,
-            done,
-            last_step=lambda: run.last_step,
-            window=SPIKE_WINDOW,
-            tensorboard=options.tensorboard,
-            save=checkpoints.save_file,
-        )
+    metrics = Metrics(
+        run.folder,
+        done,
+        last_step=lambda: run.last_step,
+        save=checkpoints.save_file,
+        tensorboard=options.tensorboard,
+        enabled=ranks.is_main,
+    )
     bar = training_bar(progress.step, run.last_step)
     profile = profiled(
         run.folder.file("profile.json.gz"),
@@ -58,18 +50,17 @@ def train(run: Run) -> bool:
     checkpoints.next_step(progress.step)
     task.model.train()
     task.warm_up_gradient_sync(progress.step)
-    with checkpoints, recording, bar, run.windows, profile as step_made:
+    with checkpoints, metrics, bar, run.windows, profile as step_made:
         while run.has_more() and not run.is_to_stop():
             try:
                 record = progress.pending or optimizer_step(run)
-                note_recompilation(record)
             except TextLost as lost:
                 run.stop_for(lost)
                 continue
             step_made()
             if progress.skipped >= MAX_SKIPPED:
                 roll_back(run)
-                recording.rewind(progress.step - bool(progress.pending))
+                metrics.rewind(progress.step - bool(progress.pending))
                 bar.n = progress.step
                 continue
             progress.pending = record
@@ -90,8 +81,7 @@ def train(run: Run) -> bool:
                     break
             progress.pending = None
             record["mfu"] = record["tokens_per_second"] * flops / peak
-            note_spike(record, recording.records)
-            recording.append(record | sample_gpu())
+            metrics.append(record | sample_gpu())
             show_record(bar, record)
             checkpoints.next_step(progress.step)
             if choose_best and run.note_best(record):
@@ -99,12 +89,12 @@ def train(run: Run) -> bool:
             ends_run |= run.out_of_patience()
             is_kept = ends_epoch and (ends_run or epoch % options.save_interval == 0)
             if is_kept or ends_run or every(options.checkpoint_interval, progress.step):
-                recording.sync()
+                metrics.sync()
                 checkpoints.save(run.folder.epoch_checkpoint(epoch) if is_kept else None)
         stopped = run.is_to_stop(at_end=True)
         if stopped:
-            recording.state = "stopped"
-            recording.sync()
+            metrics.state = "stopped"
+            metrics.sync()
             checkpoints.save()
             checkpoints.finish()
         if stop.failure:
