@@ -1,6 +1,6 @@
 """What a run measures beside its loss: the GPU through NVML, the environment, a profile.
 
-Knows nothing of how a step is made but the names of its phases.
+Of how a step is made it knows only the names of the phases.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEventAvg
 from tqdm import tqdm
 
 from minllama.system.files import atomic_write
@@ -26,20 +27,20 @@ from minllama.system.files import atomic_write
 TELEMETRY_SECONDS = 2.0
 
 PHASES = ("data", "forward and backward", "optimizer")  # record_function's names in training
-UNPROFILED_STEPS, PROFILED_STEPS = 2, 5  # the first compile and warm up
+UNPROFILED_STEPS, PROFILED_STEPS = 2, 5  # the first steps compile and warm up
 PROFILE_ROWS = 12
 
 # ---------------------------------------------------------------------------- the machine
 
 
 def gpu_telemetry(device: torch.device) -> Callable[[], dict[str, float]]:
-    """What samples an NVIDIA GPU through NVML: bytes in use, % busy, watts, joules since now.
+    """A function that samples an NVIDIA GPU: bytes in use, % busy, watts, joules since now.
 
-    A sample is up to TELEMETRY_SECONDS old: NVML takes as long as a small model's step. It is an
-    empty dict where these are unknown.
+    A sample is up to TELEMETRY_SECONDS old, since NVML takes as long as a small model's step, and
+    an empty dict where there is no NVML.
     """
     if device.type != "cuda":
-        return dict  # called, it makes an empty one
+        return dict  # called, it returns an empty one
     try:
         import pynvml as nvml
 
@@ -73,7 +74,7 @@ def gpu_telemetry(device: torch.device) -> Callable[[], dict[str, float]]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine of this run, for run.json."""
+    """Versions, machine and command of this run, for run.json."""
     commit = None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, no repository
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -96,9 +97,9 @@ def environment() -> dict[str, Any]:
 def profiled(
     path: Path, *, enabled: bool, device: torch.device, save: Callable[[Path, Callable], None]
 ) -> Iterator[Callable[[], None]]:
-    """Profile a few steps where that is enabled; yields what to call after every step.
+    """Profile a few steps; yields a function to call after every step.
 
-    A table is printed, and the trace goes to `path` through `save(path, write)`.
+    Prints where their time went; the trace goes to `path` through `save(path, write)`.
     """
     if not enabled:
         yield lambda: None
@@ -107,9 +108,10 @@ def profiled(
     def report(profiler: torch.profiler.profile) -> None:
         if profiler.step_num > UNPROFILED_STEPS:  # else the run ended before a profiled step
             save(path, lambda: write_trace(path, profiler))
+            averages = profiler.key_averages()
             column = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-            tqdm.write(profile_summary(profiler))
-            tqdm.write(profiler.key_averages().table(sort_by=column, row_limit=PROFILE_ROWS))
+            tqdm.write(profile_summary(averages))
+            tqdm.write(averages.table(sort_by=column, row_limit=PROFILE_ROWS))
             tqdm.write(f"{path}: the trace, for chrome://tracing or ui.perfetto.dev")
 
     steps = torch.profiler.schedule(
@@ -121,10 +123,9 @@ def profiled(
         tqdm.write(f"--profile: a run of {UNPROFILED_STEPS} steps or fewer has none to profile")
 
 
-def profile_summary(profiler: torch.profiler.profile) -> str:
-    """One line: how long a step takes, how it is shared, and how busy the GPU is meanwhile."""
-    averages = profiler.key_averages()
-    # A GPU has each phase once more, as the span of its kernels there; the host's are the steps.
+def profile_summary(averages: Iterable[FunctionEventAvg]) -> str:
+    """One line: milliseconds per step, the phases' shares, and how busy a GPU is."""
+    # The profiler has each phase a second time, as the span of its kernels on the GPU.
     phases = {e.key: e for e in averages if e.key in PHASES and e.device_type == DeviceType.CPU}
     steps = phases["data"].count
     total = sum(event.cpu_time_total for event in phases.values())  # microseconds
@@ -133,7 +134,8 @@ def profile_summary(profiler: torch.profiler.profile) -> str:
         event.self_device_time_total
         for event in averages
         if event.device_type == DeviceType.CUDA
-        and not event.key.startswith((*PHASES, "ProfilerStep*", "Optimizer."))  # spans of kernels
+        and event.key not in PHASES
+        and not event.key.startswith(("ProfilerStep*", "Optimizer."))  # spans of kernels, too
     ]
     busy = f"; the GPU computed {sum(kernels) / total:.0%}" if kernels else ""
     return (

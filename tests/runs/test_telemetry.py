@@ -70,12 +70,11 @@ def test_the_shares_of_a_profile() -> None:
     phases = "data", "forward and backward", "optimizer"
     events = [event(name, DeviceType.CPU, 1000, 0) for name in phases]
     events += [event("aten::mm", DeviceType.CPU, 300, 500)]
-    profiler = SimpleNamespace(key_averages=lambda: events)
     on_cpu = (
         "profile of 2 steps of 1.5 ms: waiting for data 33.33%, forward and backward 33.33%, "
         "optimizer 33.33%"
     )
-    assert profile_summary(profiler) == on_cpu
+    assert profile_summary(events) == on_cpu
     events += [event(name, DeviceType.CUDA, 0, 900) for name in (*phases, "ProfilerStep*")]
     events += [event("void at::native::(anonymous namespace)::adds<4>", DeviceType.CUDA, 0, 600)]
-    assert profile_summary(profiler) == f"{on_cpu}; the GPU computed 20%"
+    assert profile_summary(events) == f"{on_cpu}; the GPU computed 20%"
