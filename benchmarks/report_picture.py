@@ -1,4 +1,4 @@
-"""README's picture: the upper part of a run's page, as a browser shows it.
+"""README's picture: the first curves of a run's page, as a browser shows them.
 
     python run_llama.py --option pretrain
     python benchmarks/report_picture.py checkpoints/report.html
@@ -14,12 +14,12 @@ import sys
 from pathlib import Path
 
 WIDTH, SCALE = 1000, 1.5  # CSS pixels, and the picture's pixels in each
-CHARTS = 4  # in two rows
+CHARTS, MARGIN = 4, 12  # charts in two rows, CSS pixels around them
 MOST_BYTES = 200_000
 
 
 def take_picture(page: Path, output: Path) -> None:
-    """Write a page down to its fourth chart as PNG."""
+    """Write the first charts of a page as PNG."""
     from playwright.sync_api import sync_playwright
 
     browser_path = shutil.which("chromium") or shutil.which("google-chrome")
@@ -28,9 +28,11 @@ def take_picture(page: Path, output: Path) -> None:
         size = {"width": WIDTH, "height": WIDTH}
         shown = browser.new_page(viewport=size, device_scale_factor=SCALE, color_scheme="light")
         shown.goto(page.resolve().as_uri())
-        last = shown.locator(".chart").nth(CHARTS - 1).bounding_box()
-        height = last["y"] + last["height"] + 12  # the page's padding
-        shown.screenshot(path=output, clip={"x": 0, "y": 0, "width": WIDTH, "height": height})
+        charts = shown.locator(".chart")
+        first, last = charts.first.bounding_box(), charts.nth(CHARTS - 1).bounding_box()
+        top, bottom = first["y"] - MARGIN, last["y"] + last["height"] + MARGIN
+        clip = {"x": 0, "y": top, "width": WIDTH, "height": bottom - top}
+        shown.screenshot(path=output, clip=clip)
         browser.close()
 
 
