@@ -21,10 +21,10 @@ from minllama.runs.run_folder import RunFolder
 from minllama.system.errors import UsageError
 from minllama.system.files import check_regular
 
-LINE_BYTES = 1 << 20  # a longer line is no record, and is read in pieces
-FIGURES = ("step", "loss", "val_loss", "val_perplexity", "elapsed")  # what is computed with
-REWRITE_SECONDS = 10  # the page: at most that often, and for at most a hundredth of the time
-RELOAD_SECONDS = 15
+LINE_BYTES = 1 << 20  # read at once; a record's line is shorter
+FIGURES = ("step", "loss", "val_loss", "val_perplexity", "elapsed")  # the program computes with
+REWRITE_SECONDS = 10  # between two writings of the page, which take at most 1 % of the time
+RELOAD_SECONDS = 15  # of the page in a browser
 # By the names that other programs give them.
 BOARD_NAMES = {
     "loss": "train/loss",
@@ -47,10 +47,10 @@ BOARD_NAMES = {
 
 
 class Metrics:
-    """A run's records, to metrics.jsonl, report.html and TensorBoard; each step once over resumes.
+    """Writes a run's records to metrics.jsonl, report.html and TensorBoard, each step's once.
 
-    Only rank 0 has it enabled; elsewhere it does nothing. Leaving it ends the run, in the `state`
-    that was set, or "ended by an error". Only thinned curves stay in memory, however long the run.
+    Enabled on rank 0; elsewhere it does nothing. On leaving it the report says how the run ended:
+    as `state`, or "ended by an error". Of a long run only thinned curves stay in memory.
     """
 
     def __init__(
@@ -63,9 +63,9 @@ class Metrics:
         tensorboard: bool = False,
         enabled: bool = True,
     ) -> None:
-        """Continue after step `done` of a run that will end after `last_step()`.
+        """Continue after step `done` of a run that is to end after `last_step()`.
 
-        `save(path, write)` writes the report: a full disk must not end the run for its sake.
+        `save(path, write)` writes the report, and does not raise where the disk is full.
         """
         self.folder, self.last_step, self.save = folder, last_step, save
         self.tensorboard, self.enabled = tensorboard, enabled

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import io
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,3 +149,47 @@ def test_other_ranks_record_nothing(tmp_path: Path) -> None:
         metrics.sync()
         metrics.state = "stopped"
     assert record == {"step": 1} and not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------- TensorBoard
+
+
+def test_tensorboard_sees_every_step_once(tmp_path, monkeypatch):
+    """Also where a run was killed after its last checkpoint, and made steps again."""
+    pytest.importorskip("tensorboard")
+    program = """
+import sys
+from pathlib import Path
+from test_metrics import open_metrics
+folder = Path(sys.argv[1])
+for first, last in ((0, 7), (4, 9)):
+    with open_metrics(folder, first, tensorboard=True) as metrics:
+        for step in range(first + 1, last + 1):
+            figures = {"loss": 5.0, "grad_norm": 1.5, "lr": 1e-3, "val_loss": first}
+            metrics.append({"step": step, "sample": "One day", **figures})
+        metrics.sync()
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+found = EventAccumulator(str(folder / "tensorboard"))
+found.Reload()
+print([(e.step, e.value) for e in found.Scalars("val/loss")])
+print(sorted(found.Tags()["scalars"]), found.Tags()["tensors"])
+"""
+    here = Path(__file__).parent
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (here, here.parent))))
+    words = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    values, names = done.stdout.splitlines()
+    assert eval(values) == [(step, 0.0) for step in range(1, 5)] + [
+        (step, 4.0) for step in range(5, 10)
+    ]
+    for name in ("train/loss", "train/grad_norm", "val/loss", "lr", "sample/text_summary"):
+        assert f"'{name}'" in names
+
+
+def test_without_tensorboard_one_line_says_so(monkeypatch):
+    """Before any work."""
+    from config import parse_options
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="^--tensorboard .*pip install tensorboard$"):
+        parse_options(["--option", "pretrain", "--tensorboard"])

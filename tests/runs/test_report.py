@@ -1,14 +1,11 @@
-"""minllama/runs/report.py: a run as a page, looked at in a browser; and TensorBoard's files."""
+"""minllama/runs/report.py: a run as a page, looked at in a browser."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -293,47 +290,3 @@ def test_what_draws_the_page_is_whole():
     assert "uPlot (v1.6.32)" in report.read_part("uPlot.iife.min.js")[:80]
     text = page("a", [])
     assert "default-src 'none'" in text and 'src="' not in text and "@import" not in text
-
-
-# ---------------------------------------------------------------------------- TensorBoard
-
-
-def test_tensorboard_sees_every_step_once(tmp_path, monkeypatch):
-    """Also where a run was killed after its last checkpoint, and made steps again."""
-    pytest.importorskip("tensorboard")
-    program = """
-import sys
-from pathlib import Path
-from test_report import open_metrics, record
-from minllama.runs.run_folder import RunFolder
-folder = RunFolder(Path(sys.argv[1]), "pretrain")
-for first, last in ((0, 7), (4, 9)):
-    with open_metrics(folder, first, tensorboard=True) as metrics:
-        for step in range(first + 1, last + 1):
-            metrics.append(record(step, val_loss=first, sample="One day"))
-        metrics.sync()
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-found = EventAccumulator(str(folder.file("tensorboard")))
-found.Reload()
-print([(e.step, e.value) for e in found.Scalars("val/loss")])
-print(sorted(found.Tags()["scalars"]), found.Tags()["tensors"])
-"""
-    here = Path(__file__).parent
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (here, here.parent))))
-    words = [sys.executable, "-c", program, str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    values, names = done.stdout.splitlines()
-    assert eval(values) == [(step, 0.0) for step in range(1, 5)] + [
-        (step, 4.0) for step in range(5, 10)
-    ]
-    for name in ("train/loss", "train/grad_norm", "val/loss", "lr", "sample/text_summary"):
-        assert f"'{name}'" in names
-
-
-def test_without_tensorboard_one_line_says_so(monkeypatch):
-    """Before any work."""
-    from config import parse_options
-
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="^--tensorboard .*pip install tensorboard$"):
-        parse_options(["--option", "pretrain", "--tensorboard"])
