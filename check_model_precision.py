@@ -118,7 +118,7 @@ from minllama.formats.pt_file import tensors_in
 from minllama.formats.stored_model import Contents
 from minllama.inference.evaluation import score_text
 from minllama.machine.ranks import check_runs_alone
-from minllama.runs.report import compare_runs
+from minllama.runs.metrics import compare_runs
 from minllama.runs.run_folder import RunFolder
 from minllama.system.encodings import check_encoding
 from minllama.system.files import (

@@ -108,7 +108,7 @@ RUNS = (  # of the program itself: what is typed beside the shape
 
 def pretrain(args: Args, work: Path, *words: object) -> tuple[str, list[dict[str, Any]]]:
     """A pretraining on the stories; what it printed, and the records of its steps."""
-    from minllama.runs.record import read_records
+    from minllama.runs.metrics import read_records
 
     gpu = ["--use_gpu"] if args.device == "cuda" else []
     out = run("run_llama.py", "--option", "pretrain", *gpu, "--save_dir", work / "run",
@@ -134,8 +134,8 @@ def shape_words(name: str) -> list[object]:
 
 def runs(args: Args) -> Iterable[str]:
     """Whole runs of the program: what its records say, beside what its plan said before."""
-    yield "| shape | run | tokens/s | MFU | first step, s | peak GB | planned GB | recompiled |"
-    yield "|---|---|---:|---:|---:|---:|---:|---|"
+    yield "| shape | run | tokens/s | MFU | first step, s | peak GB | planned GB |"
+    yield "|---|---|---:|---:|---:|---:|---:|"
     for shape in args.shapes:
         for words in RUNS[: 1 if shape == LARGEST else None]:
             with tempfile.TemporaryDirectory() as folder:
@@ -144,7 +144,7 @@ def runs(args: Args) -> Iterable[str]:
                     more = "--max_steps", count, *words.split()
                     out, records = pretrain(args, Path(folder), *shape_words(shape), *more)
                 except SystemExit as error:
-                    yield f"| {shape} | {words} | failed: {last_line(error)} | | | | | |"
+                    yield f"| {shape} | {words} | failed: {last_line(error)} | | | | |"
                     continue
             late = records[len(records) // 2 :]
             rate, mfu = (
@@ -155,10 +155,9 @@ def runs(args: Args) -> Iterable[str]:
             first = tokens / records[0]["tokens_per_second"]
             peak = max(record["memory"] or 0 for record in records) / 1e9
             planned = re.search(r"^memory +([\d.]+ \w+)", out, re.MULTILINE)[1]
-            again = sum("recompiled" in record for record in records)
             yield (
                 f"| {shape} | {words} | {rate:,.0f} | {mfu:.0%} | {first:.1f} | {peak:.1f} | "
-                f"{planned} | {again} |"
+                f"{planned} |"
             )
 
 

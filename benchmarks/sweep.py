@@ -16,7 +16,7 @@ from pathlib import Path
 
 from programs import run
 
-from minllama.runs.record import read_records
+from minllama.runs.metrics import read_records
 
 SHAPES = ((64, 3, 2), (96, 4, 3), (128, 4, 2), (192, 4, 3), (256, 4, 4))  # width, layers, heads
 SHARES = (0.05, 0.1, 0.2, 0.4, 1.0)

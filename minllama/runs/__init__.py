@@ -2,11 +2,11 @@
 
 Knows nothing of how a step is made.
 
-    run_folder  its files' names, its lock, which checkpoint to resume or delete
-    checkpoints  a run's state on the disk: read, written, tried again
-    record      metrics, GPU telemetry, environment, profile
-    recording   where a run's records go
-    report      report.html
-    plan        steps, memory, disk and time by arithmetic
-    advice      what a finished run's figures say
+    run_folder   its files' names, its lock, which checkpoint to resume
+    checkpoints  a run's state on the disk: read, written, tried again, pruned
+    metrics      a line per step: metrics.jsonl, TensorBoard, two runs compared
+    telemetry    GPU, environment, profile
+    report       report.html
+    plan         steps, memory, disk and time by arithmetic
+    advice       what a finished run's figures say
 """

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-GAP = 0.15  # of the validation loss: by so much less the training loss shows learning by heart
-FEW, MANY = 10, 100  # tokens per parameter
-REREAD = 4  # epochs up to which a text read again is worth about as much as new text
+GAP = 0.15  # overfitted: a training loss below the validation loss by this share of it
+FEW, MANY = 10, 100  # tokens per parameter; compute-optimal is about 20 (Hoffmann et al., 2022)
+REREAD = 4  # epochs up to which repeated text is worth about as much as new (Muennighoff, 2023)
 
 
 @dataclass(frozen=True)
@@ -17,36 +17,32 @@ class Outcome:
 
     parameters: int
     tokens: int  # trained on
-    distinct: int  # of them different: the text's
-    train_loss: float  # of the last steps
+    distinct: int  # tokens of the text
+    train_loss: float  # mean of the last steps
     val_loss: float | None
 
     @property
     def epochs(self) -> float:
-        """Times that it has seen the text."""
+        """How often it has read the text."""
         return self.tokens / self.distinct
 
     @property
-    def by_heart(self) -> bool:
-        """Whether it knows the text better than others of its kind."""
+    def is_overfitted(self) -> bool:
+        """Whether it predicts its own text much better than held-out text."""
         return self.val_loss is not None and self.train_loss < (1 - GAP) * self.val_loss
 
 
 def advise(outcome: Outcome, *, rose: bool) -> list[str]:
-    """Lines about what was learnt and what would help most; `rose`: the validation loss did."""
+    """What was learnt and what would help most, in lines; `rose`: the validation loss did."""
     per_parameter = outcome.tokens / outcome.parameters
     tokens, distinct = map(tqdm.format_sizeof, (outcome.tokens, outcome.distinct))
     losses = f"training loss {outcome.train_loss:.2f}"
     if outcome.val_loss is not None:
         losses += f", validation loss {outcome.val_loss:.2f}"
-    lines = [
-        f"it read {tokens} tokens, {outcome.epochs:.3g} times a text of {distinct}: "
-        f"{per_parameter:.3g} for each of its parameters; {losses} at the end",
-    ]
     if rose:
         help_ = "more text; else fewer epochs, a smaller model or --dropout 0.2"
-    elif outcome.by_heart and outcome.epochs > 2:
-        help_ = "more text: it knows its own much better than other text; then --dropout 0.2"
+    elif outcome.is_overfitted and outcome.epochs > 2:
+        help_ = "more text: the model is overfitted to its own; then --dropout 0.2"
     elif outcome.epochs > REREAD:
         help_ = f"more text: it has read its own {outcome.epochs:.0f} times"
     elif per_parameter < FEW:
@@ -55,9 +51,10 @@ def advise(outcome: Outcome, *, rose: bool) -> list[str]:
         help_ = "a larger model (--dim, --n_layers): this one has read much for its size"
     else:
         help_ = "more text and more training together"
-    lines.append(f"what would help most: {help_}")
-    lines.append(
+    return [
+        f"it read {tokens} tokens, {outcome.epochs:.3g} times a text of {distinct}: "
+        f"{per_parameter:.3g} for each of its parameters; {losses} at the end",
+        f"what would help most: {help_}",
         "where it repeats itself or makes no sense: --temperature and --top_p (lower: safer, "
-        "higher: more varied), --repetition_penalty 1.1"
-    )
-    return lines
+        "higher: more varied), --repetition_penalty 1.1",
+    ]

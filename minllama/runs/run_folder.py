@@ -43,7 +43,7 @@ RUN_FILES = (
     "best-model.pt",
     "metrics.jsonl",
     "run.json",
-    "loss-curve.svg",
+    "loss-curve.svg",  # of earlier versions
     "report.html",
     "tensorboard",
     "profile.json.gz",

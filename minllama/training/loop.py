@@ -25,16 +25,8 @@ from minllama.machine.gpus import peak_flops
 from minllama.machine.random_state import random_state, restore_random_state
 from minllama.machine.sharding import is_dtensor, no_gradient_sync
 from minllama.runs.checkpoints import read_on_main
-from minllama.runs.record import (
-    PHASES,
-    SPIKE_WINDOW,
-    finite_or_none,
-    gpu_telemetry,
-    note_spike,
-    profiled,
-    recompilations,
-)
-from minllama.runs.recording import NoRecording, Recording
+from minllama.runs.metrics import Metrics, finite_or_none
+from minllama.runs.telemetry import PHASES, gpu_telemetry, profiled
 from minllama.system.errors import Interrupted, RunFailed, TextLost
 from minllama.training.run import Progress, Run
 from minllama.training.task import Batch, StepBatch
@@ -56,19 +48,15 @@ def train(run: Run) -> bool:
     plan, task, options, progress = run.plan, run.task, run.options, run.progress
     ranks, checkpoints = run.ranks, run.checkpoints
     peak = ranks.world_size * peak_flops(run.device, run.dtype)  # FLOP/s, that MFU is a share of
-    flops, sample_gpu, note_recompilation = (
-        plan.flops_per_token(), gpu_telemetry(run.device), recompilations()
-    )  # fmt: skip
-    metrics: Recording | NoRecording = NoRecording()
-    if ranks.is_main:
-        metrics = Recording(
-            run.folder,
-            progress.recorded,
-            last_step=lambda: run.last_step,
-            window=SPIKE_WINDOW,
-            tensorboard=options.tensorboard,
-            save=checkpoints.save_file,
-        )
+    flops, sample_gpu = plan.flops_per_token(), gpu_telemetry(run.device)
+    metrics = Metrics(
+        run.folder,
+        progress.recorded,
+        last_step=lambda: run.last_step,
+        save=checkpoints.save_file,
+        tensorboard=options.tensorboard,
+        enabled=ranks.is_main,
+    )
     bar = training_bar(progress.step, run.last_step)
     profile = profiled(
         run.folder.file("profile.json.gz"),
@@ -90,7 +78,6 @@ def train(run: Run) -> bool:
             except TextLost as lost:
                 run.stop_for(lost)
                 continue
-            note_recompilation(record)
             end_of_profiled_step()
             if progress.skipped >= MAX_SKIPPED:
                 roll_back(run)
@@ -119,7 +106,6 @@ def train(run: Run) -> bool:
             # Record.
             progress.pending = None
             record["mfu"] = record["tokens_per_second"] * flops / peak
-            note_spike(record, metrics.records)
             metrics.append(record | sample_gpu())
             show_record(bar, record)
             checkpoints.next_step(progress.step)

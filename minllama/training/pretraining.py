@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,9 @@ from minllama.machine.gpus import GPUS
 from minllama.machine.ranks import Ranks
 from minllama.machine.sharding import is_sharded, load_state
 from minllama.runs.advice import Outcome, advise
+from minllama.runs.metrics import read_records
 from minllama.runs.plan import Cluster, TrainingPlan, warn_of_plan
-from minllama.runs.record import loss_curve_svg, read_records
 from minllama.system.errors import UsageError
-from minllama.system.files import write_text
 from minllama.system.signals import StopRequest
 from minllama.text.corpus import Texts, find_texts, load_texts
 from minllama.text.vocabulary import choose_vocabulary
@@ -36,7 +36,7 @@ from minllama.training.session import print_results
 from minllama.training.task import NextTokenTask
 from utils import ORDER_VERSION, batch_indices
 
-CURVE_POINTS = 2000  # of the training loss in its picture
+RECENT_STEPS = 20  # whose mean is the training loss at the end
 OVERFITTED = 1.005  # times its best: a validation loss that has risen
 
 
@@ -193,21 +193,14 @@ class Pretraining(NextTokenTask):
         return self.texts.locate(number)
 
     def finish(self) -> None:
-        """Write the model and the loss curve, show a sample, say what there is and what is next."""
+        """Write the model, show a sample, say what there is and what is next."""
         run, folder, progress = self.run, self.run.folder, self.run.progress
-        final, curve = folder.file("final-model.pt"), folder.file("loss-curve.svg")
+        final = folder.file("final-model.pt")
         run.checkpoints.save_weights("final-model.pt", self.weights())
-        every_nth = max(1, progress.step // CURVE_POINTS)
-        records = [
-            record
-            for record in read_records(folder.file("metrics.jsonl"))
-            if record["step"] % every_nth == 0 or record.get("val_loss") is not None
-        ]
-        picture = loss_curve_svg(records, str(folder.path))
-        run.checkpoints.save_file(curve, lambda: write_text(curve, picture))
         run.checkpoints.finish()
         if not run.ranks.is_main:
             return
+        records = deque(read_records(folder.file("metrics.jsonl")), maxlen=RECENT_STEPS)
         val_loss = records[-1].get("val_loss") if records else None
         rose = None not in (val_loss, progress.best) and val_loss > OVERFITTED * progress.best
         chosen = folder.file("best-model.pt") if rose else final
@@ -227,7 +220,7 @@ class Pretraining(NextTokenTask):
                 f"{perplexity(progress.best):.2f} after {progress.best_step:,} steps{last}"
             )
         if records:
-            recent = [record["loss"] for record in records[-20:] if record["loss"] is not None]
+            recent = [record["loss"] for record in records if record["loss"] is not None]
             outcome = Outcome(
                 parameters=sum(self.config.parameter_counts().values()),
                 tokens=progress.tokens,

@@ -37,9 +37,10 @@ from minllama.machine.sharding import (
     local_shards,
 )
 from minllama.runs.checkpoints import Checkpoints
+from minllama.runs.metrics import finite_or_none
 from minllama.runs.plan import TrainingPlan
-from minllama.runs.record import environment, finite_or_none
 from minllama.runs.run_folder import RunFolder
+from minllama.runs.telemetry import environment
 from minllama.system.errors import TextLost, UsageError
 from minllama.system.signals import StopRequest
 from minllama.training.deadline import FINISHING, MAX_EPOCHS, WRITE_RATE, Deadline, Pace

@@ -22,7 +22,7 @@ USUAL = Outcome(
     [
         ({}, False, "more text and more training together"),
         ({"tokens": 10**6}, False, "more training (--minutes, --epochs)"),
-        ({"distinct": 10**6, "train_loss": 2.0}, False, "more text: it knows its own"),
+        ({"distinct": 10**6, "train_loss": 2.0}, False, "more text: the model is overfitted"),
         ({"tokens": 12 * 10**5, "distinct": 10**5}, False, "more text: it has read its own 12"),
         ({"tokens": 200 * 10**6, "distinct": 10**8}, False, "a larger model"),
         ({"distinct": 10**6, "train_loss": 1.0, "val_loss": 4.0}, True, "more text; else fewer"),

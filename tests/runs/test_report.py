@@ -1,14 +1,11 @@
-"""minllama/runs/report.py: a run as a page, looked at in a browser; TensorBoard."""
+"""minllama/runs/report.py: a run as a page, looked at in a browser."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +13,9 @@ from typing import Any
 import pytest
 
 import check_model_precision
-from minllama.runs import recording, report
-from minllama.runs.recording import Recording
-from minllama.runs.report import Curves, compare_runs, describe_run, find_metrics, number, page
+from minllama.runs import metrics, report
+from minllama.runs.metrics import RELOAD_SECONDS, Metrics, compare_runs, find_metrics
+from minllama.runs.report import Curves, describe_run, number, page
 from minllama.runs.run_folder import RunFolder
 from minllama.system.errors import UsageError
 
@@ -26,7 +23,10 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chr
 HOSTILE = '</script><script>alert(1)</script> <b>&amp; @@DATA@@ "quoted" \u2028 \udce4 狐狸'
 
 
-RECORDED = {"last_step": lambda: 100, "window": 1, "tensorboard": False}
+def open_metrics(folder: RunFolder, done: int, **settings: Any) -> Metrics:
+    """The metrics of a run of 100 steps."""
+    settings = {"save": lambda _, write: write()} | settings
+    return Metrics(folder, done, last_step=lambda: 100, **settings)
 
 
 def record(step: int, **more: Any) -> dict[str, Any]:
@@ -181,11 +181,12 @@ INKED = """canvas => {
 
 def test_the_page_of_a_run_is_drawn_and_tells_its_values(tmp_path, view, monkeypatch):
     """By a pointer over the curves: those of its records. Text of the run is text, not markup."""
-    monkeypatch.setattr(recording, "time", SimpleNamespace(perf_counter=lambda: 5.0))
+    now = SimpleNamespace(perf_counter=lambda: 5.0, monotonic=lambda: 5.0)
+    monkeypatch.setattr(metrics, "time", now)
     folder = RunFolder(write_run(tmp_path / "run", 100), "pretrain")
-    with Recording(folder, 99, **RECORDED, save=lambda _, write: write()) as open_recording:
-        open_recording.append(record(100, val_loss=5.4, sample=f"One day {HOSTILE} 100"))
-        assert view(folder.path / "report.html").evaluate("page.reload") == report.RELOAD_SECONDS
+    with open_metrics(folder, 99) as opened:
+        opened.append(record(100, val_loss=5.4, sample=f"One day {HOSTILE} 100"))
+        assert view(folder.path / "report.html").evaluate("page.reload") == RELOAD_SECONDS
     shown = view(folder.path / "report.html")
     state = shown.locator("#state").inner_text()
     assert state.startswith("finished: step 100 of 100 (100 %); ")
@@ -241,20 +242,20 @@ def test_a_page_is_rewritten_rarely_and_says_how_the_run_ended(tmp_path, monkeyp
         text = path.read_text(encoding="utf-8").split('id="data">')[1].split("</script>")[0]
         written.append(json.loads(text))
 
-    monkeypatch.setattr(report.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
     folder = RunFolder(tmp_path, "pretrain")
     with pytest.raises(ZeroDivisionError):
-        with Recording(folder, 0, **RECORDED, save=save) as recording:
+        with open_metrics(folder, 0, save=save) as opened:
             for step in range(1, 301):
-                recording.append(record(step))
+                opened.append(record(step))
                 now[0] += 1
-            recording.rewind(200)
-            recording.append(record(201))
+            opened.rewind(200)
+            opened.append(record(201))
             raise ZeroDivisionError
     steps = [data["runs"][0]["steps"]["step"][-1] for data in written]
     assert steps == [1, 51, 101, 151, 201, 251, 201, 201]
     assert [data["runs"][0]["state"] for data in written[-2:]] == ["running", "ended by an error"]
-    assert [data["reload"] for data in written] == [report.RELOAD_SECONDS] * 7 + [None]
+    assert [data["reload"] for data in written] == [RELOAD_SECONDS] * 7 + [None]
 
 
 def test_what_is_no_run_is_said(tmp_path, capsys):
@@ -289,50 +290,3 @@ def test_what_draws_the_page_is_whole():
     assert "uPlot (v1.6.32)" in report.read_part("uPlot.iife.min.js")[:80]
     text = page("a", [])
     assert "default-src 'none'" in text and 'src="' not in text and "@import" not in text
-
-
-# ---------------------------------------------------------------------------- TensorBoard
-
-
-def test_tensorboard_sees_every_step_once(tmp_path, monkeypatch):
-    """Also where a run was killed after its last checkpoint, and made steps again."""
-    pytest.importorskip("tensorboard")
-    program = """
-import sys
-from pathlib import Path
-from test_report import RECORDED, record
-from minllama.runs.recording import Recording
-from minllama.runs.run_folder import RunFolder
-folder = RunFolder(Path(sys.argv[1]), "pretrain")
-save = lambda path, write: None
-for first, last in ((0, 7), (4, 9)):
-    recording = Recording(folder, first, **RECORDED | {"tensorboard": True}, save=save)
-    for step in range(first + 1, last + 1):
-        recording.append(record(step, val_loss=first, sample="One day"))
-    recording.sync()
-    recording.__exit__(None)
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-found = EventAccumulator(str(folder.file("tensorboard")))
-found.Reload()
-print([(e.step, e.value) for e in found.Scalars("val/loss")])
-print(sorted(found.Tags()["scalars"]), found.Tags()["tensors"])
-"""
-    here = Path(__file__).parent
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (here, here.parent))))
-    words = [sys.executable, "-c", program, str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    values, names = done.stdout.splitlines()
-    assert eval(values) == [(step, 0.0) for step in range(1, 5)] + [
-        (step, 4.0) for step in range(5, 10)
-    ]
-    for name in ("train/loss", "train/grad_norm", "val/loss", "lr", "sample/text_summary"):
-        assert f"'{name}'" in names
-
-
-def test_without_tensorboard_one_line_says_so(monkeypatch):
-    """Before any work."""
-    from config import parse_options
-
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="^--tensorboard .*pip install tensorboard$"):
-        parse_options(["--option", "pretrain", "--tensorboard"])
