@@ -140,10 +140,11 @@ class Ranks:
     def _start_name(self, store: dist.Store) -> str:
         """A name that the processes of this start share, and those of no other. Raises RunFailed.
 
-        A launcher that restarts a run keeps its store, with the addresses of the dead in it, and
-        its count of restarts is no name: each machine's launcher counts its own. So each rank 0
-        takes a new number, and answers with the marks that it found under it. A rank that came
-        earlier saw the number of a dead rank 0, which never answers with its mark.
+        A launcher that restarts a run keeps its store, with the addresses of the dead in it, which
+        torch would take for those of the living. Its count of restarts is no name, since each
+        machine's launcher counts its own. So each rank 0 takes a new number, and answers with the
+        marks that it finds under it. A rank that comes before its rank 0 sees the number of a dead
+        one, which never answers with its mark.
         """
         mark, deadline = uuid.uuid4().hex, time.monotonic() + self.timeout
         number = store.add("starts", 1) if self.is_main else 0
@@ -251,8 +252,9 @@ class Ranks:
                 wait([own_error], SIGN_OF_LIFE)
                 states = self.gather(own_error.result() if own_error.done() else BUSY)
         except RuntimeError:
+            # Noted at once, for this rank's own work may go on for long: see lost_peer_message.
             with contextlib.suppress(RuntimeError):  # the launcher is gone, and its store
-                self._note_missing()  # at once, for this rank's own work may go on for long
+                self.store.set(f"rank {self.rank} misses", "others")
             raise
         return states
 
@@ -303,7 +305,7 @@ class Ranks:
         missing = "another process"
         if self.store is not None:
             with contextlib.suppress(RuntimeError):  # the launcher is gone, and its store
-                self._note_missing()
+                self.store.set(f"rank {self.rank} misses", "others")
                 time.sleep(REPORT_WITHIN)  # until every rank that is left has noted the same
                 if self.store.add("errors", 0):
                     return None
@@ -314,9 +316,6 @@ class Ranks:
             f"{missing} of {self.world_size} ended, or did not answer for --dist_timeout "
             f"{self.timeout} seconds, so all end; --resume auto continues from the last checkpoint"
         )
-
-    def _note_missing(self) -> None:
-        self.store.set(f"rank {self.rank} misses", "others")
 
 
 def check_runs_alone(what: str) -> None:

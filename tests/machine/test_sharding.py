@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import pickle
 import shutil
@@ -299,6 +300,16 @@ def test_ranks_save_together_what_one_process_reads(folder):
     assert path == folder.path / "pretrain-step-3-sharded"
     assert_is_of(path, 3)
     assert len(list(path.iterdir())) == 3, "a file of each rank, and state.pt"
+
+
+def test_ranks_save_without_their_launcher(folder):
+    """They once waited for each other through its store, and ended without saving."""
+
+    def work(ranks: Ranks) -> None:
+        save_as(dataclasses.replace(ranks, parent=-1), folder, 1)
+
+    assert several.on_threads(2, work) == [None, None]
+    assert_is_of(folder.checkpoints()[0], 1)
 
 
 def test_nothing_is_pruned_while_updates_are_skipped(folder):

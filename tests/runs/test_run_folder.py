@@ -449,8 +449,7 @@ def test_rank_0_alone_reads_a_checkpoint(folder):
 
         return read_on_main(ranks, find)
 
-    with several.thread_store():
-        (path, state), (told, shapes) = several.on_threads(2, on_rank)
+    (path, state), (told, shapes) = several.on_threads(2, on_rank)
     assert read == [0] and path == told == folder.step_checkpoint(6)
     assert shapes.keys() == state.keys() and shapes["progress"] == state["progress"]
     for name, tensor in state["model"].items():

@@ -155,12 +155,11 @@ def test_a_shape_beyond_the_memory_of_one_rank_is_beyond_all(texts, largest, cho
         settings = {"device": CPU, "dtype": torch.float32, "ranks": ranks}
         return fitting.fit_to_time(options_of("--max_seq_len 32"), texts, None, **settings)
 
-    with several.thread_store():
-        for found in several.on_threads(2, on_rank):
-            if chosen is None:
-                assert isinstance(found, UsageError) and "--dim 64" in str(found)
-            else:
-                assert found.dim == chosen
+    for found in several.on_threads(2, on_rank):
+        if chosen is None:
+            assert isinstance(found, UsageError) and "--dim 64" in str(found)
+        else:
+            assert found.dim == chosen
 
 
 def test_minutes_alone_make_a_model():

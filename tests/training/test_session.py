@@ -407,10 +407,9 @@ def plan_on(ranks: Ranks, *, texts: list[str], dtypes: list[torch.dtype]) -> str
 )
 def test_ranks_that_differ_are_refused(texts, dtypes, said):
     """Machines with another file, or another CPU under --dtype auto, trained apart in silence."""
-    with several.thread_store():
-        errors = several.on_threads(
-            3, lambda ranks: plan_on(ranks, texts=texts, dtypes=dtypes), nodes=3
-        )
+    errors = several.on_threads(
+        3, lambda ranks: plan_on(ranks, texts=texts, dtypes=dtypes), nodes=3
+    )
     for error in errors:  # the same on all, so that it is said once
         assert isinstance(error, UsageError), error
         assert str(error) == f"{said}: give all machines the same files and flags"
@@ -425,8 +424,7 @@ def test_compile_is_settled_on_rank_0_for_all(monkeypatch):
 
     monkeypatch.setattr(sessions, "decide_compile", settle)
     alike = {"texts": ["a", "a"], "dtypes": [torch.float32] * 2}
-    with several.thread_store():
-        found = several.on_threads(2, lambda ranks: plan_on(ranks, **alike), nodes=2)
+    found = several.on_threads(2, lambda ranks: plan_on(ranks, **alike), nodes=2)
     assert found == ["on", "on"]
 
 
