@@ -143,6 +143,16 @@ def _checking_reader(package: ModuleType) -> type[GGUFReader]:
             self.data = np.asarray(self.data)  # a memmap takes four times as long to slice
             return super()._get(offset, dtype, count, override_order)
 
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            """An array of numbers in one part, where the package makes a part of each number."""
+            if raw_type == package.GGUFValueType.ARRAY:
+                kind, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+                if dtype := self.gguf_scalar_to_np.get(kind[0]):
+                    numbers = self._get(orig_offs + 12, dtype, count[0])
+                    types = [package.GGUFValueType.ARRAY, package.GGUFValueType(kind[0])]
+                    return 12 + numbers.nbytes, [kind, count, numbers], [2], types
+            return super()._get_field_parts(orig_offs, raw_type)
+
     return CheckingReader
 
 
