@@ -397,6 +397,7 @@ def huge(n: int, kind: int) -> bytes:
         (lambda c: (c.counts.update(values=14), setattr(c, "extra", entry("llama.block_count", 1))),
          "Duplicate llama.block_count"),
         (value("general.alignment", 7), "Invalid alignment"),
+        (value("general.alignment", 4), "general.alignment 4 is no multiple of 8"),
         (value("general.alignment", 2**31), "claims more than the file has"),
         (value("general.alignment", [32, 32]), "general.alignment"),
         (value("general.alignment", 64), "lies at byte|claims more than the file has"),
