@@ -19,16 +19,7 @@ import torch
 from torch import Tensor
 
 from config import LlamaConfig
-from minllama.formats.stored_model import (
-    Contents,
-    StoredModel,
-    check_finite,
-    check_read_back,
-    checked_model,
-    parameter_shapes,
-    read_shape,
-    translate,
-)
+from minllama.formats.stored_model import Contents, StoredModel, check_finite, read_shape, translate
 from minllama.formats.vocabularies import check_same_ids, require_plain_bpe
 from minllama.system.errors import UsageError
 from minllama.system.files import atomic_write, write_text
@@ -43,7 +34,7 @@ if TYPE_CHECKING:
     from llama import Llama
 
 PACKAGE, BESIDE = "gguf", "Modelfile"  # Ollama's recipe
-MOST_PARTS = 4_000_000  # pieces of the header: a vocabulary of 256,000 tokens and its merges: 2 M
+MOST_PARTS = 4_000_000  # of a header, 200 bytes of memory each: 256,000 tokens and merges are 1.5 M
 NAME_CHARS = 256  # of a value or a tensor
 REASON_CHARS = 200  # of what the package says of a file that it cannot read
 WRITTEN = {  # precisions that are written: the package's names for tensors and for whole files
@@ -103,14 +94,17 @@ def contents(path: Path) -> Contents:
     package = import_optional(PACKAGE, "a GGUF file")
     try:
         with np.errstate(all="ignore"):  # sums of what a damaged file claims; NaN as a weight
-            reader = _checking_reader(package)(path, "c")  # torch warns of memory that is read-only
-            end = reader.data_offset
+            # Copy-on-write, though nothing is written: torch warns of memory that is read-only.
+            reader = _checking_reader(package)(path, "c")
+            alignment, end = int(reader.alignment), reader.data_offset
+            if alignment % 8:
+                raise ValueError(f"general.alignment {alignment} is no multiple of 8")
             for tensor in reader.tensors:
                 if tensor.data_offset != end:
                     where = f"at byte {tensor.data_offset:,}, not where the one before it ends"
                     raise ValueError(f"tensor {tensor.name[:NAME_CHARS]} lies {where}")
                 end = tensor.data_offset + tensor.n_bytes
-                end += -end % int(reader.alignment)
+                end += -end % alignment  # the next tensor begins at a multiple of it
             metadata = {key: field.contents() for key, field in reader.fields.items()}
             tensors = {t.name: _widened(package, t) for t in reader.tensors}
     except Exception as error:  # the package raises what the damage happens to hit
@@ -135,6 +129,7 @@ def _checking_reader(package: ModuleType) -> type[GGUFReader]:
         parts = 0
 
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            """Numbers at an offset: all that is read of a header or a tensor passes here."""
             self.parts += 1
             if offset + int(count) * np.dtype(dtype).itemsize > self.data.size:
                 raise ValueError("it claims more than the file has: cut off")
@@ -142,6 +137,16 @@ def _checking_reader(package: ModuleType) -> type[GGUFReader]:
                 raise ValueError(f"its header has more than {MOST_PARTS:,} parts")
             self.data = np.asarray(self.data)  # a memmap takes four times as long to slice
             return super()._get(offset, dtype, count, override_order)
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            """An array of numbers in one part, where the package makes a part of each number."""
+            if raw_type == package.GGUFValueType.ARRAY:
+                kind, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+                if dtype := self.gguf_scalar_to_np.get(kind[0]):
+                    numbers = self._get(orig_offs + 12, dtype, count[0])
+                    types = [package.GGUFValueType.ARRAY, package.GGUFValueType(kind[0])]
+                    return 12 + numbers.nbytes, [kind, count, numbers], [2], types
+            return super()._get_field_parts(orig_offs, raw_type)
 
     return CheckingReader
 
@@ -158,13 +163,10 @@ def read(path: Path) -> StoredModel:
     tensors, metadata = stored["model"], stored["metadata"]
     table = tensors.get("token_embd.weight", torch.empty(0))
     config = _read_config(path, metadata, len(table), tied="output.weight" not in tensors)
-    ours = {tensor_name(name): name for name in parameter_shapes(config)}
-    weights = {ours.get(name, name): tensor for name, tensor in tensors.items()}
-    weights.setdefault("output.weight", table)
+    tensors.setdefault("output.weight", table)
     vocabulary = rebuilt_vocabulary(path, metadata)
-    model = checked_model(path, config, weights, vocabulary, their_name=tensor_name)
     template = ChatTemplate.from_jinja(metadata.get("tokenizer.chat_template"))
-    return model._replace(chat_template=template)
+    return StoredModel(config, tensors, vocabulary, template).checked(path, tensor_name)
 
 
 def _read_config(path: Path, values: dict[str, Any], vocab_size: int, tied: bool) -> LlamaConfig:
@@ -224,7 +226,7 @@ def write(model: Llama, output: Path, *, dtype: str, tokenizer: Tokenizer | None
 
     def verify(path: Path) -> None:
         stored = read(path)
-        check_read_back(path, stored, want)
+        stored.check_read_back(path, want)
         again = Tokenizer(tokenizer_model=stored.vocabulary)
         check_same_ids(tokenizer, lambda text: again.encode(text, True, True), str(path), eos=True)
 

@@ -13,16 +13,7 @@ import torch
 from torch import Tensor
 
 from config import LlamaConfig
-from minllama.formats.stored_model import (
-    Contents,
-    StoredModel,
-    as_stored,
-    check_read_back,
-    checked_model,
-    parameter_shapes,
-    read_shape,
-    translate,
-)
+from minllama.formats.stored_model import Contents, StoredModel, as_stored, read_shape, translate
 from minllama.formats.vocabularies import check_same_ids, merges, require_plain_bpe
 from minllama.system.errors import UsageError
 from minllama.system.files import atomic_folder, read_json_object
@@ -172,24 +163,24 @@ def read(path: Path) -> StoredModel:
     """Read a folder; UsageError for what is no Llama, or would compute something else here."""
     path = path if path.is_dir() else path.parent
     config = _read_config(path)
-    ours = {tensor_name(name): name for name in parameter_shapes(config)}
     weights = {
-        ours.get(name, name): tensor
+        name: tensor
         for name, tensor in read_safetensors(path).items()
         if not name.endswith("rotary_emb.inv_freq")  # computed here
     }
-    if config.tie_word_embeddings and "tok_embeddings.weight" in weights:
-        weights.setdefault("output.weight", weights["tok_embeddings.weight"])
-    vocabulary = path / "tokenizer.model"
+    table, head = tensor_name("tok_embeddings.weight"), tensor_name("output.weight")
+    if config.tie_word_embeddings and table in weights:
+        weights.setdefault(head, weights[table])
+    vocabulary, settings = path / "tokenizer.model", path / "tokenizer_config.json"
     vocabulary = vocabulary.read_bytes() if vocabulary.is_file() else None
-    model = checked_model(path, config, weights, vocabulary, their_name=tensor_name)
+    template = read_json_object(settings).get("chat_template") if settings.is_file() else None
+    template = ChatTemplate.from_jinja(template)
+    model = StoredModel(config, weights, vocabulary, template).checked(path, tensor_name)
     for i in range(config.n_layers):
         for kind, heads in (("query", config.n_heads), ("key", config.n_kv_heads)):
             name = f"layers.{i}.attention.compute_{kind}.weight"
             model.weights[name] = to_adjacent_pairs(model.weights[name], heads)
-    settings = path / "tokenizer_config.json"
-    template = read_json_object(settings).get("chat_template") if settings.is_file() else None
-    return model._replace(chat_template=ChatTemplate.from_jinja(template))
+    return model
 
 
 def contents(path: Path) -> Contents:
@@ -206,7 +197,7 @@ def write(model: Llama, output: Path, *, dtype: str, tokenizer: Tokenizer | None
     want = as_stored(model, dtype)
     with atomic_folder(output) as folder:
         write_files(model, folder, dtype, tokenizer)
-        check_read_back(folder, read(folder), want)
+        read(folder).check_read_back(folder, want)
         if tokenizer is not None:
             check_token_ids(tokenizer, folder)
     return [output]

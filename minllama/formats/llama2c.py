@@ -16,14 +16,7 @@ import torch
 from torch import Tensor
 
 from config import LlamaConfig
-from minllama.formats.stored_model import (
-    Contents,
-    StoredModel,
-    check_read_back,
-    checked_model,
-    parameter_shapes,
-    read_shape,
-)
+from minllama.formats.stored_model import Contents, StoredModel, parameter_shapes, read_shape
 from minllama.system.errors import UsageError
 from minllama.system.files import atomic_write
 from tokenizer import Tokenizer, export_tokenizer_bin
@@ -109,7 +102,7 @@ def read(path: Path) -> StoredModel:
     for name in ROTARY:
         weights.pop(name, None)
     weights.setdefault("output.weight", weights["tok_embeddings.weight"])
-    return checked_model(path, config, weights)
+    return StoredModel(config, weights).checked(path)
 
 
 def _read_tensor(file: BinaryIO, shape: tuple[int, ...], group: int) -> Tensor:
@@ -142,7 +135,7 @@ def write(model: Llama, output: Path, *, dtype: str, tokenizer: Tokenizer | None
             raise UsageError(f"llama2.c knows only {name} {only:g}, not {value:g}")
     group = group_size(model.config) if dtype == "int8" else None
     want = dequantized(model, group) if group else model.state_dict()
-    with atomic_write(output, verify=lambda p: check_read_back(p, read(p), want)) as file:
+    with atomic_write(output, verify=lambda p: read(p).check_read_back(p, want)) as file:
         write_bin(model, file, group)
     if tokenizer is None:
         return [output]

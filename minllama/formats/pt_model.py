@@ -14,14 +14,7 @@ from torch import Tensor
 from config import fingerprint
 from minllama.formats.llama2c import ATTENTION_NAMES
 from minllama.formats.pt_file import is_pt, load_pt, write_sealed
-from minllama.formats.stored_model import (
-    Contents,
-    StoredModel,
-    as_stored,
-    check_read_back,
-    checked_model,
-    read_shape,
-)
+from minllama.formats.stored_model import Contents, StoredModel, as_stored, read_shape
 from minllama.system.errors import UsageError
 from minllama.system.files import atomic_write
 from minllama.text.chat import ChatTemplate
@@ -70,10 +63,10 @@ def read(path: Path, *, without_adapters: bool = False) -> StoredModel:
     if table is not None and head is not None:
         defaults["tie_word_embeddings"] = torch.equal(table, head)
     config = read_shape(path, payload.get("model_args"), **defaults)
-    model = checked_model(path, config, weights, read_vocabulary(path, payload))
-    if "chat_template" not in payload:
-        return model
-    return model._replace(chat_template=ChatTemplate.from_stored(payload["chat_template"], path))
+    vocabulary, template = read_vocabulary(path, payload), None
+    if "chat_template" in payload:
+        template = ChatTemplate.from_stored(payload["chat_template"], path)
+    return StoredModel(config, weights, vocabulary, template).checked(path)
 
 
 def read_vocabulary(path: Path, payload: dict[str, Any]) -> bytes | None:
@@ -106,7 +99,7 @@ def contents(path: Path) -> Contents:
 def write(model: Llama, payload: dict[str, Any], output: Path, dtype: str) -> list[Path]:
     """Write the payload of a model, as llama.model_payload makes it, in this dtype."""
     want = as_stored(model, dtype)
-    with atomic_write(output, verify=lambda p: check_read_back(p, read(p), want)) as file:
+    with atomic_write(output, verify=lambda p: read(p).check_read_back(p, want)) as file:
         write_sealed(file, payload)
     return [output]
 

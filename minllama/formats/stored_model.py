@@ -22,8 +22,45 @@ class StoredModel(NamedTuple):
 
     config: LlamaConfig
     weights: dict[str, Tensor]  # in any floating dtype
-    vocabulary: bytes | None  # the SentencePiece model, where the file carries one
+    vocabulary: bytes | None = None  # the SentencePiece model, where the file carries one
     chat_template: ChatTemplate | None = None
+
+    def checked(self, path: Path, their_name: Callable[[str], str] = str) -> StoredModel:
+        """The model, of weights by the file's names for them, which `their_name` gives.
+
+        Raises UsageError, naming file and tensor, if these are not the tensors of the config.
+        """
+        shapes = parameter_shapes(self.config)
+        names = {their_name(name): name for name in shapes}
+        missing = [name for name in names if name not in self.weights]
+        surplus = [name for name in self.weights if name not in names]
+        for problem, wrong in (("missing", missing), ("not of a Llama of this shape", surplus)):
+            if wrong:
+                others = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+                raise UsageError(f"{path}: tensor {wrong[0]}{others} {problem}")
+        weights = {ours: self.weights[theirs] for theirs, ours in names.items()}
+        for theirs, ours in names.items():
+            tensor, shape = weights[ours], shapes[ours]
+            if tuple(tensor.shape) != shape:
+                got = f"{tuple(tensor.shape)} where its config asks for {shape}"
+                raise UsageError(f"{path}: tensor {theirs} has the shape {got}")
+            if not tensor.is_floating_point():
+                kind = f"{tensor.dtype}, not real numbers"
+                raise UsageError(f"{path}: tensor {theirs} holds {kind}")
+        table, head = weights["tok_embeddings.weight"], weights["output.weight"]
+        same = table.dtype == head.dtype and torch.equal(table, head)
+        if self.config.tie_word_embeddings and not same:
+            raise UsageError(f"{path}: says that embedding and output are tied, but they differ")
+        return self._replace(weights=weights)
+
+    def check_read_back(self, path: Path, want: dict[str, Tensor]) -> None:
+        """UsageError unless the tensors, which were read back from `path`, are exactly these."""
+        for name, tensor in want.items():
+            bits = self.weights[name].float().view(torch.int32)  # so that NaN equals itself
+            if not torch.equal(bits, tensor.view(torch.int32)):
+                raise UsageError(
+                    f"self-check: {name} read back from {path} differs; nothing written"
+                )
 
 
 class Contents(NamedTuple):
@@ -75,40 +112,6 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return shapes | {"norm.weight": (dim,), "output.weight": (config.vocab_size, dim)}
 
 
-def checked_model(
-    path: Path,
-    config: LlamaConfig,
-    weights: dict[str, Tensor],
-    vocabulary: bytes | None = None,
-    *,
-    their_name: Callable[[str], str] = str,
-) -> StoredModel:
-    """The model; UsageError, naming file and tensor, if these are not the tensors of the config.
-
-    `their_name` gives the file's name of a tensor, for the message.
-    """
-    shapes = parameter_shapes(config)
-    missing = [their_name(name) for name in shapes if name not in weights]
-    surplus = [name for name in weights if name not in shapes]
-    for problem, names in (("missing", missing), ("not of a Llama of this shape", surplus)):
-        if names:
-            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UsageError(f"{path}: tensor {names[0]}{others} {problem}")
-    for name, shape in shapes.items():
-        tensor = weights[name]
-        if tuple(tensor.shape) != shape:
-            got = f"{tuple(tensor.shape)} where its config asks for {shape}"
-            raise UsageError(f"{path}: tensor {their_name(name)} has the shape {got}")
-        if not tensor.is_floating_point():
-            kind = f"holds {tensor.dtype}, not real numbers"
-            raise UsageError(f"{path}: tensor {their_name(name)} {kind}")
-    embedding, head = weights["tok_embeddings.weight"], weights["output.weight"]
-    same = embedding.dtype == head.dtype and torch.equal(embedding, head)
-    if config.tie_word_embeddings and not same:
-        raise UsageError(f"{path}: says that embedding and output are tied, but they differ")
-    return StoredModel(config, {name: weights[name] for name in shapes}, vocabulary)
-
-
 def translate(name: str, parts: dict[str, str], layers: str) -> str:
     """Another program's name of our tensor, by its names of the parts and of the list of layers."""
     stem = name.removesuffix(".weight")
@@ -134,11 +137,3 @@ def check_finite(model: Llama, want: dict[str, Tensor], dtype: str) -> None:
     for name, tensor in model.state_dict().items():
         if tensor.isfinite().all() and not want[name].isfinite().all():
             raise UsageError(f"{name} has numbers beyond {dtype}: --save_dtype float32 holds them")
-
-
-def check_read_back(path: Path, stored: StoredModel, want: dict[str, Tensor]) -> None:
-    """UsageError unless the tensors that were read back from `path` are exactly these."""
-    for name, tensor in want.items():
-        bits = stored.weights[name].float().view(torch.int32)  # so that NaN equals itself
-        if not torch.equal(bits, tensor.view(torch.int32)):
-            raise UsageError(f"self-check: {name} read back from {path} differs; nothing written")

@@ -66,7 +66,7 @@ def test_a_folder_in_the_way_is_kept_where_its_replacement_fails(tmp_path: Path,
     model, folder = make_model(), tmp_path / "hf"
     write(model, "hf", folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(H, "check_read_back", lambda *_: 1 / 0)
+    monkeypatch.setattr(H.StoredModel, "check_read_back", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write(make_model(rope_theta=7.0), "hf", folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

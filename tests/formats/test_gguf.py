@@ -397,6 +397,7 @@ def huge(n: int, kind: int) -> bytes:
         (lambda c: (c.counts.update(values=14), setattr(c, "extra", entry("llama.block_count", 1))),
          "Duplicate llama.block_count"),
         (value("general.alignment", 7), "Invalid alignment"),
+        (value("general.alignment", 4), "general.alignment 4 is no multiple of 8"),
         (value("general.alignment", 2**31), "claims more than the file has"),
         (value("general.alignment", [32, 32]), "general.alignment"),
         (value("general.alignment", 64), "lies at byte|claims more than the file has"),
@@ -421,7 +422,7 @@ def huge(n: int, kind: int) -> bytes:
         (tensor("blk.0.attn_q.weight", [4, 4], 12, 64), "is not a multiple of Q4_K block size"),
         (tensor("blk.0.attn_q.weight", [4, 4], 77, 64), "77. is not a valid GGMLQuantizationType"),
         (tensor("blk.0.attn_q.weight", [4, 4], 8, 64), "is not a multiple of Q8_0 block size"),
-        (tensor("blk.0.attn_q.weight", [2**40] * 2, 0, 64), "cut off|lies at byte|cannot reshape"),
+        (tensor("blk.0.attn_q.weight", [2**40, 2**40], 0, 64), "cannot reshape"),
         (tensor("z", [2**40, 2**40], 0, 64), "cannot reshape"),
         (tensor("z", [], 0, 0), "claims more than the file has"),
         (tensor("z", [1] * 9, 0, 4), "tensor z not of a Llama"),
@@ -452,14 +453,19 @@ def test_what_is_wrong_is_named_and_costs_nothing(tmp_path: Path, change, messag
 
 
 @pytest.mark.parametrize(
-    "claim", [huge(2**40, 0) + bytes(10**6), huge(2**40, 8) + bytes(10**6), huge(2**20, 9) * 10**5]
+    ("claim", "message"),
+    [
+        (huge(2**40, 8) + bytes(10**6), "more than 10,000 parts"),
+        (huge(2**40, 0) + bytes(10**6), "claims more than the file has"),
+        (struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 10**5, "RecursionError"),
+    ],
 )
-def test_a_large_header_of_small_claims_takes_bounded_memory(tmp_path: Path, monkeypatch, claim):
-    """A part of a byte costs a hundred in memory: many of them are refused, nested ones too."""
+def test_a_large_header_takes_bounded_memory(tmp_path: Path, monkeypatch, claim, message):
+    """An empty string of 8 bytes costs two hundred in memory: a great many of them are refused."""
     monkeypatch.setattr(minllama.formats.gguf, "MOST_PARTS", 10_000)
     crafted = Crafted()
     crafted.values["a"] = claim
-    with pytest.raises(UsageError, match="10,000 parts|RecursionError|not a valid") as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         load_pretrained(crafted.write(tmp_path / "a.gguf"))
     assert "\n" not in str(caught.value)
 

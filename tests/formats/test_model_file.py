@@ -10,9 +10,10 @@ from oracles import (
     make_llama,
 )
 
+import check_model_precision
 from config import LlamaConfig
 from llama import Llama
-from minllama.formats.model_file import read_model
+from minllama.formats.model_file import FORMATS, read_model
 from minllama.formats.stored_model import parameter_shapes
 from minllama.system.errors import UsageError
 
@@ -49,3 +50,8 @@ def test_a_path_without_a_model_says_so(tmp_path: Path):
         read_model(tmp_path / "none.pt")
     with pytest.raises(UsageError, match="config.json: no such file"):
         read_model(tmp_path)
+
+
+def test_every_format_can_be_written_and_is_offered():
+    """The command line answers before torch is imported, so it has the names a second time."""
+    assert {name.partition("-")[0] for name in check_model_precision.FORMATS} == FORMATS.keys()
