@@ -21,7 +21,7 @@ from minllama.system.errors import Interrupted, UsageError
 from minllama.system.files import write_text
 from minllama.system.signals import StopRequest
 from minllama.text.chat import ChatTemplate, read_dialogues
-from minllama.text.reading import Reading
+from minllama.text.reading import Reading, byte_bar
 from minllama.text.splits import SplitFiles, find_dialogue_files
 from minllama.training.next_token import NextTokenTask
 from minllama.training.run import Run
@@ -58,10 +58,7 @@ def load_dialogues(
     """The dialogues to train on, and those to choose the best model by; says what was loaded."""
 
     def load(path: Path, split: str) -> ChatDataset:
-        with progress_bar(
-            total=path.stat().st_size, desc=f"reading {path.name}", unit="B", unit_scale=True,
-            leave=False, disable=None,
-        ) as bar:  # fmt: skip
+        with byte_bar(f"reading {path.name}", path.stat().st_size) as bar:
             dialogues = read_dialogues(path, Reading(encoding=options.encoding), bar.update)
             found = ChatDataset(dialogues, tokenizer, llama.chat_template, llama.config.max_seq_len)
         if not len(found):
