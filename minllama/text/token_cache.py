@@ -38,8 +38,8 @@ MAGIC = b"MLTOKENS"
 CACHE_VERSION = 3
 HEADER = struct.Struct("<8sIIQQQ32s32s32sI")
 ROW = struct.Struct("<QQ16s")  # of a document, while its tokens are written
-# Within so many nanoseconds a file may change twice and have one time stamp: those of most file
-# systems advance every few milliseconds, FAT's, in whole seconds, every other one.
+# Within so many nanoseconds a file may change twice and keep its time stamp: those of most file
+# systems advance every few milliseconds, FAT's every two seconds, and they are whole seconds.
 FINE_NS, COARSE_NS = 20_000_000, 2_000_000_000
 BUFFER_BYTES = 1 << 12  # a chunk is about 1 kB, at a random place
 
@@ -218,7 +218,7 @@ def build_or_load(
             with (
                 atomic_write(path) as file,
                 tempfile.TemporaryFile(dir=cache_dir) as table,
-                byte_bar("tokenizing", sum(_stat(file).st_size for file in files)) as bar,
+                byte_bar("tokenizing", sum(_stat(text).st_size for text in files)) as bar,
             ):
                 batches = encoder.encode(_all_blocks(files, reading, bar.update, file_documents))
                 _write_cache(file, table, batches, file_documents, marks, signature, check_stop)
