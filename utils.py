@@ -66,7 +66,7 @@ class PretrainDataset:
     ) -> PretrainDataset:
         """The chunks of text files, for those who import this class directly."""
         files = find_text_files(patterns)
-        cache = build_or_load(files, tokenizer, Reading(), cache_dir, progress=False)
+        cache = build_or_load(files, tokenizer, Reading(), cache_dir)
         return cls(whole_stream(cache), chunk_length, bos_id=tokenizer.bos_id)
 
     def __len__(self) -> int:

@@ -56,9 +56,7 @@ def ours(path: Path, tokenizer: Tokenizer, threads: int) -> int:
     """Tokens of the file, in a token cache made for it."""
     with tempfile.TemporaryDirectory() as folder:
         reading = Reading(document_per_line=True)
-        cache = build_or_load(
-            [path], tokenizer, reading, Path(folder), threads=threads, progress=False
-        )
+        cache = build_or_load([path], tokenizer, reading, Path(folder), threads=threads)
         count = len(cache) - 2 * len(cache.document_starts)  # BOS and EOS are not text
         close(cache)
     return count

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -61,11 +61,15 @@ class Texts:
     tokenizer: Tokenizer
     context: int  # tokens of a chunk
     key: str  # of the training text, its vocabulary, how it was read and what --dedup dropped
-    place: Callable[[int], str]  # where a token of the training text is in the files
+    cache: TokenCache  # of the training text
+    files: Sequence[Path]  # in the order of the cache
 
     def locate(self, chunk: int) -> str:
-        """Where a training chunk is in the files."""
-        return self.place(chunk * self.context)
+        """Where a training chunk is in the files, and how it begins."""
+        start, stream = chunk * self.context, self.train.stream
+        file, token = self.cache.place(stream.locate(start))
+        text = self.tokenizer.decode(stream.read(start, min(start + 8, len(stream))).tolist())
+        return f"{self.files[file]}, token {token:,} ({text!r})"
 
     def cut(self, context: int, val_tokens: int) -> Texts:
         """These texts in chunks of `context`, with at most `val_tokens` of the held-out one."""
@@ -157,17 +161,12 @@ def load_texts(
     if len(train) <= length:
         print(f"the text is shorter than --max_seq_len {length}: training on one short chunk")
 
-    def place(position: int) -> str:
-        file, token = cache.place(train.locate(position))
-        text = tokenizer.decode(train.read(position, position + 8)[:8].tolist())
-        return f"{files.train[file]}, token {token:,} ({text!r})"
-
     key = cache.key.hex()[:16]
     if chosen is not None and not chosen.all():
         key = fingerprint(cache.key + np.packbits(chosen).tobytes())
     cut = functools.partial(PretrainDataset, chunk_length=length, bos_id=tokenizer.bos_id)
     val_set = None if val is None else cut(val)
-    return Texts(cut(train), val_set, tokenizer, length, key, place)
+    return Texts(cut(train), val_set, tokenizer, length, key, cache, files.train)
 
 
 def fit_context(options: Options, tokens: int, longest: int) -> int:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from config import DATA_DIR
-from minllama.cli.console import say
+from minllama.cli.console import progress_bar, say
 from minllama.system.encodings import is_utf8, likely_encoding
 from minllama.system.errors import UsageError
 from minllama.system.files import check_regular, real_path
@@ -217,6 +217,12 @@ def read_lines(path: Path, *options: Any) -> Iterator[tuple[int, str]]:
     last = "".join(pending)
     if last:
         yield number, last
+
+
+def byte_bar(what: str, total: int) -> tqdm:
+    """A bar that counts bytes; what is done within a second shows none."""
+    units = {"unit": "B", "unit_scale": True}
+    return progress_bar(total=total, desc=what, leave=False, disable=None, delay=1, **units)
 
 
 def _raw_blocks(path: Path, on_bytes: Callable[[int], object]) -> Iterator[bytes]:

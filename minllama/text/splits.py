@@ -84,9 +84,9 @@ def find_sentences(options: Options, names: list[str]) -> SplitFiles:
 
 
 def find_dialogue_files(options: Options) -> SplitFiles:
-    """The files of dialogues that the flags name; answers to the questions of test are written.
+    """The files of dialogues that the flags name; raises UsageError.
 
-    Raises UsageError.
+    What the model answers to the questions of test is written.
     """
     name = data_set_name(options.train)
     outs = {"test": Path(f"{name}-test-finetuning-output.jsonl")}
@@ -103,7 +103,7 @@ def _embedded(*splits: str) -> dict[str, Path]:
 
 
 def _checked(options: Options, files: SplitFiles) -> SplitFiles:
-    """The files with the outputs of their splits alone, where the flags want them.
+    """The files with the outputs where the flags want them, and none of a split without a file.
 
     Raises UsageError for a file that is not there, and for an output that could not be written, or
     is another of the files.

@@ -22,14 +22,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
-from minllama.cli.console import progress_bar
 from minllama.system.errors import TextLost, UsageError
 from minllama.system.files import READ_BYTES, atomic_write, remove_temporaries
 from minllama.system.locks import Busy, hold
 from minllama.text.encoder import DocumentEncoder, EncodedPart
-from minllama.text.reading import Block, Reading, read_documents
+from minllama.text.reading import Block, Reading, byte_bar, read_documents
 from tokenizer import Tokenizer
 
 # File: header, tokens, zeros to a multiple of 8, (documents, 2) int64 of first token and bytes of
@@ -40,10 +38,9 @@ MAGIC = b"MLTOKENS"
 CACHE_VERSION = 3
 HEADER = struct.Struct("<8sIIQQQ32s32s32sI")
 ROW = struct.Struct("<QQ16s")  # of a document, while its tokens are written
-# Within so many nanoseconds a file may change twice and have one time stamp: those of most file
-# systems advance every few milliseconds, FAT's, in whole seconds, every other one.
+# Within so many nanoseconds a file may change twice and keep its time stamp: those of most file
+# systems advance every few milliseconds, FAT's every two seconds, and they are whole seconds.
 FINE_NS, COARSE_NS = 20_000_000, 2_000_000_000
-LARGE_BYTES = 1 << 30  # of a cache: checking it takes a second or more
 BUFFER_BYTES = 1 << 12  # a chunk is about 1 kB, at a random place
 
 
@@ -169,8 +166,8 @@ class TokenCache:
 
 def _digests(file: BinaryIO, edges: Sequence[int], check_stop: Callable[[], None]) -> list[bytes]:
     """The SHA-256 of what is between one place of a file and the next."""
-    size, digests = edges[-1], []
-    with _byte_bar("checking", size, size > LARGE_BYTES) as bar:
+    digests = []
+    with byte_bar("checking", edges[-1]) as bar:
         for start, stop in itertools.pairwise(edges):
             digest = hashlib.sha256()
             file.seek(start)
@@ -196,7 +193,6 @@ def build_or_load(
     *,
     threads: int | None = None,
     check_stop: Callable[[], None] = lambda: None,
-    progress: bool = True,
     is_verified: bool = False,
 ) -> TokenCache:
     """The token cache of `files` in `cache_dir`, built unless a valid one is there.
@@ -216,14 +212,13 @@ def build_or_load(
     def build() -> None:
         encoder, file_documents = DocumentEncoder(tokenizer, threads=threads), []
         marks = np.array([[tokenizer.bos_id], [tokenizer.eos_id]], encoder.dtype)
-        size = sum(_stat(file).st_size for file in files)
         _outwait_time_stamps(files)
         try:
             remove_temporaries(cache_dir, r".*\.tokens", older_than=86400)
             with (
                 atomic_write(path) as file,
                 tempfile.TemporaryFile(dir=cache_dir) as table,
-                _byte_bar("tokenizing", size, progress) as bar,
+                byte_bar("tokenizing", sum(_stat(text).st_size for text in files)) as bar,
             ):
                 batches = encoder.encode(_all_blocks(files, reading, bar.update, file_documents))
                 _write_cache(file, table, batches, file_documents, marks, signature, check_stop)
@@ -346,12 +341,6 @@ def _all_blocks(
         for block in read_documents(path, reading, on_bytes=on_bytes):
             file_documents[-1] += block.ends
             yield block
-
-
-def _byte_bar(what: str, total: int, shown: bool) -> tqdm:
-    hidden = None if shown and total else True  # None: hidden where there is no terminal
-    units = {"unit": "B", "unit_scale": True}
-    return progress_bar(total=total, desc=what, leave=False, disable=hidden, **units)
 
 
 # ---------------------------------------------------------------------------- names and signatures

@@ -18,7 +18,7 @@ from minllama.model.lora import add_lora
 from minllama.system.errors import UsageError
 from minllama.system.files import write_text
 from minllama.text.chat import ChatTemplate, read_dialogues
-from minllama.text.reading import Reading
+from minllama.text.reading import Reading, byte_bar
 from minllama.text.splits import SplitFiles
 from minllama.training.run import Run
 from minllama.training.session import print_best, print_results
@@ -53,10 +53,7 @@ def load_dialogues(
     """The dialogues to train on, and those to choose the best model by; says what was loaded."""
 
     def load(path: Path, split: str) -> ChatDataset:
-        with progress_bar(
-            total=path.stat().st_size, desc=f"reading {path.name}", unit="B", unit_scale=True,
-            leave=False, disable=None,
-        ) as bar:  # fmt: skip
+        with byte_bar(f"reading {path.name}", path.stat().st_size) as bar:
             dialogues = read_dialogues(path, Reading(encoding=options.encoding), bar.update)
             context = llama.config.max_seq_len
             dataset = ChatDataset(dialogues, tokenizer, llama.chat_template, context)

@@ -72,6 +72,7 @@ def test_a_chunk_is_located_in_its_file():
     place = texts.locate(chunk)
     assert place.startswith(f"b.txt, token {chunk * 8 - len(tokens):,} (")
     assert place.split("'")[1] in Path("b.txt").read_text(encoding="utf-8")
+    assert texts.locate(len(texts.train) - 1)  # once an IndexError, if it was short
 
 
 def test_text_that_is_too_short_is_told(capsys):

@@ -43,7 +43,7 @@ def corpus(tmp_path: Path) -> list[Path]:
 
 def build(files: list[Path], folder: Path, reading: Reading = LINES, **options) -> TokenCache:
     tokenizer = options.pop("tokenizer", vocabulary("ours"))
-    return build_or_load(files, tokenizer, reading, folder, progress=False, **options)
+    return build_or_load(files, tokenizer, reading, folder, **options)
 
 
 def text_of(cache: TokenCache) -> str:
@@ -289,8 +289,8 @@ def test_two_processes_build_the_same_cache(corpus: list[Path], tmp_path: Path) 
         "from minllama.text.token_cache import build_or_load\n"
         "from minllama.text.reading import Reading\n"
         "from tokenizer import Tokenizer\n"
-        "cache = build_or_load([Path(sys.argv[1])], Tokenizer(), Reading(), Path(sys.argv[2]),"
-        " progress=False)\nprint(cache.tokens[:].tolist())"
+        "cache = build_or_load([Path(sys.argv[1])], Tokenizer(), Reading(), Path(sys.argv[2]))\n"
+        "print(cache.tokens[:].tolist())"
     )
     command = [sys.executable, "-c", code, str(corpus[0]), str(tmp_path / "cache")]
     processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) for _ in range(2)]
