@@ -148,6 +148,7 @@ def test_compile_is_a_choice_or_a_plain_flag():
         ("--option pretrain --pretrain_lr 1e-5 --min_lr 1e-4", ["--min_lr", "--pretrain_lr"]),
         ("--option finetune --min_lr 1e-4", ["--min_lr 0.0001", "--lr 2e-05"]),
         ("--option finetune --freeze_backbone --lora_rank 4", ["--freeze_backbone", "--lora_rank"]),
+        ("--option finetune --freeze_backbone --train a.jsonl", ["--freeze_backbone", "dialogues"]),
         ("--option finetune --freeze_backbone --optimizer muon", ["--freeze_backbone", "muon"]),
         ("--option pretrain --parallel fsdp --optimizer muon", ["--parallel fsdp", "muon"]),
         ("--option finetune --parallel fsdp --lora_rank 2", ["--parallel fsdp", "--lora_rank"]),

@@ -17,7 +17,7 @@ import check_model_precision
 import run_llama
 import tokenizer
 from config import parse_options
-from minllama.text import corpus, labelled
+from minllama.text import corpus, splits
 from minllama.training import loop
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,7 +94,7 @@ def test_every_command_runs(folder, monkeypatch):
 
     monkeypatch.chdir(folder)
     monkeypatch.setattr("builtins.input", say_nothing)
-    for room in (corpus, labelled):
+    for room in (corpus, splits):
         monkeypatch.setattr(room, "DATA_DIR", folder / "data")
     monkeypatch.setattr(loop, "peak_flops", lambda *_: 1e9)  # half a second of each run
     monkeypatch.setattr(sys, "argv", ["run_llama.py"])

@@ -279,6 +279,7 @@ def save_as(
 ) -> None:
     """What one of the ranks does in `save`."""
     checkpoints = Checkpoints(folder, ranks, sharded=True, keep_last=2)
+    checkpoints.find_own("x")
     with checkpoints:
         for step in steps:
             checkpoints.next_step(step)

@@ -110,7 +110,6 @@ def test_evaluation_and_best_model_are_by_the_held_out_dialogues():
 
 
 BAD = {
-    "--freeze_backbone": "--freeze_backbone is for labelled sentences",
     "--dev none.jsonl": "--dev none.jsonl: no such file",
     "--dev reviews.txt": "reviews.txt:1: not JSON",
     "--test reviews.txt": "reviews.txt:1: not JSON",
