@@ -250,8 +250,8 @@ def print_report(report: Report, *, verified: bool) -> None:
         print(f"  vocabulary: {report.vocabulary}")
     if not verified:
         return
-    for kind, found in (("NaN", report.nan), ("Inf", report.inf)):
-        for name, count in found.items():
+    for kind, counts in (("NaN", report.nan), ("Inf", report.inf)):
+        for name, count in counts.items():
             print(f"  BAD {name}: {count:,} {kind}")
     for text in report.damage:
         print(f"  BAD {text}")
@@ -364,10 +364,10 @@ def score(path: Path, texts: list[Path], args: argparse.Namespace) -> dict[str, 
     reading = Reading(
         text_field=args.text_field, encoding=args.encoding, encoding_errors=args.encoding_errors
     )
-    found = score_text(model, tokenizer, texts, reading)
+    result = score_text(model, tokenizer, texts, reading)
     if not args.json:
-        print(f"{path} on {', '.join(args.text)}: {found.line()}")
-    return asdict(found) | {"loss": found.loss, "bits_per_byte": found.bits_per_byte}
+        print(f"{path} on {', '.join(args.text)}: {result.line()}")
+    return asdict(result) | {"loss": result.loss, "bits_per_byte": result.bits_per_byte}
 
 
 # ---------------------------------------------------------------------------- a run's folder

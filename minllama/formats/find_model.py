@@ -186,7 +186,7 @@ def find_start_model(
 
     Without --pretrained_model_path there are none: from scratch. Shape and vocabulary are the
     file's, and a larger --max_seq_len makes its context longer. A resumed run finds all of it in
-    its `checkpoint`; a file that is named anew is read to see that it is the one of before. Rank 0
+    its `checkpoint`; a file that is named again is read to see that it is the one of before. Rank 0
     alone reads it; every rank must call this. Raises UsageError.
     """
     path = options.pretrained_model_path
@@ -198,7 +198,7 @@ def find_start_model(
     if reads_file:
         path = ranks.on_main(lambda: find_model(options))
         stored = ranks.on_main(
-            lambda: read_model(path), tell=lambda found: found._replace(weights={})
+            lambda: read_model(path), tell=lambda stored: stored._replace(weights={})
         )
     else:
         path = Path("the checkpoint")

@@ -81,13 +81,13 @@ def verify_seal(path: Path) -> str | None:
         if not seal.startswith(SEAL):
             return None
         file.seek(0)
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         while left > 0 and (data := file.read(min(left, READ_BYTES))):
-            found.update(data)
+            digest.update(data)
             left -= len(data)
-    if seal[len(SEAL) :] != found.hexdigest().encode():
+    if seal[len(SEAL) :] != digest.hexdigest().encode():
         raise UsageError(f"{path} is damaged: its bytes do not match its SHA-256")
-    return found.hexdigest()
+    return digest.hexdigest()
 
 
 def save_pt(path: Path, payload: dict[str, Any]) -> str:
@@ -135,10 +135,10 @@ def load_pt(path: str | Path, *, verify: bool = True, digest: str | None = None)
         with path.open("rb") as file:
             if not is_pt(file.read(2)):
                 raise UsageError(f"{path}: no .pt file, neither a weights file nor a checkpoint")
-        found = verify_seal(path) if verify else None
-        if verify and digest not in (None, found):
+        seal = verify_seal(path) if verify else None
+        if verify and digest not in (None, seal):
             raise UsageError(f"{path} is damaged: its bytes do not match its SHA-256")
-        unsealed = verify and found is None
+        unsealed = verify and seal is None
         archive = zipfile.is_zipfile(path)  # else torch's format before 2020, or cut off
         if archive:
             _check_archive(path, checksums=unsealed)
@@ -204,9 +204,9 @@ def tensors_in(node: Any, name: str = "") -> list[tuple[str, Tensor]]:
     if isinstance(node, list | tuple):
         children = enumerate(node)
     return [
-        found
+        named_tensor
         for key, child in children
-        for found in tensors_in(child, f"{name}.{key}" if name else str(key))
+        for named_tensor in tensors_in(child, f"{name}.{key}" if name else str(key))
     ]
 
 
