@@ -13,6 +13,7 @@ import os
 import pickle
 import struct
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +25,9 @@ from minllama.system.files import READ_BYTES, atomic_write, check_regular
 
 FORMAT_VERSION = 2  # 1 had its checksum inside, and its own way to compute it
 REASON_CHARS = 200  # of what torch says of a file that it cannot read
+# What a file may hold, each value counted as often as it is met: a few hundred bytes can spell a
+# list of lists that a walk would not end in. A checkpoint has some 700 for each rank.
+MOST_VALUES, MOST_DEPTH, MOST_BITS = 1_000_000, 32, 128
 STATE_FILE = "state.pt"  # of a sharded checkpoint, a folder: its plain values
 SEAL = b"minllama sha256 "  # begins the comment at the end of the file; 64 hex digits follow
 
@@ -144,6 +148,7 @@ def load_pt(path: str | Path, *, verify: bool = True, digest: str | None = None)
             _check_archive(path, checksums=unsealed)
         mapped = archive and torch_can_map(path)
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        payload = _with_model_key(payload)
         _check_payload(path, payload, unsealed=unsealed)
     except UsageError:
         raise
@@ -168,7 +173,25 @@ def torch_can_map(path: Path) -> bool:
     return os.name == "nt" or os.fsencode(path) == str(path).encode("utf-8", "replace")
 
 
+def _with_model_key(payload: Any) -> Any:
+    """The content with its tensors under 'model', where other programs have them elsewhere.
+
+    Lightning has them under 'state_dict'; a raw state dict is nothing but tensors.
+    """
+    if not isinstance(payload, dict) or "model" in payload:
+        return payload
+    weights = payload.get("state_dict")
+    if isinstance(weights, dict) and weights:
+        return {k: v for k, v in payload.items() if k != "state_dict"} | {"model": weights}
+    only_tensors = payload and all(isinstance(value, Tensor) for value in payload.values())
+    return {"model": payload} if only_tensors else payload
+
+
 def _check_payload(path: Path, payload: Any, *, unsealed: bool) -> None:
+    try:
+        tensors = tensors_in(payload)
+    except ValueError as error:
+        raise UsageError(f"{path}: holds {error}: no model and no checkpoint") from None
     weights = payload.get("model") if isinstance(payload, dict) else None
     if not isinstance(weights, dict) or not all(
         isinstance(name, str) and isinstance(w, Tensor) for name, w in weights.items()
@@ -188,7 +211,7 @@ def _check_payload(path: Path, payload: Any, *, unsealed: bool) -> None:
         raise UsageError(
             f"{path} is damaged: its checksum is gone; it was cut off, or saved by another program"
         )
-    for name, tensor in tensors_in(payload):
+    for name, tensor in tensors:
         # What a small file can claim: an expanded, sparse or meta tensor has no bytes in it.
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
             raise UsageError(f"{path}: tensor {name} is not a plain array of numbers")
@@ -196,18 +219,31 @@ def _check_payload(path: Path, payload: Any, *, unsealed: bool) -> None:
             raise UsageError(f"{path}: tensor {name} is larger than what the file holds")
 
 
-def tensors_in(node: Any, name: str = "") -> list[tuple[str, Tensor]]:
-    """Every tensor in nested dicts and lists, by its dotted name."""
-    if isinstance(node, Tensor):
-        return [(name, node)]
-    children = node.items() if isinstance(node, dict) else ()
-    if isinstance(node, list | tuple):
-        children = enumerate(node)
-    return [
-        named_tensor
-        for key, child in children
-        for named_tensor in tensors_in(child, f"{name}.{key}" if name else str(key))
-    ]
+def tensors_in(node: Any) -> list[tuple[str, Tensor]]:
+    """Every tensor in nested dicts and lists, by its dotted name.
+
+    Raises ValueError for what is too much, too deep or too large a number for any later use of it.
+    """
+    left = MOST_VALUES
+
+    def walk(node: Any, name: str, depth: int) -> Iterator[tuple[str, Tensor]]:
+        nonlocal left
+        left -= 1
+        if left < 0 or depth > MOST_DEPTH:
+            what = f"more than {MOST_VALUES:,} values" if left < 0 else f"lists in {depth} others"
+            raise ValueError(what)
+        if isinstance(node, Tensor):
+            yield name, node
+        elif isinstance(node, int) and node.bit_length() > MOST_BITS:
+            raise ValueError(f"a number of {node.bit_length():,} bits as {name}")
+        elif isinstance(node, dict | list | tuple | set):
+            children = node.items() if isinstance(node, dict) else enumerate(node)
+            for key, child in children:
+                if not isinstance(key, str | int | float | None):
+                    raise ValueError(f"a {type(key).__name__} as a name")
+                yield from walk(child, f"{name}.{key}" if name else str(key), depth + 1)
+
+    return list(walk(node, "", 0))
 
 
 def _check_archive(path: Path, *, checksums: bool) -> None:

@@ -243,6 +243,49 @@ def test_absurd_claims_are_refused_unread(monkeypatch):
         assert "claims 10" in refusal(load, bomb)
 
 
+def _doubled(times: int) -> list:
+    """A list that spells 2^times values, in a few bytes each: every one holds the last twice."""
+    node: list = [1]
+    for _ in range(times):
+        node = [node, node]
+    return node
+
+
+def _in_itself() -> list:
+    node: list = []
+    node.append(node)
+    return node
+
+
+@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: _doubled(60), "lists in 33 others"),
+        (lambda: _doubled(25), "more than 1,000,000 values"),
+        (_in_itself, "lists in 33 others"),
+        (lambda: 10**400, f"a number of {(10**400).bit_length():,} bits as progress.step"),
+    ],
+    ids=["deep", "wide", "circle", "number"],
+)
+def test_a_small_file_that_spells_a_large_one_is_refused(load, make, message):
+    """Sixty lists, each of the one before twice, kept every reader busy for ever: a graph was
+    walked as a tree. A number of 5,000 digits cannot even be printed."""
+    payload = make_golden.weights() | {"optimizer": {}, "scaler": {}, "rng": {}, "identity": {}}
+    torch.save(payload | {"progress": {"step": make()}}, "graph.pt")
+    assert Path("graph.pt").stat().st_size < 200_000
+    said = refusal(load, Path("graph.pt"))
+    assert message in said and "graph.pt" in said
+
+
+def test_what_is_shared_a_few_times_is_no_graph():
+    """Pickle writes a tuple that several groups have, such as AdamW's betas, once."""
+    betas = (0.9, 0.999)
+    payload = {"model": {"a": torch.zeros(1)}, "groups": [{"betas": betas} for _ in range(1000)]}
+    torch.save(payload, "shared.pt")
+    assert load_pt("shared.pt")["groups"][999] == {"betas": betas}
+
+
 def test_tensors_in_nested_content():
     """By their dotted names, for messages."""
     a, b = torch.zeros(1), torch.ones(1)
