@@ -33,7 +33,7 @@ from config import DATA_DIR, fingerprint
 from minllama.cli.command_line import OneLineParser, number_reader, print_error, protect_output
 from minllama.system.encodings import check_encoding
 from minllama.system.errors import UsageError
-from minllama.system.files import atomic_write, check_regular
+from minllama.system.files import atomic_write, read_whole
 from minllama.text.reading import (
     READ_BYTES,
     Block,
@@ -140,12 +140,10 @@ def _piece_text(piece: str) -> bytes:
 def _read_model(path: Path) -> bytes:
     if not path.exists():
         raise UsageError(f"--tokenizer_model {path}: no such file{download_hint(path)}")
-    check_regular(path)
     try:
-        with path.open("rb") as file:
-            return file.read(MODEL_BYTES)
-    except OSError as error:
-        raise UsageError(f"--tokenizer_model {path}: cannot be read ({error.strerror})") from None
+        return read_whole(path, MODEL_BYTES)
+    except UsageError as error:
+        raise UsageError(f"--tokenizer_model {error}") from None
 
 
 def sealed(data: bytes) -> bytes:

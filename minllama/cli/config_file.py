@@ -14,7 +14,7 @@ from typing import Any
 
 from minllama.cli.command_line import read_stored
 from minllama.system.errors import UsageError
-from minllama.system.files import check_regular, read_bounded
+from minllama.system.files import read_whole
 
 TOML_BYTES = 1 << 20
 Fields = Mapping[str, dataclasses.Field]
@@ -27,12 +27,9 @@ def toml_words(path: Path, fields: Fields, *, without: Collection[str]) -> list[
     Raises UsageError, naming file and key, for a value of a type that the flag does not have.
     """
     try:
-        check_regular(path)
-        content = tomllib.loads(read_bounded(path, TOML_BYTES))
+        content = tomllib.loads(read_whole(path, TOML_BYTES).decode("utf-8-sig"))
     except UsageError as error:
         raise UsageError(f"--config {error}") from None
-    except OSError as error:
-        raise UsageError(f"--config {path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise UsageError(f"--config {path}: not TOML ({error})") from None
     words = []

@@ -16,10 +16,10 @@ from config import LlamaConfig
 from minllama.formats.stored_model import Contents, StoredModel, as_stored, read_shape, translate
 from minllama.formats.vocabularies import check_same_ids, merges, require_plain_bpe
 from minllama.system.errors import UsageError
-from minllama.system.files import atomic_folder, read_json_object
+from minllama.system.files import atomic_folder, check_regular, read_json_object, read_whole
 from minllama.system.packages import import_optional
 from minllama.text.chat import ChatTemplate
-from tokenizer import Tokenizer
+from tokenizer import MODEL_BYTES, Tokenizer
 
 if TYPE_CHECKING:
     from llama import Llama
@@ -86,6 +86,17 @@ def recognizes(path: Path, head: bytes) -> bool:
     return path.is_dir() or path.name in (WEIGHTS, INDEX)
 
 
+def _folder(path: Path) -> Path:
+    """The folder that is meant by its path or that of its weights; UsageError where it is none."""
+    folder = path if path.is_dir() else path.parent
+    if not any((folder / name).exists() for name in ("config.json", WEIGHTS, INDEX)):
+        raise UsageError(
+            f"{folder}: the folder holds no model: neither a .pt file, nor config.json with "
+            f"{WEIGHTS} (Hugging Face), nor consolidated.00.pth with params.json (Meta)"
+        )
+    return folder
+
+
 def _rope(file: Path, theirs: dict[str, Any]) -> dict[str, Any]:
     """What a config.json says of rotary positions, in transformers 5's place, 4's, or both."""
     theta = theirs.get("rope_theta")
@@ -135,25 +146,27 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
 
     Raises UsageError for a missing or damaged file, and where `safetensors` is not installed.
     """
-    load_file = import_optional("safetensors.torch", f"{folder}: reading it").load_file
-    files = [WEIGHTS]
+    names = [WEIGHTS]
     index = folder / INDEX
-    if index.is_file():
+    if index.exists():
         shards = read_json_object(index).get("weight_map")
         if not isinstance(shards, dict):
             raise UsageError(f"{index}: has no object 'weight_map'")
-        files = sorted({Path(str(name)).name for name in shards.values()})
-    elif not (folder / files[0]).is_file() and (folder / "pytorch_model.bin").is_file():
+        names = sorted({Path(str(name)).name for name in shards.values()})
+    missing = next((name for name in names if not (folder / name).exists()), None)
+    if missing and (folder / "pytorch_model.bin").is_file():
         raise UsageError(
             f"{folder}: holds pytorch_model.bin, a pickle: load it with transformers, then "
             "model.save_pretrained(folder) writes safetensors"
         )
+    if missing:
+        raise UsageError(f"{folder}: no {missing} in this folder")
+    load_file = import_optional("safetensors.torch", f"{folder}: reading it").load_file
     tensors: dict[str, Tensor] = {}
-    for name in files:
+    for name in names:
+        check_regular(folder / name)
         try:
             tensors |= load_file(folder / name)
-        except FileNotFoundError:
-            raise UsageError(f"{folder}: no {name} in this folder") from None
         except Exception as error:  # safetensors' own class, or what the damage happens to hit
             raise UsageError(f"{folder / name}: damaged: {error}") from None
     return tensors
@@ -161,7 +174,7 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
 
 def read(path: Path) -> StoredModel:
     """Read a folder; UsageError for what is no Llama, or would compute something else here."""
-    path = path if path.is_dir() else path.parent
+    path = _folder(path)
     config = _read_config(path)
     weights = {
         name: tensor
@@ -172,8 +185,8 @@ def read(path: Path) -> StoredModel:
     if config.tie_word_embeddings and table in weights:
         weights.setdefault(head, weights[table])
     vocabulary, settings = path / "tokenizer.model", path / "tokenizer_config.json"
-    vocabulary = vocabulary.read_bytes() if vocabulary.is_file() else None
-    template = read_json_object(settings).get("chat_template") if settings.is_file() else None
+    vocabulary = read_whole(vocabulary, MODEL_BYTES) if vocabulary.exists() else None
+    template = read_json_object(settings).get("chat_template") if settings.exists() else None
     template = ChatTemplate.from_jinja(template)
     model = StoredModel(config, weights, vocabulary, template).checked(path, tensor_name)
     for i in range(config.n_layers):
@@ -185,7 +198,7 @@ def read(path: Path) -> StoredModel:
 
 def contents(path: Path) -> Contents:
     """The tensors as they are stored, by their names in the files."""
-    path = path if path.is_dir() else path.parent
+    path = _folder(path)
     return Contents("Hugging Face folder", {"model": read_safetensors(path)})
 
 

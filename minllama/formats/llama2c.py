@@ -18,7 +18,7 @@ from torch import Tensor
 from config import LlamaConfig
 from minllama.formats.stored_model import Contents, StoredModel, parameter_shapes, read_shape
 from minllama.system.errors import UsageError
-from minllama.system.files import atomic_write
+from minllama.system.files import atomic_write, open_regular
 from tokenizer import Tokenizer, export_tokenizer_bin
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def tensor_order(n_layers: int, *, version: int, tied: bool) -> list[str]:
 
 def read_version(path: Path) -> int:
     """The version that the first bytes name; 0 where they are no magic."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         magic, version = struct.unpack("<Ii", file.read(8).ljust(8, b"\0"))
     return version if magic == MAGIC else 0
 
@@ -71,7 +71,7 @@ def recognizes(path: Path, head: bytes) -> bool:
 def read(path: Path) -> StoredModel:
     """Read a model of any version, int8 widened to float32; UsageError for any other file."""
     version = read_version(path)
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         header = file.read(256).ljust(256, b"\0")
         numbers = struct.unpack_from("<7i", header, 8 if version else 0)
         tied = header[36] == 1 if version else numbers[5] > 0  # version 0: the vocabulary's sign

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from minllama.system.errors import UsageError
-from minllama.system.files import READ_BYTES, atomic_write, check_regular
+from minllama.system.files import READ_BYTES, atomic_write, open_regular
 
 FORMAT_VERSION = 2  # 1 had its checksum inside, and its own way to compute it
 REASON_CHARS = 200  # of what torch says of a file that it cannot read
@@ -78,7 +78,7 @@ def verify_seal(path: Path) -> str | None:
 
     Raises UsageError where a byte is not what was written, OSError where it cannot be read.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         left = file.seek(0, 2) - len(SEAL) - 64
         file.seek(max(0, left))
         seal = file.read()
@@ -134,9 +134,8 @@ def load_pt(path: str | Path, *, verify: bool = True, digest: str | None = None)
     is a dict with a dict of tensors under 'model', each of them held whole by the file.
     """
     path = Path(path)
-    check_regular(path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             if not is_pt(file.read(2)):
                 raise UsageError(f"{path}: no .pt file, neither a weights file nor a checkpoint")
         seal = verify_seal(path) if verify else None

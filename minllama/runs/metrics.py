@@ -19,7 +19,7 @@ from tqdm import tqdm
 from minllama.runs.report import Curves, describe_run, number, page, write_report
 from minllama.runs.run_folder import RunFolder
 from minllama.system.errors import UsageError
-from minllama.system.files import check_regular
+from minllama.system.files import open_regular
 
 LINE_BYTES = 1 << 20  # read at once; a record's line is shorter
 FIGURES = ("step", "loss", "val_loss", "val_perplexity", "elapsed")  # the program computes with
@@ -236,9 +236,9 @@ def _whole_records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     Raises UsageError for what is not a regular file: opening a pipe would wait for ever.
     """
     end = 0
-    if path.exists():
-        check_regular(path)
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+    if not path.exists():
+        return
+    with open_regular(path) as file:
         for line in iter(lambda: file.readline(LINE_BYTES), b""):
             end += len(line)
             record = None

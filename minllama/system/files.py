@@ -212,22 +212,35 @@ def check_regular(path: Path) -> None:
         raise UsageError(f"{path}: not a regular file (a pipe or a device)")
 
 
-def read_bounded(path: Path, most: int) -> str:
-    """The text of a UTF-8 file of at most this many bytes; raises OSError, else ValueError."""
-    with path.open("rb") as file:
-        data = file.read(most + 1)
+def open_regular(path: Path) -> BinaryIO:
+    """A file opened for reading; raises UsageError for what is none, or cannot be read."""
+    check_regular(path)
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def read_whole(path: Path, most: int) -> bytes:
+    """The bytes of a file that may have `most` of them; raises UsageError.
+
+    Without a bound a sparse file, which takes nothing on the disk, fills the memory.
+    """
+    try:
+        with open_regular(path) as file:
+            data = file.read(most + 1)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
     if len(data) > most:
-        raise ValueError(f"larger than {most:,} bytes")
-    return data.decode("utf-8-sig")
+        raise UsageError(f"{path}: larger than {most:,} bytes, which no such file is")
+    return data
 
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file; raises UsageError, naming the file, for what is none."""
-    check_regular(path)
+    data = read_whole(path, JSON_BYTES)
     try:
-        return json.loads(read_bounded(path, JSON_BYTES))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+        return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 (byte {error.start:,})") from None
     except (ValueError, RecursionError) as error:

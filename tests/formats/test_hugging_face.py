@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -23,10 +24,10 @@ import minllama.formats.hugging_face as H
 from config import LlamaConfig
 from llama import Llama, load_pretrained
 from minllama.formats.hugging_face import tensor_name
-from minllama.formats.model_file import read_model
+from minllama.formats.model_file import read_contents, read_model
 from minllama.formats.vocabularies import SAMPLES
 from minllama.system.errors import UsageError
-from tokenizer import Tokenizer
+from tokenizer import MODEL_BYTES, Tokenizer
 
 
 @pytest.fixture
@@ -170,6 +171,42 @@ def test_hugging_face_folder_with_a_damaged_or_missing_file(model: Llama, tmp_pa
     (folder / "config.json").write_text("{")
     with pytest.raises(UsageError, match="config.json: not JSON"):
         read_model(folder)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no such pipes")
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.model", "tokenizer_config.json"]
+)
+def test_a_pipe_in_the_folder_is_refused(model: Llama, tmp_path: Path, name: str):
+    """Opening one waits for ever for somebody who writes into it."""
+    folder = write_hugging_face(tmp_path / "hf", model)
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(UsageError, match=f"{name}: not a regular file"):
+        read_model(folder)
+
+
+def test_a_vocabulary_of_gigabytes_is_not_read(model: Llama, tmp_path: Path):
+    """A sparse tokenizer.model, which takes nothing on the disk, was read into memory whole."""
+    folder = write_hugging_face(tmp_path / "hf", model)
+    with (folder / "tokenizer.model").open("wb") as file:
+        file.truncate(MODEL_BYTES + 1)
+    with pytest.raises(UsageError, match="tokenizer.model: larger than 67,108,864 bytes"):
+        read_model(folder)
+
+
+def test_a_folder_without_a_model_is_told_what_it_lacks(tmp_path: Path, monkeypatch):
+    """It was advised to install safetensors, which would not have helped."""
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    for read in (read_model, read_contents):
+        with pytest.raises(UsageError) as raised:
+            read(tmp_path)
+        for said in ("no model", ".pt file", "config.json with model.safetensors", "params.json"):
+            assert said in str(raised.value)
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UsageError, match="no model.safetensors in this folder"):
+        read_contents(tmp_path)
 
 
 def test_shards_outside_of_the_folder_are_not_read(model: Llama, tmp_path: Path):

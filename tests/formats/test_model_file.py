@@ -48,7 +48,7 @@ def test_what_is_no_model_file_says_so(tmp_path: Path, name: str, content: bytes
 def test_a_path_without_a_model_says_so(tmp_path: Path):
     with pytest.raises(UsageError, match="none.pt: no such file"):
         read_model(tmp_path / "none.pt")
-    with pytest.raises(UsageError, match="config.json: no such file"):
+    with pytest.raises(UsageError, match="the folder holds no model"):
         read_model(tmp_path)
 
 

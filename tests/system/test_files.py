@@ -13,6 +13,7 @@ import pytest
 from minllama.system import files
 from minllama.system.errors import UsageError
 from minllama.system.files import (
+    JSON_BYTES,
     atomic_folder,
     atomic_write,
     check_writable,
@@ -20,6 +21,7 @@ from minllama.system.files import (
     free_disk,
     read_json,
     read_json_object,
+    read_whole,
     remove_temporaries,
     restore_folder,
     size_on_disk,
@@ -324,7 +326,7 @@ def test_size_on_disk():
         (b"{", "not JSON"),
         (b"", "not JSON"),
         (b"9" * 10_000, "not JSON"),
-        (b'"' + b"x" * 20_000 + b'"', r"not JSON \(larger than 10,000 bytes\)"),
+        (b'"' + b"x" * 20_000 + b'"', "larger than 10,000 bytes"),
         (b'{"a": "\xff"}', r"not UTF-8 \(byte 7\)"),
     ],
     ids=["nested", "nested open", "cut", "empty", "long number", "large", "not UTF-8"],
@@ -360,3 +362,15 @@ def test_what_is_no_file_is_not_read():
         os.mkfifo("pipe")
         with pytest.raises(UsageError, match="pipe: not a regular file"):
             read_json(Path("pipe"))
+
+
+def test_a_file_is_read_up_to_a_bound():
+    """A sparse file of gigabytes takes nothing on the disk, and filled the memory."""
+    Path("a").write_bytes(b"123")
+    assert read_whole(Path("a"), 3) == b"123"
+    with pytest.raises(UsageError, match="a: larger than 2 bytes"):
+        read_whole(Path("a"), 2)
+    with Path("sparse.json").open("wb") as file:
+        file.truncate(JSON_BYTES + 1)
+    with pytest.raises(UsageError, match="sparse.json: larger than 67,108,864 bytes"):
+        read_json(Path("sparse.json"))
