@@ -206,7 +206,7 @@ def inspect(path: Path, *, verify: bool = False) -> Report:
 def describe_embedding(weights: dict[str, Tensor]) -> str:
     """Whether embedding and head are one table, and whether that is stored once."""
     names = {pt_model.own_name(name): tensor for name, tensor in weights.items()}
-    tables = ("tok_embeddings.weight", "model.embed_tokens.weight", "token_embd.weight")
+    tables = ("tok_embeddings.weight", "embed_tokens.weight", "token_embd.weight")
     table = next((names[name] for name in tables if name in names), None)
     head = names.get("output.weight", names.get("lm_head.weight"))
     if table is None:

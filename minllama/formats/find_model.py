@@ -15,7 +15,7 @@ from config import SHIPPED_MODEL, LlamaConfig, Options
 from llama import Llama, build_model, load_pretrained
 from minllama.formats.model_file import read_model
 from minllama.formats.pt_file import STATE_FILE, load_pt
-from minllama.formats.pt_model import read_vocabulary
+from minllama.formats.pt_model import CONSOLIDATED, read_vocabulary
 from minllama.formats.stored_model import StoredModel, read_shape
 from minllama.machine.ranks import Ranks
 from minllama.system.errors import UsageError
@@ -87,7 +87,8 @@ def model_in(path: Path, flag: str) -> Path:
     """
     if not path.exists():
         raise UsageError(f"{flag} {path}: no such file or folder{_models_nearby(path)}")
-    if path.is_file() or any((path / name).is_file() for name in ("config.json", STATE_FILE)):
+    of_folders = ("config.json", CONSOLIDATED, STATE_FILE)  # Hugging Face's, Meta's, sharded
+    if path.is_file() or any((path / name).is_file() for name in of_folders):
         return path  # of a sharded checkpoint, its reader says what to do
     files = sorted(path.glob("*.pt"))
     if not files:

@@ -6,6 +6,9 @@ that it needs and of a file that it writes BESIDE the model, or None, and a line
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -13,8 +16,10 @@ from minllama.formats import gguf, hugging_face, llama2c, pt_model
 from minllama.formats.pt_file import STATE_FILE
 from minllama.formats.stored_model import Contents, StoredModel
 from minllama.system.errors import UsageError
-from minllama.system.files import check_regular
+from minllama.system.files import open_regular
+from tokenizer import Tokenizer
 
+MOST_PADDING = 512  # rows that round an embedding up, which is faster on GPUs
 FORMATS: dict[str, ModuleType] = {  # by the names that --convert takes; the first that fits is it
     "pt": pt_model,
     "gguf": gguf,
@@ -37,18 +42,36 @@ def format_of(path: Path) -> ModuleType:
             "to get final-model.pt"
         )
     if not path.is_dir():
-        check_regular(path)
-        try:
-            with path.open("rb") as file:
-                head = file.read(8)
-        except OSError as error:
-            raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+        with open_regular(path) as file:
+            head = file.read(8)
     return next(each for each in FORMATS.values() if each.recognizes(path, head))
 
 
 def read_model(path: Path) -> StoredModel:
-    """Read a model of any of the formats; UsageError, naming file and tensor, for anything else."""
-    return format_of(path).read(path)
+    """Read a model of any of the formats; UsageError, naming file and tensor, for anything else.
+
+    Rows of the embedding beyond its vocabulary, up to a round number, are left out, and it is said.
+    """
+    stored = format_of(path).read(path)
+    rows, pieces = stored.config.vocab_size, _pieces(stored.vocabulary)
+    if pieces is None or not 0 < rows - pieces <= MOST_PADDING:
+        return stored
+    print(
+        f"note: {path}: {rows - pieces} of the embedding's {rows:,} rows are beyond the "
+        f"vocabulary's {pieces:,} pieces, and left out",
+        file=sys.stderr,
+    )
+    tables = ("tok_embeddings.weight", "output.weight")
+    cut = {name: stored.weights[name][:pieces] for name in tables}
+    config = dataclasses.replace(stored.config, vocab_size=pieces)
+    return stored._replace(config=config, weights=stored.weights | cut)
+
+
+def _pieces(vocabulary: bytes | None) -> int | None:
+    """The size of a vocabulary, None for one that cannot be read: whoever uses it will say so."""
+    with contextlib.suppress(UsageError):
+        return None if vocabulary is None else Tokenizer(tokenizer_model=vocabulary).n_words
+    return None
 
 
 def read_contents(path: Path) -> Contents:

@@ -1,6 +1,7 @@
 """Models in .pt files: weights files, checkpoints and classifiers, of this program and of others.
 
-The original's files have our names; llama2.c's have its own, and wrappers put prefixes before them.
+The original's files have our names; llama2.c's and Meta's have their own, and wrappers put prefixes
+before them. Meta's are a folder: consolidated.00.pth, and params.json with the shape.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from minllama.formats.llama2c import ATTENTION_NAMES
 from minllama.formats.pt_file import is_pt, load_pt, write_sealed
 from minllama.formats.stored_model import Contents, StoredModel, as_stored, read_shape
 from minllama.system.errors import UsageError
-from minllama.system.files import atomic_write
+from minllama.system.files import atomic_write, open_regular, read_json_object, read_whole
 from minllama.text.chat import ChatTemplate
+from tokenizer import MODEL_BYTES
 
 if TYPE_CHECKING:
     from llama import Llama
@@ -25,19 +27,42 @@ if TYPE_CHECKING:
 PACKAGE = BESIDE = None
 CLASSIFIER_KEYS = ("classifier_head", "label_names", "pooling")  # beside a fine-tuned model
 ADAPTERS = ".lora_"  # in the names of a LoRA finetuning's own tensors
+WRAPPERS = ("_orig_mod.", "module.", "llama.", "model.")  # compiled, DDP, a classifier, Lightning
+ROTARY = ("freqs_cos", "freqs_sin", "freqs_cis", "rope.freqs", "rotary_emb.inv_freq")
+CONSOLIDATED, PARAMS = "consolidated.00.pth", "params.json"  # Meta's
 
 
 def own_name(name: str) -> str:
     """Our name of a .pt file's tensor: wrappers' prefixes dropped, llama2.c's names translated."""
-    name = name.removeprefix("_orig_mod.").removeprefix("module.").removeprefix("llama.")
+    while prefix := next((prefix for prefix in WRAPPERS if name.startswith(prefix)), None):
+        name = name.removeprefix(prefix)
     for theirs, ours in ATTENTION_NAMES.items():
         name = name.replace(f".{theirs}.", f".{ours}.")
     return name
 
 
 def recognizes(path: Path, head: bytes) -> bool:
-    """Whether a file that begins so is of this format."""
-    return is_pt(head)
+    """Whether a file that begins so is of this format, or it is a folder of Meta's."""
+    return is_pt(head) or ((path / CONSOLIDATED).exists() and not (path / "config.json").exists())
+
+
+def _file(path: Path) -> Path:
+    """The file itself, or the one in a folder of Meta's."""
+    return path / CONSOLIDATED if path.is_dir() else path
+
+
+def _load(path: Path, *, verify: bool = True) -> dict[str, Any]:
+    """All that a file holds, with the shape under 'model_args' from where other programs put it."""
+    payload, params = load_pt(path, verify=verify), path.with_name(PARAMS)
+    args = payload.get("hyper_parameters")  # Lightning's
+    args = args.get("model_args", args) if isinstance(args, dict) else None
+    if path.suffix == ".pth" and params.exists():
+        if len(list(path.parent.glob("consolidated.*.pth"))) > 1:
+            raise UsageError(f"{path.parent}: holds a model in several parts; one is read")
+        args = {"max_seq_len": 2048} | read_json_object(params)  # Llama 1's, for it does not say
+        if args.get("use_scaled_rope"):
+            raise UsageError(f"{params}: use_scaled_rope is not supported, only unscaled positions")
+    return payload if "model_args" in payload or args is None else payload | {"model_args": args}
 
 
 def read(path: Path, *, without_adapters: bool = False) -> StoredModel:
@@ -46,27 +71,50 @@ def read(path: Path, *, without_adapters: bool = False) -> StoredModel:
     `without_adapters` passes over those of a LoRA finetuning's checkpoint, too: what is left is
     the model that it began with. Raises UsageError.
     """
-    payload = load_pt(path)
+    path = _file(path)
+    payload = _load(path)
     weights = {
         own_name(name): tensor
         for name, tensor in payload["model"].items()
         if not (without_adapters and ADAPTERS in name)
     }
-    # llama2.c's rotary tables are computed here; a classifier's head is not the Llama's.
-    for name in ("freqs_cos", "freqs_sin", "classifier_head.weight", "classifier_head.bias"):
-        weights.pop(name, None)
-    defaults: dict[str, Any] = {}
-    gate = weights.get("layers.0.feed_forward.w1.weight")
-    if gate is not None and gate.dim() == 2:
-        defaults["hidden_dim"] = gate.shape[0]
-    table, head = weights.get("tok_embeddings.weight"), weights.get("output.weight")
-    if table is not None and head is not None:
-        defaults["tie_word_embeddings"] = torch.equal(table, head)
-    config = read_shape(path, payload.get("model_args"), **defaults)
+    # Rotary tables are computed here; a classifier's head is not the Llama's.
+    for name in list(weights):
+        if name.endswith(ROTARY) or name in ("classifier_head.weight", "classifier_head.bias"):
+            del weights[name]
+    table, args = weights.get("tok_embeddings.weight"), payload.get("model_args")
+    if args is None:
+        problem = "no dict 'model_args', which gives the shape of the model"
+        if table is None:
+            problem = f"its tensors, such as {min(weights, default='none')[:40]!r}, are no Llama's"
+        else:
+            problem += f", and no {PARAMS} beside it: save {{'model': ..., 'model_args': ...}}"
+        raise UsageError(f"{path}: {problem}")
+    if isinstance(args, dict) and args.get("vocab_size") == -1:  # Meta's: as the tokenizer has
+        args = args | {"vocab_size": None}
+    if isinstance(args, dict) and args.get("tie_word_embeddings") is True and table is not None:
+        weights.setdefault("output.weight", table)
+    config = read_shape(path, args, **_seen_shape(weights))
     vocabulary, template = read_vocabulary(path, payload), None
+    if path.name == CONSOLIDATED and (beside := path.with_name("tokenizer.model")).exists():
+        vocabulary = read_whole(beside, MODEL_BYTES)
     if "chat_template" in payload:
         template = ChatTemplate.from_stored(payload["chat_template"], path)
     return StoredModel(config, weights, vocabulary, template).checked(path)
+
+
+def _seen_shape(weights: dict[str, Tensor]) -> dict[str, Any]:
+    """What of the shape the tensors show, for files that do not say it."""
+    table, head = weights.get("tok_embeddings.weight"), weights.get("output.weight")
+    gate = weights.get("layers.0.feed_forward.w1.weight")
+    seen: dict[str, Any] = {}
+    if gate is not None and gate.dim() == 2:
+        seen["hidden_dim"] = gate.shape[0]
+    if table is not None and table.dim() == 2:
+        seen["vocab_size"] = table.shape[0]
+    if table is not None and head is not None:
+        seen["tie_word_embeddings"] = table.dtype == head.dtype and torch.equal(table, head)
+    return seen
 
 
 def read_vocabulary(path: Path, payload: dict[str, Any]) -> bytes | None:
@@ -88,7 +136,7 @@ def read_vocabulary(path: Path, payload: dict[str, Any]) -> bytes | None:
 
 def contents(path: Path) -> Contents:
     """All that the file holds, its checksum not looked at."""
-    values = load_pt(path, verify=False)
+    values = _load(_file(path), verify=False)
     if "optimizer" not in values:
         return Contents("weights file", values)
     adapters = any(ADAPTERS in name for name in values["model"])
@@ -125,7 +173,7 @@ def read_classifier(path: Path) -> Classifier | None:
     """
     if not path.is_file():
         return None
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         if not is_pt(file.read(2)):
             return None
     payload = load_pt(path, verify=False)  # load_pretrained verifies

@@ -187,6 +187,20 @@ def test_a_model_without_a_vocabulary_needs_one_of_its_size():
     assert load(f"--pretrained_model_path {path}")[1].n_words == 300
 
 
+def test_an_embedding_with_padding_is_cut_to_its_vocabulary(capsys):
+    """Rows that round a table up, which no id leads to, were "the file is damaged"."""
+    vocabulary = write_vocabulary("own.model", size=300)
+    model = load_pretrained(write_bare_model(320))
+    model.vocabulary = vocabulary.read_bytes()
+    save_pt(Path("padded.pt"), model_payload(model))
+    llama, tokenizer = load("--pretrained_model_path padded.pt")
+    assert llama.config.vocab_size == tokenizer.n_words == 300
+    assert "padded.pt: 20 of the embedding's 320 rows are beyond" in capsys.readouterr().err
+    assert llama.output.weight is llama.tok_embeddings.weight
+    tokens = torch.randint(300, (1, 16))
+    assert torch.equal(llama(tokens, tokens)[0], model(tokens, tokens)[0][..., :300])
+
+
 def test_a_vocabulary_in_the_file_that_is_not_the_models():
     """Ids beyond the embedding would be an index error in the middle of a text."""
     path = write_bare_model(300)

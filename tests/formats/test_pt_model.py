@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import pickle
 import sys
 import time
@@ -16,7 +18,8 @@ from oracles import (
 
 from config import LlamaConfig
 from llama import Llama, load_pretrained, model_payload
-from minllama.formats.model_file import read_model
+from minllama.formats.find_model import model_in
+from minllama.formats.model_file import read_contents, read_model
 from minllama.system.errors import UsageError
 
 
@@ -67,6 +70,98 @@ def test_files_of_the_original_and_of_llama2c_load(
     assert got.output.weight is got.tok_embeddings.weight
 
 
+PREFIXES = ["module._orig_mod.", "_orig_mod.module.", "model.", "module.model._orig_mod."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_wrappers_within_wrappers(model: Llama, tmp_path: Path, prefix: str):
+    """DDP around a compiled model, or the other way: only one order of their prefixes was known."""
+    payload = model_payload(model)
+    payload["model"] = {prefix + name: tensor for name, tensor in payload["model"].items()}
+    assert_same_weights(load_pretrained(save(tmp_path / "a.pt", **payload)), model)
+
+
+@pytest.mark.parametrize(
+    "name", ["rope.freqs", "freqs_cis", "layers.1.attention.rotary_emb.inv_freq", "freqs_cos"]
+)
+def test_rotary_tables_are_passed_over(model: Llama, tmp_path: Path, name: str):
+    """They are computed here; of other programs' files some names were called surplus tensors."""
+    payload = model_payload(model)
+    payload["model"][name] = torch.ones(4, dtype=torch.complex64)
+    assert_same_weights(load_pretrained(save(tmp_path / "a.pt", **payload)), model)
+
+
+def test_a_tied_head_need_not_be_there(model: Llama, tmp_path: Path):
+    """A file that says so of itself was refused for its "missing" output.weight."""
+    payload = model_payload(model)
+    del payload["model"]["output.weight"]
+    payload["model_args"]["tie_word_embeddings"] = True
+    path = save(tmp_path / "a.pt", **payload)
+    assert_same_weights(load_pretrained(path), model)
+    assert read_contents(path).values["model"].keys() == payload["model"].keys()
+
+
+def meta_folder(folder: Path, model: Llama, **params) -> Path:
+    """As Meta gives its weights away: bfloat16, wq and wk, a table of frequencies, its params."""
+    short = {"query": "wq", "key": "wk", "value": "wv", "output": "wo"}
+    state = {"rope.freqs": torch.ones(4)}
+    for name, tensor in model.state_dict().items():
+        for long, renamed in short.items():
+            name = name.replace(f"attention.compute_{long}.", f"attention.{renamed}.")
+        state[name] = tensor.bfloat16()
+    folder.mkdir()
+    torch.save(state, folder / "consolidated.00.pth")
+    shape = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-5}
+    shape |= {"multiple_of": 256, "vocab_size": -1, **params}
+    (folder / "params.json").write_text(json.dumps(shape), encoding="utf-8")
+    return folder
+
+
+def test_a_folder_of_metas(tiny_config: LlamaConfig, tmp_path: Path):
+    """consolidated.00.pth is a raw state dict, and the shape is beside it, but for the vocabulary's
+    size and the width of the feed-forward, which the tensors show."""
+    model = make_llama(dataclasses.replace(tiny_config, tie_word_embeddings=False))
+    folder = meta_folder(tmp_path / "meta", model)
+    (folder / "tokenizer.model").write_bytes(b"a vocabulary")
+    assert model_in(folder, "FILE") == folder
+    for path in (folder, folder / "consolidated.00.pth"):
+        got = load_pretrained(path)
+        assert got.config.hidden_dim == tiny_config.hidden_dim and got.config.vocab_size == 64
+        assert not got.config.tie_word_embeddings and got.vocabulary == b"a vocabulary"
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(got.state_dict()[name], tensor.bfloat16().float())
+    (folder / "consolidated.01.pth").touch()
+    with pytest.raises(UsageError, match="several parts"):
+        read_model(folder)
+
+
+def test_a_folder_of_metas_that_would_compute_something_else(model: Llama, tmp_path: Path):
+    """Llama 3.1's positions are scaled."""
+    with pytest.raises(UsageError, match="use_scaled_rope is not supported"):
+        read_model(meta_folder(tmp_path / "meta", model, use_scaled_rope=True))
+
+
+@pytest.mark.parametrize("key", [None, "model_args"])
+def test_a_checkpoint_of_lightning(model: Llama, tmp_path: Path, key: str | None):
+    """The tensors under 'state_dict', the shape among the hyper-parameters."""
+    args = model.config.to_model_args()
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    parameters = {"lr": 1e-3, key: args} if key else {"lr": 1e-3, **args}
+    payload = {"state_dict": state, "hyper_parameters": parameters, "epoch": 3}
+    path = save(tmp_path / "a.ckpt", **payload)
+    assert_same_weights(load_pretrained(path), model)
+
+
+def test_a_raw_state_dict_is_told_what_it_lacks(model: Llama, tmp_path: Path):
+    """Its tensors do not say how many heads there are; that of another network is none at all."""
+    torch.save(model.state_dict(), tmp_path / "raw.pt")
+    with pytest.raises(UsageError, match="raw.pt: no dict 'model_args'.* no params.json beside"):
+        read_model(tmp_path / "raw.pt")
+    torch.save({"conv1.weight": torch.ones(3)}, tmp_path / "other.pt")
+    with pytest.raises(UsageError, match="other.pt: its tensors, such as 'conv1.weight', are no"):
+        read_model(tmp_path / "other.pt")
+
+
 def test_an_untied_file_of_others_is_seen_to_be_untied(model: Llama, tmp_path: Path):
     payload = model_payload(model)
     payload["model"]["output.weight"] = torch.randn(64, 32)
@@ -80,6 +175,11 @@ def drop(name):
     return lambda payload: payload["model"].pop(name)
 
 
+def untied_without_head(payload):
+    payload["model_args"]["tie_word_embeddings"] = False
+    del payload["model"]["output.weight"]
+
+
 def put(name, tensor):
     return lambda payload: payload["model"].update({name: tensor})
 
@@ -88,7 +188,7 @@ def put(name, tensor):
     "damage, message",
     [
         (drop("norm.weight"), "tensor norm.weight missing"),
-        (drop("output.weight"), "tensor output.weight missing"),
+        (untied_without_head, "tensor output.weight missing"),
         (put("extra.weight", torch.ones(1)), "tensor extra.weight not of a Llama"),
         (put("norm.weight", torch.ones(31)), r"norm.weight has the shape \(31,\) .* \(32,\)"),
         (put("norm.weight", torch.ones(32, dtype=torch.int64)), "norm.weight holds torch.int64"),
