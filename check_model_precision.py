@@ -78,8 +78,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise UsageError("--convert FORMAT and --output PATH need each other: give both")
     if args.convert and args.compare:
         raise UsageError("--convert and --compare exclude each other: give one")
-    if args.convert and args.convert.startswith("bin") and args.output.name == "tokenizer.bin":
-        raise UsageError(f"--output {args.output}: is the vocabulary's name; give another")
     if args.convert and args.convert.startswith("pt-"):
         args.convert, named = args.convert.split("-")
         if args.save_dtype not in (None, named):
@@ -98,6 +96,7 @@ if __name__ == "__main__":  # --help and bad flags are answered before torch, wh
     parse_or_exit(parse, PROGRAM, sys.argv[1:])
 
 import json
+import math
 import re
 import zipfile
 from collections import Counter
@@ -272,7 +271,7 @@ def compare(path: Path, other: Path) -> dict[str, Any]:
     differences = {
         name: None  # other shapes have no difference
         if name not in theirs or theirs[name].shape != tensor.shape
-        else plain_number((tensor - theirs[name]).abs().max())
+        else plain_number((tensor - theirs[name]).abs().max().item())
         for name, tensor in ours.items()
     }
     differences |= {name: None for name in theirs if name not in ours}
@@ -281,13 +280,13 @@ def compare(path: Path, other: Path) -> dict[str, Any]:
         width = min(64, one.config.max_seq_len, two.config.max_seq_len)
         generator = torch.Generator().manual_seed(0)
         batch = torch.randint(one.config.vocab_size, (2, width), generator=generator)
-        logits = plain_number((one(batch, batch)[0] - two(batch, batch)[0]).abs().max())
+        logits = plain_number((one(batch, batch)[0] - two(batch, batch)[0]).abs().max().item())
     return {"other": str(other), "tensors": differences, "logits": logits}
 
 
-def plain_number(value: Tensor) -> float | str:
+def plain_number(value: float) -> float | str:
     """A number that JSON has: NaN and infinity by name."""
-    return value.item() if value.isfinite() else str(value.item())
+    return value if math.isfinite(value) else str(value)
 
 
 def print_comparison(path: Path, result: dict[str, Any]) -> None:
@@ -354,7 +353,7 @@ def check_new(output: Path, overwrite: bool) -> None:
 # ---------------------------------------------------------------------------- scoring a text
 
 
-def score(path: Path, texts: list[Path], args: argparse.Namespace) -> dict[str, float]:
+def score(path: Path, texts: list[Path], args: argparse.Namespace) -> dict[str, Any]:
     """Print what the model makes of the texts, as bits per byte and more; returns the same."""
     model = load_pretrained(path)
     tokenizer = own_or_given_vocabulary(model, path, args.tokenizer_model)
@@ -367,7 +366,8 @@ def score(path: Path, texts: list[Path], args: argparse.Namespace) -> dict[str, 
     result = score_text(model, tokenizer, texts, reading)
     if not args.json:
         print(f"{path} on {', '.join(args.text)}: {result.line()}")
-    return asdict(result) | {"loss": result.loss, "bits_per_byte": result.bits_per_byte}
+    figures = asdict(result) | {"loss": result.loss, "bits_per_byte": result.bits_per_byte}
+    return {name: plain_number(value) for name, value in figures.items()}
 
 
 # ---------------------------------------------------------------------------- a run's folder
@@ -411,6 +411,11 @@ def run(args: argparse.Namespace) -> int:
     if args.convert:
         restore_folder(args.output)
         remove_temporaries(args.output.parent, re.escape(args.output.name), older_than=86400)
+        beside = format_named(args.convert).BESIDE
+        if beside and args.output.name.lower() == beside.lower():  # one file to Windows and macOS
+            raise UsageError(
+                f"--output {args.output}: is the name of a file beside the model; give another"
+            )
         check_output(files[0], args.convert, args.output, args.overwrite)
         if package := format_named(args.convert).PACKAGE:
             import_optional(package, f"--convert {args.convert}")

@@ -98,6 +98,21 @@ def test_json_is_json_and_nothing_else(saved: Path, capsys):
     assert sum(report["parts"].values()) == report["size"]
 
 
+def test_a_model_of_nans_scores_a_text_in_json(tmp_path: Path, tokenizer: Tokenizer, capsys):
+    """JSON has no NaN: the figures are named, where they ended in a ValueError."""
+    payload = model_payload(make_model(tokenizer))
+    payload["model"]["norm.weight"].fill_(float("nan"))
+    torch.save(payload, tmp_path / "a.pt")
+    model = load_pretrained(tmp_path / "a.pt")
+    model.vocabulary = tokenizer.model_bytes
+    save_pt(tmp_path / "a.pt", model_payload(model))
+    (tmp_path / "a.txt").write_text("One day a fox went out.", encoding="utf-8")
+    assert C.main([str(tmp_path / "a.pt"), "--json", "--text", str(tmp_path / "a.txt")]) == 0
+    (report,) = json.loads(capsys.readouterr().out)
+    assert report["text"]["loss"] == report["text"]["bits_per_byte"] == "nan"
+    assert report["text"]["tokens"] == len(tokenizer.encode("One day a fox went out.", False, True))
+
+
 def test_verify_counts_what_is_no_number(tmp_path: Path, capsys):
     payload = model_payload(make_model())
     payload["model"]["norm.weight"][:3] = float("nan")
@@ -336,9 +351,9 @@ def test_bad_input_is_one_line_each(saved: Path, tmp_path: Path, capsys):
     for message, *arguments in (
         ("no such file", tmp_path / "none.pt"),
         ("not a model file", text),
-        ("no model.safetensors in this folder", folder),
+        ("the folder holds no model", folder),
         (
-            "is the vocabulary's name",
+            "is the name of a file beside the model",
             saved,
             "--convert",
             "bin",

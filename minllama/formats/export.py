@@ -10,6 +10,7 @@ import torch
 from llama import Llama, model_payload
 from minllama.formats import pt_model
 from minllama.formats.model_file import format_named
+from minllama.system.errors import UsageError
 from tokenizer import Tokenizer
 
 
@@ -25,10 +26,15 @@ def export(
     """Write a model as `target`: pt, bin, bin-int8, gguf or hf; returns the paths written.
 
     `extra` is put into a .pt file beside the model. Raises UsageError for what the format cannot
-    hold, and if what was read back is not what was written.
+    hold, where the disk takes no more, and if what was read back is not what was written.
     """
-    if target == "pt":
-        payload = model_payload(model, getattr(torch, dtype)) | extra
-        return pt_model.write(model, payload, output, dtype)
-    dtype = "int8" if target == "bin-int8" else dtype
-    return format_named(target).write(model, output, dtype=dtype, tokenizer=tokenizer)
+    try:
+        if target == "pt":
+            payload = model_payload(model, getattr(torch, dtype)) | extra
+            return pt_model.write(model, payload, output, dtype)
+        dtype = "int8" if target == "bin-int8" else dtype
+        return format_named(target).write(model, output, dtype=dtype, tokenizer=tokenizer)
+    except OSError as error:
+        raise UsageError(
+            f"--output {output}: cannot be written ({error.strerror or error})"
+        ) from None

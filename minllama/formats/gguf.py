@@ -8,7 +8,8 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
-import math
+import json
+import re
 import struct
 from pathlib import Path
 from types import ModuleType
@@ -69,6 +70,7 @@ CONFIG = {  # keys that begin with `llama.`, and ours
     "attention.layer_norm_rms_epsilon": "layer_norm_eps",
     "rope.freq_base": "rope_theta",
 }
+PLAIN = re.compile(r"[^\s{}\"'\\\x00-\x1f\x7f-\x9f]+")  # in Ollama's recipe what needs no quotes
 HEAD_DIM = ("rope.dimension_count", "attention.key_length", "attention.value_length")
 
 
@@ -206,6 +208,11 @@ def write(model: Llama, output: Path, *, dtype: str, tokenizer: Tokenizer | None
         remedy = vocabulary_remedy(config.vocab_size)
         raise UsageError(f"--convert gguf: llama.cpp needs a vocabulary in the file: {remedy}")
     require_plain_bpe(tokenizer)
+    if not output.name.isprintable() or {*output.name} & {*'"\\'}:
+        raise UsageError(
+            f"--output {output}: Ollama's {BESIDE} can hold no name with quotes, backslashes or "
+            "control characters: give another"
+        )
     metadata = {
         "general.file_type": int(package.LlamaFileType[WRITTEN[dtype][1]]),
         "general.quantization_version": package.GGML_QUANT_VERSION,
@@ -277,12 +284,14 @@ def write_file(
 def modelfile(output: Path, model: Llama, tokenizer: Tokenizer) -> str:
     """Ollama's recipe for the file: dialogues, or text in and its continuation out."""
     bos, eos = map(tokenizer.sp_model.id_to_piece, (tokenizer.bos_id, tokenizer.eos_id))
-    template, stops = "{{ .Prompt }}", [eos]  # the text alone: the model only continues it
+    # The recipe knows no escapes, so a piece that could end a quote is left out: Ollama stops at
+    # EOS by its id, too.
+    template, stops = "{{ .Prompt }}", [eos] if PLAIN.fullmatch(eos) else []
     if model.chat_template is not None:
-        template = model.chat_template.ollama(bos, eos)
+        template = model.chat_template.ollama(_in_template(bos), _in_template(eos))
         stops.append(model.chat_template.user)
     lines = [
-        f"FROM ./{output.name}",
+        f'FROM "./{output.name}"' if " " in output.name else f"FROM ./{output.name}",
         f'TEMPLATE """{template}"""',
         f"PARAMETER num_ctx {model.config.max_seq_len}",
         *(f'PARAMETER stop "{stop}"' for stop in stops),
@@ -290,8 +299,15 @@ def modelfile(output: Path, model: Llama, tokenizer: Tokenizer) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _in_template(piece: str) -> str:
+    """A piece of the vocabulary as Go's templates spell it."""
+    quoted = json.dumps(piece, ensure_ascii=False)
+    return piece if PLAIN.fullmatch(piece) else f"{{{{ {quoted} }}}}"
+
+
 # ---------------------------------------------------------------------------- vocabularies
 
+LARGEST_SCORE = float(np.finfo(np.float32).max)  # SentencePiece's files hold float32
 NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6  # as in SentencePiece's own files
 
 
@@ -337,7 +353,7 @@ def rebuilt_vocabulary(path: Path, values: dict[str, Any]) -> bytes | None:
         and {*map(type, kinds)} == {int}
         and {*kinds} <= {*range(1, 7)}
         and {*map(type, scores)} <= {int, float}
-        and all(map(math.isfinite, scores))
+        and all(abs(score) <= LARGEST_SCORE for score in scores)  # not so of NaN
     )
     if not fit:
         raise UsageError(

@@ -6,6 +6,8 @@ A folder is untrusted: pickles in it are not read, and an index names files of i
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -229,7 +231,11 @@ def write_files(model: Llama, folder: Path, dtype: str, tokenizer: Tokenizer | N
     path = folder / WEIGHTS
     path.touch()
     mode = path.stat().st_mode
-    save_file(state, path, metadata={"format": "pt"})
+    try:
+        save_file(state, path, metadata={"format": "pt"})
+    except Exception as error:  # safetensors' own class, which has the system's number in its text
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else error from None
     path.chmod(mode)  # safetensors' own is 0600, which other users cannot read
     described = config_json(config, dtype, tokenizer)
     write_json(folder / "config.json", described)

@@ -67,9 +67,17 @@ class SealingFile:
 
 
 def write_sealed(file: BinaryIO, payload: dict[str, Any]) -> str:
-    """Write tensors and plain values, and behind them the SHA-256 of every byte; returns it."""
+    """Write tensors and plain values, and behind them the SHA-256 of every byte; returns it.
+
+    Raises OSError.
+    """
     sealing = SealingFile(file)
-    torch.save(payload | {"format_version": FORMAT_VERSION}, sealing)
+    try:
+        torch.save(payload | {"format_version": FORMAT_VERSION}, sealing)
+    except RuntimeError as error:  # torch's writer hides what the file raised
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
     return sealing.seal()
 
 
@@ -106,13 +114,8 @@ def save_pt(path: Path, payload: dict[str, Any]) -> str:
                 return
         raise OSError(errno.EIO, "what was read back is not what was written", str(path))
 
-    try:
-        with atomic_write(path, verify=verify) as file:
-            digest = write_sealed(file, payload)
-    except RuntimeError as error:  # torch's writer hides what the file raised
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
+    with atomic_write(path, verify=verify) as file:
+        digest = write_sealed(file, payload)
     return digest
 
 

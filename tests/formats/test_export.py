@@ -16,6 +16,7 @@ import minllama.formats.hugging_face as H
 import minllama.formats.llama2c as L
 from check_model_precision import inspect
 from llama import load_pretrained
+from minllama.formats.model_file import format_named
 from minllama.system.errors import UsageError
 from tokenizer import Tokenizer
 
@@ -71,3 +72,25 @@ def test_a_folder_in_the_way_is_kept_where_its_replacement_fails(tmp_path: Path,
         write(make_model(rope_theta=7.0), "hf", folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("target", ["pt", "bin", "bin-int8", "gguf", "hf"])
+def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path, tokenizer: Tokenizer, target: str):
+    """Of a .pt file and a Hugging Face folder it was a traceback, of the others it named "a file".
+
+    What was there stays, and no temporary is left.
+    """
+    resource = pytest.importorskip("resource")
+    if package := format_named(target).PACKAGE:
+        pytest.importorskip(package)
+    model, output = make_model(tokenizer), tmp_path / "it"
+    write(model, target, output, tokenizer=tokenizer)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, most))  # a full disk that needs no disk
+    try:
+        with pytest.raises(UsageError, match=r"--output .*it: cannot be written \(File too large"):
+            write(model, target, output, tokenizer=tokenizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

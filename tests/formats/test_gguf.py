@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import struct
 import sys
@@ -148,6 +149,70 @@ def test_ollamas_recipe_has_the_chat_template(tmp_path: Path, tokenizer: Tokeniz
         '{{ else if eq .Role "user" }}User: {{ .Content }}\n'
         "{{ else }}Assistant: {{ .Content }}</s><s>{{ end }}{{ end }}Assistant:"
     )
+
+
+def directives(recipe: str) -> list[str]:
+    """The first words of Ollama's lines: its parser ends a value at a line's end, if the value is
+    not in quotes, or if these are closed there. It knows no escapes."""
+    words, value = [], ""
+    for line in recipe.splitlines(keepends=True):
+        if not value:
+            words.append(line.split()[0])
+            line = line.split(maxsplit=2 if words[-1] == "PARAMETER" else 1)[-1]
+        value += line.removesuffix("\n")
+        quote = next((quote for quote in ('"""', '"') if value.startswith(quote)), "")
+        if value.endswith(quote) and len(value) >= 2 * len(quote):
+            value = ""
+        else:
+            value += "\n"
+    assert not value
+    return words
+
+
+@pytest.mark.parametrize(
+    "eos", ['</s>"\nADAPTER ./evil.bin\n#"', '"""\nADAPTER x\n', "{{ .Evil }}", " "]
+)
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_vocabulary_writes_no_directives_into_ollamas_recipe(
+    tmp_path: Path, eos: str, chat: bool
+):
+    """An EOS piece that closes the quote and begins a line wrote `ADAPTER ...` into the Modelfile
+    beside a converted model, which Ollama obeys."""
+    piece = Tokenizer.__new__(Tokenizer)
+    piece.sp_model, piece.bos_id, piece.eos_id = Pieces(["<s>", eos]), 0, 1
+    model = make_model()
+    model.chat_template = ChatTemplate() if chat else None
+    recipe = minllama.formats.gguf.modelfile(tmp_path / "a b.gguf", model, piece)
+    stops = ["PARAMETER"] * chat  # the next question; a piece in need of quotes is none
+    assert directives(recipe) == ["FROM", "TEMPLATE", "PARAMETER", *stops]
+    assert recipe.startswith('FROM "./a b.gguf"\n')
+    assert "{{ .Evil }}" not in recipe.replace('"{{ .Evil }}"', "")  # in Go's quotes
+
+
+class Pieces:
+    """A vocabulary, as far as a recipe asks it."""
+
+    def __init__(self, pieces: list[str]) -> None:
+        self.id_to_piece = pieces.__getitem__
+
+
+@pytest.mark.parametrize("name", ["a\nADAPTER x", 'a".gguf', "a\\b.gguf"])
+def test_a_name_writes_no_directives_into_ollamas_recipe(tmp_path: Path, tokenizer, name: str):
+    """A new line in --output began one of its own."""
+    if os.name == "nt":
+        pytest.skip("no file has such a name there")
+    with pytest.raises(UsageError, match="Modelfile can hold no name"):
+        write(make_model(tokenizer), tmp_path / name, tokenizer)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("name", ["Modelfile", "modelfile"])
+def test_a_model_is_not_named_as_its_recipe(tmp_path: Path, capsys, name: str):
+    """The recipe replaced the model, and "read back and equal" was said of both."""
+    words = [str(SHIPPED_MODEL), "--convert", "gguf", "--output", str(tmp_path / name)]
+    assert C.main(words) == 2
+    assert f"{name}: is the name of a file beside the model" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
 
 
 # ---------------------------------------------------------------------------- written, read back
@@ -435,6 +500,8 @@ def huge(n: int, kind: int) -> bytes:
         (value("tokenizer.ggml.bos_token_id", 270), "do not fit together"),
         (gone("tokenizer.ggml.scores"), "do not fit together"),
         (value("tokenizer.ggml.scores", [float("nan")] * 270), "do not fit together"),
+        (value("tokenizer.ggml.scores", struct.pack("<IIQ270d", 9, 12, 270, *[1e300] * 270)),
+         "do not fit together"),  # once an OverflowError
         (tensor("z", [0, 2**60], 0, 0), "tensor z not of a Llama"),
         (value("tokenizer.ggml.tokens", ["a"] * 270), "not a SentencePiece model"),
         (value("tokenizer.ggml.token_type", [1] * 270), "not a SentencePiece|has no BOS"),
