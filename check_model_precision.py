@@ -76,6 +76,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise UsageError("--compare_runs needs --output PATH, the page to write")
     if bool(args.convert or args.compare_runs) != bool(args.output):
         raise UsageError("--convert FORMAT and --output PATH need each other: give both")
+    if args.output and not args.output.name:  # "." or "/", which cannot be replaced
+        raise UsageError(f"--output {args.output}: name a file or folder to write, such as hf")
     if args.convert and args.compare:
         raise UsageError("--convert and --compare exclude each other: give one")
     if args.convert and args.convert.startswith("pt-"):
@@ -114,7 +116,7 @@ from minllama.formats.export import export
 from minllama.formats.find_model import model_in, own_or_given_vocabulary
 from minllama.formats.model_file import format_named, read_contents, read_model
 from minllama.formats.pt_file import tensors_in
-from minllama.formats.stored_model import Contents
+from minllama.formats.stored_model import REAL_DTYPES, Contents, same_bits
 from minllama.inference.evaluation import score_text
 from minllama.machine.ranks import check_runs_alone
 from minllama.runs.metrics import compare_runs
@@ -174,7 +176,8 @@ def stored_bytes(node: Any) -> int:
 def inspect(path: Path, *, verify: bool = False) -> Report:
     """Read the facts of a model file; with verify every byte of it."""
     contents = read_contents(path)
-    weights, size = contents.values["model"], size_on_disk(path)
+    weights, fingerprint = contents.values["model"], contents.values.get("vocabulary_fingerprint")
+    size = size_on_disk(path.parent if path.name == hugging_face.INDEX else path)
     optimizer = stored_bytes({key: contents.values.get(key) for key in ("optimizer", "scaler")})
     held = contents.packed_bytes or stored_bytes(weights)
     tensors = [
@@ -195,7 +198,7 @@ def inspect(path: Path, *, verify: bool = False) -> Report:
         dtypes=dict(Counter(tensor["dtype"] for tensor in tensors)),
         parameters=sum(unique.values()),
         embedding=describe_embedding(weights),
-        vocabulary=contents.values.get("vocabulary_fingerprint"),
+        vocabulary=fingerprint if isinstance(fingerprint, str) else None,
     )
     if verify:
         verify_file(path, report, contents)
@@ -214,13 +217,13 @@ def describe_embedding(weights: dict[str, Tensor]) -> str:
         return "tied: one tensor under one name"
     if table.data_ptr() == head.data_ptr():
         return "tied: one tensor under two names"
-    return "tied, but stored twice" if torch.equal(table, head) else "not tied"
+    return "tied, but stored twice" if same_bits(table, head) else "not tied"
 
 
 def verify_file(path: Path, report: Report, contents: Contents) -> None:
     """Read every byte: checksums where the format has them, each number, and the model's shape."""
     for name, tensor in tensors_in(contents.values):
-        if tensor.is_floating_point():
+        if tensor.dtype in REAL_DTYPES:
             for counts, bad in ((report.nan, tensor.isnan()), (report.inf, tensor.isinf())):
                 if bad.any():
                     counts[name.removeprefix("model.")] = int(bad.sum())
@@ -331,7 +334,8 @@ def holds_vocabulary(path: Path, tokenizer: Tokenizer) -> bool:
 
 def check_output(path: Path, target: str, output: Path, overwrite: bool) -> None:
     """Raise UsageError where `output` is not to be written; needs no look into any model."""
-    if real_path(output) == real_path(path):
+    in_folder = path.name in (hugging_face.WEIGHTS, hugging_face.INDEX)
+    if real_path(output) in (real_path(path), *([real_path(path.parent)] if in_folder else [])):
         raise UsageError(f"--output {output}: is the file to convert; give another name")
     check_new(output, overwrite)
     if output.exists() and output.is_dir() != (target == "hf"):

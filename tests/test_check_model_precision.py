@@ -281,6 +281,35 @@ def test_nothing_is_replaced_without_overwrite(saved: Path, tmp_path: Path, caps
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.parametrize("output", [".", "/"])
+def test_the_current_folder_is_no_output(saved: Path, capsys, output: str):
+    """A ValueError of pathlib: the likeliest thing to type for a Hugging Face folder."""
+    for target in ("hf", "gguf", "pt"):
+        message = f"--output {Path(output)}: name a file or folder to write"
+        assert_refused(capsys, message, saved, "--convert", target, "--output", output)
+
+
+def test_a_folder_is_not_replaced_by_its_own_model(saved: Path, tmp_path: Path, capsys):
+    """Named by its weights it was, while they were read."""
+    pytest.importorskip("safetensors")
+    folder = tmp_path / "hf"
+    assert convert(saved, "hf", folder) == 0
+    arguments = ("--convert", "hf", "--overwrite", "--output", folder)
+    for path in (folder, folder / "model.safetensors"):
+        assert_refused(capsys, "is the file to convert", path, *arguments)
+
+
+@pytest.mark.parametrize("stated", [torch.ones(3), ["a"], 3])
+def test_a_fingerprint_that_is_none(tmp_path: Path, tokenizer: Tokenizer, capsys, stated):
+    """A tensor in its place ended in a traceback; --verify says what it is."""
+    payload = model_payload(make_model(tokenizer)) | {"vocabulary_fingerprint": stated}
+    torch.save(payload, tmp_path / "a.pt")
+    assert C.main([str(tmp_path / "a.pt"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["vocabulary"] is None
+    assert C.main([str(tmp_path / "a.pt"), "--verify"]) == 1
+    assert f"where it says {type(stated).__name__}:" in capsys.readouterr().out
+
+
 def test_a_folder_of_other_things_is_never_replaced(saved: Path, tmp_path: Path, capsys):
     """--overwrite is for models: a home folder named by mistake must survive it."""
     (tmp_path / "papers").mkdir()

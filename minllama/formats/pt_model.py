@@ -15,9 +15,9 @@ from torch import Tensor
 from config import fingerprint
 from minllama.formats.llama2c import ATTENTION_NAMES
 from minllama.formats.pt_file import is_pt, load_pt, write_sealed
-from minllama.formats.stored_model import Contents, StoredModel, as_stored, read_shape
+from minllama.formats.stored_model import Contents, StoredModel, as_stored, read_shape, same_bits
 from minllama.system.errors import UsageError
-from minllama.system.files import atomic_write, open_regular, read_json_object, read_whole
+from minllama.system.files import atomic_write, is_text, open_regular, read_json_object, read_whole
 from minllama.text.chat import ChatTemplate
 from tokenizer import MODEL_BYTES
 
@@ -113,7 +113,7 @@ def _seen_shape(weights: dict[str, Tensor]) -> dict[str, Any]:
     if table is not None and table.dim() == 2:
         seen["vocab_size"] = table.shape[0]
     if table is not None and head is not None:
-        seen["tie_word_embeddings"] = table.dtype == head.dtype and torch.equal(table, head)
+        seen["tie_word_embeddings"] = same_bits(table, head)
     return seen
 
 
@@ -127,9 +127,10 @@ def read_vocabulary(path: Path, payload: dict[str, Any]) -> bytes | None:
     content = vocabulary.numpy().tobytes()
     actual, stated = fingerprint(content), payload.get("vocabulary_fingerprint")
     if actual != stated:
+        said = stated if isinstance(stated, str) else type(stated).__name__
         raise UsageError(
-            f"{path}: its vocabulary has the fingerprint {actual} where it says "
-            f"{str(stated)[:40]}: the file is damaged; copy it again"
+            f"{path}: its vocabulary has the fingerprint {actual} where it says {said[:40]}: the "
+            "file is damaged; copy it again"
         )
     return content
 
@@ -181,7 +182,7 @@ def read_classifier(path: Path) -> Classifier | None:
     if head is None and names is None:
         return None
     args = payload.get("model_args")
-    named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    named = isinstance(names, list) and names and all(map(is_text, names))
     if not (named and isinstance(head, dict) and isinstance(args, dict)):
         raise UsageError(f"{path}: its classifier is no head with a name for each label")
     shapes = {"weight": (len(names), args.get("dim")), "bias": (len(names),)}

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from llama import Llama
 
 
+# What is read as it is: numbers of 8 bits have scales of their own somewhere.
+REAL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
 class StoredModel(NamedTuple):
     """A model as a file holds it: exactly the tensors of its config, under our names."""
 
@@ -44,12 +48,11 @@ class StoredModel(NamedTuple):
             if tuple(tensor.shape) != shape:
                 got = f"{tuple(tensor.shape)} where its config asks for {shape}"
                 raise UsageError(f"{path}: tensor {theirs} has the shape {got}")
-            if not tensor.is_floating_point():
-                kind = f"{tensor.dtype}, not real numbers"
+            if tensor.dtype not in REAL_DTYPES:
+                kind = f"{tensor.dtype}, not real numbers of 16 bits or more"
                 raise UsageError(f"{path}: tensor {theirs} holds {kind}")
         table, head = weights["tok_embeddings.weight"], weights["output.weight"]
-        same = table.dtype == head.dtype and torch.equal(table, head)
-        if self.config.tie_word_embeddings and not same:
+        if self.config.tie_word_embeddings and not same_bits(table, head):
             raise UsageError(f"{path}: says that embedding and output are tied, but they differ")
         return self._replace(weights=weights)
 
@@ -72,6 +75,13 @@ class Contents(NamedTuple):
     dtypes: dict[str, str] = {}
     packed_bytes: int | None = None
     adapters: bool = False  # of a LoRA finetuning's checkpoint, among the tensors
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same to the bit, which torch.equal cannot say of all dtypes."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(*(t.contiguous().flatten().view(torch.uint8) for t in (one, other)))
 
 
 # ---------------------------------------------------------------------------- reading

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from minllama.runs.run_folder import RunFolder
 
 RESUMABLE = ("model", "optimizer", "scaler", "rng", "progress", "identity")  # each a dict
+MOST_COUNT = 2**62  # of steps, tokens, seconds
 MAX_RETRY_WAIT = 64  # steps between two attempts
 GRACE = 10.0  # seconds that a failing run waits for the shards of ranks that may be gone
 
@@ -72,10 +73,22 @@ def summarize(path: Path) -> Summary:
     """Read a checkpoint's plain values and none of its tensors. Raises UsageError."""
     payload = _load_plain(path, verify=False)
     progress, run_id = payload["progress"], payload.get("run_id")
-    step, skipped = progress.get("step"), progress.get("skipped", 0)
-    if not isinstance(step, int) or not isinstance(skipped, int) or not isinstance(run_id, str):
-        raise UsageError(f"{path} is damaged: its step is {str(step)[:20]!r}")
+    try:
+        step = checked_number("step", progress.get("step"))
+        skipped = checked_number("skipped", progress.get("skipped", 0))
+        if not isinstance(run_id, str):
+            raise ValueError("it names no run")
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged: {error}") from None
     return Summary(run_id, step, skipped, progress.get("pending") is None)
+
+
+def checked_number(name: str, value: Any, *, kind: type = int, least: int = 0) -> Any:
+    """A number of a checkpoint, which counts or measures; raises ValueError for anything else."""
+    right = type(value) is kind and least <= value <= MOST_COUNT  # not so of NaN
+    if not right:
+        raise ValueError(f"its {name} is {str(value)[:20]!r}")
+    return value
 
 
 def read_on_main(

@@ -48,12 +48,18 @@ RUN_FILES = (
     "tensorboard",
     "profile.json.gz",
 )
+WRITTEN_WITH = {"tensorboard": "tensorboard", "profile.json.gz": "profile"}  # these flags
 # Flags of a single start, and two whose outcome the record has instead: the global batch, and the
 # steps and sizes that --minutes came to.
 NOT_REPEATED = {"option", "save_dir", "config", "resume", "overwrite", "plan", "profile"}
 NOT_REPEATED |= {"gradient_accumulation_steps", "minutes"}
 ABANDONED = ".abandoned"
 LOOK_EVERY = 1.0  # seconds between two looks whether the folder is still there
+
+
+def files_written(options: dict[str, Any]) -> list[str]:
+    """Those of RUN_FILES that a run with these options writes."""
+    return [name for name in RUN_FILES if options.get(WRITTEN_WITH.get(name), True)]
 
 
 @dataclass
@@ -73,9 +79,17 @@ class RunFolder:
         return self.path / (name if self.prefix == "pretrain" else f"{self.prefix}-{name}")
 
     def own_files(self) -> list[Path]:
-        """The files of this run, or an earlier one of the same prefix, that are here now."""
-        files = [self.file(name) for name in RUN_FILES if self.file(name).exists()]
-        return files + self.checkpoints()
+        """The files here that run.json lists, of this run or an earlier one of the same prefix."""
+        starts = self.starts()
+        listed = [start.get("files", RUN_FILES) for start in starts]  # earlier versions did not say
+        names = [name for names in listed if isinstance(names, list | tuple) for name in names]
+        files = [self.file(name) for name in RUN_FILES if name in names]
+        return [file for file in files if file.exists()] + (self.checkpoints() if starts else [])
+
+    def _files_in_the_way(self) -> list[Path]:
+        """What has the name of a file of this run, whoever wrote it."""
+        files = [self.file(name) for name in RUN_FILES]
+        return [file for file in files if file.exists()] + self.checkpoints()
 
     def checkpoints(self) -> list[Path]:
         """The resumable checkpoints that are complete, by their names."""
@@ -153,14 +167,21 @@ class RunFolder:
     def check_free(self, *, resume: bool, overwrite: bool, model: Path | None = None) -> None:
         """Raise UsageError where the folder holds a run that is neither resumed nor removed.
 
-        Also where `model`, the file or the run's folder to start from, would be removed with it.
+        Also where `model`, the file or the run's folder to start from, would be removed with it,
+        and where a file is in the way that run.json does not list: it is the user's.
         """
-        present = self.own_files()
+        present, own = self._files_in_the_way(), self.own_files()
         removed = map(real_path, (*present, self.path))
         if overwrite and model and real_path(model) in removed:
             raise UsageError(
                 f"--overwrite would remove --pretrained_model_path {model} with the run in "
                 f"{self.path}: name another --save_dir"
+            )
+        others = [path for path in present if path not in own]
+        if overwrite and not resume and others:
+            raise UsageError(
+                f"--overwrite: {others[0]} has the name of a run's file, and no run.json there "
+                "lists it as one: move it, or name another --save_dir"
             )
         if present and not resume and not overwrite:
             raise UsageError(
@@ -170,7 +191,8 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove the files of an earlier run, and no others."""
-        for path in [*self.own_files(), *self._named_as_checkpoints(ABANDONED)]:
+        abandoned = self._named_as_checkpoints(ABANDONED) if self.starts() else []
+        for path in [*self.own_files(), *abandoned]:
             remove(path)
 
     def remove_incomplete(self) -> None:

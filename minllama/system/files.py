@@ -240,11 +240,21 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file; raises UsageError, naming the file, for what is none."""
     data = read_whole(path, JSON_BYTES)
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        content = json.loads(data.decode("utf-8-sig"))
+        if b"\\ud" in data.lower() and not is_text(json.dumps(content, ensure_ascii=False)):
+            raise ValueError("half a character, such as \\ud800")
+        return content
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 (byte {error.start:,})") from None
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not JSON ({error})") from None
+
+
+def is_text(value: Any) -> bool:
+    """Whether this is a text that can be written: half of a surrogate pair is none."""
+    with contextlib.suppress(UnicodeEncodeError):
+        return isinstance(value, str) and value.encode() is not None
+    return False
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -36,10 +36,10 @@ from minllama.machine.sharding import (
     load_state,
     local_shards,
 )
-from minllama.runs.checkpoints import Checkpoints
-from minllama.runs.metrics import finite_or_none
+from minllama.runs.checkpoints import Checkpoints, checked_number
+from minllama.runs.metrics import finite_or_none, is_sound
 from minllama.runs.plan import TrainingPlan
-from minllama.runs.run_folder import RunFolder
+from minllama.runs.run_folder import RunFolder, files_written
 from minllama.runs.telemetry import environment
 from minllama.system.errors import TextLost, UsageError
 from minllama.system.signals import StopRequest
@@ -71,13 +71,19 @@ class Progress:
     pending: dict | None = None  # the last step's record, not yet evaluated and written
 
     def load(self, plain: dict[str, Any]) -> None:
-        """Take over the values of a checkpoint. Raises ValueError for other names or types."""
+        """Take over the values of a checkpoint. Raises ValueError for others than a run has."""
+        plain = asdict(Progress()) | plain
         for name, kind in get_type_hints(Progress).items():
-            value = plain.get(name, getattr(Progress(), name))
+            value = plain[name]
             if kind is Pace and isinstance(value, dict):
-                value = Pace(int(value["step"]), float(value["place"]), int(value["end"]))
-            if not isinstance(value, kind):
-                raise ValueError(f"its {name} is {str(value)[:20]!r}")
+                kinds = get_type_hints(Pace).items()
+                value = Pace(*(checked_number(n, value.get(n), kind=k) for n, k in kinds))
+            elif name == "pending" and value is not None:
+                speed = value.get("tokens_per_second") if is_sound(value) else None
+                checked_number("pending record's speed", speed, kind=float)
+            elif kind in (int, float) or value is not None:
+                kind = kind if kind in (int, float) else float
+                checked_number(name, value, kind=kind, least=int(name == "split"))
             setattr(self, name, value)
 
     @property
@@ -179,6 +185,7 @@ class Run:
             "launch": self.ranks.launch,
             "resumed_at_step": self.progress.step,
             "plan": self.plan.lines(None),
+            "files": files_written(self.options.to_plain()),
         }
         self.folder.add_start(start)
 

@@ -20,6 +20,7 @@ from oracles import (
     write,
 )
 
+import check_model_precision
 import minllama.formats.hugging_face as H
 from config import LlamaConfig
 from llama import Llama, load_pretrained
@@ -207,6 +208,32 @@ def test_a_folder_without_a_model_is_told_what_it_lacks(tmp_path: Path, monkeypa
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UsageError, match="no model.safetensors in this folder"):
         read_contents(tmp_path)
+
+
+def test_numbers_of_eight_bits_are_refused(model: Llama, tmp_path: Path, capsys):
+    """torch has no `equal` for float8 and no `isinf`: a traceback. Their scales are not read."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    folder = write_hugging_face(tmp_path / "hf", model)
+    state = safetensors.load_file(folder / "model.safetensors")
+    state |= {"lm_head.weight": state["model.embed_tokens.weight"].clone()}
+    state = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in state.items()}
+    safetensors.save_file(state, folder / "model.safetensors")
+    with pytest.raises(UsageError, match="embed_tokens.weight holds torch.float8_e4m3fn"):
+        read_model(folder)
+    assert check_model_precision.main([str(folder), "--verify"]) == 1
+    out = capsys.readouterr().out
+    assert "tied, but stored twice" in out and "BAD" in out and "float8_e4m3fn" in out
+
+
+def test_the_weights_alone_are_told_to_be_a_hugging_face_models(model: Llama, tmp_path, capsys):
+    """Named by their file; of shards the index is named, and the folder is what is counted."""
+    folder = write_hugging_face(tmp_path / "one", model)
+    assert check_model_precision.main([str(folder / "model.safetensors")]) == 0
+    assert "model.safetensors: Hugging Face folder" in capsys.readouterr().out
+    folder = write_hugging_face(tmp_path / "many", model, shards=3)
+    report = check_model_precision.inspect(folder / "model.safetensors.index.json")
+    assert report.format == "Hugging Face folder" and min(report.parts.values()) >= 0
+    assert report.size == sum(path.stat().st_size for path in folder.iterdir())
 
 
 def test_shards_outside_of_the_folder_are_not_read(model: Llama, tmp_path: Path):

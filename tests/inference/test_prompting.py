@@ -175,6 +175,11 @@ def test_a_classifier_is_applied_without_a_finetuning():
         {"label_names": "abc"},
         {"label_names": [1, 2, 3]},
         {"label_names": None},
+        {
+            "label_names": [],
+            "classifier_head": {"weight": torch.zeros(0, 32), "bias": torch.zeros(0)},
+        },
+        {"label_names": ["a", "b", "\ud800"]},  # half a character, which cannot be written
         {"classifier_head": None},
         {"classifier_head": {"weight": torch.zeros(3, 8), "bias": torch.zeros(3)}},
         {"classifier_head": {"weight": torch.zeros(3, 32)}},

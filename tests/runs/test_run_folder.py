@@ -21,7 +21,7 @@ from minllama.formats.pt_file import STATE_FILE, save_pt
 from minllama.machine.ranks import Ranks
 from minllama.runs import run_folder
 from minllama.runs.checkpoints import Checkpoints, read_on_main
-from minllama.runs.run_folder import RunFolder
+from minllama.runs.run_folder import RunFolder, files_written
 from minllama.system.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
@@ -201,6 +201,9 @@ def test_runs_of_several_kinds_share_a_folder(folder):
     (folder.path / "pretrain-step-4-sharded").mkdir()
     (folder.path / "pretrain-step-4-sharded" / STATE_FILE).write_bytes(b"x")
     for run, files in ((folder, mine), (other, others), (third, thirds)):
+        run.file("run.json").unlink(missing_ok=True)
+        run.add_start({})
+        files.add(run.file("run.json").name)
         assert {path.name for path in run.own_files()} == files
     for name in ("pretrain-step-5.pt.abandoned", "pretrain-epoch-2.pt.abandoned"):
         (folder.path / name).write_bytes(b"x")  # what a resumed run of this prefix set aside
@@ -219,6 +222,25 @@ def test_a_folder_with_a_run_in_it_is_not_written_over(folder):
     folder.check_free(resume=True, overwrite=False)
     folder.check_free(resume=False, overwrite=True)
     RunFolder(folder.path, "finetune-sst").check_free(resume=False, overwrite=False)
+
+
+def test_what_no_run_wrote_is_not_overwritten(folder):
+    """--overwrite deleted any folder tensorboard/, and any report.html or final-model.pt."""
+    for name in ("report.html", "final-model.pt", "pretrain-step-3.pt"):
+        (folder.path / name).write_bytes(b"mine")
+        with pytest.raises(UsageError, match=rf"--overwrite: .*{name} .* move it"):
+            folder.check_free(resume=False, overwrite=True)
+        folder.clear()
+        assert (folder.path / name).read_bytes() == b"mine"
+        (folder.path / name).unlink()
+    folder.add_start({"files": files_written({"tensorboard": False, "profile": None})})
+    (folder.path / "report.html").write_bytes(b"the run's")
+    folder.check_free(resume=False, overwrite=True)
+    (folder.path / "tensorboard").mkdir()
+    with pytest.raises(UsageError, match=r"--overwrite: .*tensorboard .* move it"):
+        folder.check_free(resume=False, overwrite=True)
+    folder.clear()
+    assert names(folder) == {"tensorboard"}
 
 
 def test_what_a_killed_run_left_half_written_is_removed(folder):

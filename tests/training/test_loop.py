@@ -426,8 +426,31 @@ def test_progress_takes_only_what_it_wrote():
     kept.load({"step": 3, "best": 2.5, "pending": None, "unknown": 1})
     assert (kept.step, kept.best, kept.tokens) == (3, 2.5, 0)
     for wrong in ({"step": "3"}, {"step": 1.5}, {"tokens": None}, {"pending": 3}):
-        with pytest.raises(ValueError, match=f"its {next(iter(wrong))} is"):
+        with pytest.raises(ValueError, match=f"its {next(iter(wrong))}"):
             Progress().load(wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"split": 0},
+        {"step": -5},
+        {"step": True},
+        {"tokens": 10**400},
+        {"best": float("nan")},
+        {"spent": -1.0},
+        {"pending": {}},
+        {"pending": {"step": 1}},
+        {"pace": {"step": -1, "place": 0.0, "end": 0}},
+        {"pace": {"step": 1, "place": float("inf"), "end": 0}},
+        {"pace": {}},
+    ],
+    ids=str,
+)
+def test_progress_takes_only_what_counts(wrong):
+    """Of the right types and the wrong sizes: a division by zero later, or a negative index."""
+    with pytest.raises(ValueError, match="its "):
+        Progress().load(wrong)
 
 
 # ---------------------------------------------------------------------------- a lost best model
