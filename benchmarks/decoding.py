@@ -135,11 +135,16 @@ def c_program_tokens_per_second(job: Row) -> float:
         capture_output=True,
         check=True,
     )
-    return float(re.search(rb"achieved tok/s: ([\d.]+)", done.stderr)[1])
+    rate = re.search(rb"achieved tok/s: ([\d.]+)", done.stderr)
+    if rate is None:  # it wrote BOS at once, which ends it
+        sys.exit(f"{program.name} wrote no token of {job['shape']}: {done.stderr.decode()}")
+    return float(rate[1])
 
 
 def prepare_c_programs(checkout: Path, folder: Path, shapes: list[str]) -> None:
     """Compile llama2.c's programs into the folder, and put our models and vocabularies there."""
+    import torch
+
     import check_model_precision
     from llama import model_payload
     from minllama.formats.pt_file import save_pt
@@ -148,7 +153,11 @@ def prepare_c_programs(checkout: Path, folder: Path, shapes: list[str]) -> None:
         flags = ["-Ofast", "-march=native", "-fopenmp", "-o", folder / name.removesuffix(".c")]
         subprocess.run(["gcc", *flags, checkout / name, "-lm"], check=True)
     for shape in shapes:
-        save_pt(folder / f"{shape}.pt", model_payload(our_model(shape)))
+        model = our_model(shape)
+        with torch.no_grad():  # BOS ends the programs: the random model must not find it likely
+            for table in (model.tok_embeddings, model.output):
+                table.weight[1] = 0.0
+        save_pt(folder / f"{shape}.pt", model_payload(model))
         for target in C_PROGRAMS.values():
             words = [folder / f"{shape}.pt", "--convert", target, "--output"]
             words.append(folder / f"{shape}.{target}")

@@ -439,6 +439,28 @@ def hostile_files(folder: Path, count: int, seed: int = 0) -> Tally:
             save_pt(path, with_odd_node(state, chance))
         return resume[0], [*resume[1], chance.choice(("auto", "run/pretrain-step-2.pt"))]
 
+    def graph(target: Path) -> tuple[str, list[str]]:
+        node: list = [1]
+        for _ in range(chance.choice((25, 60))):
+            node = [node] * 2
+        key = chance.choice(("progress", "identity", "options", "optimizer", "model_args"))
+        path = target / "run" / "pretrain-step-2.pt"
+        path.unlink()
+        torch.save({**state, key: {"step": node}}, path)
+        return chance.choice(
+            ((resume[0], [*resume[1], "auto"]), read_as_model("run/pretrain-step-2.pt"))
+        )
+
+    def folder_of_pipes(target: Path) -> tuple[str, list[str]]:
+        path = target / "hf" / chance.choice([path.name for path in (place / "hf").iterdir()])
+        path.unlink()
+        if chance.random() < 0.5:
+            os.mkfifo(path)
+        else:
+            with path.open("wb") as file:
+                file.truncate(6 << 30)
+        return read_as_model("hf")
+
     def archive(target: Path) -> tuple[str, list[str]]:
         with zipfile.ZipFile(target / "a.pt", "w", zipfile.ZIP_DEFLATED) as file:
             file.writestr("a/data.pkl", bytes(chance.choice((10, 1 << 27))))
@@ -489,12 +511,14 @@ def hostile_files(folder: Path, count: int, seed: int = 0) -> Tally:
     makers: dict[str, Callable[[Path], tuple[str, list[str]]]] = {
         ".pt file": payload,
         "checkpoint": checkpoint,
+        "graph": graph,
         "archive": archive,
         "llama2.c .bin": binary("m.bin"),
         "llama2.c int8 .bin": binary("m8.bin"),
         "GGUF": binary("m.gguf"),
         "safetensors": binary("hf/model.safetensors"),
         "config.json": config("hf/config.json"),
+        "pipes and sparse files": folder_of_pipes,
         "SentencePiece vocabulary": vocabulary,
         "label names": labels,
         "labelled sentences": sentences,

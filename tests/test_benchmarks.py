@@ -11,7 +11,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import decoding  # noqa: E402
 import gpu  # noqa: E402
+
+from llama import load_pretrained  # noqa: E402
 
 
 @pytest.mark.parametrize("part", ["loss", "attention", "optimizer"])
@@ -32,3 +35,16 @@ def test_without_a_gpu_it_says_so(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu.py"])
     with pytest.raises(SystemExit, match="gpu.py: torch finds no CUDA GPU here; --device cpu"):
         gpu.main()
+
+
+def test_the_model_for_run_c_does_not_end_at_once(tmp_path: Path, monkeypatch):
+    """A random model that begins with BOS found BOS the likeliest next, which ends run.c without a
+    rate: a TypeError. 20 tokens, chosen here, and none of them is it."""
+    monkeypatch.setattr(decoding.subprocess, "run", lambda *_, **__: argparse.Namespace(stderr=b""))
+    decoding.prepare_c_programs(tmp_path, tmp_path, ["T"])
+    model, ids = load_pretrained(tmp_path / "T.bin"), [1]
+    for _ in range(20):
+        ids.append(int(model(torch.tensor([ids]))[0][0, -1].argmax()))
+    assert 1 not in ids[1:]
+    with pytest.raises(SystemExit, match="run wrote no token of T"):
+        decoding.c_program_tokens_per_second({"folder": tmp_path, "who": "run.c", "shape": "T"})
