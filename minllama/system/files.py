@@ -240,10 +240,7 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file; raises UsageError, naming the file, for what is none."""
     data = read_whole(path, JSON_BYTES)
     try:
-        content = json.loads(data.decode("utf-8-sig"))
-        if b"\\ud" in data.lower() and not is_text(json.dumps(content, ensure_ascii=False)):
-            raise ValueError("half a character, such as \\ud800")
-        return content
+        return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 (byte {error.start:,})") from None
     except (ValueError, RecursionError) as error:
