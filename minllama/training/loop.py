@@ -69,7 +69,7 @@ def train(run: Run) -> bool:
     batches = Prefetch(task.step_batch, enabled=run.device.type != "cpu")
     checkpoints.next_step(progress.step)
     task.model.train()
-    task.warm_up_gradient_sync(progress.step)
+    task.warm_up()
     with checkpoints, metrics, bar, batches, profile as end_of_profiled_step:
         while run.has_more() and not run.is_to_stop():
             try:

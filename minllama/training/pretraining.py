@@ -220,7 +220,7 @@ class Pretraining(NextTokenTask):
                 f"{perplexity(progress.best):.2f} after {progress.best_step:,} steps{last}"
             )
         if records:
-            recent = [record["loss"] for record in records if record["loss"] is not None]
+            recent = [record["loss"] for record in records if record.get("loss") is not None]
             outcome = Outcome(
                 parameters=sum(self.config.parameter_counts().values()),
                 tokens=progress.tokens,

@@ -117,6 +117,7 @@ class Task(ABC):
         self.compiled = self.parallel
         if options.compile == "on":
             self.compiled = torch.compile(self.parallel, dynamic=dynamic)
+        self.compiles_for_any_shape = options.compile == "on" and dynamic
 
     def step_batch(self, step: int) -> StepBatch:
         """What optimizer step `step` trains on, by its number alone; any thread may make it.
@@ -137,21 +138,24 @@ class Task(ABC):
                 batches = [batch.pinned() for batch in batches]
         return StepBatch(numbers, *self.count(numbers), batches)
 
-    def warm_up_gradient_sync(self, step: int) -> None:
-        """Pass once through several ranks' reduction of gradients, training nothing.
+    def warm_up(self) -> None:
+        """Pass the run's first batch through the model and back, training nothing.
 
-        After its first pass DDP rebuilds its buckets, and the order in which floating-point numbers
-        are added up depends on their place in a bucket. Done before the first `step`, also of a
-        resumed run, every step of both adds in the same order, and their weights are bit-identical.
+        A first pass decides things for all others: DDP rebuilds its buckets after it, and a
+        number's place in a bucket decides the order in which it is added; a compiler that allows
+        for any shape makes kernels that suit the first one best. Decided by the same batch in every
+        start, a resumed run computes as one that was never stopped, bit for bit.
         """
         run = self.run
-        if run.ranks.world_size == 1:
+        if run.ranks.world_size == 1 and not self.compiles_for_any_shape:
             return
         random_before = random_state()
-        batch = self.step_batch(step).micro_batches[0].without_targets().to(run.device)
+        batch = self.step_batch(0).micro_batches[0]
+        if not self.compiles_for_any_shape:
+            batch = batch.without_targets()  # a single row is enough
         with autocast(run.device, run.dtype):
-            loss = self.loss(*batch.inputs)
-        loss.backward()
+            loss = self.loss(*batch.to(run.device).inputs)
+        (0 * loss).backward()
         self.model.zero_grad(set_to_none=True)
         restore_random_state(random_before)
 
