@@ -114,6 +114,8 @@ class ChatTuning(NextTokenTask):
         )
         if options.lora_rank:
             add_lora(llama, rank=options.lora_rank, alpha=2 * options.lora_rank)
+        dev = files.paths.get("dev")  # else a share of --train, which is the same file on resume
+        self.held_out = dev and fingerprint(dev.read_bytes())
         lengths = self.train_set.lengths
         self.order = batches_by_length(lengths, options.global_batch_size, options.seed)
         self.identity = {

@@ -135,6 +135,7 @@ class Classification(Task):
         say(f"pooling      {options.pooling}: the head reads {POOLED[options.pooling]} (--pooling)")
         self.higher_is_better = not is_unlabelled(self.dev_set.examples)
         self.goal = "dev_accuracy" if self.higher_is_better else "loss"
+        self.held_out = fingerprint(files.paths["dev"].read_bytes())
         lengths = self.train_set.lengths
         self.order = batches_by_length(lengths, options.global_batch_size, options.seed)
         self.identity = {

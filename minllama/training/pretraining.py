@@ -113,7 +113,8 @@ class Pretraining(NextTokenTask):
         )
         options, texts = run.options, self.texts
         self.train_set, self.val_set = texts.train, texts.val
-        self.opening = texts.opening()
+        self.opening, val = texts.opening(), texts.val
+        self.held_out = val and f"{len(val.stream)} tokens, {val.utf8_bytes} bytes"
         # A run that keeps to a time is evaluated at steps: its epochs may be seconds or hours.
         self.best_interval = 0 if options.minutes is not None else options.best_model_interval
         self.eval_interval = options.eval_interval

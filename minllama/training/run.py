@@ -66,6 +66,7 @@ class Progress:
     best: float | None = None  # the goal's best value
     best_step: int = 0
     without_better: int = 0  # looks for a new best since then
+    held_out: str | None = None  # names the data that the best value was measured on
     pace: Pace = field(default_factory=Pace)  # of a run that keeps to a time
     spent: float = 0.0  # seconds of a run that keeps to a time
     pending: dict | None = None  # the last step's record, not yet evaluated and written
@@ -159,6 +160,7 @@ class Run:
             self.progress.first = self.evaluate().get(self.task.goal)
         if resumes and not self.has_more():
             self._say_nothing_is_left()
+        self.check_held_out()
         self.check_best()
         if resumes and self.progress.best is None and not self.has_more():
             self.note_best(self.evaluate())  # these weights are the best there are
@@ -285,6 +287,14 @@ class Run:
         """Write best-model.pt, with the step that it is of. Every rank must call this."""
         weights = self.task.weights() | {"step": self.progress.best_step}
         self.checkpoints.save_weights("best-model.pt", weights)
+
+    def check_held_out(self) -> None:
+        """Forget the best value where it was measured on other data than the run has now."""
+        progress, held_out = self.progress, self.task.held_out
+        if progress.held_out not in (None, held_out) and progress.best is not None:
+            progress.best, progress.without_better = None, 0
+            print("the held-out data is not that of the run so far: a new best model is chosen")
+        progress.held_out = held_out
 
     def check_best(self) -> None:
         """Forget the best value where best-model.pt is lost, or of steps that were given up."""

@@ -77,6 +77,7 @@ class Task(ABC):
     identity: dict[str, Any]  # what a resumed run must share with its first one, by flags
     sizes: dict[str, Any]  # of model and data, for the TrainingPlan
     goal: str  # the metric that chooses the best model
+    held_out: str | None  # names the data that it is measured on, if there are any
     higher_is_better: bool = False
     best_interval: int = 1  # epochs between looks for a new best; 0: epochs are not evaluated
     eval_interval: int = 0  # optimizer steps between evaluations; 0: at the ends of epochs only

@@ -446,6 +446,18 @@ def test_a_missing_best_model_is_written_again_at_the_end(finetune):
     assert "after step 16" in done.out and "dev accuracy" in done.out
 
 
+def test_a_best_value_of_other_data_is_forgotten(finetune):
+    """Resumed with another --dev, a run compared the accuracies on two files."""
+    assert command(f"{finetune} --max_steps 8").status == 0
+    lines = Path("toy-dev.txt").read_text(encoding="utf-8").splitlines()
+    Path("toy-dev.txt").write_text("\n".join(lines[:3]) + "\n", encoding="utf-8")
+    done = command(f"{finetune} --resume auto")
+    assert done.status == 0 and "the held-out data is not that of the run so far" in done.out
+    assert progress("run/finetune-toy-epoch-2.pt")["best_step"] > 8
+    done = command(f"{finetune} --resume auto --epochs 3")
+    assert done.status == 0 and "held-out data" not in done.out
+
+
 def test_a_best_model_that_is_lost_on_the_way_is_chosen_again(monkeypatch):
     """The best of the steps from there on; before, it was never written unless it got better."""
     with monkeypatch.context() as patch:
