@@ -1,6 +1,6 @@
 """Pretrain a small Llama from scratch, then finetune, prompt and generate with it.
 
-What each `--option` does, read from top to bottom; the parts are in the other modules.
+A function for each `--option`, read from top to bottom; what they call is in `minllama/`.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ from minllama.training.chat_tuning import ChatTuning
 from minllama.training.classification import POOLED, Classification, load_splits, predict_files
 from minllama.training.loop import train
 from minllama.training.pretraining import Pretraining, plan_for_gpus
+from minllama.training.results import say_interrupted
 from minllama.training.run import Run
-from minllama.training.session import make_plan, open_run, say_interrupted
+from minllama.training.setup import make_plan, open_run
 from minllama.training.task import Task
 from utils import LlamaDataset
 
@@ -66,36 +67,38 @@ def pretrain(options: Options, stop: StopRequest, ranks: Ranks) -> int:
         plan_for_gpus(options, stop)
         return 0
     with open_run(options, "pretrain", ranks=ranks, stop=stop) as run:
-        return carry_out(run, Pretraining(run))
+        return run_task(run, Pretraining(run))
 
 
 def finetune(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     """Train a pretrained model on dialogues, or a classifier on it; returns the exit status."""
     if options.is_chat:
-        files, task = find_dialogue_files(options), ChatTuning
+        files, task_class = find_dialogue_files(options), ChatTuning
     else:
-        files, task = find_labelled_files(options, "finetuning"), Classification
+        files, task_class = find_labelled_files(options, "finetuning"), Classification
     with open_run(options, f"finetune-{files.name}", ranks=ranks, stop=stop) as run:
-        return carry_out(run, task(run, files))
+        return run_task(run, task_class(run, files))
 
 
-def carry_out(run: Run, task: Task) -> int:
+def run_task(run: Run, task: Task) -> int:
     """Plan, train and finish a task whose data is loaded; returns the exit status.
 
     Every rank must call this.
     """
-    make_plan(run, task)  # print it; refuse what cannot be resumed or does not fit on the disk
+    make_plan(run, task)  # printed; refuses what cannot be resumed or does not fit on the disk
     if run.options.plan:
         return 0
     keep_freed_memory()
-    run.start()  # model and optimizer on the device, a checkpoint's state or an empty folder
+    run.start()  # builds model and optimizer; loads the checkpoint, or clears the folder
     if note := task.describe_start():
         print(note)
-    if not train(run):
-        with contextlib.suppress(Interrupted):  # what was trained is saved
+    stopped = train(run)
+    if not stopped:
+        try:
             task.finish()  # its files, its last figures, and what they are for
-            return 0
-    return say_interrupted(run)
+        except Interrupted:  # what was trained is saved
+            stopped = True
+    return say_interrupted(run) if stopped else 0
 
 
 # ---------------------------------------------------------------------------- prompt

@@ -26,7 +26,7 @@ from minllama.system.files import atomic_write
 
 TELEMETRY_SECONDS = 2.0
 
-PHASES = ("data", "forward and backward", "optimizer")  # record_function's names in training
+DATA, BACKWARD, OPTIMIZER = PHASES = ("data", "forward and backward", "optimizer")
 UNPROFILED_STEPS, PROFILED_STEPS = 2, 5  # the first steps compile and warm up
 PROFILE_ROWS = 12
 

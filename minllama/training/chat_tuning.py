@@ -20,8 +20,8 @@ from minllama.system.files import write_text
 from minllama.text.chat import ChatTemplate, read_dialogues
 from minllama.text.reading import Reading, byte_bar
 from minllama.text.splits import SplitFiles
+from minllama.training.results import print_best, print_results
 from minllama.training.run import Run
-from minllama.training.session import print_best, print_results
 from minllama.training.task import NextTokenTask, trained_sizes
 from tokenizer import Tokenizer
 from utils import ChatDataset, batches_by_length
@@ -134,7 +134,7 @@ class ChatTuning(NextTokenTask):
         }
 
     def build(self) -> None:
-        self.distribute_llama(dynamic=True)
+        self.set_llama(dynamic=True)
 
     def sequences(self, epoch: int, index: int) -> np.ndarray:
         return self.order(epoch, index)

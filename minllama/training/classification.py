@@ -27,8 +27,8 @@ from minllama.text.labelled import (
 )
 from minllama.text.reading import first_words
 from minllama.text.splits import SplitFiles
+from minllama.training.results import print_best, print_results
 from minllama.training.run import Run
-from minllama.training.session import print_best, print_results
 from minllama.training.task import Batch, Task, trained_sizes
 from tokenizer import Tokenizer
 from utils import LlamaDataset, batches_by_length
@@ -157,7 +157,7 @@ class Classification(Task):
 
     def build(self) -> None:
         # Predictions are made in float32; training's dtype is autocast's.
-        self.distribute(self.model, self.model, dtype=torch.float32, dynamic=True)
+        self.set_model(self.model, self.model, dtype=torch.float32, dynamic=True)
 
     def sequences(self, epoch: int, index: int) -> np.ndarray:
         return self.order(epoch, index)

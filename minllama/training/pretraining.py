@@ -31,8 +31,8 @@ from minllama.text.corpus import Texts, find_texts, load_texts
 from minllama.text.vocabulary import choose_vocabulary
 from minllama.training.fitting import TIMED_CONTEXT, fit_to_time
 from minllama.training.identity import CHUNK_ORDER
+from minllama.training.results import print_results
 from minllama.training.run import Run
-from minllama.training.session import print_results
 from minllama.training.task import NextTokenTask
 from utils import ORDER_VERSION, batch_indices
 
@@ -139,7 +139,7 @@ class Pretraining(NextTokenTask):
             self.llama = given if run.ranks.is_main else given.to_empty(device="cpu")
         self.llama.vocabulary = texts.tokenizer.model_bytes
         bos_id = texts.tokenizer.bos_id if run.options.document_mask else None
-        self.distribute_llama(dynamic=False, bos_id=bos_id)
+        self.set_llama(dynamic=False, bos_id=bos_id)
         if run.options.sample_tokens and is_sharded(self.model):
             say("samples      after the run alone: of a sharded model no process has the whole")
         if given is not None and sharded:

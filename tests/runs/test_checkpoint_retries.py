@@ -16,7 +16,7 @@ from survivor import content_digest, joined, small_payload
 from minllama.formats.pt_file import STATE_FILE, load_pt, save_pt
 from minllama.machine.ranks import Ranks
 from minllama.runs import checkpoints as saving
-from minllama.runs.checkpoints import MAX_RETRY_WAIT, Checkpoints, load_checkpoint
+from minllama.runs.checkpoints import MAX_RETRY_DELAY, Checkpoints, load_checkpoint
 from minllama.runs.run_folder import RunFolder
 from minllama.system.errors import RunFailed
 
@@ -39,7 +39,7 @@ class Run:
         for _ in range(steps):
             self.step += 1
             self.weights += 1
-            self.checkpoints.next_step(self.step)
+            self.checkpoints.after_step(self.step)
             if self.checkpoints.is_due_again():
                 self.save()
 
@@ -130,7 +130,7 @@ def test_it_waits_twice_as_long_each_time(run, capsys):
     run.checkpoints.save_file(Path("run", "curve.svg"), write)
     run.train(200)
     waits = [later - earlier for earlier, later in zip(tried, tried[1:], strict=False)]
-    assert waits == [1, 2, 4, 8, 16, 32, 64, 64] and MAX_RETRY_WAIT == 64
+    assert waits == [1, 2, 4, 8, 16, 32, 64, 64] and MAX_RETRY_DELAY == 64
     assert capsys.readouterr().out.count("curve.svg was not written") == len(tried)
 
 
@@ -167,7 +167,7 @@ def test_other_errors_are_not_taken_for_the_disks(run):
     """A bug must show."""
     with pytest.raises(AttributeError):
         run.checkpoints.save_weights("final-model.pt", {"model": {}, "odd": lambda: 1})
-    assert not run.checkpoints.waiting
+    assert not run.checkpoints.retries
 
 
 def test_the_last_good_checkpoint_outlives_bad_steps(run):
@@ -208,7 +208,7 @@ def test_the_training_changes_nothing_that_is_being_written(sharded_run, monkeyp
     run.train(2)
     assert not run.folder.checkpoints()
     may_end.set()
-    run.checkpoints.wait()
+    run.checkpoints.join()
     assert run.saved() == [3] and written[-1] == STATE_FILE and len(shard_files(3)) == 2
     run.checkpoints.finish()
 
@@ -229,12 +229,12 @@ def test_a_failing_disk_leaves_a_sharded_checkpoint_as_it_was(sharded_run, fault
     run, path = sharded_run, Path("run", "pretrain-step-3.pt")
     run.train(3)
     run.save(path)
-    run.checkpoints.wait()
+    run.checkpoints.join()
     before = shard_files(3)
     content = content_digest(load_checkpoint(run.folder.checkpoints()[0]))
     with survivor.failing(fault, file, 1) as log:
         run.save(path)
-        run.checkpoints.wait()
+        run.checkpoints.join()
     assert any(line.startswith("failed") for line in log)
     assert content_digest(load_checkpoint(run.folder.checkpoints()[0])) == content
     assert shard_files(3) == before
@@ -252,7 +252,7 @@ def test_a_first_sharded_checkpoint_that_fails_leaves_nothing(sharded_run):
     sharded_run.train()
     with survivor.failing("disk full", STATE_FILE, 9):
         sharded_run.save()
-        sharded_run.checkpoints.wait()
+        sharded_run.checkpoints.join()
         assert not shard_files(1)
         with pytest.raises(RunFailed, match="checkpoint was not written"):
             sharded_run.checkpoints.finish()
