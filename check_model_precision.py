@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from config import DTYPE_BYTES
+from config import DTYPE_BYTES, add_reading_flags
 from minllama.cli.command_line import (
     OneLineParser,
     parse_or_exit,
@@ -51,9 +51,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--verify", action="store_true", help="read every byte; count NaN and Inf per tensor")
     add("--compare", type=Path, metavar="OTHER", help="largest difference per tensor and of logits")
     add("--text", nargs="+", metavar="TEXT", help="text files: bits per byte, perplexity of them")
-    add("--text_field", default="text", help="of .jsonl text (default: text)")
-    add("--encoding", default="utf-8", help="of --text (default utf-8)")
-    add("--encoding_errors", choices=("strict", "replace"), default="strict", help="of --text")
+    add_reading_flags(parser.add_argument_group("how --text is read, as a pretraining reads it"))
     add("--json", action="store_true", help="machine-readable output, and nothing else on stdout")
     add("--convert", choices=FORMATS, metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
     add("--compare_runs", nargs="+", type=Path, metavar="RUN", help="runs' folders as one page")
@@ -361,10 +359,7 @@ def score(path: Path, texts: list[Path], args: argparse.Namespace) -> dict[str, 
     if tokenizer is None:
         remedy = vocabulary_remedy(model.config.vocab_size)
         raise UsageError(f"--text: {path} has no vocabulary: {remedy}")
-    reading = Reading(
-        text_field=args.text_field, encoding=args.encoding, encoding_errors=args.encoding_errors
-    )
-    result = score_text(model, tokenizer, texts, reading)
+    result = score_text(model, tokenizer, texts, Reading.from_flags(args))
     if not args.json:
         print(f"{path} on {', '.join(args.text)}: {result.line()}")
     return asdict(result) | {"loss": result.loss, "bits_per_byte": result.bits_per_byte}

@@ -629,6 +629,16 @@ TYPED_ON_RESUME = {n for n, field in FLAGS.items() if field.metadata["on_resume"
 READERS: dict[str, tuple[str, ...]] = {n: f.metadata["read_by"] for n, f in FLAGS.items()}
 
 
+# How text files are read: of every program that reads them as a pretraining does.
+READING_FLAGS = ("document_per_line", "text_field", "sentences_only", "encoding", "encoding_errors")
+
+
+def add_reading_flags(parser: argparse.ArgumentParser) -> None:
+    """Let another program's command line have the flags of `minllama.text.reading.Reading`."""
+    for name in READING_FLAGS:
+        add_flag(parser, FLAGS[name])
+
+
 # ---------------------------------------------------------------------------- reading them
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from config import DATA_DIR, fingerprint
+from config import DATA_DIR, add_reading_flags, fingerprint
 from minllama.cli.command_line import OneLineParser, number_reader, print_error, protect_output
 from minllama.system.encodings import check_encoding
 from minllama.system.errors import UsageError
@@ -105,12 +105,17 @@ class Tokenizer:
             and sp.is_byte(sp.piece_to_id("<0x00>"))
         )
 
-    def token_byte_lengths(self) -> np.ndarray:
-        """(n_words,) int64: bytes of UTF-8 of each token's text; 0 for control tokens."""
+    def token_byte_lengths(self, *, opening: bool = False) -> np.ndarray:
+        """(n_words,) int64: bytes of UTF-8 that each token spells; 0 for BOS, EOS and unknown.
+
+        `opening`: as a text's first token, without the space that is put before every text.
+        """
         sp, lengths = self.sp_model, np.zeros(self.n_words, np.int64)
+        space = SPACE if opening and sp.normalize("a").startswith(SPACE) else ""
         for i in range(self.n_words):
-            if not sp.is_control(i):
-                lengths[i] = 1 if sp.is_byte(i) else len(_piece_text(sp.id_to_piece(i)))
+            if not sp.is_control(i) and not sp.is_unknown(i):
+                text = sp.id_to_piece(i).removeprefix(space)
+                lengths[i] = 1 if sp.is_byte(i) else len(_piece_text(text))
         return lengths
 
     def byte_fallback_share(self, tokens: np.ndarray) -> float:
@@ -346,10 +351,7 @@ def _build_parser() -> argparse.ArgumentParser:
         help="share of characters that get tokens, the rest fall back to bytes; unset: 0.9995, and "
         "0.99 of a script of thousands",
     )
-    train.add_argument("--text_field", default="text", help="of .jsonl files (default text)")
-    train.add_argument("--encoding", default="utf-8", help="of the files (default utf-8)")
-    train.add_argument("--encoding_errors", choices=("strict", "replace"), default="strict")
-    train.add_argument("--sentences_only", action="store_true", help="of labelled files")
+    add_reading_flags(train)
     export = commands.add_parser("export", help="write llama2.c's tokenizer.bin")
     export.add_argument("--tokenizer_model", type=Path, help="default: the embedded vocabulary")
     export.add_argument("--output", type=Path, required=True, help="the file to write")

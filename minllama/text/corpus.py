@@ -73,13 +73,11 @@ class Texts:
 
     def cut(self, context: int, val_tokens: int) -> Texts:
         """These texts in chunks of `context`, with at most `val_tokens` of the held-out one."""
-        bos_id, val = self.tokenizer.bos_id, self.val
+        val = self.val
         if val is not None:
-            stream = val.stream
-            if val_tokens < len(stream):
-                stream = stream.select([(0, val_tokens)], self.tokenizer.token_byte_lengths())
-            val = PretrainDataset(stream, context, bos_id=bos_id)
-        train = PretrainDataset(self.train.stream, context, bos_id=bos_id)
+            stream = val.stream.select([(0, val_tokens)])
+            val = PretrainDataset(stream, context, tokenizer=self.tokenizer)
+        train = PretrainDataset(self.train.stream, context, tokenizer=self.tokenizer)
         return dataclasses.replace(self, train=train, val=val, context=context)
 
     def opening(self) -> str:
@@ -144,7 +142,8 @@ def load_texts(
     print_loaded(files.train, cache, files.reading, length)
     if val_cache is not None:
         print_loaded(files.val, val_cache, files.reading, length)
-    per_token = whole.utf8_bytes / len(whole)
+    text_bytes = cache.document_bytes if chosen is None else cache.document_bytes[chosen]
+    per_token = int(text_bytes.sum()) / len(whole)
     print(f"text         {len(whole):,} tokens, {per_token:.2f} bytes per token")
     print_byte_share(tokenizer.byte_fallback_share(cache.tokens[:SAMPLED_TOKENS]), files.train)
     if val_cache is not None:
@@ -164,7 +163,7 @@ def load_texts(
     key = cache.key.hex()[:16]
     if chosen is not None and not chosen.all():
         key = fingerprint(cache.key + np.packbits(chosen).tobytes())
-    cut = functools.partial(PretrainDataset, chunk_length=length, bos_id=tokenizer.bos_id)
+    cut = functools.partial(PretrainDataset, chunk_length=length, tokenizer=tokenizer)
     val_set = None if val is None else cut(val)
     return Texts(cut(train), val_set, tokenizer, length, key, cache, files.train)
 

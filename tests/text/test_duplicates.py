@@ -75,7 +75,7 @@ def test_duplicates_in_the_text_are_counted_and_dropped(capsys):
     held_out, trained = documents(dedup.val.stream), documents(dedup.train.stream)
     assert sorted([*held_out, *trained]) == sorted([*LINES, "One day ."]) and held_out
     assert len(dedup.val.stream) <= 0.6 * (len(dedup.val.stream) + len(dedup.train.stream))
-    assert dedup.val.stream.utf8_bytes == sum(map(len, held_out))
+    assert dedup.val.utf8_bytes == sum(map(len, held_out))
     assert documents(load(f"{words} 0 --dedup").train.stream) == [*LINES, "One day ."]
     assert len({plain.key, dedup.key, load(f"{words} 0.3").key}) == 2
 
@@ -112,7 +112,7 @@ def test_the_end_of_a_file_that_is_there_twice(capsys):
         whole = (0, len(of_one.stream))
         assert of_two.stream.read(*whole).tolist() == of_one.stream.read(*whole).tolist()
         assert len(of_two.stream) == whole[1]
-    assert texts.val.stream.utf8_bytes == one.val.stream.utf8_bytes
+    assert texts.val.utf8_bytes == one.val.utf8_bytes
 
 
 def test_byte_pieces_are_told_where_they_matter(capsys):
