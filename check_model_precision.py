@@ -107,7 +107,7 @@ from torch import Tensor
 
 from config import SHIPPED_MODEL
 from llama import load_pretrained
-from minllama.cli.console import human_size
+from minllama.cli.console import human_size, say
 from minllama.formats import hugging_face, llama2c, pt_model
 from minllama.formats.export import export
 from minllama.formats.find_model import model_in, own_or_given_vocabulary
@@ -127,8 +127,8 @@ from minllama.system.files import (
     write_text,
 )
 from minllama.system.packages import import_optional
-from minllama.text.reading import Reading, find_text_files
-from tokenizer import Tokenizer, tokenizer_bin, vocabulary_remedy
+from minllama.text.reading import Reading, find_text_files, sample_texts
+from tokenizer import Tokenizer, count_lost, tokenizer_bin, vocabulary_remedy
 
 # ---------------------------------------------------------------------------- what is in a file
 
@@ -359,10 +359,13 @@ def score(path: Path, texts: list[Path], args: argparse.Namespace) -> dict[str, 
     if tokenizer is None:
         remedy = vocabulary_remedy(model.config.vocab_size)
         raise UsageError(f"--text: {path} has no vocabulary: {remedy}")
-    result = score_text(model, tokenizer, texts, Reading.from_flags(args))
+    reading = Reading.from_flags(args)
+    result = score_text(model, tokenizer, texts, reading)
+    lost = count_lost(tokenizer, sample_texts(texts, reading))
     if not args.json:
-        print(f"{path} on {', '.join(args.text)}: {result.line()}")
-    return asdict(result) | {"loss": result.loss, "bits_per_byte": result.bits_per_byte}
+        say(f"{path} on {', '.join(args.text)}: {result.line()}", *lost.lines())
+    figures = {"loss": result.loss, "bits_per_byte": result.bits_per_byte}
+    return asdict(result) | figures | {"bits_per_byte_compare": not lost.spoils_bits_per_byte}
 
 
 # ---------------------------------------------------------------------------- a run's folder

@@ -25,6 +25,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -130,6 +131,50 @@ class Tokenizer:
         return float(sizes[fallback].sum() / max(1, sizes.sum()))
 
 
+class Lost(NamedTuple):
+    """What of a text does not come back from a vocabulary's tokens."""
+
+    tokens: int
+    unknown: int  # of these tokens, which stand for any characters
+    characters: int
+    lost: collections.Counter[str]  # of these characters
+
+    @property
+    def spoils_bits_per_byte(self) -> bool:
+        """Whether the tokens spell less than the text; a space for SPACE is as good as that."""
+        return self.unknown > 0 or any(self.lost.keys() - {SPACE})
+
+    def lines(self) -> list[str]:
+        """What to say of it, if anything."""
+        lost, lines = self.lost - collections.Counter({SPACE: self.lost[SPACE]}), []
+        if self.lost[SPACE]:
+            lines += [
+                f"note: {SPACE} (U+2581), SentencePiece's sign for a space, is read as a space"
+            ]
+        if self.spoils_bits_per_byte:
+            counts = [f"{character!r} {count:,}" for character, count in lost.most_common(5)]
+            counts += ["..."] if len(lost) > 5 else []
+            lines.append(
+                f"warning: the vocabulary loses some of the text: {self.unknown / self.tokens:.1%} "
+                f"of its tokens are <unk>, and {lost.total():,} of {self.characters:,} characters "
+                f"do not come back ({', '.join(counts)}). Bits per byte are of what does, and do "
+                "not compare with another vocabulary's; tokenizer.py train makes one without loss"
+            )
+        return lines
+
+
+def count_lost(tokenizer: Tokenizer, texts: Iterable[str]) -> Lost:
+    """Try a vocabulary on texts: encoded, decoded, and the characters counted."""
+    tokens = unknown = characters = 0
+    lost: collections.Counter[str] = collections.Counter()
+    for text in texts:
+        ids = tokenizer.encode(text, bos=False, eos=False)
+        tokens, characters = tokens + len(ids), characters + len(text)
+        unknown += sum(map(tokenizer.sp_model.is_unknown, ids))
+        lost += collections.Counter(text) - collections.Counter(tokenizer.decode(ids))
+    return Lost(max(1, tokens), unknown, characters, lost)
+
+
 def vocabulary_remedy(size: int) -> str:
     """What to do about a model file without its vocabulary of `size` pieces."""
     remedy = f"name its SentencePiece file of {size:,} pieces with --tokenizer_model"
@@ -211,6 +256,9 @@ def train_vocabulary(
     if not sentences:
         raise UsageError(f"{', '.join(map(str, inputs))}: no text to train a vocabulary on")
     fitting, coverage = fit_vocabulary(sentences, share, coverage=character_coverage)
+    spaces = len(sentences) + sum(sentence.count(" ") for sentence in sentences)
+    # Of a text with few spaces their sign is rare enough to be dropped, and would then be spelt.
+    is_rare = spaces < (1 - coverage) * (len(sentences) + sum(map(len, sentences)))
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -233,6 +281,7 @@ def train_vocabulary(
             max_sentence_length=8 * SENTENCE_CHARS,
             num_threads=16,  # part of the file: a fixed number keeps it the same on all machines
             minloglevel=2,
+            **({"required_chars": SPACE} if is_rare else {}),
         )
     except RuntimeError as error:
         problem = f"SentencePiece could not train ({error})"

@@ -6,6 +6,7 @@ Files are streamed, so a corpus may be far larger than memory. Knows nothing of 
 from __future__ import annotations
 
 import codecs
+import functools
 import glob
 import gzip
 import os
@@ -114,6 +115,7 @@ class Reading:
 UTF8 = Reading()
 MOSTLY = 0.2  # of the characters beyond ASCII: if more are not UTF-8, it is another encoding
 FEW = 10  # of them may be a damaged spot in any case
+SAMPLED_CHARS = 1 << 18  # on which a vocabulary is tried
 READ_BYTES = 1 << 18  # one read; memory while reading a long document is a few of these
 LABELLED_LINE = re.compile(r"\s*(?:-?\d+)?\s*\|\|\|\s")
 
@@ -150,9 +152,12 @@ def read_blocks(
         if text:
             yield text
     if replaced > 0:
-        tqdm.write(
-            f"note: {path}: U+FFFD stands for what is not {reading.encoding}, {replaced:,} times"
-        )
+        _note(f"{path}: U+FFFD stands for what is not {reading.encoding}, {replaced:,} times")
+
+
+@functools.cache  # a file may be read for a vocabulary, for a sample and for its tokens
+def _note(text: str) -> None:
+    tqdm.write(f"note: {text}")
 
 
 def _check_utf8(path: Path, data: bytes, reading: Reading) -> None:
@@ -306,6 +311,18 @@ def _json_text(record: dict[str, Any], where: str, reading: Reading) -> str:
             raise UsageError(f"{where}: half a surrogate pair in {name!r}; {remedy}") from None
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+def sample_texts(files: Sequence[Path], reading: Reading) -> Iterator[str]:
+    """Some of the text of the first files, from the beginning of each: SAMPLED_CHARS in all."""
+    files = files[:SHOWN_FILES]
+    for path in files:
+        room = SAMPLED_CHARS // len(files)
+        for block in read_documents(path, reading):
+            yield block.text[:room]
+            room -= len(block.text)
+            if room <= 0:
+                break
 
 
 def first_words(text: str) -> str:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 from running import pretrain, write_stories
+from vocabularies import vocabulary
 
+import check_model_precision
 import tokenizer
 from config import Options, parse_options
 from minllama.machine.ranks import Ranks
@@ -121,6 +123,22 @@ def test_a_vocabulary_for_another_language_is_told(capsys):
     write_stories(Path.cwd(), 2)
     load("--pretrain_data text.jsonl")
     assert "byte by byte" not in capsys.readouterr().out
+
+
+def test_a_vocabulary_that_loses_text_is_told(capsys):
+    """Before the run, and where a text is scored."""
+    Path("lossy.model").write_bytes(vocabulary("no-byte-fallback").model_bytes)
+    Path("a.txt").write_text("the cat sat\n" * 40, encoding="utf-8")
+    words = "--tokenizer_model lossy.model --pretrain_data a.txt --max_steps 1 --val_fraction 0.3"
+    done = pretrain(words)
+    assert done.status == 0 and "do not come back ('c' 40, '\\n' 40)" in done.out
+    assert check_model_precision.main(["run/final-model.pt", "--text", "a.txt"]) == 0
+    assert "do not come back ('c' 40, '\\n' 40)" in capsys.readouterr().out
+    assert check_model_precision.main("run/final-model.pt --text a.txt --json".split()) == 0
+    scored = json.loads(capsys.readouterr().out)[0]["text"]
+    assert scored["bits_per_byte_compare"] is False and scored["utf8_bytes"] == 40 * 10
+    load("--pretrain_data a.txt")
+    assert "come back" not in capsys.readouterr().out
 
 
 def test_a_text_that_changed_is_tokenized_again_and_said(capsys):
