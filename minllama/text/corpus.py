@@ -21,6 +21,7 @@ from minllama.system.files import real_path
 from minllama.system.signals import StopRequest
 from minllama.text.duplicates import drop_duplicates, report_duplicates
 from minllama.text.reading import (
+    BLANK_LINE,
     JSON_SUFFIXES,
     SHOWN_FILES,
     TEXT_SUFFIXES,
@@ -28,7 +29,9 @@ from minllama.text.reading import (
     find_text_files,
     first_words,
     is_labelled,
+    read_blocks,
     sample_texts,
+    seen_separator,
 )
 from minllama.text.stream import split_documents, whole_stream
 from minllama.text.token_cache import TokenCache, build_or_load
@@ -202,7 +205,7 @@ def without_validation(files: Sequence[Path], val_files: Sequence[Path]) -> Sequ
 
 def print_loaded(files: Sequence[Path], cache: TokenCache, reading: Reading, length: int) -> None:
     """Say how many chunks of `length` tokens the files have, and where they may be misread."""
-    remarks = [_remark(path, reading) for path in files[:SHOWN_FILES]]
+    remarks = [_remark(path, reading, alone=len(files) == 1) for path in files[:SHOWN_FILES]]
     if len(files) > FEW_FILES:
         where = f"{len(files):,} files, {files[0]} to {files[-1]}"
         print(f"Loaded {count_chunks(len(cache), length):,} chunks from {where}")
@@ -215,7 +218,7 @@ def print_loaded(files: Sequence[Path], cache: TokenCache, reading: Reading, len
             print(f"  {remark}")
 
 
-def _remark(path: Path, reading: Reading) -> str:
+def _remark(path: Path, reading: Reading, *, alone: bool) -> str:
     """A note on a file that may not be meant to be read as it is; else an empty string."""
     name = path.name.lower()
     if is_labelled(path, reading) and not reading.sentences_only:
@@ -227,6 +230,12 @@ def _remark(path: Path, reading: Reading) -> str:
         )
     if not name.endswith((*TEXT_SUFFIXES, *JSON_SUFFIXES)):
         return "read as plain text, markup included"
+    is_one = reading.document_separator is None and not reading.document_per_line
+    if is_one and not name.endswith(JSON_SUFFIXES):
+        mark = seen_separator(next(iter(read_blocks(path, reading)), ""))
+        if mark is not None and (alone or mark != BLANK_LINE):
+            parts = quoted("--document_separator", mark)
+            return f"one document with {mark}s in it: {parts} if these stand between documents"
     return ""
 
 

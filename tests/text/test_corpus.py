@@ -101,6 +101,23 @@ def test_what_is_read_as_plain_text_is_told(capsys):
     assert "from c.txt\n  " not in out
 
 
+def test_a_separator_is_named_before_the_run(capsys):
+    """200 stories with <|endoftext|> between them were one document, of which EOS is not learnt."""
+    stories = [f"One day fox {number} ran home." for number in range(200)]
+    Path("a.txt").write_text("\n<|endoftext|>\n".join(stories), encoding="utf-8")
+    Path("b.txt").write_text("\n\n".join(stories), encoding="utf-8")
+    for name, mark in (("a.txt", "<|endoftext|>"), ("b.txt", "blank line")):
+        texts = load(f"--pretrain_data {name}")
+        flag = f"--document_separator '{mark}'"
+        assert flag in capsys.readouterr().out and len(texts.cache.document_starts) == 1
+        words = f"--option pretrain --cache_dir cache --pretrain_data {name}".split()
+        options = parse_options([*words, "--document_separator", mark])
+        files = find_texts(options)
+        texts = load_texts(options, files, Tokenizer(), stop=StopRequest(), ranks=Ranks())
+        assert "document_separator" not in capsys.readouterr().out
+        assert texts.cache.document_bytes.tolist() == [len(story) for story in stories]
+
+
 def test_labelled_lines_are_told(capsys):
     """Their labels would be learnt as text; the flag that reads the sentences is named."""
     lines = [f"{i % 2} ||| The film number {i} is good ." for i in range(30)]
