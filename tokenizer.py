@@ -111,13 +111,20 @@ class Tokenizer:
 
         `opening`: as a text's first token, without the space that is put before every text.
         """
-        sp, lengths = self.sp_model, np.zeros(self.n_words, np.int64)
-        space = SPACE if opening and sp.normalize("a").startswith(SPACE) else ""
+        texts = self.token_texts()
+        if opening and self.sp_model.normalize("a").startswith(SPACE):
+            texts = [text.removeprefix(b" ") for text in texts]
+        return np.array([len(text) for text in texts], np.int64)
+
+    def token_texts(self) -> list[bytes]:
+        """The UTF-8 that each token spells; nothing for BOS, EOS and unknown."""
+        sp, texts = self.sp_model, [b""] * self.n_words
         for i in range(self.n_words):
-            if not sp.is_control(i) and not sp.is_unknown(i):
-                text = sp.id_to_piece(i).removeprefix(space)
-                lengths[i] = 1 if sp.is_byte(i) else len(_piece_text(text))
-        return lengths
+            if sp.is_byte(i):
+                texts[i] = bytes([int(sp.id_to_piece(i)[3:5], 16)])
+            elif not sp.is_control(i) and not sp.is_unknown(i):
+                texts[i] = _piece_text(sp.id_to_piece(i))
+        return texts
 
     def byte_fallback_share(self, tokens: np.ndarray) -> float:
         """The share of the bytes of these tokens' text that are byte tokens, from 0 to 1.

@@ -19,7 +19,7 @@ from minllama.cli.console import say
 from minllama.machine.ranks import Ranks
 from minllama.system.files import real_path
 from minllama.system.signals import StopRequest
-from minllama.text.duplicates import drop_duplicates, report_duplicates
+from minllama.text.duplicates import drop_duplicates, report_duplicates, report_near_copies
 from minllama.text.reading import (
     BLANK_LINE,
     JSON_SUFFIXES,
@@ -159,6 +159,8 @@ def load_texts(
             print("no validation: the text is too short to hold some of it out; --val_data FILE")
     if chosen is None:
         report_duplicates(cache, val_cache, train, val)
+    if val is not None and ranks.is_main:
+        report_near_copies(tokenizer, train, val)
     if val is not None:
         share = len(val) / (len(val) + len(train))
         say(f"validation   {len(val):,} tokens held out ({share:.1%} of all)")
