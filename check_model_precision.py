@@ -352,14 +352,15 @@ def check_new(output: Path, overwrite: bool) -> None:
 # ---------------------------------------------------------------------------- scoring a text
 
 
-def score(path: Path, texts: list[Path], args: argparse.Namespace) -> dict[str, float]:
+def score(
+    path: Path, texts: list[Path], reading: Reading, args: argparse.Namespace
+) -> dict[str, float]:
     """Print what the model makes of the texts, as bits per byte and more; returns the same."""
     model = load_pretrained(path)
     tokenizer = own_or_given_vocabulary(model, path, args.tokenizer_model)
     if tokenizer is None:
         remedy = vocabulary_remedy(model.config.vocab_size)
         raise UsageError(f"--text: {path} has no vocabulary: {remedy}")
-    reading = Reading.from_flags(args)
     result = score_text(model, tokenizer, texts, reading)
     lost = count_lost(tokenizer, sample_texts(texts, reading))
     if not args.json:
@@ -413,6 +414,7 @@ def run(args: argparse.Namespace) -> int:
         if package := format_named(args.convert).PACKAGE:
             import_optional(package, f"--convert {args.convert}")
     check_encoding(args.encoding)
+    reading = Reading.from_flags(args)
     texts = find_text_files(args.text, flag="--text") if args.text else []
     reports = [inspect(path, verify=args.verify) for path in files]
     results: list[dict[str, Any]] = [asdict(report) for report in reports]
@@ -428,7 +430,7 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             print_comparison(files[0], results[0]["compared"])
     for result, path in zip(results, files, strict=True) if texts else ():
-        result["text"] = score(path, texts, args)
+        result["text"] = score(path, texts, reading, args)
     if args.convert and not sound:
         print(f"{PROGRAM}: damaged, so nothing was converted", file=sys.stderr)
     elif args.convert:

@@ -431,7 +431,7 @@ DIALOGUES = ("conversations", "messages", "prompt", "instruction", "question")
 def _field_problem(record: dict[str, Any], name: str, path: Path) -> str:
     """Why a record has no text in a field, and what to do about it."""
     names = sorted(record)
-    shown = ", ".join(field[:40] for field in names[:8]) or "no fields"
+    shown = ", ".join(map(_shown, names[:8])) or "no fields"
     problem = f"no field {name!r} (has: {shown})"
     if name in record:
         problem = f"{type(record[name]).__name__}, not a string, in field {name!r} (has: {shown})"
@@ -442,14 +442,18 @@ def _field_problem(record: dict[str, Any], name: str, path: Path) -> str:
             return f"{problem}: a dialogue? --option finetune --train {path} trains on it{reads}"
     for field, value in record.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            texts = [key for key, text in value[0].items() if isinstance(text, str)]
-            if texts:
-                return (
-                    f"{problem}: of its list --text_field {field}.{texts[0]} reads a document each"
-                )
+            inside = [key for key, text in value[0].items() if isinstance(text, str)]
+            if inside:
+                reads = f"--text_field {_shown(field)}.{_shown(inside[0])}"
+                return f"{problem}: of its list {reads} reads a document each"
     if any(isinstance(value, str) for value in record.values()):
         return f"{problem}; name it with --text_field"
     return f"{problem}, and no other has a text"
+
+
+def _shown(field: str) -> str:
+    """A field's name for a message: a stranger may have put anything there, of any length."""
+    return field[:40] if field[:40].isprintable() else ascii(field[:40])
 
 
 def _json_string(value: str, where: str, reading: Reading) -> str:

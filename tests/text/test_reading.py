@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import random
 from pathlib import Path
@@ -238,6 +239,9 @@ def test_json_as_people_have_it(tmp_path: Path, capsys) -> None:
     assert texts(chat, text_field="conversations") == ["Hi\nYo"]
     with pytest.raises(UsageError, match=r"a\.json:1: no field 'text' .has: id., and no other has"):
         texts('{"id": 5}')
+    with pytest.raises(UsageError) as raised:  # once a name was printed whole, with its lines
+        texts(json.dumps({"a" * 10**6: 1, "b\n\ud800": [{"x\n" * 10**6: "y"}]}))
+    assert len(str(raised.value)) < 400 and str(raised.value).isprintable()
 
 
 def test_replaced_bytes(tmp_path: Path) -> None:
