@@ -159,7 +159,8 @@ class Lost(NamedTuple):
                 f"note: {SPACE} (U+2581), SentencePiece's sign for a space, is read as a space"
             ]
         if self.spoils_bits_per_byte:
-            counts = [f"{character!r} {count:,}" for character, count in lost.most_common(5)]
+            newlines_first = sorted(lost.items(), key=lambda item: (item[0] != "\n", -item[1]))
+            counts = [f"{character!r} {count:,}" for character, count in newlines_first[:5]]
             counts += ["..."] if len(lost) > 5 else []
             lines.append(
                 f"warning: the vocabulary loses some of the text: {self.unknown / self.tokens:.1%} "

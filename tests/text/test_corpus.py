@@ -148,9 +148,9 @@ def test_a_vocabulary_that_loses_text_is_told(capsys):
     Path("a.txt").write_text("the cat sat\n" * 40, encoding="utf-8")
     words = "--tokenizer_model lossy.model --pretrain_data a.txt --max_steps 1 --val_fraction 0.3"
     done = pretrain(words)
-    assert done.status == 0 and "do not come back ('c' 40, '\\n' 40)" in done.out
+    assert done.status == 0 and "do not come back ('\\n' 40, 'c' 40)" in done.out
     assert check_model_precision.main(["run/final-model.pt", "--text", "a.txt"]) == 0
-    assert "do not come back ('c' 40, '\\n' 40)" in capsys.readouterr().out
+    assert "do not come back ('\\n' 40, 'c' 40)" in capsys.readouterr().out
     assert check_model_precision.main("run/final-model.pt --text a.txt --json".split()) == 0
     scored = json.loads(capsys.readouterr().out)[0]["text"]
     assert scored["bits_per_byte_compare"] is False and scored["utf8_bytes"] == 40 * 10
