@@ -299,6 +299,11 @@ class Options:
     flag = section("text to pretrain on", "pretrain")
     val_tokens: int = flag(10**7, "of the held-out text, to measure on at most", at_least=2)
     document_per_line: bool = flag(False, "every line of a text file is a document of its own")
+    document_separator: str | None = flag(
+        None,
+        "what stands between the documents of a text file, such as <|endoftext|>; or the two words "
+        "'blank line'",
+    )
     text_field: str = flag("text", "field of a .jsonl line that holds the text; a.b goes deeper")
     sentences_only: bool = flag(False, "of `label ||| sentence` files read only the sentences")
     encoding_errors: Literal["strict", "replace"] = flag(
@@ -627,6 +632,19 @@ class Options:
 FLAGS = flags_of(Options)
 TYPED_ON_RESUME = {n for n, field in FLAGS.items() if field.metadata["on_resume"] == "typed"}
 READERS: dict[str, tuple[str, ...]] = {n: f.metadata["read_by"] for n, f in FLAGS.items()}
+
+
+# How text files are read: of every program that reads them as a pretraining does.
+READING_FLAGS = (
+    *("document_per_line", "document_separator", "text_field", "sentences_only"),
+    *("encoding", "encoding_errors"),
+)
+
+
+def add_reading_flags(parser: argparse.ArgumentParser) -> None:
+    """Let another program's command line have the flags of `minllama.text.reading.Reading`."""
+    for name in READING_FLAGS:
+        add_flag(parser, FLAGS[name])
 
 
 # ---------------------------------------------------------------------------- reading them

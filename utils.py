@@ -29,6 +29,8 @@ from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------- pretraining chunks
 
+READ_TOKENS = 1 << 18  # at a time, to count the bytes that they spell
+
 
 def count_chunks(n_tokens: int, chunk_length: int) -> int:
     """Chunks of a stream: every token but the last is an input, so ceil((n - 1) / chunk_length)."""
@@ -39,12 +41,12 @@ class PretrainDataset:
     """A token stream cut into chunks of `chunk_length` inputs; the last one may be short.
 
     Chunk i predicts tokens i*T+1 .. (i+1)*T from tokens i*T .. (i+1)*T-1: the length cuts the
-    stream and never truncates the text. A document's BOS, of id `bos_id`, is no target. Raises
-    UsageError for fewer than two tokens.
+    stream and never truncates the text. A document's BOS, which only `tokenizer` knows, is no
+    target. Raises UsageError for fewer than two tokens.
     """
 
     def __init__(
-        self, stream: TokenStream, chunk_length: int, *, bos_id: int | None = None
+        self, stream: TokenStream, chunk_length: int, *, tokenizer: Tokenizer | None = None
     ) -> None:
         if chunk_length < 1:
             raise UsageError(f"--max_seq_len {chunk_length}: must be at least 1")
@@ -53,7 +55,8 @@ class PretrainDataset:
                 f"the training text is {len(stream)} token: at least two are needed, one to read "
                 "and one to predict"
             )
-        self.stream, self.chunk_length, self.bos_id = stream, chunk_length, bos_id
+        self.stream, self.chunk_length, self.tokenizer = stream, chunk_length, tokenizer
+        self.bos_id = tokenizer and tokenizer.bos_id
 
     @classmethod
     def from_files(
@@ -67,15 +70,23 @@ class PretrainDataset:
         """The chunks of text files, for those who import this class directly."""
         files = find_text_files(patterns)
         cache = build_or_load(files, tokenizer, Reading(), cache_dir)
-        return cls(whole_stream(cache), chunk_length, bos_id=tokenizer.bos_id)
+        return cls(whole_stream(cache), chunk_length, tokenizer=tokenizer)
 
     def __len__(self) -> int:
         return count_chunks(len(self.stream), self.chunk_length)
 
-    @property
+    @functools.cached_property
     def utf8_bytes(self) -> int | None:
-        """Bytes of the text, None where it is not known."""
-        return self.stream.utf8_bytes
+        """Bytes of the text that the targets spell, for bits per byte; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        inside, opening = (self.tokenizer.token_byte_lengths(opening=o) for o in (False, True))
+        total, last = 0, len(self.stream) - 1
+        for start in range(0, last, READ_TOKENS):  # a stream may be larger than memory
+            ids = self.stream.read(start, min(start + READ_TOKENS, last) + 1)
+            lengths = np.where(ids[:-1] == self.bos_id, opening[ids[1:]], inside[ids[1:]])
+            total += int(lengths.sum())
+        return total
 
     def chunk(self, index: int) -> np.ndarray:
         """Inputs and the target after the last, (up to chunk_length + 1,)."""

@@ -635,6 +635,22 @@ def test_main_takes_options_as_they_are(capsys):
     assert sample.split() and records()[0]["mfu"] > 0
 
 
+@pytest.mark.parametrize("per_line", [False, True])
+def test_the_last_sample_continues_the_opening_of_a_long_text(per_line, capsys, monkeypatch):
+    """A model of one document has seen one beginning: of BOS alone its sample was noise, where any
+    prompt gave sentences."""
+    prompts = []
+    monkeypatch.setattr(
+        pretraining, "sample_text", lambda m, t, prompt, **_: prompts.append(prompt)
+    )
+    Path("long.txt").write_text("One day a fox met a bear in the forest.\n" * 150, encoding="utf-8")
+    words = [*SMALL, "--max_steps", "1", "--sample_tokens", "0", "--val_fraction", "0"]
+    words += ["--document_per_line"] * per_line
+    words = ["--option", "pretrain", "--pretrain_data", "long.txt", *words]
+    assert run_llama.main(parse_options(words)) == 0
+    assert prompts == (["" if per_line else "One day a fox"])
+
+
 @pytest.mark.usefixtures("empty_folder")
 def test_int8_is_refused_where_it_is_slower(monkeypatch):
     """On a GPU its weights would be cast at every token; before a model is read."""

@@ -37,6 +37,7 @@ from minllama.training.task import NextTokenTask
 from utils import ORDER_VERSION, batch_indices
 
 RECENT_STEPS = 20  # whose mean is the training loss at the end
+FEW_DOCUMENTS = 100
 OVERFITTED = 1.005  # times its best: a validation loss that has risen
 
 
@@ -212,8 +213,10 @@ class Pretraining(NextTokenTask):
             )
         in_memory = not rose and not is_sharded(self.model)
         model = self.llama.eval() if in_memory else load_pretrained(chosen)
+        # Where documents are few, hardly anything was learnt of how one begins.
+        prompt = self.opening if len(self.texts.cache.document_starts) < FEW_DOCUMENTS else ""
         print("\na sample of what it writes:")
-        print(f"{sample_text(model, self.texts.tokenizer)}\n")
+        print(f"{sample_text(model, self.texts.tokenizer, prompt)}\n")
         if None not in (val_loss, progress.first, progress.best):
             last = f", {perplexity(val_loss):.2f} after {progress.step:,}" if rose else ""
             print(
