@@ -423,6 +423,7 @@ class Options:
         "what the head reads of a sentence: the state after its last token, as the assignment, or "
         "the mean over its tokens",
     )
+    skip_bad_lines: bool = flag(False, "of dialogues: leave those out that cannot be read")
     freeze_backbone: bool = flag(False, "train the linear head alone")
     lora_rank: int | None = flag(
         None, "train adapters of this rank (LoRA) instead of the full weights", at_least=1
@@ -692,7 +693,8 @@ def find_idle_flags(options: Options) -> list[str]:
             notes.append(f"note: --{name} has no effect on --option {options.option}{remedy}")
     if options.option == "finetune":
         labels = {"label_names", "dev_out", "max_sentence_len", "hidden_dropout_prob", "pooling"}
-        idle, what = (labels, "dialogues") if options.is_chat else ({"val_fraction"}, "sentences")
+        chat = {"val_fraction", "skip_bad_lines"}
+        idle, what = (labels, "dialogues") if options.is_chat else (chat, "sentences")
         for name in sorted(idle & options.given):
             notes.append(f"note: --{name} has no effect on --option finetune of {what}")
     return notes

@@ -172,7 +172,7 @@ def test_a_mistake_of_a_line_is_named_in_the_file():
     sequence = chat_tuning.ChatTuning.locate
     files, train_set = (
         SimpleNamespace(paths={"train": Path("a.jsonl")}),
-        SimpleNamespace(lines=[3, 9]),
+        SimpleNamespace(lines=[3, 9], numbers=[1, 2]),
     )
     task = SimpleNamespace(files=files, train_set=train_set)
-    assert sequence(task, 1) == "a.jsonl:9" and sys.argv
+    assert sequence(task, 1) == "a.jsonl:9 (dialogue 2)" and sys.argv
