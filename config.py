@@ -28,6 +28,7 @@ from minllama.cli.config_file import toml_words
 from minllama.cli.contradictions import LENGTHS, find_problems
 from minllama.cli.suggestions import parse_words
 from minllama.system.errors import UsageError
+from minllama.system.peek import first_object, is_json_name
 
 DATA_DIR = Path(__file__).resolve().parent / "data"
 SHIPPED_MODEL = DATA_DIR / "stories-tiny.pt"
@@ -400,11 +401,15 @@ class Options:
     )
 
     flag = section("labelled data (finetune, prompt)", *LABELLED, on_resume="typed")
-    train: Path | None = flag(None, "`label ||| sentence` lines or .jsonl chats; unset: reviews")
+    train: Path | None = flag(
+        None, "`label ||| sentence`, .csv or .jsonl; or .jsonl chats; unset: reviews"
+    )
     dev: Path | None = flag(None, "the same, to choose the best epoch by")
     test: Path | None = flag(None, "the same, for the last figures")
     label_names: Path | None = flag(
-        None, "JSON list of the labels' names; unset: NAME-label-mapping.json beside --train"
+        None,
+        "JSON list of the labels' names, or an object: how files write each, and its name; unset: "
+        "NAME-label-mapping.json beside --train",
     )
     dev_out: Path | None = flag(None, "predictions on --dev; unset: named by data set and option")
     test_out: Path | None = flag(None, "predictions on --test; likewise")
@@ -609,8 +614,9 @@ class Options:
     @property
     def is_chat(self) -> bool:
         """Whether this finetunes on dialogues, which are JSON, and not on labelled sentences."""
-        name = self.train.name.lower() if self.option == "finetune" and self.train else ""
-        return name.removesuffix(".gz").endswith((".jsonl", ".ndjson", ".json"))
+        if self.option != "finetune" or self.train is None or not is_json_name(self.train):
+            return False
+        return "label" not in first_object(self.train)
 
     def decay(self) -> float:
         """The weight decay: as given, else 0.1 to pretrain and 0 to finetune."""

@@ -45,7 +45,7 @@ from minllama.model.packing import pack_weights
 from minllama.system.errors import Interrupted, RunFailed, UsageError
 from minllama.system.files import check_writable_file, write_text
 from minllama.system.signals import LAUNCHER_REPEATS, StopRequest
-from minllama.text.labelled import read_labelled, report_predictions
+from minllama.text.labelled import Labels, read_labelled, report_predictions
 from minllama.text.reading import Reading, find_text_files, read_lines
 from minllama.text.splits import find_dialogue_files, find_labelled_files, find_sentences
 from minllama.training.chat_tuning import ChatTuning
@@ -116,7 +116,8 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
         return classify(options, classifier, stop, ranks)
     files = find_labelled_files(options, "prompting")
     train = files.paths["train"]
-    examples = read_labelled(train, encoding=options.encoding) if options.shots else []
+    texts, encoding = files.labels.texts, options.encoding
+    examples = read_labelled(train, texts, encoding=encoding) if options.shots else []
     if options.shots > len(examples):
         raise UsageError(
             f"--shots {options.shots}: --train {train} has {len(examples)} examples to show"
@@ -129,19 +130,14 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     prompts = Prompts(
         tokenizer,
         options.prompt_template.replace("\\n", "\n"),
-        files.label_names,
+        files.labels.names,
         llama.config.max_seq_len,
         options.max_sentence_len,
     ).with_shots(examples, options.shots, options.seed)
     # Without any sentence: what `pmi` subtracts; and a question that is too long shows at once.
     base = score_labels(model, prompts, [""], "sum")
     for split, out in files.outs.items():
-        dataset = LlamaDataset(
-            files.paths[split],
-            tokenizer,
-            n_labels=len(files.label_names),
-            encoding=options.encoding,
-        )
+        dataset = LlamaDataset(files.paths[split], tokenizer, labels=texts, encoding=encoding)
         predictions = np.zeros(len(dataset), np.int64)
         batches = dataset.length_sorted_batches(options.batch_size)
         for indices in progress_bar(batches, desc=f"prompting {split}"):
@@ -161,7 +157,7 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
             split,
             dataset.examples,
             predictions.tolist(),
-            files.label_names,
+            files.labels,
             out,
             keep=f"{split}_out" not in options.given,
         )
@@ -171,7 +167,8 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
 def classify(options: Options, classifier: Classifier, stop: StopRequest, ranks: Ranks) -> int:
     """Apply a fine-tuned classifier to sentences, labelled or not."""
     names = classifier.label_names
-    files = find_sentences(options, names)
+    labels = Labels(names, classifier.label_texts or Labels.counted(names).texts)
+    files = find_sentences(options, labels)
     with contextlib.redirect_stdout(sys.stderr):
         device, note = choose_device(options.use_gpu)
         say(

@@ -265,7 +265,7 @@ class LlamaDataset:
     """A labelled file, encoded: `ids[i]` are BOS and the tokens of `examples[i]`'s sentence.
 
     At most `max_sentence_len` tokens are kept; `cut` is how many sentences had more. `plain` takes
-    a file of sentences alone, too.
+    a file of sentences alone, too; `labels` are how the file writes them.
     """
 
     def __init__(
@@ -273,13 +273,13 @@ class LlamaDataset:
         path: Path,
         tokenizer: Tokenizer,
         *,
-        n_labels: int | None = None,
+        labels: Sequence[str] | None = None,
         max_sentence_len: int | None = None,
         encoding: str = "utf-8",
         plain: bool = False,
     ) -> None:
         self.path = path
-        self.examples = read_labelled(path, n_labels=n_labels, encoding=encoding, plain=plain)
+        self.examples = read_labelled(path, labels, encoding=encoding, plain=plain)
         sentences = tokenizer.sp_model.encode([example.sentence for example in self.examples])
         self.ids = [[tokenizer.bos_id, *ids[:max_sentence_len]] for ids in sentences]
         self.cut = sum(len(ids) > (max_sentence_len or len(ids)) for ids in sentences)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,12 @@ from minllama.machine.sharding import full_state_dict, load_state, no_gradients
 from minllama.model.lora import add_lora, merge_lora
 from minllama.system.signals import StopRequest
 from minllama.text.labelled import (
+    SHOWN_LABELS,
     Scores,
     is_unlabelled,
     labels_of,
     report_predictions,
+    write_result,
 )
 from minllama.text.reading import first_words
 from minllama.text.splits import SplitFiles
@@ -46,12 +50,11 @@ def load_splits(
 ) -> dict[str, LlamaDataset]:
     """The encoded sentences of each file, labelled or, `plain`, not; says what was loaded."""
     room = min(options.max_sentence_len or context, context - 1)
-    n_labels = len(files.label_names)
     splits = {
         split: LlamaDataset(
             path,
             tokenizer,
-            n_labels=n_labels,
+            labels=files.labels.texts,
             max_sentence_len=room,
             encoding=options.encoding,
             plain=plain,
@@ -107,7 +110,7 @@ def predict_files(
     """Report and write the predictions on each file that has a place for them."""
     for split, out in files.outs.items():
         predictions = predict(model, splits[split], options=options, ranks=ranks, stop=stop)
-        report = (split, splits[split].examples, predictions, files.label_names, out)
+        report = (split, splits[split].examples, predictions, files.labels, out)
         keep = f"{split}_out" not in options.given
         ranks.on_main(functools.partial(report_predictions, *report, keep=keep))
 
@@ -123,11 +126,16 @@ class Classification(Task):
         config = self.llama.config
         self.splits = load_splits(files, options, tokenizer, context=config.max_seq_len)
         self.train_set, self.dev_set = self.splits["train"], self.splits["dev"]
+        if files.mapping:
+            counts = Counter(labels_of(self.train_set.examples))
+            words = enumerate(files.labels.texts[:SHOWN_LABELS])
+            shown = ", ".join(f"{text} ({counts[number]:,})" for number, text in words)
+            say(f"labels       words of --train, by the alphabet: {shown}")
         if options.lora_rank:
             add_lora(self.llama, rank=options.lora_rank, alpha=2 * options.lora_rank)
         self.model = LlamaEmbeddingClassifier(
             self.llama,
-            num_labels=len(files.label_names),
+            num_labels=len(files.labels.names),
             hidden_dropout_prob=options.hidden_dropout_prob,
             freeze_backbone=options.freeze_backbone,
             pooling=options.pooling,
@@ -146,12 +154,14 @@ class Classification(Task):
             "--lora_rank": options.lora_rank,
             "--pooling": options.pooling,
         }
+        if not files.labels.is_counted:
+            self.identity["--label_names"] = files.labels.texts
         self.sizes = trained_sizes(self.model, options) | {
             "config": config,
             "sequences": len(lengths),
             "tokens": int(lengths.sum()),
             "sequence_length": int(lengths.max()),
-            "logits_width": len(files.label_names),
+            "logits_width": len(files.labels.names),
         }
 
     def build(self) -> None:
@@ -178,15 +188,18 @@ class Classification(Task):
             self.model, self.dev_set, options=run.options, ranks=run.ranks, stop=run.stop
         )
         labels = labels_of(self.dev_set.examples)
-        scores = Scores.of(labels, predictions, len(self.files.label_names))
+        scores = Scores.of(labels, predictions, len(self.files.labels.names))
         return {"dev_accuracy": scores.accuracy, "dev_f1": scores.macro_f1}
 
     def weights(self) -> dict[str, Any]:
         """Those of the Llama, and the classifier's head."""
         head = full_state_dict(self.model.classifier_head, self.run.ranks)
+        labels = self.files.labels
+        texts = {} if labels.is_counted else {"label_texts": labels.texts}
         return super().weights() | {
             "classifier_head": {name: tensor.cpu() for name, tensor in head.items()},
-            "label_names": self.files.label_names,
+            "label_names": labels.names,
+            **texts,
             "pooling": self.model.pooling,
         }
 
@@ -210,5 +223,11 @@ class Classification(Task):
         predict_files(
             self.model, files, self.splits, options=run.options, ranks=run.ranks, stop=run.stop
         )
+        if files.mapping:
+            pairs = dict(zip(files.labels.texts, files.labels.names, strict=True))
+            text = json.dumps(pairs, ensure_ascii=False, indent=1) + "\n"
+            run.ranks.on_main(
+                functools.partial(write_result, files.mapping, text, "labels", keep=True)
+            )
         opening = first_words(self.dev_set.examples[0].sentence)
         print_results(run.folder, best, opening, "prompt", "generate", test=files.paths["dev"])

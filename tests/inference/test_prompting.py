@@ -175,6 +175,9 @@ def test_a_classifier_is_applied_without_a_finetuning():
         {"label_names": "abc"},
         {"label_names": [1, 2, 3]},
         {"label_names": None},
+        {"label_texts": ["1", "2"]},
+        {"label_texts": ["1", "2", "2"]},
+        {"label_texts": [1, 2, 3]},
         {"classifier_head": None},
         {"classifier_head": {"weight": torch.zeros(3, 8), "bias": torch.zeros(3)}},
         {"classifier_head": {"weight": torch.zeros(3, 32)}},
@@ -190,6 +193,7 @@ def test_a_head_that_is_not_the_models_is_refused(change):
     save_pt(Path("tuned.pt"), payload)
     found = read_classifier(Path("tuned.pt"))
     assert (found.label_names, found.pooling) == (["a", "b", "c"], "last")  # it does not say
+    assert found.label_texts is None
     save_pt(Path("tuned.pt"), payload | change)
     with pytest.raises(UsageError, match="tuned.pt: .*classifier"):
         read_classifier(Path("tuned.pt"))
