@@ -455,7 +455,9 @@ class Options:
 
     flag = section("--option generate", "generate")
     prompt: tuple[str, ...] = flag((), "text to continue; repeatable", metavar="TEXT")
-    prompt_file: Path | None = flag(None, "continue every line of this file")
+    prompt_file: Path | None = flag(
+        None, "continue every line of this file, or of a folder or glob"
+    )
     interactive: bool = flag(False, "hold a conversation, or continue what is typed; Ctrl-D ends")
     weights: Literal["float32", "bfloat16", "int8"] = flag(
         "float32",

@@ -40,10 +40,10 @@ from minllama.machine.device import (
 )
 from minllama.machine.ranks import Ranks, check_runs_alone, exit_at_once, is_lost_peer
 from minllama.machine.sharding import load_state
-from minllama.model.generation import compile_step
+from minllama.model.generation import NOT_NUMBERS, compile_step
 from minllama.model.packing import pack_weights
 from minllama.system.errors import Interrupted, RunFailed, UsageError
-from minllama.system.files import check_writable_file, write_text
+from minllama.system.files import check_writable_file, real_path, write_text
 from minllama.system.signals import LAUNCHER_REPEATS, StopRequest
 from minllama.text.labelled import Labels, read_labelled, report_predictions
 from minllama.text.reading import Reading, find_text_files, read_lines
@@ -146,6 +146,8 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
             scores = score_labels(model, prompts, sentences, options.label_norm)
             if options.label_norm == "pmi":
                 scores = scores - base
+            if scores.isnan().any():
+                raise UsageError(NOT_NUMBERS)
             predictions[indices] = scores.argmax(dim=-1).cpu().numpy()
         cut = sum(example.sentence in prompts.cut for example in dataset.examples)
         if cut:
@@ -212,11 +214,13 @@ def generate(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     """Continue prompts; without any, the assignment's sentence at temperature 0 and 1."""
     prompts = list(options.prompt)
     if options.prompt_file is not None:
-        path = find_text_files([options.prompt_file], flag="--prompt_file")[0]
-        lines = read_lines(path, Reading(encoding=options.encoding))
-        prompts += [line for _, line in lines if line.strip()]
-        if not prompts:
-            raise UsageError(f"--prompt_file {path}: is empty; it takes a prompt a line")
+        for path in find_text_files([options.prompt_file], flag="--prompt_file"):
+            lines = read_lines(path, Reading(encoding=options.encoding))
+            prompts += [line for _, line in lines if line.strip()]
+        if len(prompts) == len(options.prompt):
+            raise UsageError(
+                f"--prompt_file {options.prompt_file}: is empty; it takes a prompt a line"
+            )
     outputs = []
     if not prompts and not options.interactive and options.temperature is None:
         outputs = [
@@ -225,6 +229,11 @@ def generate(options: Options, stop: StopRequest, ranks: Ranks) -> int:
         ]
         for name, (_, path) in zip(("low", "high"), outputs, strict=True):
             check_writable_file(path, f"--generated_sentence_{name}_temp_out")
+        if len({real_path(path) for _, path in outputs}) < len(outputs):
+            raise UsageError(
+                f"--generated_sentence_high_temp_out {path}: is --generated_sentence_low_temp_out, "
+                "too; give each its own file"
+            )
     device, note = choose_device(options.use_gpu)
     if options.weights == "int8" and device.type != "cpu":
         raise UsageError(

@@ -270,6 +270,13 @@ def test_transformers_makes_the_same_ids(tmp_path, system):
     )
     assert prompt == ChatTemplate().prompt_ids(tokenizer, texts[-2], stripped[:-1], system)
     assert theirs.decode(prompt).endswith("Assistant:")
+    # A template of theirs is text, in which a user's `<s>` is the template's: README says so.
+    messages = [{"role": "user", "content": "Is <s>old</s> a tag?"}]
+    spelt = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    ours = ChatTemplate().prompt_ids(tokenizer, messages[0]["content"])
+    assert spelt.count(tokenizer.bos_id) == 2 and ours.count(tokenizer.bos_id) == 1
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert "unless one of its texts spells `<s>` or `</s>`" in readme
 
 
 def test_the_template_travels_in_the_model_file(tmp_path):
