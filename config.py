@@ -618,7 +618,8 @@ class Options:
         """Whether this finetunes on dialogues, which are JSON, and not on labelled sentences."""
         if self.option != "finetune" or self.train is None or not is_json_name(self.train):
             return False
-        return "label" not in first_object(self.train)
+        fields = first_object(self.train).keys()
+        return not ("label" in fields and {"text", "sentence"} & fields)
 
     def decay(self) -> float:
         """The weight decay: as given, else 0.1 to pretrain and 0 to finetune."""

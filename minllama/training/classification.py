@@ -19,7 +19,9 @@ from minllama.formats.find_model import load_model
 from minllama.formats.pt_file import load_pt
 from minllama.machine.ranks import Ranks
 from minllama.machine.sharding import full_state_dict, load_state, no_gradients
+from minllama.model.generation import NOT_NUMBERS
 from minllama.model.lora import add_lora, merge_lora
+from minllama.system.errors import UsageError
 from minllama.system.signals import StopRequest
 from minllama.text.labelled import (
     SHOWN_LABELS,
@@ -78,7 +80,8 @@ def predict(
     """The likeliest label of each sentence, in the file's order. Every rank must call this.
 
     In float32 whatever the training's dtype: bfloat16 rounds differently at another batch size,
-    and a prediction must not depend on its batch. Raises Interrupted when asked to stop.
+    and a prediction must not depend on its batch. Raises Interrupted when asked to stop, and
+    UsageError where the scores are NaN.
     """
     device = next(model.parameters()).device
     predictions = np.zeros(len(dataset), np.int64)
@@ -86,16 +89,21 @@ def predict(
     with no_gradients(model):
         batches = dataset.length_sorted_batches(options.batch_size)
         numbers = list(ranks.split_evenly(len(batches)))
-        predicted = []  # stays on the device, which none of the batches waits for
+        predicted, bad = [], 0  # stay on the device, which none of the batches waits for
         for number, counts in progress_bar(numbers, desc="predicting", leave=False, disable=None):
             ranks.check_stop(stop)
             batch = Batch(dataset.collate(batches[number])).to(device)
-            predicted.append(counts * model(*batch.inputs[:2]).argmax(dim=-1))
+            scores = model(*batch.inputs[:2])
+            predicted.append(counts * scores.argmax(dim=-1))
+            bad = bad + scores.isnan().sum()
         if predicted:
             places = np.concatenate([batches[number] for number, _ in numbers])
             predictions[places] = torch.cat(predicted).cpu().numpy()
     model.train()
-    return ranks.sum_array(predictions).tolist()
+    *labels, bad = ranks.sum_array(np.append(predictions, int(bad))).tolist()
+    if bad:  # the first of them would be the largest
+        raise UsageError(NOT_NUMBERS)
+    return labels
 
 
 def predict_files(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,32 @@ def test_a_classifier_is_applied_without_a_finetuning():
     assert "fine-tuned" not in command(asked).error
     done = command("--option prompt --save_dir run")
     assert done.status == 2 and "--test is not given: name a file of sentences" in done.error
+
+
+def test_a_classifier_of_words_answers_in_words():
+    """Trained on JSON and applied to CSV; as their files have them, labels are written.
+
+    The mapping that was made of them is written beside the predictions.
+    """
+    model, words = write_model(Path.cwd(), dim=16, n_layers=1), ["pos", "neg", "很好"]
+    rows = [(words[number % 3], f"The film is {number % 3} .") for number in range(9)]
+    lines = [json.dumps({"text": text, "label": label}) for label, text in rows]
+    Path("films-train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    cells = [f'{label},"{text}"' for label, text in rows]
+    Path("films-dev.csv").write_text("\n".join(["label,text", *cells]), encoding="utf-8")
+    files = "--train films-train.jsonl --dev films-dev.csv --max_steps 2 --lr 0.01"
+    done = command(f"--option finetune {files} --pretrained_model_path {model} --save_dir run")
+    assert done.status == 0 and "labels       words of --train" in done.out, done.error
+    tuned = Path("films-dev-finetuning-output.txt").read_text(encoding="utf-8")
+    found = [line.split(" ||| ") for line in tuned.splitlines()]
+    assert {label for label, _ in found} <= {*words} and [s for _, s in found] == [
+        s for _, s in rows
+    ]
+    mapping = json.loads(Path("films-label-mapping.json").read_text(encoding="utf-8"))
+    assert mapping == {word: word for word in sorted(words)}
+    done = command("--option prompt --save_dir run --dev films-dev.csv")
+    assert done.status == 0 and "accuracy " in done.out, done.error
+    assert Path("films-dev-prompting-output.txt").read_text(encoding="utf-8") == tuned
 
 
 @pytest.mark.parametrize(
