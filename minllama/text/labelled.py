@@ -25,6 +25,7 @@ from minllama.text.reading import Reading, read_lines, split_labelled
 UNLABELLED = -1  # the label of a sentence without one, in files and in batches
 NEARLY_ALL = 0.9  # of a split's predictions: so many alike say little of the model
 MAX_LABELS = 1000  # each gets a row of the classifier's head
+LONGEST_LABEL = 100
 SHOWN_LABELS = 30  # of a confusion matrix; of more labels the commonest confusions are shown
 SHOWN_CONFUSIONS = 10
 WHOLE = re.compile(r"(-?[0-9]{1,9})(\.0+)?")  # pandas writes 1.0 where a label is missing
@@ -90,7 +91,7 @@ def read_rows(path: Path, *, encoding: str = "utf-8", plain: bool = False) -> li
             rows = [Row(f"{path}:{n}", *split_labelled(path, n, line)) for n, line in filled]
     if not rows:
         raise UsageError(f"{path}: empty, there is no line `label ||| sentence`")
-    return [row._replace(label=_plain_label(row.label)) for row in rows]
+    return [row._replace(label=_plain_label(row.label, row.where)) for row in rows]
 
 
 def _row_of(record: dict[str, Any], where: str) -> Row:
@@ -102,7 +103,7 @@ def _row_of(record: dict[str, Any], where: str) -> Row:
     if not isinstance(label, str | int | float | None):
         raise UsageError(f"{where}: label {str(label)[:40]!r} is not a number or a word")
     # Predictions are written a line each.
-    text = "" if label is None else str(label)
+    text = "" if label is None or label != label else str(label)  # NaN is none
     return Row(where, text.strip(), re.sub(r"\s*[\r\n]+\s*", " ", sentence.strip()))
 
 
@@ -126,10 +127,17 @@ def _table_rows(path: Path, lines: list[str]) -> Iterator[Row]:
         raise UsageError(f"{path}: no CSV ({error})") from None
 
 
-def _plain_label(text: str) -> str:
+def _plain_label(text: str, where: str) -> str:
     """The label, a whole number as Python writes it: `01` and `1.0` are `1`."""
     match = WHOLE.fullmatch(text)
+    if not match and not is_fit_label(text):
+        raise UsageError(f"{where}: label {text[:40]!r} is too long, or not in printed characters")
     return str(int(match[1])) if match else text
+
+
+def is_fit_label(text: str) -> bool:
+    """Whether a label can be printed, and written before ` ||| `."""
+    return len(text) <= LONGEST_LABEL and text.isprintable() and "|||" not in text
 
 
 def read_labelled(

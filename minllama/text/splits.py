@@ -22,6 +22,7 @@ from minllama.text.labelled import (
     WHOLE,
     Labels,
     Row,
+    is_fit_label,
     label_rows,
     read_rows,
 )
@@ -219,7 +220,10 @@ def read_label_names(given: Path | None, beside: Path) -> Labels | None:
     names = [*content.values()] if isinstance(content, dict) else content
     if not isinstance(names, list) or len(names) < 2 or not all(isinstance(n, str) for n in names):
         raise UsageError(f'--label_names {path}: must be a JSON list of names, ["bad", "good"]')
+    texts = [*content]
+    if not all(map(is_fit_label, [*names, *texts])):
+        raise UsageError(f"--label_names {path}: a name is too long, or not in printed characters")
     repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated:
         raise UsageError(f"--label_names {path}: {repeated[0]!r} is there more than once")
-    return Labels(names, [*content]) if isinstance(content, dict) else Labels.counted(names)
+    return Labels(names, texts) if isinstance(content, dict) else Labels.counted(names)

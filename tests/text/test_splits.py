@@ -71,6 +71,8 @@ def test_the_embedded_reviews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ({"toy-label-mapping.json": "{"}, "--label_names toy-label-mapping.json: not JSON"),
         ({"toy-label-mapping.json": '{"a": 0}'}, "must be a JSON list"),
         ({"toy-label-mapping.json": '["a"]'}, "must be a JSON list"),
+        ({"toy-label-mapping.json": '["a", "\\ud800", "b"]'}, "a name is too long, or not in"),
+        ({"toy-label-mapping.json": '["a", "\\u001b[2J", "b"]'}, "a name is too long, or not in"),
         ({"toy-label-mapping.json": '["good", "good"]'}, "'good' is there more than once"),
     ],
 )
@@ -235,6 +237,12 @@ def test_labels_that_do_not_count_from_0(
         ("a.csv", "text,label\nx,1\n ,2\n", 'a.csv, row 3: no sentence in "text"'),
         ("a.jsonl", '{"label": 1}', 'a.jsonl:1: no sentence in "text" .has: label'),
         ("a.jsonl", '{"text": "x", "label": [1]}', "a.jsonl:1: label '.1.' is not a number"),
+        (
+            "a.jsonl",
+            '{"text": "x", "label": "a\\nb"}',
+            "a.jsonl:1: label 'a.*' is too long, or not",
+        ),
+        ("a.jsonl", '{"text": "x", "label": "a ||| b"}', "a.jsonl:1: label 'a ... b' is too long"),
         ("a.txt", "neg ||| x\n1 ||| y\n", "a.txt:1: label 'neg' is not a whole number"),
         ("a.txt", "".join(f"w{i} ||| x\n" for i in range(1001)), "has 1,001 different labels"),
         ("a.txt", "-1 ||| x\n1 ||| y\n", "without a label.*; if it is one, name it in"),
