@@ -177,12 +177,13 @@ class Intake:
     def check(self, path: Path) -> None:
         """Raise UsageError for all the bad lines of a file, unless they are to be left out."""
         if self.faults and not self.skip_bad_lines:
-            bad = sum(count for _, count in self.faults.values())
-            remedy = (
-                f"{path}: {bad:,} of {bad + self.dialogues:,} dialogues are bad; --skip_bad_lines "
-                "trains on the others"
-            )
-            raise UsageError("\n".join([*self.fault_lines(), remedy]))
+            problems, bad = self.fault_lines(), sum(count for _, count in self.faults.values())
+            if self.dialogues:
+                problems.append(
+                    f"{path}: {bad:,} of {bad + self.dialogues:,} dialogues are bad; "
+                    "--skip_bad_lines trains on the others"
+                )
+            raise UsageError("\n".join(problems))
 
 
 SHOWN_KINDS = 10  # of what was left out
