@@ -28,6 +28,7 @@ from minllama.cli.config_file import toml_words
 from minllama.cli.contradictions import LENGTHS, find_problems
 from minllama.cli.suggestions import parse_words
 from minllama.system.errors import UsageError
+from minllama.system.peek import first_object, is_json_name
 
 DATA_DIR = Path(__file__).resolve().parent / "data"
 SHIPPED_MODEL = DATA_DIR / "stories-tiny.pt"
@@ -405,11 +406,15 @@ class Options:
     )
 
     flag = section("labelled data (finetune, prompt)", *LABELLED, on_resume="typed")
-    train: Path | None = flag(None, "`label ||| sentence` lines or .jsonl chats; unset: reviews")
+    train: Path | None = flag(
+        None, "`label ||| sentence`, .csv or .jsonl; or .jsonl chats; unset: reviews"
+    )
     dev: Path | None = flag(None, "the same, to choose the best epoch by")
     test: Path | None = flag(None, "the same, for the last figures")
     label_names: Path | None = flag(
-        None, "JSON list of the labels' names; unset: NAME-label-mapping.json beside --train"
+        None,
+        "JSON list of the labels' names, or an object: how files write each, and its name; unset: "
+        "NAME-label-mapping.json beside --train",
     )
     dev_out: Path | None = flag(None, "predictions on --dev; unset: named by data set and option")
     test_out: Path | None = flag(None, "predictions on --test; likewise")
@@ -428,6 +433,7 @@ class Options:
         "what the head reads of a sentence: the state after its last token, as the assignment, or "
         "the mean over its tokens",
     )
+    skip_bad_lines: bool = flag(False, "of dialogues: leave those out that cannot be read")
     freeze_backbone: bool = flag(False, "train the linear head alone")
     lora_rank: int | None = flag(
         None, "train adapters of this rank (LoRA) instead of the full weights", at_least=1
@@ -454,7 +460,9 @@ class Options:
 
     flag = section("--option generate", "generate")
     prompt: tuple[str, ...] = flag((), "text to continue; repeatable", metavar="TEXT")
-    prompt_file: Path | None = flag(None, "continue every line of this file")
+    prompt_file: Path | None = flag(
+        None, "continue every line of this file, or of a folder or glob"
+    )
     interactive: bool = flag(False, "hold a conversation, or continue what is typed; Ctrl-D ends")
     weights: Literal["float32", "bfloat16", "int8"] = flag(
         "float32",
@@ -613,8 +621,10 @@ class Options:
     @property
     def is_chat(self) -> bool:
         """Whether this finetunes on dialogues, which are JSON, and not on labelled sentences."""
-        name = self.train.name.lower() if self.option == "finetune" and self.train else ""
-        return name.removesuffix(".gz").endswith((".jsonl", ".ndjson", ".json"))
+        if self.option != "finetune" or self.train is None or not is_json_name(self.train):
+            return False
+        fields = first_object(self.train).keys()
+        return not ("label" in fields and {"text", "sentence"} & fields)
 
     def decay(self) -> float:
         """The weight decay: as given, else 0.1 to pretrain and 0 to finetune."""
@@ -710,7 +720,8 @@ def find_idle_flags(options: Options) -> list[str]:
             notes.append(f"note: --{name} has no effect on --option {options.option}{remedy}")
     if options.option == "finetune":
         labels = {"label_names", "dev_out", "max_sentence_len", "hidden_dropout_prob", "pooling"}
-        idle, what = (labels, "dialogues") if options.is_chat else ({"val_fraction"}, "sentences")
+        chat = {"val_fraction", "skip_bad_lines"}
+        idle, what = (labels, "dialogues") if options.is_chat else (chat, "sentences")
         for name in sorted(idle & options.given):
             notes.append(f"note: --{name} has no effect on --option finetune of {what}")
     return notes

@@ -40,12 +40,12 @@ from minllama.machine.device import (
 )
 from minllama.machine.ranks import Ranks, check_runs_alone, exit_at_once, is_lost_peer
 from minllama.machine.sharding import load_state
-from minllama.model.generation import compile_step
+from minllama.model.generation import NOT_NUMBERS, compile_step
 from minllama.model.packing import pack_weights
 from minllama.system.errors import Interrupted, RunFailed, UsageError
-from minllama.system.files import check_writable_file, write_text
+from minllama.system.files import check_writable_file, real_path, write_text
 from minllama.system.signals import LAUNCHER_REPEATS, StopRequest
-from minllama.text.labelled import read_labelled, report_predictions
+from minllama.text.labelled import Labels, read_labelled, report_predictions
 from minllama.text.reading import Reading, find_text_files, read_lines
 from minllama.text.splits import find_dialogue_files, find_labelled_files, find_sentences
 from minllama.training.chat_tuning import ChatTuning
@@ -119,7 +119,8 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
         return classify(options, classifier, stop, ranks)
     files = find_labelled_files(options, "prompting")
     train = files.paths["train"]
-    examples = read_labelled(train, encoding=options.encoding) if options.shots else []
+    texts, encoding = files.labels.texts, options.encoding
+    examples = read_labelled(train, texts, encoding=encoding) if options.shots else []
     if options.shots > len(examples):
         raise UsageError(
             f"--shots {options.shots}: --train {train} has {len(examples)} examples to show"
@@ -132,19 +133,14 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     prompts = Prompts(
         tokenizer,
         options.prompt_template.replace("\\n", "\n"),
-        files.label_names,
+        files.labels.names,
         llama.config.max_seq_len,
         options.max_sentence_len,
     ).with_shots(examples, options.shots, options.seed)
     # Without any sentence: what `pmi` subtracts; and a question that is too long shows at once.
     base = score_labels(model, prompts, [""], "sum")
     for split, out in files.outs.items():
-        dataset = LlamaDataset(
-            files.paths[split],
-            tokenizer,
-            n_labels=len(files.label_names),
-            encoding=options.encoding,
-        )
+        dataset = LlamaDataset(files.paths[split], tokenizer, labels=texts, encoding=encoding)
         predictions = np.zeros(len(dataset), np.int64)
         batches = dataset.length_sorted_batches(options.batch_size)
         for indices in progress_bar(batches, desc=f"prompting {split}"):
@@ -153,6 +149,8 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
             scores = score_labels(model, prompts, sentences, options.label_norm)
             if options.label_norm == "pmi":
                 scores = scores - base
+            if scores.isnan().any():
+                raise UsageError(NOT_NUMBERS)
             predictions[indices] = scores.argmax(dim=-1).cpu().numpy()
         cut = sum(example.sentence in prompts.cut for example in dataset.examples)
         if cut:
@@ -164,7 +162,7 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
             split,
             dataset.examples,
             predictions.tolist(),
-            files.label_names,
+            files.labels,
             out,
             keep=f"{split}_out" not in options.given,
         )
@@ -174,7 +172,8 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
 def classify(options: Options, classifier: Classifier, stop: StopRequest, ranks: Ranks) -> int:
     """Apply a fine-tuned classifier to sentences, labelled or not."""
     names = classifier.label_names
-    files = find_sentences(options, names)
+    labels = Labels(names, classifier.label_texts or Labels.counted(names).texts)
+    files = find_sentences(options, labels)
     with contextlib.redirect_stdout(sys.stderr):
         device, note = choose_device(options.use_gpu)
         say(
@@ -218,11 +217,13 @@ def generate(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     """Continue prompts; without any, the assignment's sentence at temperature 0 and 1."""
     prompts = list(options.prompt)
     if options.prompt_file is not None:
-        path = find_text_files([options.prompt_file], flag="--prompt_file")[0]
-        lines = read_lines(path, Reading(encoding=options.encoding))
-        prompts += [line for _, line in lines if line.strip()]
-        if not prompts:
-            raise UsageError(f"--prompt_file {path}: is empty; it takes a prompt a line")
+        for path in find_text_files([options.prompt_file], flag="--prompt_file"):
+            lines = read_lines(path, Reading(encoding=options.encoding))
+            prompts += [line for _, line in lines if line.strip()]
+        if len(prompts) == len(options.prompt):
+            raise UsageError(
+                f"--prompt_file {options.prompt_file}: is empty; it takes a prompt a line"
+            )
     outputs = []
     if not prompts and not options.interactive and options.temperature is None:
         outputs = [
@@ -231,6 +232,11 @@ def generate(options: Options, stop: StopRequest, ranks: Ranks) -> int:
         ]
         for name, (_, path) in zip(("low", "high"), outputs, strict=True):
             check_writable_file(path, f"--generated_sentence_{name}_temp_out")
+        if len({real_path(path) for _, path in outputs}) < len(outputs):
+            raise UsageError(
+                f"--generated_sentence_high_temp_out {path}: is --generated_sentence_low_temp_out, "
+                "too; give each its own file"
+            )
     device, note = choose_device(options.use_gpu)
     if options.weights == "int8" and device.type != "cpu":
         raise UsageError(

@@ -183,19 +183,23 @@ class ChatDataset:
         template: ChatTemplate,
         context: int,
     ) -> None:
-        tokens, is_answer, stops, lines = array("i"), bytearray(), array("q"), array("q")
+        tokens, is_answer, stops = array("i"), bytearray(), array("q")
+        numbers, lines = array("q"), array("q")
         self.cuts = Cuts(context)
-        for dialogue in dialogues:
+        for number, dialogue in enumerate(dialogues, start=1):
             for part in encode_dialogue(dialogue, tokenizer, template, self.cuts):
                 tokens.extend(part.ids)
                 is_answer.extend(part.is_answer)
                 stops.append(len(tokens))
+                numbers.append(number)
                 lines.append(dialogue.line)
         self.tokens = np.array(tokens, np.int32)
         self.is_answer = np.array(is_answer, bool)
         self.stops = np.array(stops, np.int64)  # of each sequence
         self.starts = np.concatenate([[0], self.stops])[:-1]
-        self.lines = np.array(lines, np.int64)  # of each sequence's dialogue in its file
+        # A line of the file is for messages alone: a list may have all its dialogues in one.
+        self.numbers = np.array(numbers, np.int64)  # of each sequence's dialogue, from 1
+        self.lines = np.array(lines, np.int64)
 
     def __len__(self) -> int:
         return len(self.stops)
@@ -204,6 +208,11 @@ class ChatDataset:
     def lengths(self) -> np.ndarray:
         """Inputs of each sequence, (len(self),): its last token is but a target."""
         return self.stops - self.starts - 1
+
+    @property
+    def dialogues(self) -> int:
+        """How many dialogues there are, some of them of several sequences."""
+        return len(np.unique(self.numbers))
 
     def first_question(self, index: int) -> list[int]:
         """The ids of a sequence up to its first answer."""
@@ -217,19 +226,19 @@ class ChatDataset:
         At least one, unless the fraction is 0 or there is but one.
         """
         # By dialogue, not by sequence: with parts of one on both sides the loss would flatter.
-        lines = np.unique(self.lines)
-        count = min(len(lines) - 1, max(1, round(fraction * len(lines))))
+        numbers = np.unique(self.numbers)
+        count = min(len(numbers) - 1, max(1, round(fraction * len(numbers))))
         if not fraction or not count:
             return self, None
-        hashes = splitmix64(np.arange(len(lines), dtype=np.uint64) + np.uint64(0x6D696E69))
-        chosen = lines[np.argsort(hashes, kind="stable")[:count]]
-        held_out = np.isin(self.lines, chosen)
+        hashes = splitmix64(np.arange(len(numbers), dtype=np.uint64) + np.uint64(0x6D696E69))
+        chosen = numbers[np.argsort(hashes, kind="stable")[:count]]
+        held_out = np.isin(self.numbers, chosen)
         return self._select(~held_out), self._select(held_out)
 
     def _select(self, chosen: np.ndarray) -> ChatDataset:
         part = copy.copy(self)  # of the same tokens
         part.starts, part.stops = self.starts[chosen], self.stops[chosen]
-        part.lines = self.lines[chosen]
+        part.numbers, part.lines = self.numbers[chosen], self.lines[chosen]
         return part
 
     def count_targets(self, indices: Sequence[int]) -> int:
@@ -267,7 +276,7 @@ class LlamaDataset:
     """A labelled file, encoded: `ids[i]` are BOS and the tokens of `examples[i]`'s sentence.
 
     At most `max_sentence_len` tokens are kept; `cut` is how many sentences had more. `plain` takes
-    a file of sentences alone, too.
+    a file of sentences alone, too; `labels` are how the file writes them.
     """
 
     def __init__(
@@ -275,13 +284,13 @@ class LlamaDataset:
         path: Path,
         tokenizer: Tokenizer,
         *,
-        n_labels: int | None = None,
+        labels: Sequence[str] | None = None,
         max_sentence_len: int | None = None,
         encoding: str = "utf-8",
         plain: bool = False,
     ) -> None:
         self.path = path
-        self.examples = read_labelled(path, n_labels=n_labels, encoding=encoding, plain=plain)
+        self.examples = read_labelled(path, labels, encoding=encoding, plain=plain)
         sentences = tokenizer.sp_model.encode([example.sentence for example in self.examples])
         self.ids = [[tokenizer.bos_id, *ids[:max_sentence_len]] for ids in sentences]
         self.cut = sum(len(ids) > (max_sentence_len or len(ids)) for ids in sentences)

@@ -57,7 +57,7 @@ def test_the_flags_are_exactly_these():
         sample_prompt sample_tokens world_size gpu
         train dev test label_names batch_size max_sentence_len dev_out test_out
         minutes schedule_steps val_tokens
-        lr hidden_dropout_prob pooling freeze_backbone lora_rank early_stopping
+        lr hidden_dropout_prob pooling skip_bad_lines freeze_backbone lora_rank early_stopping
         prompt_template label_norm shots pairs
         prompt prompt_file interactive weights max_new_tokens num_samples temperature top_k top_p
         min_p repetition_penalty stop
@@ -391,7 +391,7 @@ def test_a_flag_that_an_option_does_not_read_is_always_said(option):
     every = dataclasses.replace(Options(option=option), given=frozenset(FLAGS))
     notes = find_idle_flags(every)
     idle = [name for name, flag in FLAGS.items() if option not in flag.metadata["read_by"]]
-    idle += ["val_fraction"] if option == "finetune" else []  # which holds dialogues out
+    idle += ["skip_bad_lines", "val_fraction"] if option == "finetune" else []  # of dialogues
     assert [note.split()[1] for note in notes] == [f"--{name}" for name in idle]
     assert all(f"has no effect on --option {option}" in note for note in notes)
 

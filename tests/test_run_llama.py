@@ -511,6 +511,14 @@ def test_interrupted_generation_leaves_the_files_as_they_were(model):
     assert Path("generated-sentence-temp-0.txt").read_text(encoding="utf-8") == "whole"
 
 
+def test_the_two_texts_need_a_file_each(model):
+    """The one at temperature 1 overwrote the other."""
+    flags = "--generated_sentence_low_temp_out a.txt --generated_sentence_high_temp_out ./a.txt"
+    done = command(f"--option generate --pretrained_model_path {model} {flags}")
+    assert done.status == 2 and "a.txt: is --generated_sentence_low_temp_out, too" in done.error
+    assert not Path("a.txt").exists()
+
+
 def test_prompts_from_a_file_are_those_typed(model):
     """A line each, blank ones left out; the default files are not written then."""
     Path("prompts.txt").write_text("One day\n\nThe fox\n", encoding="utf-8")
@@ -519,6 +527,12 @@ def test_prompts_from_a_file_are_those_typed(model):
     from_file = command([*base, "--prompt_file", "prompts.txt"])
     assert typed.status == from_file.status == 0 and typed.out == from_file.out
     assert "--- 2 of 2\nThe fox" in typed.out and not list(Path.cwd().glob("generated-*"))
+    # Of a folder or a glob the first file was read, and no other.
+    for number, text in enumerate(["One day", "The fox"]):
+        Path("many").mkdir(exist_ok=True)
+        Path(f"many/{number}.txt").write_text(text, encoding="utf-8")
+    for name in ("many", "many/*.txt"):
+        assert command([*base, "--prompt_file", name]).out == typed.out
     Path("prompts.txt").write_text("\n", encoding="utf-8")
     done = command([*base, "--prompt_file", "prompts.txt"])
     assert done.status == 2 and "prompts.txt: is empty" in done.error

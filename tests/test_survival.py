@@ -217,7 +217,7 @@ def test_any_file_is_read_or_refused(tmp_path, content, suffix, lines):
     path.write_bytes(content)
     for read in (
         lambda: list(read_documents(path, Reading(document_per_line=lines))),
-        lambda: read_labelled(path, n_labels=2),
+        lambda: read_labelled(path, labels=["0", "1"]),
     ):
         try:
             read()

@@ -233,7 +233,7 @@ def test_labelled_batches(tmp_path: Path) -> None:
     """Order kept, lengths told, padded with 0, cut where asked."""
     path, tokenizer = tmp_path / "a.txt", vocabulary("ours")
     path.write_text("1 ||| two dogs\n\n0 ||| sat ||| the mat .\n-1 ||| it\n", encoding="utf-8")
-    dataset = LlamaDataset(path, tokenizer, n_labels=2)
+    dataset = LlamaDataset(path, tokenizer, labels=["0", "1"])
     assert len(dataset) == 3 and dataset.cut == 0
     assert dataset.examples[1].sentence == "sat ||| the mat ."
     batch = dataset.collate([2, 0])

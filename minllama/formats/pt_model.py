@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from llama import Llama
 
 PACKAGE = BESIDE = None
-CLASSIFIER_KEYS = ("classifier_head", "label_names", "pooling")  # beside a fine-tuned model
+# Beside a fine-tuned model.
+CLASSIFIER_KEYS = ("classifier_head", "label_names", "label_texts", "pooling")
 ADAPTERS = ".lora_"  # in the names of a LoRA finetuning's own tensors
 
 
@@ -116,6 +117,7 @@ class Classifier(NamedTuple):
     head: dict[str, Tensor]
     label_names: list[str]
     pooling: str
+    label_texts: list[str] | None = None  # how files write the labels, unless counted from 0
 
 
 def read_classifier(path: Path) -> Classifier | None:
@@ -146,4 +148,11 @@ def read_classifier(path: Path) -> Classifier | None:
     pooling = payload.get("pooling", "last")  # files of before there were two do not say
     if pooling not in ("last", "mean"):
         raise UsageError(f"{path}: its classifier's pooling is {pooling!r}, not last or mean")
-    return Classifier(head, names, pooling)
+    texts = payload.get("label_texts")
+    if texts is not None and not (
+        isinstance(texts, list)
+        and len(texts) == len({*map(str, texts)}) == len(names)
+        and all(isinstance(text, str) for text in texts)
+    ):
+        raise UsageError(f"{path}: its classifier has not a text for each label")
+    return Classifier(head, names, pooling, texts)
