@@ -20,6 +20,7 @@ from minllama.cli.command_line import (
     OneLineParser,
     add_flag,
     flags_of,
+    read_path,
     read_stored,
     section,
     with_underscores,
@@ -661,7 +662,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
     typed = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
     first = OneLineParser(add_help=False, allow_abbrev=False)
     first.add_argument("--option")
-    first.add_argument("--config", type=Path)
+    first.add_argument("--config", type=read_path)
     known, _ = first.parse_known_args(words)
     parser = build_parser(known.option if known.option in EVERY else None)
     namespace, in_file = None, []

@@ -25,8 +25,9 @@ from minllama.system.errors import UsageError
 Parsed = TypeVar("Parsed")
 # All control characters but line ends and tabs, and what stands for bytes that are no text.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+UNTYPABLE = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # surrogates that stand for no byte
 LONGEST, LAST = 2000, 500  # characters of an error's line, of which the last hold the remedy
-PATH_BYTES = 4096  # of a path, at most: Linux's limit, the highest
+PATH_BYTES, NAME_CHARS = 4096, 255  # of a path and of each name in it: the highest limits known
 BOUNDS = {"at_least": ge, "above": gt, "at_most": le, "below": lt}
 
 
@@ -71,20 +72,22 @@ def number_reader(kind: type, **bounds: float) -> Callable[[str], Any]:
     return read
 
 
+def read_words(text: str) -> str:
+    """A `type` for argparse: text such as a command line can hold, and a path can be."""
+    if UNTYPABLE.search(text):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} holds a NUL or half a character")
+    return text
+
+
 def read_path(text: str) -> Path:
     """A `type` for argparse: a path that a file system could have."""
-    if not text or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no path")
-    if len(os.fsencode(text)) > PATH_BYTES:
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no path")
+    path = Path(read_words(text))
+    size = len(text.encode("utf-8", "surrogateescape"))
+    if size > PATH_BYTES or max(map(len, path.parts), default=0) > NAME_CHARS:
         raise argparse.ArgumentTypeError(f"{text[:40]!r}...: is too long for a path")
-    return Path(text)
-
-
-def read_words(text: str) -> str:
-    """A `type` for argparse: text without a NUL, which no path, and no other program, can take."""
-    if "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} holds a NUL character: leave it out")
-    return text
+    return path
 
 
 READ = {str: read_words, Path: read_path}
@@ -136,7 +139,7 @@ def read_stored(field: dataclasses.Field, value: Any, *, where: str = "the check
     if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
         return value
     if typing.get_origin(kind) is tuple and isinstance(value, list):
-        if all(isinstance(item, str) and "\0" not in item for item in value):
+        if all(isinstance(item, str) and not UNTYPABLE.search(item) for item in value):
             return tuple(value)
     elif kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
         with contextlib.suppress(argparse.ArgumentTypeError):

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from minllama.cli.command_line import for_drawing
+from minllama.cli.command_line import for_drawing, printable
 
 REFRESH_SECONDS, LOG_SECONDS = 0.2, 60  # between updates of a bar: on a terminal, in a log
 NARROW = 48  # columns: a narrower bar has no room for words
@@ -78,6 +78,7 @@ def say(*lines: str) -> None:
     """Print status lines; on a terminal wrapped, and indented by the label that they begin with."""
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
     for line in lines:
+        line = printable(line).replace("\n", "\\n")  # in a file's name, or a label
         if columns > 0:
             label = re.match(r"\w* {2,}", line) if columns >= NARROW else None
             indent = " " * (label.end() if label else 2)

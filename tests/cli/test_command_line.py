@@ -156,7 +156,8 @@ def test_a_stored_value_is_what_the_flag_had(name, stored, want):
         ("count", 0), ("count", 10), ("count", 2.5), ("count", True), ("count", "4"),
         ("count", None), ("rate", 7.0), ("rate", float("nan")), ("kind", "c"), ("kind", ["a"]),
         ("files", "a"), ("files", [1]), ("files", ["\0"]), ("folder", 3), ("folder", "\0"),
-        ("folder", ""), ("note", "\0"), ("note", 3), ("loud", 1), ("loud", "yes"),
+        ("folder", ""), ("note", "\0"), ("note", "\ud800"),
+        ("files", ["\ud800"]), ("note", 3), ("loud", 1), ("loud", "yes"),
     ],
 )  # fmt: skip
 def test_a_stored_value_that_the_flag_could_not_have(name, stored):
@@ -280,12 +281,14 @@ def test_two_hyphens_are_no_value(flag):
 @pytest.mark.parametrize(
     ("flag", "value", "want"),
     [
-        ("--folder", "a\0b", r"--folder: 'a\x00b' is no path"),
+        ("--folder", "a\0b", r"--folder: 'a\x00b' holds a NUL"),
+        ("--folder", "a\ud800", r"--folder: 'a\ud800' holds a NUL or half a character"),
         ("--folder", "", "--folder: '' is no path"),
         ("--folder", "a/" * 3000, "a/'...: is too long for a path"),
-        ("--files", "a\0b", r"--files: 'a\x00b' holds a NUL character"),
-        ("--texts", "a\0b", r"--texts: 'a\x00b' holds a NUL character"),
-        ("--note", "a\0b", r"--note: 'a\x00b' holds a NUL character"),
+        ("--folder", "x/" + "a" * 256, "a'...: is too long for a path"),
+        ("--files", "a\0b", r"--files: 'a\x00b' holds a NUL"),
+        ("--texts", "a\0b", r"--texts: 'a\x00b' holds a NUL"),
+        ("--note", "a\0b", r"--note: 'a\x00b' holds a NUL"),
     ],
 )
 def test_what_no_path_can_be_is_refused_as_it_is_read(flag, value, want):

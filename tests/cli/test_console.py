@@ -145,6 +145,12 @@ def test_lines_that_a_program_reads_are_whole(capsys):
     assert capsys.readouterr().out == "word " * 100 + "\n"
 
 
+def test_a_name_makes_no_line_of_its_own(capsys):
+    """A file's name, or a label of a model, that holds a line's end could say what it liked."""
+    say("Loaded 3 dialogues from a\nbest model: 1.0\r.jsonl")
+    assert capsys.readouterr().out == "Loaded 3 dialogues from a\\nbest model: 1.0\\r.jsonl\n"
+
+
 def test_sizes_and_times_as_people_read_them():
     """Three digits, decimal units."""
     assert [human_size(n) for n in (0, 999, 1000, 226e6, 1.17e9)] == [
