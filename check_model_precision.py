@@ -27,6 +27,7 @@ from minllama.cli.command_line import (
     print_error,
     protect_output,
     quoted,
+    read_path,
 )
 from minllama.system.errors import UsageError
 
@@ -47,17 +48,35 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("files", nargs="*", type=Path, metavar="FILE", help="model files or Hugging Face folders")
+    add(
+        "files",
+        nargs="*",
+        type=read_path,
+        metavar="FILE",
+        help="model files or Hugging Face folders",
+    )
     add("--verify", action="store_true", help="read every byte; count NaN and Inf per tensor")
-    add("--compare", type=Path, metavar="OTHER", help="largest difference per tensor and of logits")
+    add(
+        "--compare",
+        type=read_path,
+        metavar="OTHER",
+        help="largest difference per tensor and of logits",
+    )
     add("--text", nargs="+", metavar="TEXT", help="text files: bits per byte, perplexity of them")
     add_reading_flags(parser.add_argument_group("how --text is read, as a pretraining reads it"))
     add("--json", action="store_true", help="machine-readable output, and nothing else on stdout")
     add("--convert", choices=FORMATS, metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
-    add("--compare_runs", nargs="+", type=Path, metavar="RUN", help="runs' folders as one page")
-    add("--output", type=Path, metavar="PATH", help="where --convert or --compare_runs writes")
+    add(
+        "--compare_runs", nargs="+", type=read_path, metavar="RUN", help="runs' folders as one page"
+    )
+    add("--output", type=read_path, metavar="PATH", help="where --convert or --compare_runs writes")
     add("--save_dtype", choices=DTYPES, help="precision of pt, gguf and hf (default: float32)")
-    add("--tokenizer_model", type=Path, metavar="PATH", help="vocabulary for a file without one")
+    add(
+        "--tokenizer_model",
+        type=read_path,
+        metavar="PATH",
+        help="vocabulary for a file without one",
+    )
     add("--overwrite", action="store_true", help="let --output replace what is there")
     words = list(arguments)
     for i, word in enumerate(words):  # the formats, too, in both spellings

@@ -20,11 +20,12 @@ from minllama.cli.command_line import (
     OneLineParser,
     add_flag,
     flags_of,
+    read_path,
     read_stored,
     section,
     with_underscores,
 )
-from minllama.cli.config_file import toml_words
+from minllama.cli.config_file import check_harmless, toml_words
 from minllama.cli.contradictions import LENGTHS, find_problems
 from minllama.cli.suggestions import parse_words
 from minllama.system.errors import UsageError
@@ -219,7 +220,9 @@ class Options:
     flag = section("the run", *EVERY, on_resume="typed")
     option: Literal["pretrain", "finetune", "prompt", "generate"] = flag("generate", "what to do")
     config: Path | None = flag(
-        None, "TOML file of flags, such as: epochs = 3; one that is typed counts more"
+        None,
+        "TOML file of flags, such as: epochs = 3; one that is typed counts more; --overwrite, and "
+        "outputs outside --save_dir, are typed",
     )
     use_gpu: bool = flag(False, "train or run on CUDA or Apple's MPS where there is one")
     save_dir: Path = flag(
@@ -687,10 +690,10 @@ def parse_options(arguments: Sequence[str]) -> Options:
     typed = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
     first = OneLineParser(add_help=False, allow_abbrev=False)
     first.add_argument("--option")
-    first.add_argument("--config", type=Path)
+    first.add_argument("--config", type=read_path)
     known, _ = first.parse_known_args(words)
     parser = build_parser(known.option if known.option in EVERY else None)
-    namespace = None
+    namespace, in_file = None, []
     if known.config is not None:
         exclusive = {"resume", "overwrite"}  # a typed one counts more than the file's other one
         without = typed | exclusive if typed & exclusive else typed
@@ -698,6 +701,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
         namespace = parse_words(parser, in_file, READERS, where=f"--config {known.config}: ")
         typed |= {word[2:].partition("=")[0] for word in in_file if word.startswith("--")}
     namespace = parse_words(parser, words, READERS, namespace)
+    check_harmless(in_file, known.config, namespace)
     values = vars(namespace)
     for name, field in FLAGS.items():
         if isinstance(field.default, tuple):  # argparse has a list, or None

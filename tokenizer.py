@@ -31,7 +31,13 @@ import numpy as np
 import sentencepiece
 
 from config import DATA_DIR, add_reading_flags, fingerprint
-from minllama.cli.command_line import OneLineParser, number_reader, print_error, protect_output
+from minllama.cli.command_line import (
+    OneLineParser,
+    number_reader,
+    print_error,
+    protect_output,
+    read_path,
+)
 from minllama.system.encodings import check_encoding
 from minllama.system.errors import UsageError
 from minllama.system.files import atomic_write, check_regular
@@ -399,7 +405,7 @@ def _build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
     train = commands.add_parser("train", help="train a SentencePiece vocabulary on text")
     train.add_argument("--input", nargs="+", required=True, help="text files, folders, globs")
-    train.add_argument("--output", type=Path, required=True, help="the model file to write")
+    train.add_argument("--output", type=read_path, required=True, help="the model file to write")
     size, share = number_reader(int, at_least=1), number_reader(float, at_least=0.98, at_most=1)
     train.add_argument("--vocab_size", type=size, help="tokens; unset: what suits the text")
     train.add_argument(  # within SentencePiece's own limits
@@ -410,8 +416,10 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     add_reading_flags(train)
     export = commands.add_parser("export", help="write llama2.c's tokenizer.bin")
-    export.add_argument("--tokenizer_model", type=Path, help="default: the embedded vocabulary")
-    export.add_argument("--output", type=Path, required=True, help="the file to write")
+    export.add_argument(
+        "--tokenizer_model", type=read_path, help="default: the embedded vocabulary"
+    )
+    export.add_argument("--output", type=read_path, required=True, help="the file to write")
     for command in (train, export):
         command.add_argument("--overwrite", action="store_true", help="replace the output file")
     return parser
@@ -436,12 +444,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             tokenizer = Tokenizer(tokenizer_model=args.tokenizer_model)
             export_tokenizer_bin(tokenizer, args.output)
+        size = args.output.stat().st_size
     except UsageError as error:
         print_error("tokenizer.py", error)
         return 2
+    except OSError as error:
+        print_error("tokenizer.py", f"{error.filename or 'a file'}: {error.strerror or error}")
+        return 2
     except KeyboardInterrupt:
         return 130
-    size = args.output.stat().st_size
     print(f"{args.output}: {tokenizer.n_words:,} tokens, {size:,} bytes, {tokenizer.fingerprint}")
     return 0
 

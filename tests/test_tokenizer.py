@@ -269,6 +269,12 @@ def test_command_line(corpus_file: Path, tmp_path: Path, capsys: pytest.CaptureF
         (["tain"], "invalid choice"),
         ([*export, "--overwrite", "--tokenizer_model", str(corpus_file)], "not a SentencePiece"),
         ([*train[:-1], str(corpus_file / "x.model")], "cannot be"),
+        # Once tracebacks: a name that no file can have, a NUL, argparse's empty list.
+        ([*train[:-1], "x" * 300], f"--output: '{'x' * 40}'...: is too long for a path"),
+        ([*train[:-1], "a\0b"], r"--output: 'a\x00b' holds a NUL"),
+        ([*train[:-2], "--output=--"], "--output=--: -- is no value"),
+        (["train", "--input", "x" * 300, "--output", "y"], "ile name too long"),
+        ([*train, "--overwrite", "--encoding", "utf-7"], "--encoding utf-7: no text encoding"),
     ]
     for arguments, words in bad:
         assert main(arguments) == 2

@@ -241,9 +241,9 @@ def test_labelled_batches(tmp_path: Path) -> None:
     for row, index in enumerate((2, 0)):
         sentence = dataset.examples[index].sentence
         length = int(batch.lengths[row])
-        assert batch.token_count[row, :length].tolist() == tokenizer.encode(sentence, True, False)
-        assert not batch.token_count[row, length:].any()
-    assert batch.token_count.shape[1] == batch.lengths.max()
+        assert batch.tokens[row, :length].tolist() == tokenizer.encode(sentence, True, False)
+        assert not batch.tokens[row, length:].any()
+    assert batch.tokens.shape[1] == batch.lengths.max()
     short = LlamaDataset(path, tokenizer, max_sentence_len=2)
     assert short.ids[1] == tokenizer.encode("sat ||| the mat .", True, False)[:3]
     lengths = [len(tokenizer.encode(e.sentence, False, False)) for e in dataset.examples]

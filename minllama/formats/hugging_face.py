@@ -16,7 +16,7 @@ from config import LlamaConfig
 from minllama.formats.stored_model import Contents, StoredModel, as_stored, read_shape, translate
 from minllama.formats.vocabularies import check_same_ids, merges, require_plain_bpe
 from minllama.system.errors import UsageError
-from minllama.system.files import atomic_folder, read_json_object
+from minllama.system.files import atomic_folder, is_text, read_json_object
 from minllama.system.packages import import_optional
 from minllama.text.chat import ChatTemplate
 from tokenizer import Tokenizer
@@ -148,6 +148,8 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
             f"{folder}: holds pytorch_model.bin, a pickle: load it with transformers, then "
             "model.save_pretrained(folder) writes safetensors"
         )
+    if not is_text(folder):
+        raise UsageError(f"{folder}: safetensors needs a name that is UTF-8: rename the folder")
     tensors: dict[str, Tensor] = {}
     for name in files:
         try:

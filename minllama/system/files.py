@@ -197,6 +197,11 @@ def real_path(path: Path) -> str:
     return os.path.realpath(path)
 
 
+def is_text(path: Path) -> bool:
+    """Whether a path is text; a zip of another encoding has bytes, which are read as surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in str(path))
+
+
 def size_on_disk(path: Path) -> int:
     """Bytes of a file, or of all files in a folder."""
     return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())

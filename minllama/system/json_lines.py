@@ -76,10 +76,11 @@ def _values(lines: Lines, path: Path, *, is_list: bool) -> Iterator[tuple[int, A
                     what = getattr(error, "msg", error)
                     raise UsageError(f"{path}:{where}: not JSON ({what}{begun})") from None
                 break  # it continues in the next line
+            if not is_list and not LINE_END.match(text, end):
+                where = number + text.count("\n", at, end)
+                raise UsageError(f"{path}:{where}: not JSON (more than one value in a line)")
             yield number, value
             number, at, comma = number + text.count("\n", at, end), end, False
-            if not is_list and not LINE_END.match(text, at):
-                raise UsageError(f"{path}:{number}: not JSON (more than one object in a line)")
         else:
             comma, at = comma or bool(gap[1]), len(text)
         text = text[at:]

@@ -55,7 +55,7 @@ BAD = {
     '[{"a":' * 100_000: "a.json:1: not JSON",
     "[{" + '"a":{},\n' * 2000: "a.json:1: not JSON .its list has no end",
     '{"a": 1,\n{"b": 2}': "a.json:2: not JSON .*; the item begins in line 1",
-    '{"a": 1} {"b": 2}': "a.json:1: not JSON .more than one object in a line",
+    '{"a": 1} {"b": 2}': "a.json:1: not JSON .more than one value in a line",
     '[{"a": 1}\n\n{"b": 2}]': "a.json:3: not JSON .no comma before this item",
     '"a"': "a.json:1: not a JSON object",
     '{}\n{"a"': "a.json:2: not JSON",
