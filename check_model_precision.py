@@ -20,13 +20,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from config import DTYPE_BYTES
+from config import DTYPE_BYTES, add_reading_flags
 from minllama.cli.command_line import (
     OneLineParser,
     parse_or_exit,
     print_error,
     protect_output,
     quoted,
+    read_path,
 )
 from minllama.system.errors import UsageError
 
@@ -47,19 +48,35 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("files", nargs="*", type=Path, metavar="FILE", help="model files or Hugging Face folders")
+    add(
+        "files",
+        nargs="*",
+        type=read_path,
+        metavar="FILE",
+        help="model files or Hugging Face folders",
+    )
     add("--verify", action="store_true", help="read every byte; count NaN and Inf per tensor")
-    add("--compare", type=Path, metavar="OTHER", help="largest difference per tensor and of logits")
+    add(
+        "--compare",
+        type=read_path,
+        metavar="OTHER",
+        help="largest difference per tensor and of logits",
+    )
     add("--text", nargs="+", metavar="TEXT", help="text files: bits per byte, perplexity of them")
-    add("--text_field", default="text", help="of .jsonl text (default: text)")
-    add("--encoding", default="utf-8", help="of --text (default utf-8)")
-    add("--encoding_errors", choices=("strict", "replace"), default="strict", help="of --text")
+    add_reading_flags(parser.add_argument_group("how --text is read, as a pretraining reads it"))
     add("--json", action="store_true", help="machine-readable output, and nothing else on stdout")
     add("--convert", choices=FORMATS, metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
-    add("--compare_runs", nargs="+", type=Path, metavar="RUN", help="runs' folders as one page")
-    add("--output", type=Path, metavar="PATH", help="where --convert or --compare_runs writes")
+    add(
+        "--compare_runs", nargs="+", type=read_path, metavar="RUN", help="runs' folders as one page"
+    )
+    add("--output", type=read_path, metavar="PATH", help="where --convert or --compare_runs writes")
     add("--save_dtype", choices=DTYPES, help="precision of pt, gguf and hf (default: float32)")
-    add("--tokenizer_model", type=Path, metavar="PATH", help="vocabulary for a file without one")
+    add(
+        "--tokenizer_model",
+        type=read_path,
+        metavar="PATH",
+        help="vocabulary for a file without one",
+    )
     add("--overwrite", action="store_true", help="let --output replace what is there")
     words = list(arguments)
     for i, word in enumerate(words):  # the formats, too, in both spellings
@@ -110,7 +127,7 @@ from torch import Tensor
 
 from config import SHIPPED_MODEL
 from llama import load_pretrained
-from minllama.cli.console import human_size
+from minllama.cli.console import human_size, say
 from minllama.formats import hugging_face, llama2c, pt_model
 from minllama.formats.export import export
 from minllama.formats.find_model import model_in, own_or_given_vocabulary
@@ -130,8 +147,8 @@ from minllama.system.files import (
     write_text,
 )
 from minllama.system.packages import import_optional
-from minllama.text.reading import Reading, find_text_files
-from tokenizer import Tokenizer, tokenizer_bin, vocabulary_remedy
+from minllama.text.reading import Reading, find_text_files, sample_texts
+from tokenizer import Tokenizer, count_lost, tokenizer_bin, vocabulary_remedy
 
 # ---------------------------------------------------------------------------- what is in a file
 
@@ -357,21 +374,22 @@ def check_new(output: Path, overwrite: bool) -> None:
 # ---------------------------------------------------------------------------- scoring a text
 
 
-def score(path: Path, texts: list[Path], args: argparse.Namespace) -> dict[str, Any]:
+def score(
+    path: Path, texts: list[Path], reading: Reading, args: argparse.Namespace
+) -> dict[str, Any]:
     """Print what the model makes of the texts, as bits per byte and more; returns the same."""
     model = load_pretrained(path)
     tokenizer = own_or_given_vocabulary(model, path, args.tokenizer_model)
     if tokenizer is None:
         remedy = vocabulary_remedy(model.config.vocab_size)
         raise UsageError(f"--text: {path} has no vocabulary: {remedy}")
-    reading = Reading(
-        text_field=args.text_field, encoding=args.encoding, encoding_errors=args.encoding_errors
-    )
     result = score_text(model, tokenizer, texts, reading)
+    lost = count_lost(tokenizer, sample_texts(texts, reading))
     if not args.json:
-        print(f"{path} on {', '.join(args.text)}: {result.line()}")
+        say(f"{path} on {', '.join(args.text)}: {result.line()}", *lost.lines())
     figures = asdict(result) | {"loss": result.loss, "bits_per_byte": result.bits_per_byte}
-    return {name: plain_number(value) for name, value in figures.items()}
+    figures = {name: plain_number(value) for name, value in figures.items()}
+    return figures | {"bits_per_byte_compare": not lost.spoils_bits_per_byte}
 
 
 # ---------------------------------------------------------------------------- a run's folder
@@ -424,6 +442,7 @@ def run(args: argparse.Namespace) -> int:
         if package := format_named(args.convert).PACKAGE:
             import_optional(package, f"--convert {args.convert}")
     check_encoding(args.encoding)
+    reading = Reading.from_flags(args)
     texts = find_text_files(args.text, flag="--text") if args.text else []
     reports = [inspect(path, verify=args.verify) for path in files]
     results: list[dict[str, Any]] = [asdict(report) for report in reports]
@@ -439,7 +458,7 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             print_comparison(files[0], results[0]["compared"])
     for result, path in zip(results, files, strict=True) if texts else ():
-        result["text"] = score(path, texts, args)
+        result["text"] = score(path, texts, reading, args)
     if args.convert and not sound:
         print(f"{PROGRAM}: damaged, so nothing was converted", file=sys.stderr)
     elif args.convert:

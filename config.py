@@ -20,14 +20,16 @@ from minllama.cli.command_line import (
     OneLineParser,
     add_flag,
     flags_of,
+    read_path,
     read_stored,
     section,
     with_underscores,
 )
-from minllama.cli.config_file import toml_words
+from minllama.cli.config_file import check_harmless, toml_words
 from minllama.cli.contradictions import LENGTHS, find_problems
 from minllama.cli.suggestions import parse_words
 from minllama.system.errors import UsageError
+from minllama.system.peek import first_object, is_json_name
 
 DATA_DIR = Path(__file__).resolve().parent / "data"
 SHIPPED_MODEL = DATA_DIR / "stories-tiny.pt"
@@ -218,7 +220,9 @@ class Options:
     flag = section("the run", *EVERY, on_resume="typed")
     option: Literal["pretrain", "finetune", "prompt", "generate"] = flag("generate", "what to do")
     config: Path | None = flag(
-        None, "TOML file of flags, such as: epochs = 3; one that is typed counts more"
+        None,
+        "TOML file of flags, such as: epochs = 3; one that is typed counts more; --overwrite, and "
+        "outputs outside --save_dir, are typed",
     )
     use_gpu: bool = flag(False, "train or run on CUDA or Apple's MPS where there is one")
     save_dir: Path = flag(
@@ -299,6 +303,11 @@ class Options:
     flag = section("text to pretrain on", "pretrain")
     val_tokens: int = flag(10**7, "of the held-out text, to measure on at most", at_least=2)
     document_per_line: bool = flag(False, "every line of a text file is a document of its own")
+    document_separator: str | None = flag(
+        None,
+        "what stands between the documents of a text file, such as <|endoftext|>; or the two words "
+        "'blank line'",
+    )
     text_field: str = flag("text", "field of a .jsonl line that holds the text; a.b goes deeper")
     sentences_only: bool = flag(False, "of `label ||| sentence` files read only the sentences")
     encoding_errors: Literal["strict", "replace"] = flag(
@@ -400,11 +409,15 @@ class Options:
     )
 
     flag = section("labelled data (finetune, prompt)", *LABELLED, on_resume="typed")
-    train: Path | None = flag(None, "`label ||| sentence` lines or .jsonl chats; unset: reviews")
+    train: Path | None = flag(
+        None, "`label ||| sentence`, .csv or .jsonl; or .jsonl chats; unset: reviews"
+    )
     dev: Path | None = flag(None, "the same, to choose the best epoch by")
     test: Path | None = flag(None, "the same, for the last figures")
     label_names: Path | None = flag(
-        None, "JSON list of the labels' names; unset: NAME-label-mapping.json beside --train"
+        None,
+        "JSON list of the labels' names, or an object: how files write each, and its name; unset: "
+        "NAME-label-mapping.json beside --train",
     )
     dev_out: Path | None = flag(None, "predictions on --dev; unset: named by data set and option")
     test_out: Path | None = flag(None, "predictions on --test; likewise")
@@ -423,6 +436,7 @@ class Options:
         "what the head reads of a sentence: the state after its last token, as the assignment, or "
         "the mean over its tokens",
     )
+    skip_bad_lines: bool = flag(False, "of dialogues: leave those out that cannot be read")
     freeze_backbone: bool = flag(False, "train the linear head alone")
     lora_rank: int | None = flag(
         None, "train adapters of this rank (LoRA) instead of the full weights", at_least=1
@@ -449,7 +463,9 @@ class Options:
 
     flag = section("--option generate", "generate")
     prompt: tuple[str, ...] = flag((), "text to continue; repeatable", metavar="TEXT")
-    prompt_file: Path | None = flag(None, "continue every line of this file")
+    prompt_file: Path | None = flag(
+        None, "continue every line of this file, or of a folder or glob"
+    )
     interactive: bool = flag(False, "hold a conversation, or continue what is typed; Ctrl-D ends")
     weights: Literal["float32", "bfloat16", "int8"] = flag(
         "float32",
@@ -608,8 +624,10 @@ class Options:
     @property
     def is_chat(self) -> bool:
         """Whether this finetunes on dialogues, which are JSON, and not on labelled sentences."""
-        name = self.train.name.lower() if self.option == "finetune" and self.train else ""
-        return name.removesuffix(".gz").endswith((".jsonl", ".ndjson", ".json"))
+        if self.option != "finetune" or self.train is None or not is_json_name(self.train):
+            return False
+        fields = first_object(self.train).keys()
+        return not ("label" in fields and {"text", "sentence"} & fields)
 
     def decay(self) -> float:
         """The weight decay: as given, else 0.1 to pretrain and 0 to finetune."""
@@ -627,6 +645,19 @@ class Options:
 FLAGS = flags_of(Options)
 TYPED_ON_RESUME = {n for n, field in FLAGS.items() if field.metadata["on_resume"] == "typed"}
 READERS: dict[str, tuple[str, ...]] = {n: f.metadata["read_by"] for n, f in FLAGS.items()}
+
+
+# How text files are read: of every program that reads them as a pretraining does.
+READING_FLAGS = (
+    *("document_per_line", "document_separator", "text_field", "sentences_only"),
+    *("encoding", "encoding_errors"),
+)
+
+
+def add_reading_flags(parser: argparse.ArgumentParser) -> None:
+    """Let another program's command line have the flags of `minllama.text.reading.Reading`."""
+    for name in READING_FLAGS:
+        add_flag(parser, FLAGS[name])
 
 
 # ---------------------------------------------------------------------------- reading them
@@ -659,10 +690,10 @@ def parse_options(arguments: Sequence[str]) -> Options:
     typed = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
     first = OneLineParser(add_help=False, allow_abbrev=False)
     first.add_argument("--option")
-    first.add_argument("--config", type=Path)
+    first.add_argument("--config", type=read_path)
     known, _ = first.parse_known_args(words)
     parser = build_parser(known.option if known.option in EVERY else None)
-    namespace = None
+    namespace, in_file = None, []
     if known.config is not None:
         exclusive = {"resume", "overwrite"}  # a typed one counts more than the file's other one
         without = typed | exclusive if typed & exclusive else typed
@@ -670,6 +701,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
         namespace = parse_words(parser, in_file, READERS, where=f"--config {known.config}: ")
         typed |= {word[2:].partition("=")[0] for word in in_file if word.startswith("--")}
     namespace = parse_words(parser, words, READERS, namespace)
+    check_harmless(in_file, known.config, namespace)
     values = vars(namespace)
     for name, field in FLAGS.items():
         if isinstance(field.default, tuple):  # argparse has a list, or None
@@ -692,7 +724,8 @@ def find_idle_flags(options: Options) -> list[str]:
             notes.append(f"note: --{name} has no effect on --option {options.option}{remedy}")
     if options.option == "finetune":
         labels = {"label_names", "dev_out", "max_sentence_len", "hidden_dropout_prob", "pooling"}
-        idle, what = (labels, "dialogues") if options.is_chat else ({"val_fraction"}, "sentences")
+        chat = {"val_fraction", "skip_bad_lines"}
+        idle, what = (labels, "dialogues") if options.is_chat else (chat, "sentences")
         for name in sorted(idle & options.given):
             notes.append(f"note: --{name} has no effect on --option finetune of {what}")
     return notes

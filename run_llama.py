@@ -1,6 +1,6 @@
 """Pretrain a small Llama from scratch, then finetune, prompt and generate with it.
 
-What each `--option` does, read from top to bottom; the parts are in the other modules.
+A function for each `--option`, read from top to bottom; what they call is in `minllama/`.
 """
 
 from __future__ import annotations
@@ -40,20 +40,21 @@ from minllama.machine.device import (
 )
 from minllama.machine.ranks import Ranks, check_runs_alone, exit_at_once, is_lost_peer
 from minllama.machine.sharding import load_state
-from minllama.model.generation import compile_step
+from minllama.model.generation import NOT_NUMBERS, compile_step
 from minllama.model.packing import pack_weights
 from minllama.system.errors import Interrupted, RunFailed, UsageError
-from minllama.system.files import check_writable_file, write_text
+from minllama.system.files import check_writable_file, real_path, write_text
 from minllama.system.signals import LAUNCHER_REPEATS, StopRequest
-from minllama.text.labelled import read_labelled, report_predictions
+from minllama.text.labelled import Labels, read_labelled, report_predictions
 from minllama.text.reading import Reading, find_text_files, read_lines
 from minllama.text.splits import find_dialogue_files, find_labelled_files, find_sentences
 from minllama.training.chat_tuning import ChatTuning
 from minllama.training.classification import POOLED, Classification, load_splits, predict_files
 from minllama.training.loop import train
 from minllama.training.pretraining import Pretraining, plan_for_gpus
+from minllama.training.results import say_interrupted
 from minllama.training.run import Run
-from minllama.training.session import make_plan, open_run, say_interrupted
+from minllama.training.setup import make_plan, open_run
 from minllama.training.task import Task
 from utils import LlamaDataset
 
@@ -66,36 +67,38 @@ def pretrain(options: Options, stop: StopRequest, ranks: Ranks) -> int:
         plan_for_gpus(options, stop)
         return 0
     with open_run(options, "pretrain", ranks=ranks, stop=stop) as run:
-        return carry_out(run, Pretraining(run))
+        return run_task(run, Pretraining(run))
 
 
 def finetune(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     """Train a pretrained model on dialogues, or a classifier on it; returns the exit status."""
     if options.is_chat:
-        files, task = find_dialogue_files(options), ChatTuning
+        files, task_class = find_dialogue_files(options), ChatTuning
     else:
-        files, task = find_labelled_files(options, "finetuning"), Classification
+        files, task_class = find_labelled_files(options, "finetuning"), Classification
     with open_run(options, f"finetune-{files.name}", ranks=ranks, stop=stop) as run:
-        return carry_out(run, task(run, files))
+        return run_task(run, task_class(run, files))
 
 
-def carry_out(run: Run, task: Task) -> int:
+def run_task(run: Run, task: Task) -> int:
     """Plan, train and finish a task whose data is loaded; returns the exit status.
 
     Every rank must call this.
     """
-    make_plan(run, task)  # print it; refuse what cannot be resumed or does not fit on the disk
+    make_plan(run, task)  # printed; refuses what cannot be resumed or does not fit on the disk
     if run.options.plan:
         return 0
     keep_freed_memory()
-    run.start()  # model and optimizer on the device, a checkpoint's state or an empty folder
+    run.start()  # builds model and optimizer; loads the checkpoint, or clears the folder
     if note := task.describe_start():
         print(note)
-    if not train(run):
-        with contextlib.suppress(Interrupted):  # what was trained is saved
+    stopped = train(run)
+    if not stopped:
+        try:
             task.finish()  # its files, its last figures, and what they are for
-            return 0
-    return say_interrupted(run)
+        except Interrupted:  # what was trained is saved
+            stopped = True
+    return say_interrupted(run) if stopped else 0
 
 
 # ---------------------------------------------------------------------------- prompt
@@ -116,7 +119,8 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
         return classify(options, classifier, stop, ranks)
     files = find_labelled_files(options, "prompting")
     train = files.paths["train"]
-    examples = read_labelled(train, encoding=options.encoding) if options.shots else []
+    texts, encoding = files.labels.texts, options.encoding
+    examples = read_labelled(train, texts, encoding=encoding) if options.shots else []
     if options.shots > len(examples):
         raise UsageError(
             f"--shots {options.shots}: --train {train} has {len(examples)} examples to show"
@@ -129,19 +133,14 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     prompts = Prompts(
         tokenizer,
         options.prompt_template.replace("\\n", "\n"),
-        files.label_names,
+        files.labels.names,
         llama.config.max_seq_len,
         options.max_sentence_len,
     ).with_shots(examples, options.shots, options.seed)
     # Without any sentence: what `pmi` subtracts; and a question that is too long shows at once.
     base = score_labels(model, prompts, [""], "sum")
     for split, out in files.outs.items():
-        dataset = LlamaDataset(
-            files.paths[split],
-            tokenizer,
-            n_labels=len(files.label_names),
-            encoding=options.encoding,
-        )
+        dataset = LlamaDataset(files.paths[split], tokenizer, labels=texts, encoding=encoding)
         predictions = np.zeros(len(dataset), np.int64)
         batches = dataset.length_sorted_batches(options.batch_size)
         for indices in progress_bar(batches, desc=f"prompting {split}"):
@@ -150,6 +149,8 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
             scores = score_labels(model, prompts, sentences, options.label_norm)
             if options.label_norm == "pmi":
                 scores = scores - base
+            if scores.isnan().any():
+                raise UsageError(NOT_NUMBERS)
             predictions[indices] = scores.argmax(dim=-1).cpu().numpy()
         cut = sum(example.sentence in prompts.cut for example in dataset.examples)
         if cut:
@@ -161,7 +162,7 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
             split,
             dataset.examples,
             predictions.tolist(),
-            files.label_names,
+            files.labels,
             out,
             keep=f"{split}_out" not in options.given,
         )
@@ -171,7 +172,8 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
 def classify(options: Options, classifier: Classifier, stop: StopRequest, ranks: Ranks) -> int:
     """Apply a fine-tuned classifier to sentences, labelled or not."""
     names = classifier.label_names
-    files = find_sentences(options, names)
+    labels = Labels(names, classifier.label_texts or Labels.counted(names).texts)
+    files = find_sentences(options, labels)
     with contextlib.redirect_stdout(sys.stderr):
         device, note = choose_device(options.use_gpu)
         say(
@@ -215,11 +217,13 @@ def generate(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     """Continue prompts; without any, the assignment's sentence at temperature 0 and 1."""
     prompts = list(options.prompt)
     if options.prompt_file is not None:
-        path = find_text_files([options.prompt_file], flag="--prompt_file")[0]
-        lines = read_lines(path, Reading(encoding=options.encoding))
-        prompts += [line for _, line in lines if line.strip()]
-        if not prompts:
-            raise UsageError(f"--prompt_file {path}: is empty; it takes a prompt a line")
+        for path in find_text_files([options.prompt_file], flag="--prompt_file"):
+            lines = read_lines(path, Reading(encoding=options.encoding))
+            prompts += [line for _, line in lines if line.strip()]
+        if len(prompts) == len(options.prompt):
+            raise UsageError(
+                f"--prompt_file {options.prompt_file}: is empty; it takes a prompt a line"
+            )
     outputs = []
     if not prompts and not options.interactive and options.temperature is None:
         outputs = [
@@ -228,6 +232,11 @@ def generate(options: Options, stop: StopRequest, ranks: Ranks) -> int:
         ]
         for name, (_, path) in zip(("low", "high"), outputs, strict=True):
             check_writable_file(path, f"--generated_sentence_{name}_temp_out")
+        if len({real_path(path) for _, path in outputs}) < len(outputs):
+            raise UsageError(
+                f"--generated_sentence_high_temp_out {path}: is --generated_sentence_low_temp_out, "
+                "too; give each its own file"
+            )
     device, note = choose_device(options.use_gpu)
     if options.weights == "int8" and device.type != "cpu":
         raise UsageError(

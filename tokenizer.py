@@ -25,12 +25,19 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
 
-from config import DATA_DIR, fingerprint
-from minllama.cli.command_line import OneLineParser, number_reader, print_error, protect_output
+from config import DATA_DIR, add_reading_flags, fingerprint
+from minllama.cli.command_line import (
+    OneLineParser,
+    number_reader,
+    print_error,
+    protect_output,
+    read_path,
+)
 from minllama.system.encodings import check_encoding
 from minllama.system.errors import UsageError
 from minllama.system.files import atomic_write, read_whole
@@ -105,13 +112,25 @@ class Tokenizer:
             and sp.is_byte(sp.piece_to_id("<0x00>"))
         )
 
-    def token_byte_lengths(self) -> np.ndarray:
-        """(n_words,) int64: bytes of UTF-8 of each token's text; 0 for control tokens."""
-        sp, lengths = self.sp_model, np.zeros(self.n_words, np.int64)
+    def token_byte_lengths(self, *, opening: bool = False) -> np.ndarray:
+        """(n_words,) int64: bytes of UTF-8 that each token spells; 0 for BOS, EOS and unknown.
+
+        `opening`: as a text's first token, without the space that is put before every text.
+        """
+        texts = self.token_texts()
+        if opening and self.sp_model.normalize("a").startswith(SPACE):
+            texts = [text.removeprefix(b" ") for text in texts]
+        return np.array([len(text) for text in texts], np.int64)
+
+    def token_texts(self) -> list[bytes]:
+        """The UTF-8 that each token spells; nothing for BOS, EOS and unknown."""
+        sp, texts = self.sp_model, [b""] * self.n_words
         for i in range(self.n_words):
-            if not sp.is_control(i):
-                lengths[i] = 1 if sp.is_byte(i) else len(_piece_text(sp.id_to_piece(i)))
-        return lengths
+            if sp.is_byte(i):
+                texts[i] = bytes([int(sp.id_to_piece(i)[3:5], 16)])
+            elif not sp.is_control(i) and not sp.is_unknown(i):
+                texts[i] = _piece_text(sp.id_to_piece(i))
+        return texts
 
     def byte_fallback_share(self, tokens: np.ndarray) -> float:
         """The share of the bytes of these tokens' text that are byte tokens, from 0 to 1.
@@ -123,6 +142,51 @@ class Tokenizer:
         newline = self.sp_model.piece_to_id("<0x0A>")
         fallback = [self.sp_model.is_byte(i) and i != newline for i in range(self.n_words)]
         return float(sizes[fallback].sum() / max(1, sizes.sum()))
+
+
+class Lost(NamedTuple):
+    """What of a text does not come back from a vocabulary's tokens."""
+
+    tokens: int
+    unknown: int  # of these tokens, which stand for any characters
+    characters: int
+    lost: collections.Counter[str]  # of these characters
+
+    @property
+    def spoils_bits_per_byte(self) -> bool:
+        """Whether the tokens spell less than the text; a space for SPACE is as good as that."""
+        return self.unknown > 0 or any(self.lost.keys() - {SPACE})
+
+    def lines(self) -> list[str]:
+        """What to say of it, if anything."""
+        lost, lines = self.lost - collections.Counter({SPACE: self.lost[SPACE]}), []
+        if self.lost[SPACE]:
+            lines += [
+                f"note: {SPACE} (U+2581), SentencePiece's sign for a space, is read as a space"
+            ]
+        if self.spoils_bits_per_byte:
+            newlines_first = sorted(lost.items(), key=lambda item: (item[0] != "\n", -item[1]))
+            counts = [f"{character!r} {count:,}" for character, count in newlines_first[:5]]
+            counts += ["..."] if len(lost) > 5 else []
+            lines.append(
+                f"warning: the vocabulary loses some of the text: {self.unknown / self.tokens:.1%} "
+                f"of its tokens are <unk>, and {lost.total():,} of {self.characters:,} characters "
+                f"do not come back ({', '.join(counts)}). Bits per byte are of what does, and do "
+                "not compare with another vocabulary's; tokenizer.py train makes one without loss"
+            )
+        return lines
+
+
+def count_lost(tokenizer: Tokenizer, texts: Iterable[str]) -> Lost:
+    """Try a vocabulary on texts: encoded, decoded, and the characters counted."""
+    tokens = unknown = characters = 0
+    lost: collections.Counter[str] = collections.Counter()
+    for text in texts:
+        ids = tokenizer.encode(text, bos=False, eos=False)
+        tokens, characters = tokens + len(ids), characters + len(text)
+        unknown += sum(map(tokenizer.sp_model.is_unknown, ids))
+        lost += collections.Counter(text) - collections.Counter(tokenizer.decode(ids))
+    return Lost(max(1, tokens), unknown, characters, lost)
 
 
 def vocabulary_remedy(size: int) -> str:
@@ -204,6 +268,9 @@ def train_vocabulary(
     if not sentences:
         raise UsageError(f"{', '.join(map(str, inputs))}: no text to train a vocabulary on")
     fitting, coverage = fit_vocabulary(sentences, share, coverage=character_coverage)
+    spaces = len(sentences) + sum(sentence.count(" ") for sentence in sentences)
+    # Of a text with few spaces their sign is rare enough to be dropped, and would then be spelt.
+    is_rare = spaces < (1 - coverage) * (len(sentences) + sum(map(len, sentences)))
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -226,6 +293,7 @@ def train_vocabulary(
             max_sentence_length=8 * SENTENCE_CHARS,
             num_threads=16,  # part of the file: a fixed number keeps it the same on all machines
             minloglevel=2,
+            **({"required_chars": SPACE} if is_rare else {}),
         )
     except RuntimeError as error:
         problem = f"SentencePiece could not train ({error})"
@@ -335,7 +403,7 @@ def _build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
     train = commands.add_parser("train", help="train a SentencePiece vocabulary on text")
     train.add_argument("--input", nargs="+", required=True, help="text files, folders, globs")
-    train.add_argument("--output", type=Path, required=True, help="the model file to write")
+    train.add_argument("--output", type=read_path, required=True, help="the model file to write")
     size, share = number_reader(int, at_least=1), number_reader(float, at_least=0.98, at_most=1)
     train.add_argument("--vocab_size", type=size, help="tokens; unset: what suits the text")
     train.add_argument(  # within SentencePiece's own limits
@@ -344,13 +412,12 @@ def _build_parser() -> argparse.ArgumentParser:
         help="share of characters that get tokens, the rest fall back to bytes; unset: 0.9995, and "
         "0.99 of a script of thousands",
     )
-    train.add_argument("--text_field", default="text", help="of .jsonl files (default text)")
-    train.add_argument("--encoding", default="utf-8", help="of the files (default utf-8)")
-    train.add_argument("--encoding_errors", choices=("strict", "replace"), default="strict")
-    train.add_argument("--sentences_only", action="store_true", help="of labelled files")
+    add_reading_flags(train)
     export = commands.add_parser("export", help="write llama2.c's tokenizer.bin")
-    export.add_argument("--tokenizer_model", type=Path, help="default: the embedded vocabulary")
-    export.add_argument("--output", type=Path, required=True, help="the file to write")
+    export.add_argument(
+        "--tokenizer_model", type=read_path, help="default: the embedded vocabulary"
+    )
+    export.add_argument("--output", type=read_path, required=True, help="the file to write")
     for command in (train, export):
         command.add_argument("--overwrite", action="store_true", help="replace the output file")
     return parser
@@ -375,12 +442,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             tokenizer = Tokenizer(tokenizer_model=args.tokenizer_model)
             export_tokenizer_bin(tokenizer, args.output)
+        size = args.output.stat().st_size
     except UsageError as error:
         print_error("tokenizer.py", error)
         return 2
+    except OSError as error:
+        print_error("tokenizer.py", f"{error.filename or 'a file'}: {error.strerror or error}")
+        return 2
     except KeyboardInterrupt:
         return 130
-    size = args.output.stat().st_size
     print(f"{args.output}: {tokenizer.n_words:,} tokens, {size:,} bytes, {tokenizer.fingerprint}")
     return 0
 

@@ -29,6 +29,8 @@ from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------- pretraining chunks
 
+READ_TOKENS = 1 << 18  # at a time, to count the bytes that they spell
+
 
 def count_chunks(n_tokens: int, chunk_length: int) -> int:
     """Chunks of a stream: every token but the last is an input, so ceil((n - 1) / chunk_length)."""
@@ -39,12 +41,12 @@ class PretrainDataset:
     """A token stream cut into chunks of `chunk_length` inputs; the last one may be short.
 
     Chunk i predicts tokens i*T+1 .. (i+1)*T from tokens i*T .. (i+1)*T-1: the length cuts the
-    stream and never truncates the text. A document's BOS, of id `bos_id`, is no target. Raises
-    UsageError for fewer than two tokens.
+    stream and never truncates the text. A document's BOS, which only `tokenizer` knows, is no
+    target. Raises UsageError for fewer than two tokens.
     """
 
     def __init__(
-        self, stream: TokenStream, chunk_length: int, *, bos_id: int | None = None
+        self, stream: TokenStream, chunk_length: int, *, tokenizer: Tokenizer | None = None
     ) -> None:
         if chunk_length < 1:
             raise UsageError(f"--max_seq_len {chunk_length}: must be at least 1")
@@ -53,7 +55,8 @@ class PretrainDataset:
                 f"the training text is {len(stream)} token: at least two are needed, one to read "
                 "and one to predict"
             )
-        self.stream, self.chunk_length, self.bos_id = stream, chunk_length, bos_id
+        self.stream, self.chunk_length, self.tokenizer = stream, chunk_length, tokenizer
+        self.bos_id = tokenizer and tokenizer.bos_id
 
     @classmethod
     def from_files(
@@ -67,15 +70,23 @@ class PretrainDataset:
         """The chunks of text files, for those who import this class directly."""
         files = find_text_files(patterns)
         cache = build_or_load(files, tokenizer, Reading(), cache_dir)
-        return cls(whole_stream(cache), chunk_length, bos_id=tokenizer.bos_id)
+        return cls(whole_stream(cache), chunk_length, tokenizer=tokenizer)
 
     def __len__(self) -> int:
         return count_chunks(len(self.stream), self.chunk_length)
 
-    @property
+    @functools.cached_property
     def utf8_bytes(self) -> int | None:
-        """Bytes of the text, None where it is not known."""
-        return self.stream.utf8_bytes
+        """Bytes of the text that the targets spell, for bits per byte; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        inside, opening = (self.tokenizer.token_byte_lengths(opening=o) for o in (False, True))
+        total, last = 0, len(self.stream) - 1
+        for start in range(0, last, READ_TOKENS):  # a stream may be larger than memory
+            ids = self.stream.read(start, min(start + READ_TOKENS, last) + 1)
+            lengths = np.where(ids[:-1] == self.bos_id, opening[ids[1:]], inside[ids[1:]])
+            total += int(lengths.sum())
+        return total
 
     def chunk(self, index: int) -> np.ndarray:
         """Inputs and the target after the last, (up to chunk_length + 1,)."""
@@ -172,19 +183,23 @@ class ChatDataset:
         template: ChatTemplate,
         context: int,
     ) -> None:
-        tokens, is_answer, stops, lines = array("i"), bytearray(), array("q"), array("q")
+        tokens, is_answer, stops = array("i"), bytearray(), array("q")
+        numbers, lines = array("q"), array("q")
         self.cuts = Cuts(context)
-        for dialogue in dialogues:
+        for number, dialogue in enumerate(dialogues, start=1):
             for part in encode_dialogue(dialogue, tokenizer, template, self.cuts):
                 tokens.extend(part.ids)
                 is_answer.extend(part.is_answer)
                 stops.append(len(tokens))
+                numbers.append(number)
                 lines.append(dialogue.line)
         self.tokens = np.array(tokens, np.int32)
         self.is_answer = np.array(is_answer, bool)
         self.stops = np.array(stops, np.int64)  # of each sequence
         self.starts = np.concatenate([[0], self.stops])[:-1]
-        self.lines = np.array(lines, np.int64)  # of each sequence's dialogue in its file
+        # A line of the file is for messages alone: a list may have all its dialogues in one.
+        self.numbers = np.array(numbers, np.int64)  # of each sequence's dialogue, from 1
+        self.lines = np.array(lines, np.int64)
 
     def __len__(self) -> int:
         return len(self.stops)
@@ -193,6 +208,11 @@ class ChatDataset:
     def lengths(self) -> np.ndarray:
         """Inputs of each sequence, (len(self),): its last token is but a target."""
         return self.stops - self.starts - 1
+
+    @property
+    def dialogues(self) -> int:
+        """How many dialogues there are, some of them of several sequences."""
+        return len(np.unique(self.numbers))
 
     def first_question(self, index: int) -> list[int]:
         """The ids of a sequence up to its first answer."""
@@ -206,19 +226,19 @@ class ChatDataset:
         At least one, unless the fraction is 0 or there is but one.
         """
         # By dialogue, not by sequence: with parts of one on both sides the loss would flatter.
-        lines = np.unique(self.lines)
-        count = min(len(lines) - 1, max(1, round(fraction * len(lines))))
+        numbers = np.unique(self.numbers)
+        count = min(len(numbers) - 1, max(1, round(fraction * len(numbers))))
         if not fraction or not count:
             return self, None
-        hashes = splitmix64(np.arange(len(lines), dtype=np.uint64) + np.uint64(0x6D696E69))
-        chosen = lines[np.argsort(hashes, kind="stable")[:count]]
-        held_out = np.isin(self.lines, chosen)
+        hashes = splitmix64(np.arange(len(numbers), dtype=np.uint64) + np.uint64(0x6D696E69))
+        chosen = numbers[np.argsort(hashes, kind="stable")[:count]]
+        held_out = np.isin(self.numbers, chosen)
         return self._select(~held_out), self._select(held_out)
 
     def _select(self, chosen: np.ndarray) -> ChatDataset:
         part = copy.copy(self)  # of the same tokens
         part.starts, part.stops = self.starts[chosen], self.stops[chosen]
-        part.lines = self.lines[chosen]
+        part.numbers, part.lines = self.numbers[chosen], self.lines[chosen]
         return part
 
     def count_targets(self, indices: Sequence[int]) -> int:
@@ -256,7 +276,7 @@ class LlamaDataset:
     """A labelled file, encoded: `ids[i]` are BOS and the tokens of `examples[i]`'s sentence.
 
     At most `max_sentence_len` tokens are kept; `cut` is how many sentences had more. `plain` takes
-    a file of sentences alone, too.
+    a file of sentences alone, too; `labels` are how the file writes them.
     """
 
     def __init__(
@@ -264,13 +284,13 @@ class LlamaDataset:
         path: Path,
         tokenizer: Tokenizer,
         *,
-        n_labels: int | None = None,
+        labels: Sequence[str] | None = None,
         max_sentence_len: int | None = None,
         encoding: str = "utf-8",
         plain: bool = False,
     ) -> None:
         self.path = path
-        self.examples = read_labelled(path, n_labels=n_labels, encoding=encoding, plain=plain)
+        self.examples = read_labelled(path, labels, encoding=encoding, plain=plain)
         sentences = tokenizer.sp_model.encode([example.sentence for example in self.examples])
         self.ids = [[tokenizer.bos_id, *ids[:max_sentence_len]] for ids in sentences]
         self.cut = sum(len(ids) > (max_sentence_len or len(ids)) for ids in sentences)

@@ -170,15 +170,15 @@ def waits(args: Args) -> Iterable[str]:
 
     import run_llama
     from config import parse_options
-    from minllama.training import training
+    from minllama.training import loop
 
-    counts, real = [], training.optimizer_step
+    counts, real = [], loop.optimizer_step
 
-    def counted(run: Any) -> dict[str, Any]:
+    def counted(run: Any, batches: Any) -> dict[str, Any]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
-            record = real(run)
+            record = real(run, batches)
             torch.cuda.set_sync_debug_mode("default")
         counts.append(sum("synchronizing" in str(w.message) for w in caught))
         return record
@@ -188,7 +188,7 @@ def waits(args: Args) -> Iterable[str]:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(contextlib.redirect_stdout(nowhere))
         stack.enter_context(contextlib.redirect_stderr(nowhere))
-        stack.enter_context(mock.patch.object(training, "optimizer_step", counted))
+        stack.enter_context(mock.patch.object(loop, "optimizer_step", counted))
         words = ["--option", "pretrain", "--use_gpu", *OFF.split(), "--max_steps", 8,
                  "--save_dir", folder, "--cache_dir", folder, *shape_words("T")]  # fmt: skip
         run_llama.main(parse_options([str(word) for word in words]))

@@ -13,8 +13,11 @@ import argparse
 import hashlib
 import http.client
 import os
+import queue
+import re
 import ssl
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -24,6 +27,9 @@ from typing import Any, NamedTuple
 
 DATA = Path(__file__).resolve().parent
 ROOT = DATA.parent
+sys.path.insert(0, str(ROOT))  # minllama is in the root of the repository
+
+from minllama.cli.command_line import print_error, protect_output, read_path  # noqa: E402
 
 # The course repository at commit 2951cdd; a file's path below is the path in it.
 COURSE_URL = (
@@ -32,10 +38,11 @@ COURSE_URL = (
 )
 STORIES_URL = "https://www.cs.cmu.edu/~vijayv/stories42M.pt"
 
-ATTEMPTS = 5  # without progress in between
+ATTEMPTS = 5  # without a block in between
 PAUSE = 1.0  # seconds before the second attempt, doubled for each one after
-TIMEOUT = 30.0  # seconds without a byte
+TIMEOUT = 30.0  # seconds for an answer, and for each block after it
 BLOCK = 1 << 16  # bytes read at a time
+REASON_CHARS = 200  # of a server's words that are shown
 NETWORK_ERRORS = (  # not OSError as a whole: a full disk is one, too
     urllib.error.URLError,
     http.client.HTTPException,
@@ -251,7 +258,7 @@ def _fetch(url: str, part: Path) -> None:
         try:
             return _fetch_once(url, part)
         except _Again as failure:
-            failures = 1 if _size(part) > before else failures + 1
+            failures = 1 if _size(part) >= before + BLOCK else failures + 1
             if failures >= ATTEMPTS:
                 raise DownloadError(
                     f"{url}: {failure} ({ATTEMPTS} attempts); check the network and run the same "
@@ -267,8 +274,9 @@ def _fetch_once(url: str, part: Path) -> None:
         request = urllib.request.Request(url, headers={"User-Agent": "minllama"})
         if have:
             request.add_header("Range", f"bytes={have}-")
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-            _receive(response, part, have)
+        response = _in_time(urllib.request.urlopen, request, timeout=TIMEOUT)
+        _receive(response, part, have)
+        response.close()
     except (ValueError, http.client.InvalidURL) as error:
         raise DownloadError(
             f"{url}: {error}; --base_url must be like https://host/folder"
@@ -279,13 +287,43 @@ def _fetch_once(url: str, part: Path) -> None:
             part.unlink(missing_ok=True)
             raise _Again("the server has no such range") from None
         if error.code in (408, 429) or error.code >= 500:
-            raise _Again(f"HTTP {error.code} {error.reason}") from None
+            raise _Again(f"HTTP {error.code} {_words(error.reason)}") from None
         raise DownloadError(
-            f"{url}: HTTP {error.code} {error.reason}; the file is not (or no longer) there; "
-            "name a mirror by --base_url"
+            f"{url}: HTTP {error.code} {_words(error.reason)}; the file is not (or no longer) "
+            "there; name a mirror by --base_url"
         ) from None
     except NETWORK_ERRORS as error:
-        raise _Again(str(getattr(error, "reason", error)) or type(error).__name__) from None
+        reason = _words(getattr(error, "reason", error))
+        raise _Again(reason or type(error).__name__) from None
+
+
+def _words(reason: object) -> str:
+    """What a server said, on one line, if it said much its beginning."""
+    return " ".join(str(reason)[:REASON_CHARS].split())
+
+
+def _in_time(call: Callable, *args: Any, **settings: Any) -> Any:
+    """What the call returns or raises; TimeoutError where it takes longer than TIMEOUT.
+
+    A socket's own limit begins again with every byte, so a server that sends one now and then held
+    the program for ever. The thread that waits for it is left behind, and ends with the program.
+    """
+    outcome: queue.SimpleQueue = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            outcome.put((call(*args, **settings), None))
+        except Exception as error:
+            outcome.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        result, error = outcome.get(timeout=TIMEOUT)
+    except queue.Empty:
+        raise TimeoutError(f"slower than {BLOCK:,} bytes in {TIMEOUT:g} s") from None
+    if error is not None:
+        raise error
+    return result
 
 
 def _receive(response: Any, part: Path, have: int) -> None:
@@ -295,13 +333,13 @@ def _receive(response: Any, part: Path, have: int) -> None:
     if response.status != 206 or not content_range.startswith(f"bytes {have}-"):
         if response.status == 206:  # another range than asked for: its bytes belong elsewhere
             part.unlink(missing_ok=True)
-            raise _Again(f"the server sent {content_range or 'an unknown range'}")
+            raise _Again(f"the server sent {_words(content_range) or 'an unknown range'}")
         starts_at = 0
     length = response.headers.get("Content-Length") or ""
-    total = starts_at + int(length) if length.isdecimal() else None
+    total = starts_at + int(length) if re.fullmatch("[0-9]{1,18}", length) else None
     size = starts_at
     with part.open("ab" if starts_at else "wb") as out, _progress(part, starts_at, total) as bar:
-        while block := response.read(BLOCK):
+        while block := _in_time(response.read, BLOCK):
             size += len(block)
             if max(size, total or 0) > LARGEST:
                 part.unlink(missing_ok=True)
@@ -315,13 +353,10 @@ def _receive(response: Any, part: Path, have: int) -> None:
 
 
 def _progress(part: Path, done: int, total: int | None) -> Any:
-    from tqdm import tqdm  # here, so that download_hint works without packages
+    from minllama.cli.console import progress_bar  # here: download_hint works without packages
 
-    name = part.name.removesuffix(".part")
-    seconds = 0.2 if sys.stderr.isatty() else 60  # between two pictures of it: a log stays short
-    intervals = {"mininterval": seconds, "maxinterval": max(10, seconds)}
     units = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
-    return tqdm(desc=name, initial=done, total=total, dynamic_ncols=True, **intervals, **units)
+    return progress_bar(desc=part.name.removesuffix(".part"), initial=done, total=total, **units)
 
 
 def _size(path: Path) -> int:
@@ -338,7 +373,9 @@ def main(argv: Sequence[str] | None = None, *, say: Callable[[str], None] = prin
     )
     parser.add_argument("sets", nargs="+", choices=[*SETS, "all"], metavar="SET",
                         help=f"{', '.join(SETS)}, or all")  # fmt: skip
-    parser.add_argument("--output", type=Path, help="folder for all files (data/, and the root)")
+    parser.add_argument(
+        "--output", type=read_path, help="folder for all files (data/, and the root)"
+    )
     parser.add_argument("--base_url", "--base-url", help="a mirror, laid out like the repository")
     parser.add_argument("--overwrite", action="store_true", help="replace files that differ")
     args = parser.parse_args(argv)
@@ -352,12 +389,11 @@ def main(argv: Sequence[str] | None = None, *, say: Callable[[str], None] = prin
             checked = "verified" if file.sha256 else "of the shape expected; its SHA-256 is unknown"
             say(f"{folder / file.name}: {how}, {checked}")
     except DownloadError as error:
-        print(error, file=sys.stderr)
+        print_error("download.py", error)
         return 1
     except OSError as error:
-        print(
-            f"{error.filename or args.output or ROOT}: {error.strerror or error}", file=sys.stderr
-        )
+        where = error.filename or args.output or ROOT
+        print_error("download.py", f"{where}: {error.strerror or error}")
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues where it stopped", file=sys.stderr)
@@ -366,4 +402,5 @@ def main(argv: Sequence[str] | None = None, *, say: Callable[[str], None] = prin
 
 
 if __name__ == "__main__":
+    protect_output()
     sys.exit(main())

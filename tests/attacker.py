@@ -117,7 +117,7 @@ def judge(one: Attack, status: int | None) -> str | None:
     return None
 
 
-def carry_out(attacks: Iterator[Attack]) -> Tally:
+def run_task(attacks: Iterator[Attack]) -> Tally:
     """Carry out all attacks, several in a process and a few processes at a time; count what held.
 
     One that ends its process is one that did not hold; those behind it get another process.
@@ -268,7 +268,7 @@ def command_lines(folder: Path, count: int, seed: int = 0) -> Tally:
             words = [word.replace("\0", "") for word in words]
             yield Attack("random command line", copy_of(folder, number), program, words)
 
-    return carry_out(lines())
+    return run_task(lines())
 
 
 def copy_of(folder: Path, number: int) -> Path:
@@ -534,7 +534,7 @@ def hostile_files(folder: Path, count: int, seed: int = 0) -> Tally:
             program, words = makers[kind](target)
             yield Attack(f"hostile {kind}", target, program, words)
 
-    return carry_out(attacks())
+    return run_task(attacks())
 
 
 def hostile_pickle(state: dict, chance: random.Random) -> dict:

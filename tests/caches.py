@@ -15,7 +15,6 @@ def fake_cache(sizes: list[int]) -> TokenCache:
     cache.tokens = np.arange(sum(sizes), dtype=np.uint32)
     cache.document_starts = np.cumsum([0, *sizes])[:-1]
     cache.document_bytes = np.array(sizes) * 3
-    cache.token_byte_lengths = np.full(sum(sizes), 3)
     contents = [(start, size) for start, size in zip(cache.document_starts, sizes, strict=True)]
     digests = [hashlib.blake2b(repr(c).encode(), digest_size=16).digest() for c in contents]
     cache.fingerprints = np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2)

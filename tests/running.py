@@ -37,7 +37,7 @@ TIMED = {"elapsed", "tokens_per_second", "mfu", "memory"}
 
 def sample_text(model: Llama, tokenizer: Tokenizer, *prompt: str, **settings: Any) -> str:
     """The samples of a run; without the long one after it."""
-    return streaming.sample_text(model, tokenizer, *prompt, **settings) if prompt else "One day."
+    return streaming.sample_text(model, tokenizer, *prompt, **settings) if settings else "One day."
 
 
 class Done(NamedTuple):

@@ -316,7 +316,7 @@ def save_and_prune(folder: Path, step: int) -> None:
     save_pt(run.file("best-model.pt"), small_payload(step))
     save_pt(run.step_checkpoint(step), small_payload(step))
     checkpoints = Checkpoints(run, Ranks(), sharded=False, keep_last=2)
-    checkpoints.find_own("crash")
+    checkpoints.list_own("crash")
     checkpoints.prune()
 
 

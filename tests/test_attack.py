@@ -54,7 +54,7 @@ def test_what_the_attack_found(words, tmp_path):
     attacker.write_place(tmp_path / "place")
     line = ["--pretrained_model_path", "model.pt", *words.split(" ")]
     one = attacker.Attack("found", attacker.copy_of(tmp_path, 0), "run_llama.py", line)
-    tally = attacker.carry_out(iter([one]))
+    tally = attacker.run_task(iter([one]))
     assert_all_held(tally)
     assert tally.tried.total() == 1
 

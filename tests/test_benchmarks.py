@@ -30,6 +30,15 @@ def test_the_parts_of_gpu_run_on_a_cpu(part: str, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_waits_are_counted_in_the_loop_of_today(monkeypatch):
+    """It took a module's place that was gone, and only a GPU would have told."""
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    (line,) = gpu.waits(argparse.Namespace(device="cuda"))
+    assert line.endswith(str([0] * 8)) and modes == ["warn", "default"] * 8
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(monkeypatch):
     """And how to try it out; nothing is measured."""
     monkeypatch.setattr(sys, "argv", ["gpu.py"])

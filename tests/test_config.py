@@ -47,7 +47,8 @@ def test_the_flags_are_exactly_these():
         dtype save_dtype deterministic compile
         model_size dim n_layers n_heads n_kv_heads hidden_dim max_seq_len dropout
         tokenizer_model pretrained_model_path
-        pretrain_data val_data val_fraction document_per_line text_field sentences_only dedup
+        pretrain_data val_data val_fraction document_per_line document_separator
+        text_field sentences_only dedup
         document_mask         encoding encoding_errors cache_dir
         epochs max_steps gradient_accumulation_steps optimizer lr_scheduler warmup_steps min_lr
         weight_decay grad_clip activation_checkpointing checkpoint_interval keep_last on_nonfinite
@@ -56,7 +57,7 @@ def test_the_flags_are_exactly_these():
         sample_prompt sample_tokens world_size gpu
         train dev test label_names batch_size max_sentence_len dev_out test_out
         minutes schedule_steps val_tokens
-        lr hidden_dropout_prob pooling freeze_backbone lora_rank early_stopping
+        lr hidden_dropout_prob pooling skip_bad_lines freeze_backbone lora_rank early_stopping
         prompt_template label_norm shots pairs
         prompt prompt_file interactive weights max_new_tokens num_samples temperature top_k top_p
         min_p repetition_penalty stop
@@ -281,7 +282,7 @@ def test_flags_in_a_file_are_as_if_typed(tmp_path, monkeypatch):
     assert parse_options(["--config", "say.toml"]).prompt == ("--a", "b")
     # What a stopped run is continued with has the file in it, which began it anew.
     Path("new.toml").write_text('option = "pretrain"\noverwrite = true', encoding="utf-8")
-    assert parse_options(["--config", "new.toml"]).overwrite
+    assert parse_options(["--config", "new.toml", "--overwrite"]).overwrite
     assert not parse_options(["--config", "new.toml", "--resume", "auto"]).overwrite
     words = ["--prompt", "c", "--config", "say.toml"]
     assert parse_options(words).prompt == ("c",) and parse_options(words).stop == ("x",)
@@ -321,6 +322,59 @@ def test_a_bad_file_of_flags_names_file_and_key(text, words, tmp_path, monkeypat
         parse_options(["--config", "run.toml"])
     with pytest.raises(UsageError, match="--config none.toml: no such file"):
         parse_options(["--config", "none.toml"])
+
+
+@pytest.mark.parametrize(
+    ("text", "typed", "problem"),
+    [
+        ("overwrite = true", "", "overwrite removes an earlier run's files"),
+        ("dev_out = 'thesis.txt'", "", "dev_out = 'thesis.txt' is outside --save_dir checkpoints"),
+        ("test_out = 'r/../x'", "--save_dir r", "test_out = 'r/../x' is outside --save_dir r"),
+        ("generated_sentence_low_temp_out = '/x'", "", "outside"),
+        ("generated-sentence-high-temp-out = 'r/link/x'\nsave_dir = 'r'", "", "outside"),
+        ("dev_out = 'r/x'\nsave_dir = 'r'", "--save_dir s", "outside --save_dir s"),
+        ("overwrite = false", "", None),
+        ("overwrite = true", "--overwrite", None),
+        ("dev_out = 'thesis.txt'", "--dev_out y", None),
+        ("dev_out = 'r/x'\nsave_dir = 'r'", "", None),
+    ],
+)
+def test_a_file_of_flags_costs_nobody_files_of_his_own(text, typed, problem, tmp_path, monkeypatch):
+    """Somebody else's TOML removed an earlier run, and wrote predictions over any file."""
+    monkeypatch.chdir(tmp_path)
+    Path("run.toml").write_text(f"option = 'finetune'\n{text}", encoding="utf-8")
+    Path("r").mkdir()
+    if os.name != "nt":  # a link out of the folder is no way around
+        Path("r/link").symlink_to(tmp_path)
+    words = ["--config", "run.toml", *typed.split()]
+    if problem is None:
+        assert parse_options(words).option == "finetune"
+        return
+    with pytest.raises(UsageError) as error:
+        parse_options(words)
+    assert problem in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).startswith("--config run.toml: ") and "type --" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["utf-7", "UTF7", "unicode_escape", "raw_unicode_escape", "idna", "punycode", "undefined"],
+)
+def test_codecs_that_are_no_encodings_of_files_are_refused(name):
+    """Python has them beside the others: --encoding idna read a text, utf-7 changed its pluses."""
+    with pytest.raises(UsageError, match=f"--encoding {name}: no text encoding of that name"):
+        parse_options(["--encoding", name])
+    for sound in ("gb18030", "Big5", "utf-16", "latin-1", "cp1252", "shift_jis", "utf_8_sig"):
+        assert parse_options(["--encoding", sound]).encoding == sound
+
+
+def test_tensorboard_needs_a_name_that_is_text():
+    """Of a zip with GBK names the folder's was an encoding error before the first step."""
+    pytest.importorskip("tensorboard")
+    words = ["--option", "pretrain", "--tensorboard", "--save_dir"]
+    assert parse_options([*words, "测试"]).tensorboard
+    with pytest.raises(UsageError, match="--save_dir .* is no UTF-8, which TensorBoard needs"):
+        parse_options([*words, "\udcb2\udce2"])
 
 
 # ---------------------------------------------------------------------------- before torch
@@ -390,7 +444,7 @@ def test_a_flag_that_an_option_does_not_read_is_always_said(option):
     every = dataclasses.replace(Options(option=option), given=frozenset(FLAGS))
     notes = find_idle_flags(every)
     idle = [name for name, flag in FLAGS.items() if option not in flag.metadata["read_by"]]
-    idle += ["val_fraction"] if option == "finetune" else []  # which holds dialogues out
+    idle += ["skip_bad_lines", "val_fraction"] if option == "finetune" else []  # of dialogues
     assert [note.split()[1] for note in notes] == [f"--{name}" for name in idle]
     assert all(f"has no effect on --option {option}" in note for note in notes)
 

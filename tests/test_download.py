@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import socket
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -32,12 +34,22 @@ class Server:
         self.lies_about_range = 0  # so many times another range than asked for
         self.ranges: list[str | None] = []
         self.says_length = True
+        self.reason: str | None = None  # of an error's status line
+        self.drips: tuple[int, float] | None = None  # from this byte of the answer, seconds each
         self.base_url = ""
+        self.closing = threading.Event()
 
 
 @pytest.fixture
 def server(monkeypatch):
     state = Server()
+
+    def drip(out, data: bytes) -> None:
+        with contextlib.suppress(OSError):  # the other side gave up
+            for byte in data:
+                if state.closing.wait(state.drips[1]):
+                    return
+                out.write(bytes([byte]))
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -45,7 +57,7 @@ def server(monkeypatch):
             state.ranges.append(wanted)
             body = state.files.get(self.path)
             if state.errors or body is None:
-                self.send_error(state.errors.pop(0) if state.errors else 404)
+                self.send_error(state.errors.pop(0) if state.errors else 404, state.reason)
                 return
             start, status = 0, 200
             if wanted and state.heeds_range:
@@ -56,6 +68,9 @@ def server(monkeypatch):
                 if state.lies_about_range:
                     state.lies_about_range -= 1
                     start = 0
+            if state.drips is not None and state.drips[0] == 0:
+                drip(self.wfile, b"HTTP/1.1 200 OK\r\nX-Header: " + b"x" * 10_000)
+                return
             self.send_response(status)
             length = str(len(body) - start) if state.says_length else "unknown"
             self.send_header("Content-Length", length)
@@ -63,6 +78,10 @@ def server(monkeypatch):
                 self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
             self.end_headers()
             end = start + state.cut_after.pop(0) if state.cut_after else len(body)
+            if state.drips is not None and state.drips[0] > 0:
+                self.wfile.write(body[start : start + state.drips[0]])
+                drip(self.wfile, body[start + state.drips[0] : end])
+                return
             self.wfile.write(body[start:end])
 
         def log_message(self, *args: object) -> None:
@@ -75,6 +94,7 @@ def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(download, "PAUSE", 0.001)
     yield state
+    state.closing.set()
     httpd.shutdown()
     thread.join()
     httpd.server_close()
@@ -188,6 +208,56 @@ def test_gives_up_after_attempts_without_progress_and_keeps_the_part(server, tmp
         fetch(server, tmp_path)
     assert (tmp_path / "sample.txt.part").read_bytes() == BODY[:1000]
     assert not (tmp_path / "sample.txt").exists()
+
+
+@pytest.mark.parametrize("first", [0, 1000])
+def test_a_server_that_drips_is_given_up(server, tmp_path, monkeypatch, first):
+    """A byte now and then, of its headers or the file, held the program for ever.
+
+    A socket's time limit begins again with each of them.
+    """
+    monkeypatch.setattr(download, "TIMEOUT", 0.2)
+    server.drips = (first, 0.05)
+    began = time.monotonic()
+    with pytest.raises(download.DownloadError, match=r"slower than 65,536 bytes in 0.2 s .*again"):
+        fetch(server, tmp_path)
+    assert time.monotonic() - began < 10 and len(server.ranges) == download.ATTEMPTS
+
+
+def test_what_comes_in_blocks_arrives_though_each_connection_ends_in_a_drip(
+    server, tmp_path, monkeypatch
+):
+    """A block is progress: 256,000 bytes are three and a rest, which comes whole."""
+    monkeypatch.setattr(download, "TIMEOUT", 0.5)
+    server.drips = (70_000, 0.05)
+    assert fetch(server, tmp_path)
+    assert_whole(tmp_path)
+    assert len(server.ranges) == 4
+
+
+def test_a_byte_a_connection_is_no_progress(server, tmp_path):
+    """Each byte began the count of attempts anew: 42M of them take a year of pauses."""
+    server.cut_after = [1] * len(BODY)
+    with pytest.raises(
+        download.DownloadError, match=r"ended after 5 of 256,000 bytes \(5 attempts"
+    ):
+        fetch(server, tmp_path)
+    assert len(server.ranges) == download.ATTEMPTS
+    assert (tmp_path / "sample.txt.part").read_bytes() == BODY[: download.ATTEMPTS]
+
+
+def test_a_servers_words_are_shown_and_not_obeyed(server, tmp_path):
+    """They cleared the screen and set the terminal's title."""
+    server.errors, server.reason = [404], "\x1b[2J\x1b]0;owned\x07\x1b[A\rverified" + "x" * 9000
+    words = ["sst", "--output", str(tmp_path), "--base_url", server.base_url]
+    done = subprocess.run(
+        [sys.executable, ROOT / "data" / "download.py", *words], capture_output=True
+    )
+    assert done.returncode == 1 and done.stdout == b""
+    assert done.stderr.startswith(b"download.py: error: http://127.0.0.1:")
+    assert b"HTTP 404 \\x1b[2J\\x1b]0;owned\\x07\\x1b[A" in done.stderr
+    line = done.stderr.rstrip(b"\r\n")
+    assert len(line) < 600 and not [byte for byte in line if byte < 32]
 
 
 def test_existing_wrong_file_is_kept_unless_told(server, tmp_path):

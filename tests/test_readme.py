@@ -1,4 +1,4 @@
-"""The README's commands, run as they stand: in order, in one folder, shortened by flags."""
+"""The commands of the README and of CONTRIBUTING, run as they stand, shortened by flags."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import random
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from torch.distributed.run import get_args_parser
 
 import check_model_precision
+import minllama
 import run_llama
 import tokenizer
 from config import parse_options
@@ -66,9 +68,12 @@ def folder(tmp_path_factory) -> Path:
 def start(line: str) -> int:
     """Run one line, in this process; returns its exit status.
 
-    torchrun's own flags are only parsed: test_distributed.py starts it.
+    torchrun's own flags are only parsed: test_distributed.py starts it. Tests are only collected.
     """
     program, script, *words = shlex.split(line)
+    if script == "-m":
+        arguments = [sys.executable, "-m", *words, "--collect-only", "-q", "-p", "no:cacheprovider"]
+        return subprocess.run(arguments, cwd=ROOT, stdout=subprocess.DEVNULL).returncode
     if program == "torchrun":
         before, after = line.removeprefix("torchrun ").split("run_llama.py")
         parsed = get_args_parser().parse_args([*before.split(), "run_llama.py", *after.split()])
@@ -94,8 +99,8 @@ def test_every_command_runs(folder, monkeypatch):
 
     monkeypatch.chdir(folder)
     monkeypatch.setattr("builtins.input", say_nothing)
-    for room in (corpus, splits):
-        monkeypatch.setattr(room, "DATA_DIR", folder / "data")
+    for module in (corpus, splits):
+        monkeypatch.setattr(module, "DATA_DIR", folder / "data")
     monkeypatch.setattr(loop, "peak_flops", lambda *_: 1e9)  # half a second of each run
     monkeypatch.setattr(sys, "argv", ["run_llama.py"])
     torch.manual_seed(0)
@@ -103,6 +108,39 @@ def test_every_command_runs(folder, monkeypatch):
     assert len(lines) > 25
     for line in lines:
         assert start(line) == 0, line
+
+
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+
+
+def test_every_command_for_contributors_runs(folder, monkeypatch):
+    """A test that was renamed must not leave a command behind that finds none."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(corpus, "DATA_DIR", folder / "data")
+    monkeypatch.setattr(loop, "peak_flops", lambda *_: 1e9)
+    # All of tests/ is what this runs in.
+    lines = [line for line in commands(CONTRIBUTING) if line != "python -m pytest"]
+    assert len(lines) == 5
+    for line in lines:
+        assert start(line) == 0, line
+
+
+def test_what_the_guide_for_contributors_names_is_there():
+    """Files, tests and names of the code move, and a recipe for those of last year misleads."""
+    text = CONTRIBUTING.read_text(encoding="utf-8")
+    picture = re.findall(r"^ │ (\w+) ", text, flags=re.M)
+    assert picture == re.findall(r"^ {4}(\w+) ", minllama.__doc__, flags=re.M)[::-1]
+    named = re.findall(r"`([\w./]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    files = [name for name in named if "/" in name or name.endswith((".py", ".md"))]
+    missing = [name for name in files if not (ROOT / name).exists()]
+    assert len(files) > 40 and set(missing) == {"__init__.py", "tests/formats/test_NAME.py"}
+    code = "\n".join(
+        path.read_text(encoding="utf-8")
+        for path in (*ROOT.glob("*.py"), *ROOT.glob("minllama/**/*.*"), *ROOT.glob("tests/**/*.py"))
+        if path.suffix in (".py", ".html")
+    )
+    names = {part for name in named if name not in files for part in name.split(".")}
+    assert names and not [name for name in names - {"json", "NAME"} if name not in code]
 
 
 def test_the_cluster_figures_are_those_that_the_commands_print(capsys, monkeypatch, tmp_path):

@@ -511,6 +511,14 @@ def test_interrupted_generation_leaves_the_files_as_they_were(model):
     assert Path("generated-sentence-temp-0.txt").read_text(encoding="utf-8") == "whole"
 
 
+def test_the_two_texts_need_a_file_each(model):
+    """The one at temperature 1 overwrote the other."""
+    flags = "--generated_sentence_low_temp_out a.txt --generated_sentence_high_temp_out ./a.txt"
+    done = command(f"--option generate --pretrained_model_path {model} {flags}")
+    assert done.status == 2 and "a.txt: is --generated_sentence_low_temp_out, too" in done.error
+    assert not Path("a.txt").exists()
+
+
 def test_prompts_from_a_file_are_those_typed(model):
     """A line each, blank ones left out; the default files are not written then."""
     Path("prompts.txt").write_text("One day\n\nThe fox\n", encoding="utf-8")
@@ -519,6 +527,12 @@ def test_prompts_from_a_file_are_those_typed(model):
     from_file = command([*base, "--prompt_file", "prompts.txt"])
     assert typed.status == from_file.status == 0 and typed.out == from_file.out
     assert "--- 2 of 2\nThe fox" in typed.out and not list(Path.cwd().glob("generated-*"))
+    # Of a folder or a glob the first file was read, and no other.
+    for number, text in enumerate(["One day", "The fox"]):
+        Path("many").mkdir(exist_ok=True)
+        Path(f"many/{number}.txt").write_text(text, encoding="utf-8")
+    for name in ("many", "many/*.txt"):
+        assert command([*base, "--prompt_file", name]).out == typed.out
     Path("prompts.txt").write_text("\n", encoding="utf-8")
     done = command([*base, "--prompt_file", "prompts.txt"])
     assert done.status == 2 and "prompts.txt: is empty" in done.error
@@ -635,9 +649,56 @@ def test_main_takes_options_as_they_are(capsys):
     assert sample.split() and records()[0]["mfu"] > 0
 
 
+@pytest.mark.parametrize("per_line", [False, True])
+def test_the_last_sample_continues_the_opening_of_a_long_text(per_line, capsys, monkeypatch):
+    """A model of one document has seen one beginning: of BOS alone its sample was noise, where any
+    prompt gave sentences."""
+    prompts = []
+    monkeypatch.setattr(
+        pretraining, "sample_text", lambda m, t, prompt, **_: prompts.append(prompt)
+    )
+    Path("long.txt").write_text("One day a fox met a bear in the forest.\n" * 150, encoding="utf-8")
+    words = [*SMALL, "--max_steps", "1", "--sample_tokens", "0", "--val_fraction", "0"]
+    words += ["--document_per_line"] * per_line
+    words = ["--option", "pretrain", "--pretrain_data", "long.txt", *words]
+    assert run_llama.main(parse_options(words)) == 0
+    assert prompts == (["" if per_line else "One day a fox"])
+
+
 @pytest.mark.usefixtures("empty_folder")
 def test_int8_is_refused_where_it_is_slower(monkeypatch):
     """On a GPU its weights would be cast at every token; before a model is read."""
     monkeypatch.setattr(run_llama, "choose_device", lambda use_gpu: (torch.device("cuda"), "a GPU"))
     done = command("--option generate --prompt One --weights int8 --use_gpu")
     assert done.status == 2 and "--use_gpu give --weights bfloat16" in done.error
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are text")
+def test_names_that_are_not_utf8_are_as_good_as_others(tmp_path):
+    """Chinese names from a zip are GBK: shown as `????`, in commands to be pasted and the report,
+    too, and an encoding error at a run's end.
+    """
+    name = b"\xb2\xe2\xca\xd4"
+    text, folder, script = name + b".jsonl", name + b"-run", bytes(ROOT / "run_llama.py")
+    (tmp_path / "text.jsonl").rename(os.fsdecode(text))
+    words = [sys.executable, script, b"--option", b"pretrain", b"--pretrain_data", text]
+    words += [*(word.encode() for word in SMALL), b"--save_dir", folder, b"--max_steps"]
+
+    def run(*more: bytes) -> str:
+        done = subprocess.run([*words, *more], cwd=tmp_path, capture_output=True)
+        assert done.returncode == 0 and b"rror" not in done.stderr, done.stderr
+        assert b"from \\xb2\\xe2\\xca\\xd4.jsonl\n" in done.stdout
+        return done.stdout.decode()
+
+    first, resumed = run(b"2"), run(b"3", b"--resume")
+    assert "stopped" not in first and "made after step 2" in resumed
+    page = (tmp_path / os.fsdecode(folder) / "report.html").read_text(encoding="utf-8")
+    assert "<title>\\xb2\\xe2\\xca\\xd4-run</title>" in page and "udcb2" not in page
+    record = json.loads((tmp_path / os.fsdecode(folder) / "run.json").read_text(encoding="utf-8"))
+    assert os.fsencode(record["starts"][0]["options"]["save_dir"]) == folder
+    # The command that is printed names the model by its bytes.
+    pasted = next(line for line in resumed.splitlines() if "--option generate" in line)
+    assert r"--pretrained_model_path $'\262\342\312\324-run/final-model.pt'" in pasted
+    pasted = pasted.replace("python", sys.executable, 1) + " --max_new_tokens 2"
+    done = subprocess.run(["bash", "-c", pasted], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0 and done.stdout

@@ -25,7 +25,7 @@ from minllama.system import signals
 from minllama.system.errors import UsageError
 from minllama.text.labelled import read_labelled
 from minllama.text.reading import Reading, read_documents
-from minllama.training import session
+from minllama.training import setup
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_a_disk_that_is_really_full(tmp_path):
         write_text_file(tmp_path)
         words = ["--save_dir", "run", "--max_steps", "12", "--keep_last", "0"]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(session, "free_disk", lambda folder: 10**9)  # it filled up later
+            patch.setattr(setup, "free_disk", lambda folder: 10**9)  # it filled up later
             status, said = run_here(tmp_path, *words)
         assert status == 1 and "No space left" in said and "warning: checkpoint" in said
         assert said.splitlines()[-1].count("error:") == 1
@@ -217,7 +217,7 @@ def test_any_file_is_read_or_refused(tmp_path, content, suffix, lines):
     path.write_bytes(content)
     for read in (
         lambda: list(read_documents(path, Reading(document_per_line=lines))),
-        lambda: read_labelled(path, n_labels=2),
+        lambda: read_labelled(path, labels=["0", "1"]),
     ):
         try:
             read()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from vocabularies import vocabulary
 from minllama.system.errors import UsageError
 from minllama.text.labelled import UNLABELLED
 from minllama.text.stream import TokenStream, split_documents
+from tokenizer import Tokenizer
 from utils import (
     IGNORE_INDEX,
     LlamaDataset,
@@ -62,14 +64,13 @@ def test_targets_are_counted_without_reading(
     with holes, which ends within a document, and whose first tokens belong to an earlier one."""
     cache, bos = fake_cache(sizes), sum(sizes)
     cache.tokens[cache.document_starts] = bos
-    cache.token_byte_lengths = np.full(bos + 1, 3)
     stream, _ = split_documents(cache, held_out, seed, chunk_length=length)
     cuts = [(0, min(cut, len(stream)))], [(1, len(stream))]
     for part in (stream, *map(stream.select, cuts)):
         if len(part) < 2:
             continue
-        for bos_id in (bos, None):
-            dataset = PretrainDataset(part, length, bos_id=bos_id)
+        for tokenizer in (SimpleNamespace(bos_id=bos), None):
+            dataset = PretrainDataset(part, length, tokenizer=tokenizer)
             chosen = epoch_order(len(dataset), seed, 0)[: 1 + seed]
             counted = int((dataset.batch(chosen)[1] != IGNORE_INDEX).sum())
             assert part.document_starts is not None
@@ -77,6 +78,44 @@ def test_targets_are_counted_without_reading(
             part.document_starts, known = None, part.document_starts
             assert dataset.count_targets(chosen) == counted
             part.document_starts = known
+
+
+@pytest.mark.parametrize("name", ["embedded", "no-dummy-prefix"])
+@pytest.mark.parametrize("cut", [7, 20, 33, None])
+def test_bytes_are_those_that_the_targets_spell(name: str, cut: int | None) -> None:
+    """Of a stream that was cut they counted the space put before each document, and of one that
+    begins within a document its first token, which is none to predict: bits per byte were too low,
+    by a tenth where documents are short."""
+    tokenizer, texts = vocabulary(name), ["It ran.", " naïve 你好", "One day\na fox", "x"] * 3
+    documents = [tokenizer.encode(text, bos=True, eos=True) for text in texts]
+    ids = sum(documents, [])[:cut]
+    stream = TokenStream(np.array(ids), np.array([0]), np.array([len(ids)]))
+    dataset = PretrainDataset(stream, 5, tokenizer=tokenizer)
+    spelt = 0
+    for text, document in zip(texts, documents, strict=True):
+        if len(document) <= len(ids):
+            spelt += len(text.encode())
+        else:  # the part of it that the cut has left
+            spelt += spelt_bytes(tokenizer, ids)
+        ids = ids[len(document) :]
+    assert dataset.utf8_bytes == spelt
+    later = stream.select([(3, len(stream))])  # begins within the first document
+    opening = spelt_bytes(tokenizer, documents[0][:4])
+    assert PretrainDataset(later, 5, tokenizer=tokenizer).utf8_bytes == spelt - opening
+    assert PretrainDataset(stream, 5).utf8_bytes is None
+
+
+def spelt_bytes(tokenizer: Tokenizer, ids: list[int]) -> int:
+    """Bytes of the beginning of a document, byte tokens taken one by one."""
+    spelt = b""
+    for i in ids:
+        piece = tokenizer.sp_model.id_to_piece(i)
+        if tokenizer.sp_model.is_byte(i):
+            spelt += bytes([int(piece[1:-1], 16)])
+        elif i not in (tokenizer.bos_id, tokenizer.eos_id):
+            spelt += piece.replace("▁", " ").encode()
+    dummy = tokenizer.sp_model.normalize("x") != "x"
+    return len(spelt) - (dummy and len(spelt) > 0)
 
 
 def test_a_batch_is_padded_to_its_longest_only() -> None:
@@ -194,7 +233,7 @@ def test_labelled_batches(tmp_path: Path) -> None:
     """Order kept, lengths told, padded with 0, cut where asked."""
     path, tokenizer = tmp_path / "a.txt", vocabulary("ours")
     path.write_text("1 ||| two dogs\n\n0 ||| sat ||| the mat .\n-1 ||| it\n", encoding="utf-8")
-    dataset = LlamaDataset(path, tokenizer, n_labels=2)
+    dataset = LlamaDataset(path, tokenizer, labels=["0", "1"])
     assert len(dataset) == 3 and dataset.cut == 0
     assert dataset.examples[1].sentence == "sat ||| the mat ."
     batch = dataset.collate([2, 0])

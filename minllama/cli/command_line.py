@@ -23,8 +23,11 @@ from typing import Any, Literal, NoReturn, TextIO, TypeVar
 from minllama.system.errors import UsageError
 
 Parsed = TypeVar("Parsed")
-# All control characters but line ends, tabs, and the escape by which tqdm moves up a line.
-CONTROL = re.compile(r"\x1b(?!\[A)|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
+# All control characters but line ends and tabs, and what stands for bytes that are no text.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+UNTYPABLE = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # surrogates that stand for no byte
+LONGEST, LAST = 2000, 500  # characters of an error's line, of which the last hold the remedy
+PATH_BYTES, NAME_CHARS = 4096, 255  # of a path and of each name in it: the highest limits known
 BOUNDS = {"at_least": ge, "above": gt, "at_most": le, "below": lt}
 
 
@@ -32,8 +35,11 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse that raises UsageError, without its usage, and accepts `-` for `_` in flags."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        words = sys.argv[1:] if args is None else args
-        return super().parse_known_args([with_underscores(word) for word in words], namespace)
+        words = [with_underscores(word) for word in (sys.argv[1:] if args is None else args)]
+        for word in words:  # up to Python 3.12 argparse makes an empty list of this value
+            if re.fullmatch(r"--\w+=--", word):
+                self.error(f"{word}: -- is no value; a path of that name is ./--")
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message.removeprefix("argument "))
@@ -65,6 +71,26 @@ def number_reader(kind: type, **bounds: float) -> Callable[[str], Any]:
 
     return read
 
+
+def read_words(text: str) -> str:
+    """A `type` for argparse: text such as a command line can hold, and a path can be."""
+    if UNTYPABLE.search(text):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} holds a NUL or half a character")
+    return text
+
+
+def read_path(text: str) -> Path:
+    """A `type` for argparse: a path that a file system could have."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no path")
+    path = Path(read_words(text))
+    size = len(text.encode("utf-8", "surrogateescape"))
+    if size > PATH_BYTES or max(map(len, path.parts), default=0) > NAME_CHARS:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}...: is too long for a path")
+    return path
+
+
+READ = {str: read_words, Path: read_path}
 
 # ---------------------------------------------------------------------------- a table of flags
 
@@ -113,15 +139,16 @@ def read_stored(field: dataclasses.Field, value: Any, *, where: str = "the check
     if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
         return value
     if typing.get_origin(kind) is tuple and isinstance(value, list):
-        if all(isinstance(item, str) for item in value):
+        if all(isinstance(item, str) and not UNTYPABLE.search(item) for item in value):
             return tuple(value)
     elif kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
         with contextlib.suppress(argparse.ArgumentTypeError):
             return number_reader(kind, **field.metadata["bounds"])(repr(value))
-    elif kind in (bool, str) and isinstance(value, kind):
+    elif kind is bool and isinstance(value, bool):
         return value
-    elif kind is Path and isinstance(value, str):
-        return Path(value)
+    elif kind in (str, Path) and isinstance(value, str):
+        with contextlib.suppress(argparse.ArgumentTypeError):
+            return READ[kind](value)
     raise UsageError(f"{where}'s --{field.name} is {str(value)[:80]!r}: it is damaged")
 
 
@@ -138,12 +165,12 @@ def add_flag(group: Any, field: dataclasses.Field, *, shown: bool = True) -> Non
     elif typing.get_origin(kind) is tuple:
         settings |= {"nargs": "+"} if metadata["many"] else {"action": "append"}
         # Without a default, to which argparse would append.
-        settings |= {"metavar": metadata["metavar"] or "PATH", "default": None}
+        settings |= {"metavar": metadata["metavar"] or "PATH", "default": None, "type": read_words}
     else:
         numeric = kind in (int, float)
         words = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
         settings["metavar"] = metadata["metavar"] or words[kind]
-        settings["type"] = number_reader(kind, **metadata["bounds"]) if numeric else kind
+        settings["type"] = number_reader(kind, **metadata["bounds"]) if numeric else READ[kind]
     if metadata["alone"]:
         settings |= {"nargs": "?", "const": metadata["alone"]}
     group.add_argument(f"--{field.name}", **settings)
@@ -168,10 +195,25 @@ def parse_or_exit(
         sys.exit(2)
 
 
-def protect_output() -> None:
-    """Let no failing print end the program: a closed pipe, a full disk under a log, no terminal.
+def printable(text: str) -> str:
+    """The text with control characters shown as escapes, for a terminal would obey them.
 
-    What cannot be written is dropped; characters that the terminal lacks show as `?`.
+    Names of files, labels, and models' text may hold some; a name's byte that is no UTF-8, which
+    Python reads as a surrogate, shows as `\\xb2`.
+    """
+    return CONTROL.sub(_escape, text)
+
+
+def _escape(match: re.Match[str]) -> str:
+    byte = _byte(match[0])
+    return ascii(match[0])[1:-1] if byte is None else f"\\x{byte:02x}"
+
+
+def protect_output() -> None:
+    """Let no print end the program, nor control the terminal that it goes to.
+
+    What cannot be written is dropped: a closed pipe, a full disk under a log, no terminal. All that
+    is printed is made `printable`; characters that the terminal lacks show as `?`.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -183,17 +225,23 @@ def protect_output() -> None:
 
 
 class _Droppable:
-    """A text stream whose failing writes are dropped."""
+    """A text stream whose failing writes are dropped; control characters are shown, not obeyed."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
+    def __init__(self, stream: TextIO, show: Callable[[str], str] = printable) -> None:
+        self.stream, self.show = stream, show
+
+    def __eq__(self, other: object) -> bool:  # as tqdm asks whether its bar is where one prints
+        return isinstance(other, _Droppable) and self.stream is other.stream
+
+    def __hash__(self) -> int:
+        return hash(self.stream)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write, or drop the text; control characters are shown, not obeyed."""
-        self._try(self.stream.write, printable(text))
+        """Write, or drop the text."""
+        self._try(self.stream.write, self.show(text))
         return len(text)
 
     def flush(self) -> None:
@@ -208,21 +256,41 @@ class _Droppable:
                 os.dup2(null.fileno(), self.stream.fileno())
 
 
+def for_drawing(stream: TextIO) -> TextIO:
+    """A protected stream as a progress bar needs it: its own control characters are obeyed."""
+    return _Droppable(stream.stream, str) if isinstance(stream, _Droppable) else stream
+
+
 def print_error(program: str, error: Exception | str) -> None:
     """Print each problem of the error on a line of its own, to stderr."""
     for line in str(error).split("\n"):
-        print(f"{program}: error: {printable(line)}", file=sys.stderr)
-
-
-def printable(text: str) -> str:
-    """The text with control characters shown as escapes, for a terminal would obey them.
-
-    Files' names and models' text may hold some.
-    """
-    return CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
+        line = printable(line)
+        if len(line) > LONGEST:  # it quotes something endless; the remedy stands last
+            line = f"{line[: LONGEST - LAST]} [{len(line) - LONGEST:,} more] {line[-LAST:]}"
+        print(f"{program}: error: {line}", file=sys.stderr)
 
 
 def quoted(*words: str | Path) -> str:
-    """A command as it can be pasted into this system's shell."""
+    """A command as it can be pasted into this system's shell, where it names the same files."""
     plain = [str(word) for word in words]
-    return subprocess.list2cmdline(plain) if os.name == "nt" else shlex.join(plain)
+    if os.name == "nt":  # where nothing stands for a line's end, which would end the command
+        return subprocess.list2cmdline([printable(" ".join(word.splitlines())) for word in plain])
+    return " ".join(shlex.quote(word) if word.isprintable() else _in_octal(word) for word in plain)
+
+
+def _in_octal(word: str) -> str:
+    """A word in which control characters and bytes are octal, as bash and zsh read it."""
+
+    def escape(character: str) -> str:
+        if character.isprintable():
+            return f"\\{character}" if character in "\\'" else character
+        byte = _byte(character)
+        data = character.encode("utf-8", "replace") if byte is None else bytes([byte])
+        return "".join(f"\\{value:03o}" for value in data)
+
+    return f"$'{''.join(map(escape, word))}'"
+
+
+def _byte(character: str) -> int | None:
+    """The byte of a name that is no UTF-8 for which a surrogate stands; None for other ones."""
+    return ord(character) - 0xDC00 if "\udc80" <= character <= "\udcff" else None

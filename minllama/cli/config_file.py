@@ -5,6 +5,7 @@ Knows a table of flags as dataclass fields and their types, and nothing of what 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import tomllib
 import typing
@@ -14,10 +15,12 @@ from typing import Any
 
 from minllama.cli.command_line import read_stored
 from minllama.system.errors import UsageError
-from minllama.system.files import read_whole
+from minllama.system.files import read_whole, real_path
 
 TOML_BYTES = 1 << 20
 Fields = Mapping[str, dataclasses.Field]
+# Outputs, which replace the file that is there.
+OUTPUTS = {"dev_out", "test_out"} | {f"generated_sentence_{n}_temp_out" for n in ("low", "high")}
 
 
 def toml_words(path: Path, fields: Fields, *, without: Collection[str]) -> list[str]:
@@ -45,6 +48,28 @@ def toml_words(path: Path, fields: Fields, *, without: Collection[str]) -> list[
             shown = "a table" if isinstance(value, dict) else repr(value)
             raise UsageError(f"--config {path}: {key} = {shown}: not a value of --{name}")
     return words
+
+
+def check_harmless(words: Collection[str], path: Path, options: argparse.Namespace) -> None:
+    """Raise UsageError where `words`, the flags in a file, would cost the user files of his own.
+
+    Such a file may be somebody else's. It may write into the run's folder alone, and not over an
+    earlier run, unless the flag is typed. `options` are all flags' values.
+    """
+    flags = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+    if "overwrite" in flags:
+        raise UsageError(
+            f"--config {path}: overwrite removes an earlier run's files: leave it out, and type "
+            "--overwrite"
+        )
+    folder = Path(real_path(options.save_dir))
+    for name in sorted(flags & OUTPUTS):
+        value = getattr(options, name)
+        if folder not in Path(real_path(value)).parents:
+            raise UsageError(
+                f"--config {path}: {name} = {str(value)!r} is outside --save_dir "
+                f"{options.save_dir}, where it may replace a file: type --{name}"
+            )
 
 
 def can_be_typed(value: Any, field: dataclasses.Field) -> bool:

@@ -15,6 +15,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from minllama.cli.command_line import for_drawing, printable
+
 REFRESH_SECONDS, LOG_SECONDS = 0.2, 60  # between updates of a bar: on a terminal, in a log
 NARROW = 48  # columns: a narrower bar has no room for words
 EVALUATED = ("val_loss", "val_perplexity", "bits_per_byte", "dev_accuracy", "dev_f1")
@@ -37,7 +39,7 @@ class LogLines:
 
 def progress_bar(iterable: Iterable | None = None, **settings: Any) -> tqdm:
     """A tqdm bar of the terminal's width; where stderr is no terminal, a line now and then."""
-    seconds, file = REFRESH_SECONDS, sys.stderr
+    seconds, file = REFRESH_SECONDS, for_drawing(sys.stderr)
     if not sys.stderr.isatty():
         seconds, file = LOG_SECONDS, LogLines(sys.stderr)
     # Its default maxinterval of 10 s would make tqdm update more often than mininterval says.
@@ -53,7 +55,8 @@ def training_bar(step: int, last_step: int) -> tqdm:
 
 def show_record(bar: tqdm, record: dict[str, Any]) -> None:
     """Show a step's figures on the training bar, and an evaluation's on a line of its own."""
-    loss, lr = record["loss"] or math.nan, f"{record['lr']:.1e}".replace("e-0", "e-")
+    loss = math.nan if record["loss"] is None else record["loss"]
+    lr = f"{record['lr']:.1e}".replace("e-0", "e-")
     rate = tqdm.format_sizeof(record["tokens_per_second"])
     text = f", loss {loss:.3f}, lr {lr}, {rate} tok/s"
     if not bar.disable and bar.ncols is not None and bar.ncols < NARROW:
@@ -75,6 +78,7 @@ def say(*lines: str) -> None:
     """Print status lines; on a terminal wrapped, and indented by the label that they begin with."""
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
     for line in lines:
+        line = printable(line).replace("\n", "\\n")  # in a file's name, or a label
         if columns > 0:
             label = re.match(r"\w* {2,}", line) if columns >= NARROW else None
             indent = " " * (label.end() if label else 2)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from minllama.system.encodings import check_encoding
 from minllama.system.errors import UsageError
+from minllama.system.files import is_text
 
 if TYPE_CHECKING:
     from config import Options
@@ -38,6 +39,8 @@ def find_problems(options: Options) -> Iterator[str]:
         yield f"--min_lr {options.min_lr:g} is above {name} {options.peak_lr():g}: give a lower one"
     if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
         yield "--tensorboard needs another package: pip install tensorboard"
+    if options.tensorboard and not is_text(options.save_dir):
+        yield f"--tensorboard: --save_dir {options.save_dir} is no UTF-8, which TensorBoard needs"
     for name in ("plan", "resume", "profile"):
         if name in options.given and not trains:
             yield f"--{name} is for --option pretrain and finetune, which train; leave it out"

@@ -11,6 +11,7 @@ from llama import Llama, model_payload
 from minllama.formats import pt_model
 from minllama.formats.model_file import format_named
 from minllama.system.errors import UsageError
+from minllama.system.files import is_text
 from tokenizer import Tokenizer
 
 
@@ -28,6 +29,8 @@ def export(
     `extra` is put into a .pt file beside the model. Raises UsageError for what the format cannot
     hold, where the disk takes no more, and if what was read back is not what was written.
     """
+    if target in ("gguf", "hf") and not is_text(output):  # safetensors, and Ollama's recipe
+        raise UsageError(f"--output {output}: --convert {target} needs a name that is UTF-8")
     try:
         if target == "pt":
             payload = model_payload(model, getattr(torch, dtype)) | extra

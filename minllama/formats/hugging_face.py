@@ -18,7 +18,13 @@ from config import LlamaConfig
 from minllama.formats.stored_model import Contents, StoredModel, as_stored, read_shape, translate
 from minllama.formats.vocabularies import check_same_ids, merges, require_plain_bpe
 from minllama.system.errors import UsageError
-from minllama.system.files import atomic_folder, check_regular, read_json_object, read_whole
+from minllama.system.files import (
+    atomic_folder,
+    check_regular,
+    is_text,
+    read_json_object,
+    read_whole,
+)
 from minllama.system.packages import import_optional
 from minllama.text.chat import ChatTemplate
 from tokenizer import MODEL_BYTES, Tokenizer
@@ -163,6 +169,8 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
         )
     if missing:
         raise UsageError(f"{folder}: no {missing} in this folder")
+    if not is_text(folder):
+        raise UsageError(f"{folder}: safetensors needs a name that is UTF-8: rename the folder")
     load_file = import_optional("safetensors.torch", f"{folder}: reading it").load_file
     tensors: dict[str, Tensor] = {}
     for name in names:

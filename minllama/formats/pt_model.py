@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from llama import Llama
 
 PACKAGE = BESIDE = None
-CLASSIFIER_KEYS = ("classifier_head", "label_names", "pooling")  # beside a fine-tuned model
+# Beside a fine-tuned model.
+CLASSIFIER_KEYS = ("classifier_head", "label_names", "label_texts", "pooling")
 ADAPTERS = ".lora_"  # in the names of a LoRA finetuning's own tensors
 WRAPPERS = ("_orig_mod.", "module.", "llama.", "model.")  # compiled, DDP, a classifier, Lightning
 ROTARY = ("freqs_cos", "freqs_sin", "freqs_cis", "rope.freqs", "rotary_emb.inv_freq")
@@ -165,6 +166,7 @@ class Classifier(NamedTuple):
     head: dict[str, Tensor]
     label_names: list[str]
     pooling: str
+    label_texts: list[str] | None = None  # how files write the labels, unless counted from 0
 
 
 def read_classifier(path: Path) -> Classifier | None:
@@ -182,7 +184,9 @@ def read_classifier(path: Path) -> Classifier | None:
     if head is None and names is None:
         return None
     args = payload.get("model_args")
-    named = isinstance(names, list) and names and all(map(is_text, names))
+    named = (
+        isinstance(names, list) and names and all(isinstance(n, str) and is_text(n) for n in names)
+    )
     if not (named and isinstance(head, dict) and isinstance(args, dict)):
         raise UsageError(f"{path}: its classifier is no head with a name for each label")
     shapes = {"weight": (len(names), args.get("dim")), "bias": (len(names),)}
@@ -195,4 +199,11 @@ def read_classifier(path: Path) -> Classifier | None:
     pooling = payload.get("pooling", "last")  # files of before there were two do not say
     if pooling not in ("last", "mean"):
         raise UsageError(f"{path}: its classifier's pooling is {pooling!r}, not last or mean")
-    return Classifier(head, names, pooling)
+    texts = payload.get("label_texts")
+    if texts is not None and not (
+        isinstance(texts, list)
+        and len(texts) == len({*map(str, texts)}) == len(names)
+        and all(isinstance(text, str) for text in texts)
+    ):
+        raise UsageError(f"{path}: its classifier has not a text for each label")
+    return Classifier(head, names, pooling, texts)

@@ -7,7 +7,7 @@ import json
 import signal
 from pathlib import Path
 
-from minllama.cli.command_line import number_reader
+from minllama.cli.command_line import number_reader, printable
 from minllama.inference.streaming import Continuation, Writer
 from minllama.system.files import write_text
 from minllama.system.signals import StopRequest
@@ -134,18 +134,20 @@ class Conversation:
         return HELP if name == "/help" else f"{name}: no such command; /help lists them"
 
     def _save(self, name: str) -> str:
+        if not name:
+            return "/save needs FILE"
         path = Path(name)
-        if not name or path.exists():
-            return (
-                f"/save {name}: is there already; name a new file" if name else "/save needs FILE"
-            )
         turns = [
             {"role": role, "content": text}
             for exchange in self.history
             for role, text in zip(("user", "assistant"), exchange, strict=True)
         ]
-        try:
+        try:  # a name may be too long even to be looked for
+            if path.exists():
+                return f"/save {name}: is there already; name a new file"
             write_text(path, json.dumps({"conversations": turns}, ensure_ascii=False) + "\n")
         except OSError as error:
             return f"/save {name}: {error.strerror or error}"
+        except ValueError as error:  # a NUL, or what is not UTF-8
+            return f"/save {printable(name)}: {error}; name another file"
         return f"(wrote {path})"

@@ -39,7 +39,7 @@ class TextScore:
 
     loss_sum: float  # in nats, over the tokens that it had to predict
     tokens: int
-    utf8_bytes: int  # of the text; 0: not known
+    utf8_bytes: int  # of the text that these tokens spell; 0: not known
 
     @property
     def loss(self) -> float:
@@ -74,16 +74,15 @@ def score_text(
     Raises UsageError for text that cannot be read, or none.
     """
     blocks = (block for path in files for block in read_documents(path, reading))
-    arrays, utf8_bytes = [], 0
+    arrays = []
     for part in itertools.chain.from_iterable(DocumentEncoder(tokenizer).encode(blocks)):
         arrays += [np.full(int(part.starts), tokenizer.bos_id), part.ids]
         arrays += [np.full(int(part.ends), tokenizer.eos_id)]
-        utf8_bytes += part.utf8_bytes
-    if not utf8_bytes:
+    if not arrays:
         raise UsageError(f"{files[0]}: empty, there is no text to score")
     tokens = np.concatenate(arrays, dtype=np.int32)
     stream = TokenStream(tokens, np.array([0]), np.array([len(tokens)]))
-    dataset = PretrainDataset(stream, model.config.max_seq_len, bos_id=tokenizer.bos_id)
+    dataset = PretrainDataset(stream, model.config.max_seq_len, tokenizer=tokenizer)
     batch_size = max(1, BATCH_TOKENS // model.config.max_seq_len)
     loss_sum, targets = 0.0, 0
     starts = range(0, len(dataset), batch_size)
@@ -91,7 +90,7 @@ def score_text(
         batch = dataset.batch(range(first, min(first + batch_size, len(dataset))))
         batch_loss, batch_targets = model.loss(*batch)
         loss_sum, targets = loss_sum + batch_loss.item(), targets + int(batch_targets)
-    return TextScore(loss_sum, targets, utf8_bytes)
+    return TextScore(loss_sum, targets, dataset.utf8_bytes)
 
 
 # ---------------------------------------------------------------------------- minimal pairs

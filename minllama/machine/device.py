@@ -7,6 +7,7 @@ import ctypes
 import os
 import platform
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,7 +113,9 @@ def available_memory(device: torch.device) -> int | None:
             text = Path("/proc/meminfo").read_text(encoding="utf-8")
             return int(re.search(r"MemAvailable:\s+(\d+)", text)[1]) * 1024
         if sys.platform == "darwin":
-            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            text = subprocess.check_output(["vm_stat"], text=True, encoding="utf-8")
+            pages = map(int, re.findall(r"Pages (?:free|inactive|speculative):\s+(\d+)", text))
+            return sum(pages) * int(re.search(r"page size of (\d+)", text)[1])
         # Windows' MEMORYSTATUSEX: its own size and the load, then seven sizes in bytes.
         status = (ctypes.c_uint64 * 8)()
         status[0] = ctypes.sizeof(status)

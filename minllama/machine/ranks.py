@@ -80,13 +80,19 @@ class Ranks:
                 f"WORLD_SIZE={world_size} is set without RANK, MASTER_ADDR and MASTER_PORT: start "
                 "several processes with torchrun, or unset it"
             )
+        if not {"LOCAL_RANK", "SLURM_LOCALID"} & os.environ.keys():  # all would take GPU 0
+            raise UsageError(
+                f"WORLD_SIZE={world_size} is set without LOCAL_RANK, a process's number on its "
+                "machine: start several processes with torchrun, or set it"
+            )
         return replace(
             alone,
             rank=number("RANK", 0),
             world_size=world_size,
-            local_rank=number("LOCAL_RANK", 0),
-            node=number("GROUP_RANK", 0),
-            nodes=number("GROUP_WORLD_SIZE", 1),
+            # Slurm has names of its own for what torchrun tells.
+            local_rank=number("LOCAL_RANK", number("SLURM_LOCALID", 0)),
+            node=number("GROUP_RANK", number("SLURM_NODEID", 0)),
+            nodes=number("GROUP_WORLD_SIZE", number("SLURM_NNODES", 1)),
         )
 
     @property
@@ -224,8 +230,9 @@ class Ranks:
     def on_all(self, work: Callable[[], T]) -> T:
         """Do something on every rank, however long; what one of them raises, all do.
 
-        Meanwhile a thread exchanges signs of life through `group`: `work` may use torch's default
-        group, but must not call `gather` or `on_main`.
+        One whose work fails raises at once: others may be waiting for it within theirs. Meanwhile a
+        thread exchanges signs of life through `group`: `work` may use torch's default group, but
+        must not call `gather` or `on_main`.
         """
         if self.world_size == 1:
             return work()
@@ -235,20 +242,20 @@ class Ranks:
         thread.shutdown(wait=False)  # an interrupted rank does not wait for the others
         value, own = attempt(work)
         own_error.set_result(own)
-        for error in errors.result():
-            if error is not None:
-                raise error
+        for state in errors.result():
+            if isinstance(state, Exception):
+                raise state
         return value
 
-    def _exchange_errors(self, own_error: Future[Exception | None]) -> list[Exception | None]:
-        """Each rank's error or None, by rank, once the work of all has ended.
+    def _exchange_errors(self, own_error: Future[Exception | None]) -> list[Any]:
+        """Each rank's error or None, by rank, once the work of all has ended, or of one failed.
 
         The exchange is repeated until then, so that work of any length keeps within the timeout of
         torch's collectives, while a rank that is killed or stopped does not.
         """
         states: list[Any] = [BUSY]
         try:
-            while BUSY in states:
+            while BUSY in states and not any(isinstance(state, Exception) for state in states):
                 wait([own_error], SIGN_OF_LIFE)
                 states = self.gather(own_error.result() if own_error.done() else BUSY)
         except RuntimeError:
@@ -340,9 +347,11 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 def is_lost_peer(error: Exception) -> bool:
     """Whether torch means that another process is gone or silent; gloo has no exception for it."""
-    # gloo's messages begin with its source file, but for the last one: after a timeout.
+    # gloo's messages begin with its source file, but for the last one: after a timeout. Another
+    # kind of error may hold such a word in a path or a name.
     words = ("gloo", "Connection closed by peer", "NCCL", "Timed out waiting", "pair closure")
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+    said = type(error) is RuntimeError and any(word in str(error) for word in words)
+    return isinstance(error, dist.DistError) or said
 
 
 def exit_at_once(status: int) -> NoReturn:

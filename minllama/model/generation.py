@@ -23,6 +23,7 @@ from minllama.system.errors import UsageError
 if TYPE_CHECKING:
     from llama import Llama
 
+NOT_NUMBERS = "the model's logits are not numbers: its training diverged"
 LOWEST_TEMPERATURE = 1e-6  # below it the likeliest token is as good as certain
 
 # ---------------------------------------------------------------------------- the cache
@@ -143,8 +144,10 @@ class Sampling:
 def penalize(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor:
     """Logits (V,) with those of the tokens in history made smaller (arXiv:1909.05858)."""
     seen = torch.tensor(sorted(set(history)), dtype=torch.long, device=logits.device)
-    scores = logits[seen]
-    return logits.index_copy(0, seen, torch.where(scores > 0, scores / penalty, scores * penalty))
+    scores, limits = logits[seen], torch.finfo(logits.dtype)
+    penalty = min(max(penalty, 1e-30), 1e30)  # and no infinities, whose difference is no number
+    scores = torch.where(scores > 0, scores / penalty, scores * penalty)
+    return logits.index_copy(0, seen, scores.clamp(limits.min, limits.max))
 
 
 def sample_rows(
@@ -168,7 +171,10 @@ def sample_rows(
         pairs = zip(logits, histories, strict=True)
         logits = torch.stack([penalize(row, history, penalty) for row, history in pairs])
     if sampling.temperature < LOWEST_TEMPERATURE:
-        return logits.argmax(-1).tolist()
+        largest, tokens = logits.max(-1)
+        if largest.isnan().any():  # the first NaN counts as the largest
+            raise UsageError(NOT_NUMBERS)
+        return tokens.tolist()
     # Apple's GPU has no float64, which keeps the sum of many small numbers exact.
     logits = logits.float() if logits.is_cuda else logits.float().cpu()
     # Less the largest before the division: a tiny temperature makes no infinity minus infinity.
@@ -182,7 +188,7 @@ def sample_rows(
         cumulated = probs.cumsum(-1, dtype=torch.float64)
         total = cumulated[:, -1:]
         if not (total > 0).all():
-            raise UsageError("the model's logits are not numbers: its training diverged")
+            raise UsageError(NOT_NUMBERS)
         draws = [torch.rand(1, generator=generators[row], dtype=torch.float64) for row in rows]
         places = torch.stack(draws).to(total.device) * total  # inverse of the cumulated sum
         drawn = torch.searchsorted(cumulated, places, right=True)
@@ -193,7 +199,8 @@ def sample_rows(
         likelier = torch.gt(probs, chosen, out=torch.empty_like(probs)).mul_(probs)
         again = chosen < least
         if sampling.top_p is not None:
-            again |= likelier.sum(-1, True, dtype=torch.float64) >= mass
+            above = likelier.sum(-1, True, dtype=torch.float64)
+            again |= (above >= mass) & (above > 0)  # a tiny top_p is a mass of 0
         left = again[:, 0].nonzero()[:, 0]
         probs, mass, least = likelier[left], mass[left], least[left]
         rows = [rows[i] for i in left.tolist()]

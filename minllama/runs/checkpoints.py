@@ -33,9 +33,9 @@ from minllama.system.files import remove
 if TYPE_CHECKING:
     from minllama.runs.run_folder import RunFolder
 
-RESUMABLE = ("model", "optimizer", "scaler", "rng", "progress", "identity")  # each a dict
+STATE_KEYS = ("model", "optimizer", "scaler", "rng", "progress", "identity")  # each a dict
 MOST_COUNT = 2**62  # of steps, tokens, seconds
-MAX_RETRY_WAIT = 64  # steps between two attempts
+MAX_RETRY_DELAY = 64  # steps between two attempts
 GRACE = 10.0  # seconds that a failing run waits for the shards of ranks that may be gone
 
 # ---------------------------------------------------------------------------- reading
@@ -64,7 +64,9 @@ def load_checkpoint(path: Path, *, verify: bool = True) -> dict[str, Any]:
         for name, digest in _listed_shards(path, payload).items()
     ]
     try:
-        return payload | {key: _lists(*(s[key] for s in shards)) for key in ("model", "optimizer")}
+        return payload | {
+            key: _collect_shards(*(s[key] for s in shards)) for key in ("model", "optimizer")
+        }
     except (KeyError, TypeError, AttributeError):
         raise UsageError(f"{path}: its shards do not belong together") from None
 
@@ -137,8 +139,8 @@ def remove_checkpoint(path: Path) -> None:
 def _load_plain(path: Path, *, verify: bool) -> dict[str, Any]:
     """The content of `state_file(path)`; raises UsageError where that is no state of a run."""
     payload = load_pt(state_file(path), verify=verify)
-    missing = sorted(set(RESUMABLE) - payload.keys())
-    if missing or not all(isinstance(payload[name], dict) for name in RESUMABLE):
+    missing = sorted(set(STATE_KEYS) - payload.keys())
+    if missing or not all(isinstance(payload[name], dict) for name in STATE_KEYS):
         raise UsageError(
             f"{path} is a weights file and holds no state to resume "
             f"({', '.join(missing) or 'other types'}): name a -epoch-N.pt or -step-N.pt file"
@@ -157,13 +159,13 @@ def _listed_shards(folder: Path, payload: dict[str, Any]) -> dict[str, str]:
     return shards
 
 
-def _lists(*nodes: Any) -> Any:
+def _collect_shards(*nodes: Any) -> Any:
     """Nested dicts of the ranks as one, with a list of shards for each tensor."""
     first = nodes[0]
     if torch.is_tensor(first):
         return list(nodes)
     if isinstance(first, dict):
-        return {key: _lists(*(node[key] for node in nodes)) for key in first}
+        return {key: _collect_shards(*(node[key] for node in nodes)) for key in first}
     return first
 
 
@@ -174,16 +176,16 @@ def _lists(*nodes: Any) -> Any:
 class Retry:
     """A write that failed and is to be tried again."""
 
-    write: Callable[[], None]
+    write: Callable[[], None] | None  # None: of a checkpoint whose tensors have changed since
     due: int  # the step after which to try
-    wait: int  # steps that were waited
+    delay: int  # steps until then
 
 
 class Checkpoints:
     """Writes the files of a run; every rank must call every method but save_file, in one order.
 
-    A state is handed to `save` as it is at that moment. With `sharded`, each rank's has its own
-    shards, which a thread writes while the training goes on: each rank its file, then rank 0
+    A state is handed to `save` as it is at that moment. With `sharded`, each rank passes its own
+    shards, and a thread writes them while the training continues: each rank its file, then rank 0
     `state.pt`, without which the folder is no checkpoint.
     """
 
@@ -192,30 +194,28 @@ class Checkpoints:
         self.sharded, self.keep_last = sharded, keep_last
         self.step = 0
         self.kept: list[Path] = []  # this run's step checkpoints on the disk, oldest first
-        self.waiting: dict[str, Retry] = {}
+        self.retries: dict[str, Retry] = {}
         self.thread = ThreadPoolExecutor(1)
-        self.pending: Future[None] | None = None  # the sharded checkpoint being written
-        self.begin_again: Callable[[], None] | None = None  # that one, from its copied shards
+        self.writing: Future[None] | None = None  # the sharded checkpoint on its way
+        self.rewrite: Callable[[], None] | None = None  # that one, from its copied shards
+
+    # ------------------------------------------------------------------------ what is written
 
     def save(self, state: dict[str, Any], path: Path | None = None) -> None:
         """Write a resumable checkpoint, by default named after its step, and prune older ones."""
-        self.wait()
+        self.join()
         path = path or self.folder.step_checkpoint(state["progress"]["step"])
-        if not self.sharded:
-            self._try("checkpoint", functools.partial(self._write, path, state))
-            return
-        # Copies on the CPU, for the training changes these tensors while they are written.
-        shards = copy.deepcopy({key: state.pop(key) for key in ("model", "optimizer")})
-        self._begin_shards(path.with_name(f"{path.stem}-sharded"), shards, state)
-
-    def find_own(self, run_id: str) -> None:
-        """See which step checkpoints this run has: at its start, and after a rollback."""
-        if self.ranks.is_main:
-            self.kept = self.folder.step_checkpoints(run_id)
+        write = functools.partial(self._write, path, state)
+        if self.sharded:
+            # Copies on the CPU, for the training changes these tensors while they are written.
+            shards = copy.deepcopy({key: state.pop(key) for key in ("model", "optimizer")})
+            folder = path.with_name(f"{path.stem}-sharded")
+            write = functools.partial(self._begin_shards, folder, shards, state)
+        self._try("checkpoint", write)
 
     def is_due_again(self) -> bool:
         """Whether a checkpoint that failed is to be saved again, as the run is now."""
-        retry = self.waiting.get("checkpoint")
+        retry = self.retries.get("checkpoint")
         return retry is not None and self.step >= retry.due
 
     def save_weights(self, name: str, payload: dict[str, Any]) -> None:
@@ -226,8 +226,8 @@ class Checkpoints:
             self.ranks.on_main(lambda: save_pt(path, payload))
 
         self._try(path.name, functools.partial(write, payload))
-        if path.name in self.waiting:  # the payload may be the model's own memory
-            self.waiting[path.name].write = functools.partial(write, copy.deepcopy(payload))
+        if path.name in self.retries:  # the payload may be the model's own memory
+            self.retries[path.name].write = functools.partial(write, copy.deepcopy(payload))
 
     def save_file(self, path: Path, write: Callable[[], None]) -> None:
         """Write another file on rank 0, which alone may call this."""
@@ -236,102 +236,88 @@ class Checkpoints:
 
     def drop(self, name: str) -> None:
         """Do not try again to write a file, which is of steps that were given up."""
-        self.waiting.pop(name, None)
+        self.retries.pop(name, None)
 
-    def next_step(self, step: int) -> None:
-        """After each step: try again what is due, but for checkpoints (see `is_due_again`)."""
+    # ------------------------------------------------------------------------ when
+
+    def after_step(self, step: int) -> None:
+        """Try again what is due, but for checkpoints: those are saved anew (see `is_due_again`)."""
         self.step = step
-        for name, retry in list(self.waiting.items()):
-            if step >= retry.due and name != "checkpoint":
+        for name, retry in list(self.retries.items()):
+            if name == "checkpoint":
+                retry.write = None  # of another step, it must not be written, nor held in memory
+            elif step >= retry.due:
                 self._try(name, retry.write)
+
+    def join(self) -> None:
+        """Wait for the sharded checkpoint that is being written, if any."""
+        if self.writing is not None:
+            retry_with, self.rewrite = self.rewrite, None
+            self._try("checkpoint", self._await_shards, retry_with=retry_with)
 
     def finish(self) -> None:
         """Wait for what is being written and try everything else a last time.
 
-        No step may have been made since the last `save`. Raises RunFailed, a line for each file
+        Since the last `save` no step may have been made. Raises RunFailed, a line for each file
         that was not written.
         """
-        self.wait()
+        self.join()
         problems = []
-        for name, retry in self.waiting.items():
+        for name, retry in self.retries.items():
             try:
                 retry.write()
                 self._await_shards()
             except OSError as error:
                 problems.append(f"{name} was not written ({error.strerror or error})")
-        self.waiting.clear()
+        self.retries.clear()
         if problems:
             problems[-1] += "; make room, then the same command with --resume auto ends the run"
             raise RunFailed("\n".join(problems))
-
-    def wait(self) -> None:
-        """Wait for the sharded checkpoint that is being written, if any."""
-        if self.pending is not None:
-            self._try("checkpoint", self._await_shards, again=self.begin_again)
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
         """After an error: let a sharded checkpoint that every rank has written be one."""
-        if error is not None and self.pending is not None:
+        if error is not None and self.writing is not None:
             with contextlib.suppress(Exception):  # the error that ends the run is the one to say
-                self.pending.result(GRACE)
+                self.writing.result(GRACE)
 
     def _try(
-        self, name: str, write: Callable[[], None], *, again: Callable[[], None] | None = None
+        self, name: str, write: Callable[[], None], *, retry_with: Callable[[], None] | None = None
     ) -> None:
-        """Write a file, or arrange to try again, with `again` where that is not `write`."""
+        """Write a file, or arrange to try again, with `retry_with` where that is not `write`."""
         try:
             write()
-            self.waiting.pop(name, None)
+            self.retries.pop(name, None)
         except OSError as error:
-            before = self.waiting.get(name)
-            is_retry = before is not None and self.step >= before.due
-            wait = min(2 * before.wait, MAX_RETRY_WAIT) if is_retry else 1
+            failed = self.retries.get(name)
+            is_retry = failed is not None and self.step >= failed.due
+            delay = min(2 * failed.delay, MAX_RETRY_DELAY) if is_retry else 1
             tqdm.write(
                 f"warning: {name} was not written ({error}); the run continues and tries again in "
-                f"{wait} step{'s' * (wait > 1)}"
+                f"{delay} step{'s' * (delay > 1)}"
             )
-            self.waiting[name] = Retry(again or write, self.step + wait, wait)
+            self.retries[name] = Retry(retry_with or write, self.step + delay, delay)
+
+    # ------------------------------------------------------------------------ how
 
     def _write(self, path: Path, state: dict[str, Any]) -> None:
         """Write a checkpoint in one file. Raises OSError on all ranks."""
         self.ranks.on_main(lambda: save_pt(path, state))
         self._note_written(path, state)
 
-    def _note_written(self, path: Path, state: dict[str, Any]) -> None:
-        """Prune, but not while updates are skipped: the last good checkpoint may be the oldest."""
-        if self.ranks.is_main:
-            if self.folder.is_step_checkpoint(path):
-                self.kept = [other for other in self.kept if other != path] + [path]
-            if not state["progress"]["skipped"]:
-                self.prune()
-
-    def prune(self) -> None:
-        """Delete all but the newest `keep_last` step checkpoints of this run; 0 keeps all.
-
-        Best effort: what cannot be deleted stays.
-        """
-        if self.keep_last:
-            old, self.kept = self.kept[: -self.keep_last], self.kept[-self.keep_last :]
-            for path in old:
-                with contextlib.suppress(OSError):
-                    remove_checkpoint(path)
-
-    # ------------------------------------------------------------------------ sharded checkpoints
-
     def _begin_shards(self, folder: Path, shards: dict[str, Any], state: dict[str, Any]) -> None:
-        """Begin to write a sharded checkpoint: this rank's shards, and the plain state."""
+        """Begin to write a sharded checkpoint. Raises OSError on all ranks."""
         self.ranks.on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
-        self.pending = self.thread.submit(self._write_shards, folder, shards, state)
-        self.begin_again = functools.partial(self._begin_shards, folder, shards, state)
+        self.writing = self.thread.submit(self._write_shards, folder, shards, state)
+        self.rewrite = functools.partial(self._begin_shards, folder, shards, state)
 
     def _await_shards(self) -> None:
         """Wait for the sharded checkpoint that was begun, if any. Raises OSError on all ranks."""
-        if self.pending is not None:
-            written, self.pending = self.pending, None
-            written.result()
+        if self.writing is not None:
+            writing, self.writing = self.writing, None
+            writing.result()
 
     def _write_shards(self, folder: Path, own: dict[str, Any], state: dict[str, Any]) -> None:
         """Write this rank's file; on rank 0 then the one that names all shards.
@@ -350,3 +336,29 @@ class Checkpoints:
         finally:  # where that failed, too: the disk may be full
             ranks.on_main(lambda: remove_unlisted_shards(folder))
         ranks.on_main(lambda: self._note_written(folder, state))
+
+    # ------------------------------------------------------------------------ what is kept
+
+    def list_own(self, run_id: str) -> None:
+        """Look which step checkpoints this run has: at its start, and after a rollback."""
+        kept = self.ranks.on_main(lambda: self.folder.step_checkpoints(run_id))
+        self.kept = kept if self.ranks.is_main else []
+
+    def _note_written(self, path: Path, state: dict[str, Any]) -> None:
+        """Prune, but not while updates are skipped: the last good checkpoint may be the oldest."""
+        if self.ranks.is_main:
+            if self.folder.is_step_checkpoint(path):
+                self.kept = [other for other in self.kept if other != path] + [path]
+            if not state["progress"]["skipped"]:
+                self.prune()
+
+    def prune(self) -> None:
+        """Delete all but the newest `keep_last` step checkpoints of this run; 0 keeps all.
+
+        Best effort: what cannot be deleted stays, and is tried again after the next save.
+        """
+        old = self.kept[: -self.keep_last] if self.keep_last else []
+        for path in old:
+            with contextlib.suppress(OSError):
+                remove_checkpoint(path)
+                self.kept.remove(path)

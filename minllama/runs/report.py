@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from config import FLAGS
-from minllama.cli.command_line import quoted
+from minllama.cli.command_line import printable, quoted
 from minllama.cli.console import EVALUATED
 from minllama.runs.run_folder import RunFolder
 from minllama.system.files import write_text
@@ -129,9 +129,9 @@ def describe_run(name: str, curves: Curves, starts: Sequence[dict[str, Any]]) ->
     }
     command = environment.get("command")
     return {
-        "name": name,
+        "name": printable(name),
         **curves.to_plain(),
-        "plan": list(map(str, plan)),
+        "plan": [printable(str(line)) for line in plan],
         "choices": [(flag, value) for flag, (value, _) in choices.items()],
         "changed": [flag for flag, (value, default) in choices.items() if value != default],
         "command": quoted("python", *map(str, command)) if isinstance(command, list) else "",
@@ -150,13 +150,12 @@ def plain_text(value: Any) -> str:
     if value is None or value in ((), []):
         return "unset"
     if isinstance(value, list | tuple):
-        return " ".join(map(str, value))
-    return value.as_posix() if isinstance(value, Path) else str(value)
+        return printable(" ".join(map(str, value)))
+    return printable(value.as_posix() if isinstance(value, Path) else str(value))
 
 
 def page(title: str, runs: Sequence[dict[str, Any]], *, reload: int | None = None) -> str:
     """One self-contained HTML page of runs, which reloads itself every `reload` seconds."""
-    title = title.encode("utf-8", "replace").decode()  # a path may hold bytes that are no text
     data = {"title": title, "written": time.time(), "reload": reload, "runs": runs}
     # The data is JSON in a script element, which a sample's own </script> must not end.
     encoded = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")

@@ -54,7 +54,7 @@ WRITTEN_WITH = {"tensorboard": "tensorboard", "profile.json.gz": "profile"}  # t
 NOT_REPEATED = {"option", "save_dir", "config", "resume", "overwrite", "plan", "profile"}
 NOT_REPEATED |= {"gradient_accumulation_steps", "minutes"}
 ABANDONED = ".abandoned"
-LOOK_EVERY = 1.0  # seconds between two looks whether the folder is still there
+CHECK_SECONDS = 1.0  # seconds between two checks whether the folder is still there
 
 
 def files_written(options: dict[str, Any]) -> list[str]:
@@ -72,7 +72,7 @@ class RunFolder:
     path: Path
     prefix: str
     lock: Lock | None = field(default=None, repr=False)  # on the rank that holds it
-    looked: float = 0.0  # when, by the monotonic clock
+    checked_at: float = 0.0  # when it was last looked for, by the monotonic clock
 
     def file(self, name: str) -> Path:
         """A model or record by its plain name; pretraining's have no prefix."""
@@ -143,9 +143,9 @@ class RunFolder:
 
         Looks once a second, or `now`.
         """
-        if self.lock is None or (not now and time.monotonic() - self.looked < LOOK_EVERY):
+        if self.lock is None or (not now and time.monotonic() - self.checked_at < CHECK_SECONDS):
             return None
-        self.looked = time.monotonic()
+        self.checked_at = time.monotonic()
         if not self.lock.is_gone():
             return None
         return (

@@ -26,7 +26,7 @@ from minllama.system.files import atomic_write
 
 TELEMETRY_SECONDS = 2.0
 
-PHASES = ("data", "forward and backward", "optimizer")  # record_function's names in training
+DATA, BACKWARD, OPTIMIZER = PHASES = ("data", "forward and backward", "optimizer")
 UNPROFILED_STEPS, PROFILED_STEPS = 2, 5  # the first steps compile and warm up
 PROFILE_ROWS = 12
 
@@ -75,10 +75,13 @@ def gpu_telemetry(device: torch.device) -> Callable[[], dict[str, float]]:
 
 def environment() -> dict[str, Any]:
     """Versions, machine and command of this run, for run.json."""
-    commit = None
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, no repository
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
+    commit, root = None, Path(__file__).parents[2]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError, ValueError):  # no git, no HEAD
+        command = ["git", "-C", str(root), "rev-parse", "HEAD", "--show-toplevel"]
+        told = subprocess.check_output(command, encoding="utf-8", stderr=subprocess.DEVNULL)
+        head, repository = told.splitlines()
+        if Path(repository).samefile(root):  # else the program lies in another one's repository
+            commit = head
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

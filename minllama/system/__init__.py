@@ -8,5 +8,6 @@ Knows nothing of models, text or flags; imports neither torch nor any other fold
     signals     Ctrl-C and the like as a flag that loops read
     encodings   which encoding a text may have
     json_lines  JSON objects, one per line or in a list
+    peek        what a JSON file is about, by its first object
     packages    what only some uses need, and what to install for them
 """

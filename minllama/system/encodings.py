@@ -33,6 +33,8 @@ LIKELY = {
     "koi8-r": CYRILLIC,
     "cp1252": "(?<=[A-Za-z])[ß-ÿ]|[ß-ÿ](?=[A-Za-z])|[’“”–—…«»]",
 }
+# Names that Python has beside those of text files' encodings: escapes in programs, names of hosts.
+NO_FILES = ("idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escape", "utf-7")
 LEAST = 0.2  # share of the non-ASCII characters that must look likely
 BOMS = {  # UTF-32's first, for UTF-16's is the beginning of it
     codecs.BOM_UTF32_LE: "utf-32",
@@ -47,6 +49,8 @@ def check_encoding(name: str) -> None:
     try:
         "".encode(name)
         codecs.getincrementaldecoder(name)
+        if codecs.lookup(name).name.replace("_", "-") in NO_FILES:
+            raise LookupError
     except (LookupError, ValueError):
         raise UsageError(
             f"--encoding {name}: no text encoding of that name; gb18030, big5, utf-16, cp1252, ..."

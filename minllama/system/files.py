@@ -197,6 +197,11 @@ def real_path(path: Path) -> str:
     return os.path.realpath(path)
 
 
+def is_text(path: str | Path) -> bool:
+    """Whether a path or name is text; a zip of another encoding has bytes, read as surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in str(path))
+
+
 def size_on_disk(path: Path) -> int:
     """Bytes of a file, or of all files in a folder."""
     return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
@@ -245,13 +250,6 @@ def read_json(path: Path) -> Any:
         raise UsageError(f"{path}: not UTF-8 (byte {error.start:,})") from None
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not JSON ({error})") from None
-
-
-def is_text(value: Any) -> bool:
-    """Whether this is a text that can be written: half of a surrogate pair is none."""
-    with contextlib.suppress(UnicodeEncodeError):
-        return isinstance(value, str) and value.encode() is not None
-    return False
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Knows no model. A data set of `utils.py` is what comes out.
 
     reading      finding text files, decoding them, reading them as documents
-    labelled     `label ||| sentence` files and the scores of predictions
+    labelled     sentences with labels and the scores of predictions
     chat         dialogues and the template that they are written in
     splits       the train, dev and test files, and where predictions on them go
     encoder      documents to token ids

@@ -19,8 +19,9 @@ from minllama.cli.console import say
 from minllama.machine.ranks import Ranks
 from minllama.system.files import real_path
 from minllama.system.signals import StopRequest
-from minllama.text.duplicates import drop_duplicates, report_duplicates
+from minllama.text.duplicates import drop_duplicates, report_duplicates, report_near_copies
 from minllama.text.reading import (
+    BLANK_LINE,
     JSON_SUFFIXES,
     SHOWN_FILES,
     TEXT_SUFFIXES,
@@ -28,10 +29,13 @@ from minllama.text.reading import (
     find_text_files,
     first_words,
     is_labelled,
+    read_blocks,
+    sample_texts,
+    seen_separator,
 )
 from minllama.text.stream import split_documents, whole_stream
 from minllama.text.token_cache import TokenCache, build_or_load
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, count_lost
 from utils import PretrainDataset, count_chunks
 
 EMBEDDED_TEXTS = ("stories-train.jsonl", "reviews-unlabelled.jsonl")
@@ -73,13 +77,11 @@ class Texts:
 
     def cut(self, context: int, val_tokens: int) -> Texts:
         """These texts in chunks of `context`, with at most `val_tokens` of the held-out one."""
-        bos_id, val = self.tokenizer.bos_id, self.val
+        val = self.val
         if val is not None:
-            stream = val.stream
-            if val_tokens < len(stream):
-                stream = stream.select([(0, val_tokens)], self.tokenizer.token_byte_lengths())
-            val = PretrainDataset(stream, context, bos_id=bos_id)
-        train = PretrainDataset(self.train.stream, context, bos_id=bos_id)
+            stream = val.stream.select([(0, val_tokens)])
+            val = PretrainDataset(stream, context, tokenizer=self.tokenizer)
+        train = PretrainDataset(self.train.stream, context, tokenizer=self.tokenizer)
         return dataclasses.replace(self, train=train, val=val, context=context)
 
     def opening(self) -> str:
@@ -144,9 +146,11 @@ def load_texts(
     print_loaded(files.train, cache, files.reading, length)
     if val_cache is not None:
         print_loaded(files.val, val_cache, files.reading, length)
-    per_token = whole.utf8_bytes / len(whole)
+    text_bytes = cache.document_bytes if chosen is None else cache.document_bytes[chosen]
+    per_token = int(text_bytes.sum()) / len(whole)
     print(f"text         {len(whole):,} tokens, {per_token:.2f} bytes per token")
     print_byte_share(tokenizer.byte_fallback_share(cache.tokens[:SAMPLED_TOKENS]), files.train)
+    say(*count_lost(tokenizer, sample_texts(files.train, files.reading)).lines())
     if val_cache is not None:
         train, val = whole, whole_stream(val_cache)
     else:
@@ -155,6 +159,8 @@ def load_texts(
             print("no validation: the text is too short to hold some of it out; --val_data FILE")
     if chosen is None:
         report_duplicates(cache, val_cache, train, val)
+    if val is not None and ranks.is_main:
+        report_near_copies(tokenizer, train, val)
     if val is not None:
         share = len(val) / (len(val) + len(train))
         say(f"validation   {len(val):,} tokens held out ({share:.1%} of all)")
@@ -164,7 +170,7 @@ def load_texts(
     key = cache.key.hex()[:16]
     if chosen is not None and not chosen.all():
         key = fingerprint(cache.key + np.packbits(chosen).tobytes())
-    cut = functools.partial(PretrainDataset, chunk_length=length, bos_id=tokenizer.bos_id)
+    cut = functools.partial(PretrainDataset, chunk_length=length, tokenizer=tokenizer)
     val_set = None if val is None else cut(val)
     return Texts(cut(train), val_set, tokenizer, length, key, cache, files.train)
 
@@ -201,7 +207,7 @@ def without_validation(files: Sequence[Path], val_files: Sequence[Path]) -> Sequ
 
 def print_loaded(files: Sequence[Path], cache: TokenCache, reading: Reading, length: int) -> None:
     """Say how many chunks of `length` tokens the files have, and where they may be misread."""
-    remarks = [_remark(path, reading) for path in files[:SHOWN_FILES]]
+    remarks = [_remark(path, reading, alone=len(files) == 1) for path in files[:SHOWN_FILES]]
     if len(files) > FEW_FILES:
         where = f"{len(files):,} files, {files[0]} to {files[-1]}"
         print(f"Loaded {count_chunks(len(cache), length):,} chunks from {where}")
@@ -214,7 +220,7 @@ def print_loaded(files: Sequence[Path], cache: TokenCache, reading: Reading, len
             print(f"  {remark}")
 
 
-def _remark(path: Path, reading: Reading) -> str:
+def _remark(path: Path, reading: Reading, *, alone: bool) -> str:
     """A note on a file that may not be meant to be read as it is; else an empty string."""
     name = path.name.lower()
     if is_labelled(path, reading) and not reading.sentences_only:
@@ -226,6 +232,12 @@ def _remark(path: Path, reading: Reading) -> str:
         )
     if not name.endswith((*TEXT_SUFFIXES, *JSON_SUFFIXES)):
         return "read as plain text, markup included"
+    is_one = reading.document_separator is None and not reading.document_per_line
+    if is_one and not name.endswith(JSON_SUFFIXES):
+        mark = seen_separator(next(iter(read_blocks(path, reading)), ""))
+        if mark is not None and (alone or mark != BLANK_LINE):
+            parts = quoted("--document_separator", mark)
+            return f"one document with {mark}s in it: {parts} if these stand between documents"
     return ""
 
 

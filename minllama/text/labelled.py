@@ -1,26 +1,35 @@
-"""Labelled data: `label ||| sentence` files, scores of predictions, and predictions written.
+"""Labelled data: sentences with labels as files have them, scores, and predictions written.
 
 Knows nothing of vocabularies or models: predictions come as numbers.
 """
 
 from __future__ import annotations
 
+import csv
 import itertools
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from minllama.system.errors import UsageError
 from minllama.system.files import replace, write_text
+from minllama.system.json_lines import read_objects
+from minllama.system.peek import is_json_name
 from minllama.text.reading import Reading, read_lines, split_labelled
 
 UNLABELLED = -1  # the label of a sentence without one, in files and in batches
 NEARLY_ALL = 0.9  # of a split's predictions: so many alike say little of the model
-MAX_LABELS = 1000  # without names; each gets a row of the classifier's head
+MAX_LABELS = 1000  # each gets a row of the classifier's head
+LONGEST_LABEL = 100
+SHOWN_LABELS = 30  # of a confusion matrix; of more labels the commonest confusions are shown
+SHOWN_CONFUSIONS = 10
+WHOLE = re.compile(r"(-?[0-9]{1,9})(\.0+)?")  # pandas writes 1.0 where a label is missing
+TEXT_FIELDS = ("text", "sentence")  # of JSON objects and CSV columns, beside "label"
 
 
 # ---------------------------------------------------------------------------- files
@@ -34,49 +43,139 @@ class LabelledExample:
     sentence: str
 
 
+@dataclass(frozen=True)
+class Labels:
+    """The classes: what they are called, and how files write them, in the same order."""
+
+    names: list[str]
+    texts: list[str]
+
+    @classmethod
+    def counted(cls, names: Sequence[str]) -> Labels:
+        """Labels that files count from 0."""
+        return cls([*names], [str(number) for number in range(len(names))])
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether files count them from 0."""
+        return self.texts == [str(number) for number in range(len(self.names))]
+
+
+class Row(NamedTuple):
+    """A sentence of a file with its label as written, "" for none, and its place `file:line`."""
+
+    where: str
+    label: str
+    sentence: str
+
+
+def read_rows(path: Path, *, encoding: str = "utf-8", plain: bool = False) -> list[Row]:
+    """The sentences of a file, in order: `label ||| sentence` lines, JSON objects or CSV.
+
+    Objects and columns are `text` (or `sentence`) and `label`. `plain` takes a file without any
+    ` ||| `, too: each line is a sentence. Raises UsageError `file:line: ...` for anything else, and
+    for an empty file.
+    """
+    lines = read_lines(path, Reading(encoding=encoding))
+    if is_json_name(path):
+        rows = [_row_of(record, f"{path}:{n}") for n, record in read_objects(lines, path)]
+    else:
+        filled = [(number, line) for number, line in lines if line.strip()]
+        bars = any("|||" in line for _, line in filled)
+        is_table = path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
+        if is_table and not (filled and "|||" in filled[0][1]):
+            rows = list(_table_rows(path, [line for _, line in filled]))
+        elif plain and not bars:
+            rows = [Row(f"{path}:{number}", "", line.strip()) for number, line in filled]
+        else:
+            rows = [Row(f"{path}:{n}", *split_labelled(path, n, line)) for n, line in filled]
+    if not rows:
+        raise UsageError(f"{path}: empty, there is no line `label ||| sentence`")
+    return [row._replace(label=_plain_label(row.label, row.where)) for row in rows]
+
+
+def _row_of(record: dict[str, Any], where: str) -> Row:
+    sentence = next((record[name] for name in TEXT_FIELDS if name in record), None)
+    label = record.get("label")
+    if not isinstance(sentence, str) or not sentence.strip():
+        has = ", ".join(sorted(record)[:8]) or "nothing"
+        raise UsageError(f'{where}: no sentence in "text" (has: {has})')
+    if not isinstance(label, str | int | float | None):
+        raise UsageError(f"{where}: label {str(label)[:40]!r} is not a number or a word")
+    # Predictions are written a line each.
+    text = "" if label is None or label != label else str(label)  # NaN is none
+    return Row(where, text.strip(), re.sub(r"\s*[\r\n]+\s*", " ", sentence.strip()))
+
+
+def _table_rows(path: Path, lines: list[str]) -> Iterator[Row]:
+    """The rows of a CSV or TSV, whose first line names the columns."""
+    head = lines[0] if lines else ""
+    delimiter = max(",;\t", key=head.count)
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL  # as GLUE's files
+    reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, quoting=quoting)
+    try:
+        columns = [name.strip().lower() for name in next(reader, [])]
+        if not {*TEXT_FIELDS} & {*columns}:
+            raise UsageError(
+                f"{path}:1: the columns are {', '.join(columns)[:60]!r}; the first line is to name "
+                "them, `text` and `label`"
+            )
+        for number, cells in enumerate(reader, start=2):
+            record = dict(zip(columns, cells, strict=False))
+            yield _row_of(record, f"{path}, row {number}")
+    except csv.Error as error:
+        raise UsageError(f"{path}: no CSV ({error})") from None
+
+
+def _plain_label(text: str, where: str) -> str:
+    """The label, a whole number as Python writes it: `01` and `1.0` are `1`."""
+    match = WHOLE.fullmatch(text)
+    if not match and not is_fit_label(text):
+        raise UsageError(f"{where}: label {text[:40]!r} is too long, or not in printed characters")
+    return str(int(match[1])) if match else text
+
+
+def is_fit_label(text: str) -> bool:
+    """Whether a label can be printed, and written before ` ||| `."""
+    return len(text) <= LONGEST_LABEL and text.isprintable() and "|||" not in text
+
+
 def read_labelled(
     path: Path,
+    labels: Sequence[str] | None = None,
     *,
-    n_labels: int | None = None,
     encoding: str = "utf-8",
     plain: bool = False,
 ) -> list[LabelledExample]:
-    """The lines `label ||| sentence` of a file, in order; blank lines are left out.
+    """The sentences of a file with the numbers of their labels; see `read_rows`.
 
-    A label of -1, or none, means unlabelled. `plain` takes a file without any ` ||| `, too: each
-    line is a sentence. Raises UsageError `file:line: ...` for anything else that is not a whole
-    number from 0 (below `n_labels`, else MAX_LABELS), and for an empty file.
+    `labels` are how the file writes them, by default 0 to MAX_LABELS - 1; -1, or none, means
+    unlabelled. Raises UsageError `file:line: ...` for another one.
     """
-    lines = [
-        (number, line)
-        for number, line in read_lines(path, Reading(encoding=encoding))
-        if line.strip()
-    ]
-    if plain and not any("|||" in line for _, line in lines):
-        examples = [LabelledExample(None, line.strip()) for _, line in lines]
-    else:
-        examples = [
-            LabelledExample(_parse_label(label, f"{path}:{number}", n_labels), sentence)
-            for number, line in lines
-            for label, sentence in [split_labelled(path, number, line)]
-        ]
-    if not examples:
-        raise UsageError(f"{path}: empty, there is no line `label ||| sentence`")
-    return examples
+    rows = read_rows(path, encoding=encoding, plain=plain)
+    return label_rows(rows, labels or [str(number) for number in range(MAX_LABELS)])
 
 
-def _parse_label(text: str, where: str, n_labels: int | None) -> int | None:
-    if text in ("", str(UNLABELLED)):
-        return None
-    if not re.fullmatch(r"-?[0-9]{1,9}", text):
-        raise UsageError(f"{where}: label {text!r} is not a whole number")
-    label, last = int(text), (n_labels or MAX_LABELS) - 1
-    if not 0 <= label <= last:
-        raise UsageError(
-            f"{where}: label {label} is not one of 0 to {last} (-1 for unlabelled); do the label "
-            "names belong to this file?"
-        )
-    return label
+def label_rows(rows: Iterable[Row], labels: Sequence[str]) -> list[LabelledExample]:
+    """The rows with the places of their labels in `labels`; raises UsageError."""
+    numbers: dict[str, int | None] = {"": None, str(UNLABELLED): None}
+    numbers |= {text: number for number, text in enumerate(labels)}
+    for row in rows:
+        if row.label not in numbers:
+            raise UsageError(_wrong_label(row, labels))
+    return [LabelledExample(numbers[row.label], row.sentence) for row in rows]
+
+
+def _wrong_label(row: Row, labels: Sequence[str]) -> str:
+    if WHOLE.fullmatch(labels[0]) and not WHOLE.fullmatch(row.label):
+        return f"{row.where}: label {row.label[:40]!r} is not a whole number"
+    among = ", ".join(labels[:SHOWN_LABELS]) + (", ..." if len(labels) > SHOWN_LABELS else "")
+    if Labels([*labels], [*labels]).is_counted:
+        among = f"0 to {labels[-1]}"
+    return (
+        f"{row.where}: label {row.label[:40]} is not one of {among} (-1 for unlabelled); do the "
+        "label names belong to this file?"
+    )
 
 
 def labels_of(examples: Sequence[LabelledExample]) -> list[int | None]:
@@ -135,7 +234,12 @@ class Scores:
         return float(np.mean(2 * hits[occurs] / occurrences[occurs])) if occurs.any() else 0.0
 
     def lines(self, names: Sequence[str]) -> list[str]:
-        """The confusion matrix as a table: a row per label, a column per prediction."""
+        """The confusion matrix as a table: a row per label, a column per prediction.
+
+        Of many labels the commonest confusions instead.
+        """
+        if len(names) > SHOWN_LABELS:
+            return self._confusions(names)
         width = max(7, *(len(name) + 2 for name in names))
         head = "label \\ predicted".ljust(18) + "".join(name.rjust(width) for name in names)
         rows = [
@@ -144,25 +248,37 @@ class Scores:
         ]
         return [head, *rows]
 
+    def _confusions(self, names: Sequence[str]) -> list[str]:
+        wrong = self.confusion.copy()
+        np.fill_diagonal(wrong, 0)
+        largest = np.argsort(-wrong, axis=None, kind="stable")[:SHOWN_CONFUSIONS]
+        pairs = zip(*np.unravel_index(largest, wrong.shape), strict=True)
+        return [
+            f"{names[label]} was taken for {names[prediction]}: {wrong[label, prediction]:,} times"
+            for label, prediction in pairs
+            if wrong[label, prediction]
+        ]
+
 
 def report_predictions(
     split: str,
     examples: Sequence[LabelledExample],
     predictions: Sequence[int],
-    names: Sequence[str],
+    labels: Labels,
     out: Path,
     *,
     keep: bool = False,
 ) -> None:
     """Print a split's figures, or that it has none, and write `prediction ||| sentence` lines.
 
-    Where nearly all predictions are one label it says what the figures mean. `keep` renames what
-    another run wrote there, if it is not the same.
+    They are written as the files write their labels. Where nearly all are one label it says what
+    the figures mean. `keep` renames what another run wrote there, if it is not the same.
     """
+    names = labels.names
     if is_unlabelled(examples):
         print(f"{split}: unlabelled ({len(examples)} sentences), so no accuracy")
         counts = Counter(names[prediction] for prediction in predictions)
-        print(f"{split}: {', '.join(f'{counts[name]:,} {name}' for name in names)}")
+        print(f"{split}: {', '.join(f'{counts[name]:,} {name}' for name in names if counts[name])}")
     elif split == "test" and has_placeholder_labels(examples):
         print(f"{split}: unlabelled (one and the same label on every line), so no accuracy")
     else:
@@ -180,14 +296,18 @@ def report_predictions(
             "how common that label is, not what the model understands"
         )
     lines = [
-        f"{prediction} ||| {example.sentence}\n"
+        f"{labels.texts[prediction]} ||| {example.sentence}\n"
         for prediction, example in zip(predictions, examples, strict=True)
     ]
-    text = "".join(lines)
+    write_result(out, "".join(lines), "predictions", keep=keep)
+
+
+def write_result(out: Path, text: str, what: str, *, keep: bool) -> None:
+    """Write a file and say so; `keep` renames what another run wrote there, if it differs."""
     if keep and out.exists() and out.read_bytes() != text.encode():
         numbered = (out.with_stem(f"{out.stem}.{number}") for number in itertools.count(1))
         kept = next(path for path in numbered if not path.exists())
         replace(out, kept)
-        print(f"{out} had other predictions, of an earlier run: kept as {kept}")
+        print(f"{out} had other {what}, of an earlier run: kept as {kept}")
     write_text(out, text)
     print(f"wrote {out}")

@@ -6,6 +6,7 @@ Files are streamed, so a corpus may be far larger than memory. Knows nothing of 
 from __future__ import annotations
 
 import codecs
+import functools
 import glob
 import gzip
 import os
@@ -25,7 +26,7 @@ from minllama.cli.console import progress_bar, say
 from minllama.system.encodings import is_utf8, likely_encoding
 from minllama.system.errors import UsageError
 from minllama.system.files import check_regular, real_path
-from minllama.system.json_lines import read_objects
+from minllama.system.json_lines import read_values
 
 # ---------------------------------------------------------------------------- finding files
 
@@ -38,8 +39,9 @@ JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json
 def find_text_files(patterns: Sequence[str | Path], *, flag: str = "--pretrain_data") -> list[Path]:
     """The files that names, folders and globs in `patterns` match: in order, none twice.
 
-    A folder means its .txt and .jsonl files, also .gz, at any depth, sorted. Raises UsageError,
-    naming `flag`, for a pattern that matches nothing or something that is not a file.
+    A folder means its .txt and .jsonl files, also .gz, at any depth, sorted; hidden ones, and those
+    of hidden folders in it, are left out, and counted. Raises UsageError, naming `flag`, for a
+    pattern that matches nothing or something that is not a file.
     """
     files: dict[str, Path] = {}
     for pattern in patterns:
@@ -53,10 +55,12 @@ def find_text_files(patterns: Sequence[str | Path], *, flag: str = "--pretrain_d
 def _expand(pattern: str, flag: str) -> list[Path]:
     path = Path(pattern)
     if path.is_dir():
-        inside = sorted(p for p in path.rglob("*") if p.is_file())
-        files = [p for p in inside if p.name.lower().endswith(TEXT_SUFFIXES)]
+        there = sorted(p for p in path.rglob("*") if p.is_file())
+        inside = [p for p in there if not _hidden_part(p, path)]
+        files = [p for p in inside if _is_text(p)]
+        _print_hidden(path, [p for p in there if _is_text(p) and _hidden_part(p, path)])
         if files:
-            _print_skipped(path, [p for p in inside if not p.name.startswith(".")])
+            _print_skipped(path, inside)
         problem = f"the folder holds no {', '.join(TEXT_SUFFIXES)} file"
         if inside:
             problem += f"; name what else to read, as in '{path / '*'}{inside[0].suffix}'"
@@ -73,8 +77,25 @@ def _expand(pattern: str, flag: str) -> list[Path]:
     return files
 
 
+def _is_text(path: Path) -> bool:
+    return path.name.lower().endswith(TEXT_SUFFIXES)
+
+
+def _hidden_part(path: Path, folder: Path) -> str | None:
+    """The part of a path in a folder that hides it: .git, .ipynb_checkpoints, a Mac's ._a.txt."""
+    return next((part for part in path.relative_to(folder).parts if part.startswith(".")), None)
+
+
+def _print_hidden(folder: Path, hidden: Sequence[Path]) -> None:
+    names = sorted({_hidden_part(path, folder) for path in hidden})
+    if names:
+        shown = ", ".join(names[:SHOWN_KINDS]) + (", ..." if len(names) > SHOWN_KINDS else "")
+        files = "1 hidden text file" if len(hidden) == 1 else f"{len(hidden):,} hidden text files"
+        say(f"{folder}: {files} left out ({shown}); what is named is read, hidden or not")
+
+
 def _print_skipped(folder: Path, inside: Sequence[Path]) -> None:
-    skipped = [p for p in inside if not p.name.lower().endswith(TEXT_SUFFIXES)]
+    skipped = [p for p in inside if not _is_text(p)]
     kinds = Counter(p.suffix.lower() or "without an end" for p in skipped).most_common()
     if kinds:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds[:SHOWN_KINDS])
@@ -103,6 +124,16 @@ class Reading:
     encoding: str = "utf-8"  # any text encoding of Python's
     encoding_errors: str = "strict"  # bytes that are not in it: "strict" refuses, "replace" U+FFFD
     sentences_only: bool = False  # `label ||| sentence` files: each sentence a document
+    document_separator: str | None = None  # plain text: stands between documents; or BLANK_LINE
+
+    def __post_init__(self) -> None:
+        if self.document_separator is not None and not self.document_separator.strip():
+            raise UsageError(f"--document_separator '': name a text, or '{BLANK_LINE}'")
+        if self.document_separator is not None and self.document_per_line:
+            raise UsageError(
+                f"--document_separator {self.document_separator} and --document_per_line both say "
+                "where documents end: give one"
+            )
 
     @classmethod
     def from_flags(cls, flags: Any) -> Reading:
@@ -112,9 +143,16 @@ class Reading:
 
 
 UTF8 = Reading()
+BLANK_LINE = "blank line"  # as a document separator: lines of nothing but white space
 MOSTLY = 0.2  # of the characters beyond ASCII: if more are not UTF-8, it is another encoding
 FEW = 10  # of them may be a damaged spot in any case
+SAMPLED_CHARS = 1 << 18  # on which a vocabulary is tried
 READ_BYTES = 1 << 18  # one read; memory while reading a long document is a few of these
+# What other programs set between documents: <|endoftext|>, </s>; a line of signs alone; a gap.
+SPECIAL = re.compile(r"<\|[\w-]{1,30}\|>|</s>|<eos>|<EOS>|<endoftext>|\[SEP\]")
+RULE = re.compile(r"^(?:-{3,}|={3,}|\*{3,}|#{3,}|~{3,}|%)$", re.MULTILINE)
+GAP = re.compile(r"\n(?:[^\S\n]*\n)+")
+LEAST_MARKS, LEAST_GAPS = 3, 10  # fewer may be chance
 LABELLED_LINE = re.compile(r"\s*(?:-?\d+)?\s*\|\|\|\s")
 
 
@@ -123,36 +161,49 @@ def read_blocks(
     reading: Reading = UTF8,
     on_bytes: Callable[[int], object] = lambda count: None,
 ) -> Iterator[str]:
-    """A file's text, gzip or not, in blocks of about READ_BYTES; no BOM, and CRLF turned into LF.
+    """A file's text, gzip or not, in blocks of about READ_BYTES, every line end turned into LF.
 
+    Without a BOM, also at the beginning of later lines, where files were joined.
     `on_bytes` gets the number of bytes of each read of the file itself, compressed ones of a .gz.
     What was replaced is counted and printed at the end. Raises UsageError naming the file, and the
     line where there is one.
     """
     utf8 = is_utf8(reading.encoding)
     decoder = codecs.getincrementaldecoder(reading.encoding)(reading.encoding_errors)
-    line, first, replaced = 1, True, 0
+    line, first, replaced = 1, True, 0  # the number of the line in which the next block begins
     held = ""  # a CR whose LF may open the next block
+    opens_line = True
     for data in _raw_blocks(path, on_bytes):
         if first and utf8:
             _check_utf8(path, data, reading)
+        first = False
         try:
             decoded = decoder.decode(data, final=not data)
         except UnicodeError as error:
-            raise _decode_error(path, line, error, reading) from None
-        line += decoded.count("\n")
+            raise _decode_error(path, line, held, error, reading) from None
         if reading.encoding_errors == "replace":  # not counting those that the file itself has
             replaced += decoded.count("\ufffd") - utf8 * data.count("\ufffd".encode())
-        text = held + (decoded.removeprefix("\ufeff") if first else decoded)
-        first = first and not decoded
+        text = held + decoded
         held = "\r" if data and text.endswith("\r") else ""
-        text = text[: len(text) - len(held)].replace("\r\n", "\n")
+        text = with_lf(text[: len(text) - len(held)])
+        line += text.count("\n")
+        if "\ufeff" in text:
+            text = re.sub("\n\ufeff+", "\n", text.lstrip("\ufeff") if opens_line else text)
         if text:
+            opens_line = text.endswith("\n")
             yield text
     if replaced > 0:
-        tqdm.write(
-            f"note: {path}: U+FFFD stands for what is not {reading.encoding}, {replaced:,} times"
-        )
+        _note(f"{path}: U+FFFD stands for what is not {reading.encoding}, {replaced:,} times")
+
+
+def with_lf(text: str) -> str:
+    """The text with LF for every line end: CRLF, and CR alone, which old Macs had."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+@functools.cache  # a file may be read for a vocabulary, for a sample and for its tokens
+def _note(text: str) -> None:
+    tqdm.write(f"note: {text}")
 
 
 def _check_utf8(path: Path, data: bytes, reading: Reading) -> None:
@@ -186,11 +237,13 @@ def _reads_as(data: bytes, encoding: str) -> str:
     return f"it is likely {encoding} ({sample!r}): --encoding {encoding} reads it"
 
 
-def _decode_error(path: Path, line: int, error: UnicodeError, reading: Reading) -> UsageError:
+def _decode_error(
+    path: Path, line: int, held: str, error: UnicodeError, reading: Reading
+) -> UsageError:
     if not isinstance(error, UnicodeDecodeError):
         return UsageError(f"{path}: not {reading.encoding} ({error})")
     data, start = error.object, error.start
-    line += data[:start].count(b"\n")
+    line += with_lf(held + data[:start].decode(reading.encoding, "replace")).count("\n")
     where = f"{path}:{line}: byte 0x{data[start]:02x}"
     if not is_utf8(reading.encoding):
         return UsageError(f"{where} is not {reading.encoding}; is that the file's --encoding?")
@@ -266,12 +319,13 @@ def read_documents(
     """
     lines = read_lines(path, reading, on_bytes)
     if path.name.lower().endswith(JSON_SUFFIXES):
-        objects = read_objects(lines, path)
-        texts = (_json_text(record, f"{path}:{n}", reading) for n, record in objects)
+        texts = _json_texts(lines, path, reading)
     elif reading.sentences_only and is_labelled(path, reading):
         texts = (split_labelled(path, n, line)[1] for n, line in lines if line.strip())
     elif reading.document_per_line:
         texts = (line for _, line in lines)
+    elif reading.document_separator is not None:
+        return _separated(lines, reading.document_separator)
     else:
         return _whole_document(read_blocks(path, reading, on_bytes))
     return (Block(text, True) for text in texts if text and not text.isspace())
@@ -289,23 +343,141 @@ def _whole_document(blocks: Iterable[str]) -> Iterator[Block]:
         yield Block("", True)
 
 
-def _json_text(record: dict[str, Any], where: str, reading: Reading) -> str:
-    name, value = reading.text_field, record
-    for part in [name] if name in record else name.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    if not isinstance(value, str):
-        fields = ", ".join(sorted(record)[:8]) or "no fields"
-        what = "no field" if value is None else f"{type(value).__name__}, not a string, in field"
-        raise UsageError(f"{where}: {what} {name!r} (has: {fields}); name it with --text_field")
-    text = value.replace("\r\n", "\n")
+def _separated(lines: Iterable[tuple[int, str]], separator: str) -> Iterator[Block]:
+    """The documents between separators, without the line ends around these; blank ones left out."""
+    held, started = "", False  # line ends are held back: those before a separator are dropped
+    for _, line in lines:
+        if separator == BLANK_LINE:
+            *ended, last = (line,) if line.strip() else ("", "")
+        else:
+            *ended, last = line.split(separator)
+        for text in ended:
+            if started or text.strip():
+                yield Block(held + text if text.strip() else "", True)
+            held, started = "", False
+        if started or last.strip():
+            if last.strip():
+                yield Block(held + last, False)
+                held, started = "", True
+            else:
+                held += last
+            held += "\n"
+    if started:
+        yield Block("", True)
+
+
+def seen_separator(text: str) -> str | None:
+    """What may stand between documents in a text, as it is there often; None where nothing does."""
+    marks = Counter(SPECIAL.findall(text)) or Counter(RULE.findall(text))
+    mark, count = marks.most_common(1)[0] if marks else ("", 0)
+    if count >= LEAST_MARKS:
+        return mark
+    return BLANK_LINE if len(GAP.findall(text)) >= LEAST_GAPS else None
+
+
+def _json_texts(lines: Iterable[tuple[int, str]], path: Path, reading: Reading) -> Iterator[str]:
+    """The texts of a file of JSON: of each object its field's, of a list of strings these."""
+    empty = 0
+    for number, record in read_values(lines, path):
+        where = f"{path}:{number}"
+        if isinstance(record, str):
+            texts = [record]
+        elif not isinstance(record, dict):
+            raise UsageError(f"{where}: not a JSON object")
+        else:
+            name = reading.text_field
+            parts = [name] if name in record else name.split(".")
+            texts = _field_texts(record, parts)
+            if texts is None:
+                raise UsageError(f"{where}: {_field_problem(record, name, path)}")
+        empty += texts.count(None)
+        for text in texts:
+            if text:
+                yield _json_string(text, where, reading)
+    if empty:
+        _note(f"{path}: {empty:,} of its documents empty: null in {reading.text_field!r}")
+
+
+TURN_FIELDS = ("content", "value", "text")  # of a dialogue's turn, its words
+
+
+def _field_texts(value: Any, parts: Sequence[str]) -> list[str | None] | None:
+    """The texts at the end of a path of fields: one, or of a list on the way one of each item.
+
+    A list at the end of it is one text, of its strings or of a dialogue's turns, a line each. None
+    where there is no text.
+    """
+    if parts and isinstance(value, list):
+        found = [_field_texts(item, parts) for item in value]
+        return None if not found or None in found else [text for texts in found for text in texts]
+    if parts:
+        has_field = isinstance(value, dict) and parts[0] in value
+        return _field_texts(value[parts[0]], parts[1:]) if has_field else None
+    if isinstance(value, list):
+        turns = [_turn_text(turn) for turn in value]
+        return None if None in turns else ["\n".join(turns)]
+    return [value] if value is None or isinstance(value, str) else None
+
+
+def _turn_text(turn: Any) -> str | None:
+    if isinstance(turn, dict):
+        turn = next((turn[name] for name in TURN_FIELDS if name in turn), None)
+    return turn if isinstance(turn, str) else None
+
+
+DIALOGUES = ("conversations", "messages", "prompt", "instruction", "question")
+
+
+def _field_problem(record: dict[str, Any], name: str, path: Path) -> str:
+    """Why a record has no text in a field, and what to do about it."""
+    names = sorted(record)
+    shown = ", ".join(map(_shown, names[:8])) or "no fields"
+    problem = f"no field {name!r} (has: {shown})"
+    if name in record:
+        problem = f"{type(record[name]).__name__}, not a string, in field {name!r} (has: {shown})"
+    for field in DIALOGUES:
+        if field in record:
+            turns = isinstance(record[field], list)
+            reads = f"; --text_field {field} reads its turns as text" if turns else ""
+            return f"{problem}: a dialogue? --option finetune --train {path} trains on it{reads}"
+    for field, value in record.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            inside = [key for key, text in value[0].items() if isinstance(text, str)]
+            if inside:
+                reads = f"--text_field {_shown(field)}.{_shown(inside[0])}"
+                return f"{problem}: of its list {reads} reads a document each"
+    if any(isinstance(value, str) for value in record.values()):
+        return f"{problem}; name it with --text_field"
+    return f"{problem}, and no other has a text"
+
+
+def _shown(field: str) -> str:
+    """A field's name for a message: a stranger may have put anything there, of any length."""
+    return field[:40] if field[:40].isprintable() else ascii(field[:40])
+
+
+def _json_string(value: str, where: str, reading: Reading) -> str:
+    text = with_lf(value)
     try:  # JSON can escape half a surrogate pair, which UTF-8 cannot encode
         text.isascii() or text.encode()
     except UnicodeEncodeError:
         if reading.encoding_errors == "strict":
             remedy = "repair it, or --encoding_errors replace"
-            raise UsageError(f"{where}: half a surrogate pair in {name!r}; {remedy}") from None
+            raise UsageError(f"{where}: half a surrogate pair in its text; {remedy}") from None
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+def sample_texts(files: Sequence[Path], reading: Reading) -> Iterator[str]:
+    """Some of the text of the first files, from the beginning of each: SAMPLED_CHARS in all."""
+    files = files[:SHOWN_FILES]
+    for path in files:
+        room = SAMPLED_CHARS // len(files)
+        for block in read_documents(path, reading):
+            yield block.text[:room]
+            room -= len(block.text)
+            if room <= 0:
+                break
 
 
 def first_words(text: str) -> str:

@@ -5,26 +5,41 @@ All of it is checked before any long work. Knows nothing of models.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from config import DATA_DIR, Options
 from minllama.system.errors import UsageError
 from minllama.system.files import check_writable_file, read_json, real_path
-from minllama.text.labelled import read_labelled
+from minllama.text.labelled import (
+    MAX_LABELS,
+    SHOWN_LABELS,
+    UNLABELLED,
+    WHOLE,
+    Labels,
+    Row,
+    is_fit_label,
+    label_rows,
+    read_rows,
+)
 from minllama.text.reading import find_text_files
+
+SHOWN_PAIRS = 10  # of the labels in a message
 
 
 @dataclass(frozen=True)
 class SplitFiles:
-    """The files of a data set by split, its name, and its labels' names, if it has any."""
+    """The files of a data set by split, its name, and its labels, if it has any."""
 
     name: str
     paths: dict[str, Path]  # of train, dev and test, those that there are
     outs: dict[str, Path]  # for the predictions or answers, of the same splits but train
-    label_names: list[str]
+    labels: Labels
+    mapping: Path | None = None  # where to write labels that were made of the words in the file
 
 
 def find_labelled_files(options: Options, suffix: str) -> SplitFiles:
@@ -44,43 +59,100 @@ def find_labelled_files(options: Options, suffix: str) -> SplitFiles:
         raise UsageError(f"--dev is not given: --train {train} needs a file to be measured on")
     name = data_set_name(train)
     outs = {split: Path(f"{name}-{split}-{suffix}-output.txt") for split in ("dev", "test")}
-    files = _checked(options, SplitFiles(name, paths, outs, []))
-    names = read_label_names(options.label_names, train.parent / f"{name}-label-mapping.json")
-    examples = read_labelled(train, n_labels=len(names) or None, encoding=options.encoding)
-    labels = {example.label for example in examples}
-    if None in labels:
-        raise UsageError(f"--train {train}: has lines without a label, which cannot be learnt from")
-    if len(labels) < 2:
-        raise UsageError(f"--train {train}: has one label on all lines: there is nothing to learn")
-    if names and len(labels) != len(names):
+    files = _checked(options, SplitFiles(name, paths, outs, Labels([], [])))
+    mapping = train.parent / f"{name}-label-mapping.json"
+    given = read_label_names(options.label_names, mapping)
+    rows = read_rows(train, encoding=options.encoding)
+    labels = find_labels(train, rows, given, options.label_names or mapping)
+    made = given is None and not labels.is_counted
+    return replace(files, labels=labels, mapping=Path(mapping.name) if made else None)
+
+
+def find_labels(train: Path, rows: list[Row], given: Labels | None, mapping: Path) -> Labels:
+    """The labels of a training file, as `given`, else whole numbers from 0 or words.
+
+    Raises UsageError, which shows the `mapping` to write where numbers begin or jump otherwise.
+    """
+    counts = Counter(row.label for row in rows)
+    unlabelled = {"", str(UNLABELLED)} - {*(given.texts if given else ())}
+    if unlabelled & counts.keys():
+        hint = "" if "" in counts else f"; if it is one, name it in {mapping}"
         raise UsageError(
-            f"--label_names names {len(names)} labels and --train {train} has {len(labels)} "
-            f"({', '.join(map(str, sorted(labels)))}): give names and lines for the same labels"
+            f"--train {train}: has lines without a label, which cannot be learnt from{hint}"
         )
-    return replace(files, label_names=names or [str(label) for label in range(max(labels) + 1)])
+    if len(counts) < 2:
+        raise UsageError(f"--train {train}: has one label on all lines: there is nothing to learn")
+    if len(counts) > MAX_LABELS:
+        raise UsageError(
+            f"--train {train}: has {len(counts):,} different labels, more than the {MAX_LABELS:,} "
+            "that can be learnt: is what stands before ` ||| ` a label?"
+        )
+    numbers = sorted(int(text) for text in counts if WHOLE.fullmatch(text))
+    labels = given or Labels.counted([str(number) for number in range(len(counts))])
+    if all(any(map(str.isalpha, text)) for text in counts):
+        if given is None:
+            words = sorted(counts)
+            labels = Labels(words, words)
+        elif given.is_counted:  # a list of the words themselves
+            labels = Labels(given.names, given.names)
+    elif labels.is_counted and len(labels.names) == len(numbers) == len(counts):
+        _check_numbers(train, numbers, labels, mapping)
+    label_rows(rows, labels.texts)
+    if len(counts) != len(labels.names):
+        shown = ", ".join(sorted(counts)[:SHOWN_LABELS])
+        raise UsageError(
+            f"--label_names {mapping}: names {len(labels.names)} labels and --train {train} has "
+            f"{len(counts)} "
+            f"({shown}): give names and lines for the same labels"
+        )
+    return labels
 
 
-def find_sentences(options: Options, names: list[str]) -> SplitFiles:
-    """The files to classify with a model that knows its labels' `names`: --dev, --test, or both.
+def _check_numbers(train: Path, numbers: list[int], labels: Labels, mapping: Path) -> None:
+    if numbers == [*range(len(numbers))]:
+        return
+    first, last = numbers[0], numbers[-1]
+    whole = len(numbers) == last - first + 1
+    how = f"count from {first} to {last}" if whole else f"are {_listed(numbers)}, with gaps"
+    unnamed = labels.names == labels.texts
+    names = [*map(str, numbers)] if unnamed else labels.names
+    pairs = dict(zip(map(str, numbers), names, strict=True))
+    example = json.dumps(dict([*pairs.items()][:SHOWN_PAIRS]), ensure_ascii=False)
+    if len(pairs) > SHOWN_PAIRS:
+        example = f"{example[:-1]}, ...}}"
+    raise UsageError(
+        f"--train {train}: its labels {how}, and labels count from 0: to read these, write "
+        f"{example} into {mapping}"
+    )
+
+
+def _listed(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:SHOWN_PAIRS]))
+    return shown if len(numbers) <= SHOWN_PAIRS else f"{shown}, ... {numbers[-1]}"
+
+
+def find_sentences(options: Options, labels: Labels) -> SplitFiles:
+    """The files to classify with a model that knows its `labels`: --dev, --test, or both.
 
     Without any they are the embedded reviews, if these are what the labels are of. Raises
     UsageError.
     """
+    names = labels.names
     paths = {split: path for split, path in _given(options).items() if split != "train"}
     if not paths:
-        if read_label_names(None, DATA_DIR / "reviews-label-mapping.json") != names:
+        if read_label_names(None, DATA_DIR / "reviews-label-mapping.json").names != names:
             raise UsageError(
                 "--test is not given: name a file of sentences, one a line, to classify as "
                 f"{' or '.join(names)}"
             )
         paths = _embedded("dev", "test")
-    if options.label_names and read_label_names(options.label_names, Path()) != names:
+    if options.label_names and read_label_names(options.label_names, Path()).names != names:
         raise UsageError(
             f"--label_names {options.label_names}: the model's own are {', '.join(names)}: leave "
             "the flag out"
         )
     outs = {split: Path(f"{_stem(path)}-prompting-output.txt") for split, path in paths.items()}
-    return _checked(options, SplitFiles("", paths, outs, names))
+    return _checked(options, SplitFiles("", paths, outs, labels))
 
 
 def find_dialogue_files(options: Options) -> SplitFiles:
@@ -90,7 +162,7 @@ def find_dialogue_files(options: Options) -> SplitFiles:
     """
     name = data_set_name(options.train)
     outs = {"test": Path(f"{name}-test-finetuning-output.jsonl")}
-    return _checked(options, SplitFiles(name, _given(options), outs, []))
+    return _checked(options, SplitFiles(name, _given(options), outs, Labels([], [])))
 
 
 def _given(options: Options) -> dict[str, Path]:
@@ -133,18 +205,25 @@ def _stem(path: Path) -> str:
     return Path(path.name.removesuffix(".gz")).stem
 
 
-def read_label_names(given: Path | None, beside: Path) -> list[str]:
-    """The JSON list of label names, as given or beside the training file; else an empty list."""
+def read_label_names(given: Path | None, beside: Path) -> Labels | None:
+    """The JSON list of label names, as given or beside the training file; None without one.
+
+    An object says how files write each label: `{"1": "bad", "2": "good"}`.
+    """
     if given is None and not beside.is_file():
-        return []
+        return None
     path = given or beside
     try:
-        names = read_json(path)
+        content: Any = read_json(path)
     except UsageError as error:
         raise UsageError(f"--label_names {error}") from None
+    names = [*content.values()] if isinstance(content, dict) else content
     if not isinstance(names, list) or len(names) < 2 or not all(isinstance(n, str) for n in names):
         raise UsageError(f'--label_names {path}: must be a JSON list of names, ["bad", "good"]')
+    texts = [*content]
+    if not all(map(is_fit_label, [*names, *texts])):
+        raise UsageError(f"--label_names {path}: a name is too long, or not in printed characters")
     repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated:
         raise UsageError(f"--label_names {path}: {repeated[0]!r} is there more than once")
-    return names
+    return Labels(names, texts) if isinstance(content, dict) else Labels.counted(names)

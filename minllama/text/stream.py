@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minllama.text.token_cache import READ_BYTES, StoredTokens, TokenCache
+from minllama.text.token_cache import StoredTokens, TokenCache
 
 MAX_BLOCKS = 16  # of a long document held out
 MIN_SHARE = 0.1  # of what was asked for, that whole documents have to come to
@@ -26,7 +26,6 @@ class TokenStream:
     tokens: np.ndarray | StoredTokens
     starts: np.ndarray
     stops: np.ndarray
-    utf8_bytes: int | None = None  # of the text, for bits per byte; None: not known
     document_starts: np.ndarray | None = None  # in the token array, rising; None: not known
 
     def __post_init__(self) -> None:
@@ -46,27 +45,18 @@ class TokenStream:
             start, stretch = start + count, stretch + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate([self.tokens[:0], *pieces])
 
-    def select(
-        self, ranges: Iterable[tuple[int, int]], byte_lengths: np.ndarray | None = None
-    ) -> TokenStream:
-        """Tokens start..stop-1 of each range, one after the other, as a stream.
-
-        `byte_lengths` are the bytes of each id's text, for the new stream's `utf8_bytes`.
-        """
+    def select(self, ranges: Iterable[tuple[int, int]]) -> TokenStream:
+        """Tokens start..stop-1 of each range, one after the other, as a stream."""
         sizes = self.stops - self.starts
-        starts, stops, utf8_bytes = [], [], None if byte_lengths is None else 0
+        starts, stops = [], []
         for start, stop in ranges:
             low = (start - self.offsets[:-1]).clip(0, sizes)
             high = (stop - self.offsets[:-1]).clip(0, sizes)
             kept = high > low
             starts.append((self.starts + low)[kept])
             stops.append((self.starts + high)[kept])
-            if byte_lengths is not None:
-                for at in range(start, stop, READ_BYTES):  # a range may be larger than memory
-                    ids = self.read(at, min(at + READ_BYTES, stop))
-                    utf8_bytes += int(byte_lengths[ids].sum())
         bounds = np.concatenate(starts), np.concatenate(stops)
-        return TokenStream(self.tokens, *bounds, utf8_bytes, self.document_starts)
+        return TokenStream(self.tokens, *bounds, self.document_starts)
 
     def locate(self, position: int) -> int:
         """The place in the token array of token `position` of the stream."""
@@ -110,8 +100,7 @@ def whole_stream(cache: TokenCache, chosen: np.ndarray | None = None) -> TokenSt
     edges = np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8))
     first, last = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1) - 1
     starts, stops = cache.document_starts[first], cache.document_stops()[last]
-    utf8_bytes = int(cache.document_bytes[chosen].sum())
-    return TokenStream(cache.tokens, starts, stops, utf8_bytes, cache.document_starts)
+    return TokenStream(cache.tokens, starts, stops, cache.document_starts)
 
 
 # ---------------------------------------------------------------------------- holding out
@@ -154,7 +143,7 @@ def split_documents(
         held_out = np.zeros(len(sizes), bool)
         held_out[order[:end]] = True
     if sizes[held_out].sum() < MIN_SHARE * target:  # a scrap beside documents that are too large
-        return _split_blocks(whole, val_fraction, chunk_length, cache.token_byte_lengths)
+        return _split_blocks(whole, val_fraction, chunk_length)
     trained = ~held_out if chosen is None else chosen & ~held_out
     return whole_stream(cache, trained), whole_stream(cache, held_out)
 
@@ -168,7 +157,7 @@ def splitmix64(x: np.ndarray) -> np.ndarray:
 
 
 def _split_blocks(
-    whole: TokenStream, val_fraction: float, chunk_length: int, byte_lengths: np.ndarray | None
+    whole: TokenStream, val_fraction: float, chunk_length: int
 ) -> tuple[TokenStream, TokenStream | None]:
     """Hold out blocks of whole chunks, each at the end of an equal share of the stream.
 
@@ -188,4 +177,4 @@ def _split_blocks(
     # No chunk to spare, or a single token: nothing to predict.
     if sum(stop - start for start, stop in val) < 2:
         return whole, None
-    return whole.select(train), whole.select(val, byte_lengths)
+    return whole.select(train), whole.select(val)

@@ -106,7 +106,6 @@ class TokenCache:
     ) -> None:
         self.path = path
         self.rebuilt_because: str | None = None
-        self.token_byte_lengths: np.ndarray | None = None  # set by build_or_load
         if not path.is_file():
             raise BadCache("there was none")
         with contextlib.ExitStack() as opened:
@@ -241,7 +240,6 @@ def build_or_load(
                 build()
                 cache = TokenCache(path, verify=False)
                 cache.rebuilt_because = str(reason)
-    cache.token_byte_lengths = tokenizer.token_byte_lengths()
     return cache
 
 

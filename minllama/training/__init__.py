@@ -4,7 +4,8 @@ The floor above all others: nothing of this package imports from it.
 
     loop            the train loop and one optimizer step of it
     run             where a run is, when it ends, and its state
-    session         before and after the loop: opening a run, its plan, its last words
+    setup           before the loop: opening a run, its plan
+    results         after the loop: what a run left, and what its model is for
     identity        what a resumed run must share with its first one
     task            what a task is; predicting next tokens
     pretraining     the task on text

@@ -17,11 +17,11 @@ from minllama.model.generation import Sampling, generate_tokens
 from minllama.model.lora import add_lora
 from minllama.system.errors import UsageError
 from minllama.system.files import write_text
-from minllama.text.chat import ChatTemplate, read_dialogues
+from minllama.text.chat import ChatTemplate, Intake, read_dialogues
 from minllama.text.reading import Reading, byte_bar
 from minllama.text.splits import SplitFiles
+from minllama.training.results import print_best, print_results
 from minllama.training.run import Run
-from minllama.training.session import print_best, print_results
 from minllama.training.task import NextTokenTask, trained_sizes
 from tokenizer import Tokenizer
 from utils import ChatDataset, batches_by_length
@@ -54,13 +54,16 @@ def load_dialogues(
 
     def load(path: Path, split: str) -> ChatDataset:
         with byte_bar(f"reading {path.name}", path.stat().st_size) as bar:
-            dialogues = read_dialogues(path, Reading(encoding=options.encoding), bar.update)
+            intake = Intake(options.skip_bad_lines)
+            reading = Reading(encoding=options.encoding)
+            dialogues = read_dialogues(path, reading, bar.update, intake)
             context = llama.config.max_seq_len
             dataset = ChatDataset(dialogues, tokenizer, llama.chat_template, context)
+        left_out = [*intake.lines(), *dataset.cuts.lines()]
         if not len(dataset):
-            raise UsageError(f"--{split} {path}: holds no dialogue that can be learnt from")
-        count = len(np.unique(dataset.lines))
-        say(f"Loaded {count:,} dialogues from {path} ({split})", *dataset.cuts.lines())
+            why = "; ".join(line.strip() for line in left_out) or "the file is empty"
+            raise UsageError(f"--{split} {path}: holds no dialogue that can be learnt from: {why}")
+        say(f"Loaded {dataset.dialogues:,} dialogues from {path} ({split})", *left_out)
         return dataset
 
     train_set = load(files.paths["train"], "train")
@@ -68,7 +71,7 @@ def load_dialogues(
         return train_set, load(files.paths["dev"], "dev")
     train_set, val_set = train_set.split(options.val_fraction)
     if val_set is not None:
-        print(f"validation   {len(np.unique(val_set.lines)):,} of the dialogues held out")
+        print(f"validation   {val_set.dialogues:,} of the dialogues held out")
     return train_set, val_set
 
 
@@ -87,11 +90,14 @@ def read_questions(
     if path is None:
         return []
     questions = []
-    for dialogue in read_dialogues(path, Reading(encoding=options.encoding)):
+    intake = Intake(options.skip_bad_lines)
+    reading = Reading(encoding=options.encoding)
+    for dialogue in read_dialogues(path, reading, intake=intake):
         for number, (text, answer) in enumerate(dialogue.exchanges):
             before = dialogue.exchanges[:number]
             ids = template.prompt_ids(tokenizer, text, before, dialogue.system)
             questions.append(Question(ids, text, answer))
+    say(*(f"{line} ({path})" for line in intake.lines()))
     return questions
 
 
@@ -114,6 +120,8 @@ class ChatTuning(NextTokenTask):
         )
         if options.lora_rank:
             add_lora(llama, rank=options.lora_rank, alpha=2 * options.lora_rank)
+        dev = files.paths.get("dev")  # else a share of --train, which is the same file on resume
+        self.held_out = dev and fingerprint(dev.read_bytes())
         lengths = self.train_set.lengths
         self.order = batches_by_length(lengths, options.global_batch_size, options.seed)
         self.identity = {
@@ -132,7 +140,7 @@ class ChatTuning(NextTokenTask):
         }
 
     def build(self) -> None:
-        self.distribute_llama(dynamic=True)
+        self.set_llama(dynamic=True)
 
     def sequences(self, epoch: int, index: int) -> np.ndarray:
         return self.order(epoch, index)
@@ -142,7 +150,8 @@ class ChatTuning(NextTokenTask):
         return self.train_set.count_targets(numbers), tokens
 
     def locate(self, number: int) -> str:
-        return f"{self.files.paths['train']}:{self.train_set.lines[number]}"
+        line, dialogue = self.train_set.lines[number], self.train_set.numbers[number]
+        return f"{self.files.paths['train']}:{line} (dialogue {dialogue:,})"
 
     def finish(self) -> None:
         """Show what the best model answers, and how often rightly."""

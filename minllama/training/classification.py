@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +19,22 @@ from minllama.formats.find_model import load_model
 from minllama.formats.pt_file import load_pt
 from minllama.machine.ranks import Ranks
 from minllama.machine.sharding import full_state_dict, load_state, no_gradients
+from minllama.model.generation import NOT_NUMBERS
 from minllama.model.lora import add_lora, merge_lora
+from minllama.system.errors import UsageError
 from minllama.system.signals import StopRequest
 from minllama.text.labelled import (
+    SHOWN_LABELS,
     Scores,
     is_unlabelled,
     labels_of,
     report_predictions,
+    write_result,
 )
 from minllama.text.reading import first_words
 from minllama.text.splits import SplitFiles
+from minllama.training.results import print_best, print_results
 from minllama.training.run import Run
-from minllama.training.session import print_best, print_results
 from minllama.training.task import Batch, Task, trained_sizes
 from tokenizer import Tokenizer
 from utils import LlamaDataset, batches_by_length
@@ -46,12 +52,11 @@ def load_splits(
 ) -> dict[str, LlamaDataset]:
     """The encoded sentences of each file, labelled or, `plain`, not; says what was loaded."""
     room = min(options.max_sentence_len or context, context - 1)
-    n_labels = len(files.label_names)
     splits = {
         split: LlamaDataset(
             path,
             tokenizer,
-            n_labels=n_labels,
+            labels=files.labels.texts,
             max_sentence_len=room,
             encoding=options.encoding,
             plain=plain,
@@ -75,7 +80,8 @@ def predict(
     """The likeliest label of each sentence, in the file's order. Every rank must call this.
 
     In float32 whatever the training's dtype: bfloat16 rounds differently at another batch size,
-    and a prediction must not depend on its batch. Raises Interrupted when asked to stop.
+    and a prediction must not depend on its batch. Raises Interrupted when asked to stop, and
+    UsageError where the scores are NaN.
     """
     device = next(model.parameters()).device
     predictions = np.zeros(len(dataset), np.int64)
@@ -83,16 +89,21 @@ def predict(
     with no_gradients(model):
         batches = dataset.length_sorted_batches(options.batch_size)
         numbers = list(ranks.split_evenly(len(batches)))
-        predicted = []  # stays on the device, which none of the batches waits for
+        predicted, bad = [], 0  # stay on the device, which none of the batches waits for
         for number, counts in progress_bar(numbers, desc="predicting", leave=False, disable=None):
             ranks.check_stop(stop)
             batch = Batch(dataset.collate(batches[number])).to(device)
-            predicted.append(counts * model(*batch.inputs[:2]).argmax(dim=-1))
+            scores = model(*batch.inputs[:2])
+            predicted.append(counts * scores.argmax(dim=-1))
+            bad = bad + scores.isnan().sum()
         if predicted:
             places = np.concatenate([batches[number] for number, _ in numbers])
             predictions[places] = torch.cat(predicted).cpu().numpy()
     model.train()
-    return ranks.sum_array(predictions).tolist()
+    *labels, bad = ranks.sum_array(np.append(predictions, int(bad))).tolist()
+    if bad:  # the first of them would be the largest
+        raise UsageError(NOT_NUMBERS)
+    return labels
 
 
 def predict_files(
@@ -107,7 +118,7 @@ def predict_files(
     """Report and write the predictions on each file that has a place for them."""
     for split, out in files.outs.items():
         predictions = predict(model, splits[split], options=options, ranks=ranks, stop=stop)
-        report = (split, splits[split].examples, predictions, files.label_names, out)
+        report = (split, splits[split].examples, predictions, files.labels, out)
         keep = f"{split}_out" not in options.given
         ranks.on_main(functools.partial(report_predictions, *report, keep=keep))
 
@@ -123,11 +134,16 @@ class Classification(Task):
         config = self.llama.config
         self.splits = load_splits(files, options, tokenizer, context=config.max_seq_len)
         self.train_set, self.dev_set = self.splits["train"], self.splits["dev"]
+        if files.mapping:
+            counts = Counter(labels_of(self.train_set.examples))
+            words = enumerate(files.labels.texts[:SHOWN_LABELS])
+            shown = ", ".join(f"{text} ({counts[number]:,})" for number, text in words)
+            say(f"labels       words of --train, by the alphabet: {shown}")
         if options.lora_rank:
             add_lora(self.llama, rank=options.lora_rank, alpha=2 * options.lora_rank)
         self.model = LlamaEmbeddingClassifier(
             self.llama,
-            num_labels=len(files.label_names),
+            num_labels=len(files.labels.names),
             hidden_dropout_prob=options.hidden_dropout_prob,
             freeze_backbone=options.freeze_backbone,
             pooling=options.pooling,
@@ -135,6 +151,7 @@ class Classification(Task):
         say(f"pooling      {options.pooling}: the head reads {POOLED[options.pooling]} (--pooling)")
         self.higher_is_better = not is_unlabelled(self.dev_set.examples)
         self.goal = "dev_accuracy" if self.higher_is_better else "loss"
+        self.held_out = fingerprint(files.paths["dev"].read_bytes())
         lengths = self.train_set.lengths
         self.order = batches_by_length(lengths, options.global_batch_size, options.seed)
         self.identity = {
@@ -146,17 +163,19 @@ class Classification(Task):
             "--lora_rank": options.lora_rank,
             "--pooling": options.pooling,
         }
+        if not files.labels.is_counted:
+            self.identity["--label_names"] = files.labels.texts
         self.sizes = trained_sizes(self.model, options) | {
             "config": config,
             "sequences": len(lengths),
             "tokens": int(lengths.sum()),
             "sequence_length": int(lengths.max()),
-            "logits_width": len(files.label_names),
+            "logits_width": len(files.labels.names),
         }
 
     def build(self) -> None:
         # Predictions are made in float32; training's dtype is autocast's.
-        self.distribute(self.model, self.model, dtype=torch.float32, dynamic=True)
+        self.set_model(self.model, self.model, dtype=torch.float32, dynamic=True)
 
     def sequences(self, epoch: int, index: int) -> np.ndarray:
         return self.order(epoch, index)
@@ -178,15 +197,18 @@ class Classification(Task):
             self.model, self.dev_set, options=run.options, ranks=run.ranks, stop=run.stop
         )
         labels = labels_of(self.dev_set.examples)
-        scores = Scores.of(labels, predictions, len(self.files.label_names))
+        scores = Scores.of(labels, predictions, len(self.files.labels.names))
         return {"dev_accuracy": scores.accuracy, "dev_f1": scores.macro_f1}
 
     def weights(self) -> dict[str, Any]:
         """Those of the Llama, and the classifier's head."""
         head = full_state_dict(self.model.classifier_head, self.run.ranks)
+        labels = self.files.labels
+        texts = {} if labels.is_counted else {"label_texts": labels.texts}
         return super().weights() | {
             "classifier_head": {name: tensor.cpu() for name, tensor in head.items()},
-            "label_names": self.files.label_names,
+            "label_names": labels.names,
+            **texts,
             "pooling": self.model.pooling,
         }
 
@@ -210,5 +232,11 @@ class Classification(Task):
         predict_files(
             self.model, files, self.splits, options=run.options, ranks=run.ranks, stop=run.stop
         )
+        if files.mapping:
+            pairs = dict(zip(files.labels.texts, files.labels.names, strict=True))
+            text = json.dumps(pairs, ensure_ascii=False, indent=1) + "\n"
+            run.ranks.on_main(
+                functools.partial(write_result, files.mapping, text, "labels", keep=True)
+            )
         opening = first_words(self.dev_set.examples[0].sentence)
         print_results(run.folder, best, opening, "prompt", "generate", test=files.paths["dev"])

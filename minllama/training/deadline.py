@@ -15,7 +15,7 @@ from tqdm import tqdm
 FINISHING = 1.5  # seconds from the last step's evaluation to the end, beside writing files
 WRITE_RATE = 150e6  # bytes a second that files are written with
 MAX_EPOCHS = 20  # whatever the time: from then on a text is overfitted
-MAX_LOOKS = 20  # at the clock in the steps that are left: each may move the end
+MAX_CHECKS = 20  # of the clock in the steps that are left: each may move the end
 NOTABLE = 1.25  # an end that moves by this factor is printed
 
 
@@ -45,46 +45,48 @@ class Deadline:
 
     seconds: float
     started: float  # time.monotonic() when this command began
-    finishing: float = FINISHING
-    before: float = 0.0  # seconds that earlier starts took
-    evaluation: float = 0.0  # seconds of the last one
-    evaluated: float = 0.0  # seconds of all since the last look at the clock
-    looked: tuple[int, float] | None = None  # step and time of the last look
-    pace: float | None = None  # seconds a step, smoothed
-    looks_at: int = 1  # the clock, after this step
+    finishing_seconds: float = FINISHING
+    earlier_seconds: float = 0.0  # that earlier starts took
+    last_evaluation: float = 0.0  # seconds
+    evaluating: float = 0.0  # seconds since the last check
+    checked: tuple[int, float] | None = None  # step and time of the last check
+    seconds_per_step: float | None = None  # smoothed
+    next_check: int = 1  # after this step
     announced: int | None = None  # the last step that was printed as the end
 
     def spent(self) -> float:
         """Seconds of the run so far."""
-        return self.before + time.monotonic() - self.started
+        return self.earlier_seconds + time.monotonic() - self.started
 
     def note_evaluation(self, seconds: float) -> None:
         """Take note of how long an evaluation took."""
-        self.evaluation, self.evaluated = seconds, self.evaluated + seconds
+        self.last_evaluation, self.evaluating = seconds, self.evaluating + seconds
 
-    def is_to_look(self, step: int, end: int) -> bool:
-        """Whether to look at the clock after this step; every rank comes to the same."""
-        return self.looks_at <= step < end
+    def is_check_due(self, step: int, end: int) -> bool:
+        """Whether to check the clock after this step; every rank comes to the same."""
+        return self.next_check <= step < end
 
     def last_step(self, step: int, planned: int, eval_interval: int) -> int:
-        """The step to end after, by the speed since the last look; `planned` at the first look.
+        """The step to end after, by the speed since the last check; `planned` at the first one.
 
         Leaves time for the evaluations to come and for the files of the end.
         """
         now = time.monotonic()
-        looked, self.looked = self.looked, (step, now)
-        evaluated, self.evaluated = self.evaluated, 0.0
-        if looked is None or step <= looked[0]:
+        checked, self.checked = self.checked, (step, now)
+        evaluating, self.evaluating = self.evaluating, 0.0
+        if checked is None or step <= checked[0]:
             return planned
-        pace = max(1e-9, now - looked[1] - evaluated) / (step - looked[0])
-        self.pace = pace if self.pace is None else (self.pace + pace) / 2
-        left = self.seconds - self.spent() - self.finishing - self.evaluation
-        per_step = self.pace + (self.evaluation / eval_interval if eval_interval else 0.0)
+        seconds = max(1e-9, now - checked[1] - evaluating) / (step - checked[0])
+        before = self.seconds_per_step
+        self.seconds_per_step = seconds if before is None else (before + seconds) / 2
+        left = self.seconds - self.spent() - self.finishing_seconds - self.last_evaluation
+        per_step = self.seconds_per_step
+        per_step += self.last_evaluation / eval_interval if eval_interval else 0.0
         return step + max(1, round(left / per_step))
 
     def note_end(self, step: int, planned: int, end: int) -> None:
         """Take note that the run ends after `end` and not `planned` steps; says a large change."""
-        self.looks_at = next_look(step, end)
+        self.next_check = next_check(step, end)
         before = self.announced = self.announced or planned
         if not 1 / NOTABLE < end / before < NOTABLE:
             self.announced = end
@@ -95,6 +97,6 @@ class Deadline:
             )
 
 
-def next_look(step: int, end: int) -> int:
-    """The step after which to look at the clock again; every rank comes to the same."""
-    return step + max(1, (end - step) // MAX_LOOKS)
+def next_check(step: int, end: int) -> int:
+    """The step after which to check the clock again; every rank comes to the same."""
+    return step + max(1, (end - step) // MAX_CHECKS)

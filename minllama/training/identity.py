@@ -9,7 +9,7 @@ from minllama.system.errors import UsageError
 
 CHUNK_ORDER = "the order of the text's chunks (of another version of this program)"
 # What runs were before there was a choice, and their checkpoints do not say.
-UNSAID = {CHUNK_ORDER: 1, "--pooling": "last"}
+EARLIER_DEFAULTS = {CHUNK_ORDER: 1, "--pooling": "last"}
 GLOBAL_BATCH = (
     "--global_batch_size (--pretrain_batch_size or --batch_size x --gradient_accumulation_steps x "
     "processes)"
@@ -20,10 +20,12 @@ def check_identity(earlier: dict[str, Any], identity: dict[str, Any]) -> None:
     """Raise UsageError, a line for each thing in which a run differs from its checkpoint."""
     problems = []
     for name, value in identity.items():
-        before = earlier.get(name, UNSAID.get(name))
+        before = earlier.get(name, EARLIER_DEFAULTS.get(name))
         if before == value:
             continue
-        if isinstance(value, dict) and isinstance(before, dict):  # of a shape, what differs
+        if isinstance(value, dict) and isinstance(
+            before, dict
+        ):  # of a model's shape, only what differs
             differs = [key for key in value if before.get(key) != value[key]]
             value = ", ".join(f"{key} {value[key]}" for key in differs)
             before = ", ".join(str(before.get(key)) for key in differs)

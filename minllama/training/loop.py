@@ -1,8 +1,8 @@
 """The train loop that all tasks share, from the batch to the checkpoint.
 
 Read from top to bottom: `train` is the loop, `optimizer_step` one step of it; below them are the
-guards for memory, numbers that are not finite, and what follows ten of those. Several ranks run
-this code side by side: what is decided here is the same on each.
+guards for memory and for numbers that are not finite, and the rollback after ten such steps in a
+row. Every rank runs this code, and what is decided here is the same on each.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from minllama.machine.random_state import random_state, restore_random_state
 from minllama.machine.sharding import is_dtensor, no_gradient_sync
 from minllama.runs.checkpoints import read_on_main
 from minllama.runs.metrics import Metrics, finite_or_none
-from minllama.runs.telemetry import PHASES, gpu_telemetry, profiled
+from minllama.runs.telemetry import BACKWARD, DATA, OPTIMIZER, gpu_telemetry, profiled
 from minllama.system.errors import Interrupted, RunFailed, TextLost
 from minllama.training.run import Progress, Run
 from minllama.training.task import Batch, StepBatch
@@ -47,8 +47,8 @@ def train(run: Run) -> bool:
     """
     plan, task, options, progress = run.plan, run.task, run.options, run.progress
     ranks, checkpoints = run.ranks, run.checkpoints
-    peak = ranks.world_size * peak_flops(run.device, run.dtype)  # FLOP/s, that MFU is a share of
-    flops, sample_gpu = plan.flops_per_token(), gpu_telemetry(run.device)
+    peak = ranks.world_size * peak_flops(run.device, run.dtype)  # FLOP/s; MFU is the share reached
+    flops_per_token, sample_gpu = plan.flops_per_token(), gpu_telemetry(run.device)
     metrics = Metrics(
         run.folder,
         progress.recorded,
@@ -64,16 +64,16 @@ def train(run: Run) -> bool:
         device=run.device,
         save=checkpoints.save_file,
     )
-    # A GPU would wait for its batches. A CPU only shares its cores with a thread that makes them,
-    # which takes a thousandth of a step there.
+    # Prefetched for a GPU, which would wait for its batches. On a CPU a batch takes a thousandth of
+    # a step, and the thread would take a core from the training.
     batches = Prefetch(task.step_batch, enabled=run.device.type != "cpu")
-    checkpoints.next_step(progress.step)
+    checkpoints.after_step(progress.step)
     task.model.train()
-    task.warm_up_gradient_sync(progress.step)
+    task.warm_up()
     with checkpoints, metrics, bar, batches, profile as end_of_profiled_step:
-        while run.has_more() and not run.is_to_stop():
+        while run.has_more() and not run.should_stop():
             try:
-                # Stopped while it evaluated, a run resumes with the record of the step made.
+                # A run that was stopped during an evaluation resumes with its last step's record.
                 record = progress.pending or optimizer_step(run, batches)
             except TextLost as lost:
                 run.stop_for(lost)
@@ -85,16 +85,16 @@ def train(run: Run) -> bool:
                 bar.n = progress.step
                 continue
             progress.pending = record
-            run.keep_time()
+            run.adjust_last_step()
             bar.total = run.last_step
 
-            # Evaluate: at the ends of epochs, every --eval_interval steps, and at the run's end.
+            # Evaluate: at the end of an epoch, every --eval_interval steps, and at the run's end.
             epoch, steps_into_epoch = divmod(progress.step, plan.steps_per_epoch)
             ends_epoch, ends_run = steps_into_epoch == 0, progress.step == run.last_step
-            evaluates = ends_epoch and task.best_interval > 0
             chooses_best = ends_run or is_due(task.eval_interval, progress.step)
-            chooses_best |= evaluates and epoch % task.best_interval == 0
-            if evaluates or chooses_best:
+            if ends_epoch and task.best_interval:
+                chooses_best |= epoch % task.best_interval == 0
+            if chooses_best or (ends_epoch and task.best_interval):
                 try:
                     record |= run.evaluate(sample=True)
                 except Interrupted:
@@ -105,26 +105,25 @@ def train(run: Run) -> bool:
 
             # Record.
             progress.pending = None
-            record["mfu"] = record["tokens_per_second"] * flops / peak
+            record["mfu"] = record["tokens_per_second"] * flops_per_token / peak
             metrics.append(record | sample_gpu())
             show_record(bar, record)
-            checkpoints.next_step(progress.step)
+            checkpoints.after_step(progress.step)
 
             # Save.
             if chooses_best and run.note_best(record):
                 run.save_best()
             ends_run |= run.out_of_patience()
-            is_kept = ends_epoch and (ends_run or epoch % options.save_interval == 0)
-            saves = is_kept or ends_run or is_due(options.checkpoint_interval, progress.step)
+            keeps_epoch = ends_epoch and (ends_run or epoch % options.save_interval == 0)
+            saves = keeps_epoch or ends_run or is_due(options.checkpoint_interval, progress.step)
             if saves or checkpoints.is_due_again():
-                metrics.sync()  # a checkpoint must not know of records that are lost
-                path = run.folder.epoch_checkpoint(epoch) if is_kept else None
-                checkpoints.save(run.state(), path)
-        stopped = run.is_to_stop(at_end=True)
+                metrics.sync()  # no checkpoint may be newer than the records on the disk
+                run.save(run.folder.epoch_checkpoint(epoch) if keeps_epoch else None)
+        stopped = run.should_stop(at_end=True)
         if stopped:
             metrics.state = "stopped"
             metrics.sync()
-            checkpoints.save(run.state())
+            run.save()
             checkpoints.finish()
         if run.stop.failure:
             raise RunFailed(
@@ -161,22 +160,22 @@ def optimizer_step(run: Run, batches: Prefetch) -> dict[str, Any]:
         scheduler=options.lr_scheduler,
     )
     set_learning_rate(run.optimizer, lr)
-    with record_function(PHASES[0]):
-        batch = batches.get(progress.step, more=progress.step + 1 < run.last_step)
+    with record_function(DATA):
+        batch = batches.get(progress.step, prefetch_next=progress.step + 1 < run.last_step)
         micro_batches = [part.to(run.device) for part in batch.micro_batches]
-    targets = max(1, batch.targets)  # none at all: a loss of 0, not NaN
+    targets = max(1, batch.target_count)  # none at all: a loss of 0, not NaN
     with training_arithmetic(run.device, run.dtype, deterministic=options.deterministic):
-        with record_function(PHASES[1]):
+        with record_function(BACKWARD):
             loss_sum = backward_in_parts(run, micro_batches, targets)
-        with record_function(PHASES[2]):
+        with record_function(OPTIMIZER):
             run.scaler.unscale_(run.optimizer)
             parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
             grad_norm = nn.utils.clip_grad_norm_(parameters, options.grad_clip or math.inf)
-            loss_sum, grad_norm, memory = exchange(run, loss_sum, grad_norm)
+            loss_sum, grad_norm, memory = reduce_over_ranks(run, loss_sum, grad_norm)
             loss = loss_sum / targets
             update(run, batch, loss, grad_norm)
     progress.step += 1
-    progress.tokens += batch.tokens
+    progress.tokens += batch.token_count
     return {
         "step": progress.step,
         "epoch": (progress.step - 1) // plan.steps_per_epoch + 1,
@@ -185,7 +184,7 @@ def optimizer_step(run: Run, batches: Prefetch) -> dict[str, Any]:
         "val_loss": None,
         "lr": lr,
         "grad_norm": finite_or_none(grad_norm),
-        "tokens_per_second": batch.tokens / (time.perf_counter() - started),
+        "tokens_per_second": batch.token_count / (time.perf_counter() - started),
         "memory": int(memory) or None,
     }
 
@@ -193,8 +192,9 @@ def optimizer_step(run: Run, batches: Prefetch) -> dict[str, Any]:
 def backward(run: Run, micro_batches: list[Batch], targets: float) -> Tensor:
     """Add up the gradients of the step's mean loss; returns the sum of this rank's losses, ()."""
     loss_sum = torch.zeros((), device=run.device)
-    # Each backward() adds a gradient sum, and DDP and FSDP average it over the ranks.
-    share = targets / run.ranks.world_size
+    # Each backward() adds to the gradients, and DDP and FSDP average them over the ranks: with this
+    # divisor the average is the gradient of the mean loss.
+    divisor = targets / run.ranks.world_size
     run.task.split = run.progress.split
     parts = [inputs for batch in micro_batches for inputs in batch.parts(run.task.split)]
     for number, inputs in enumerate(parts, start=1):
@@ -202,21 +202,21 @@ def backward(run: Run, micro_batches: list[Batch], targets: float) -> Tensor:
         with contextlib.nullcontext() if last else no_gradient_sync(run.task.parallel):
             with autocast(run.device, run.dtype):
                 loss = run.task.loss(*inputs)
-            run.scaler.scale(loss / share).backward()
+            run.scaler.scale(loss / divisor).backward()
         loss_sum += loss.detach()
     return loss_sum
 
 
-def exchange(run: Run, loss_sum: Tensor, grad_norm: Tensor) -> tuple[float, float, float]:
-    """The sum of all ranks' losses, their gradient's norm, and the bytes that they use.
+def reduce_over_ranks(run: Run, loss_sum: Tensor, grad_norm: Tensor) -> tuple[float, float, float]:
+    """All ranks' losses summed up, the gradient's norm, and the bytes used; they agree to stop.
 
-    Here alone in a step the host waits for the device, and the ranks for each other beside their
-    gradients; so they agree here, too, whether to stop after it.
+    The only point in a step where the host waits for the device and, apart from the gradients, the
+    ranks for each other: so to agree here whether to stop after it costs nothing.
     """
     if is_dtensor(grad_norm):
         grad_norm = grad_norm.full_tensor()
     computed = torch.stack((loss_sum, grad_norm.to(loss_sum)))
-    known = (used_memory(run.device) or 0, run.stop_number())
+    known = (used_memory(run.device) or 0, run.stop_signal())
     losses, norms, memories, stops = zip(*run.ranks.gather_numbers(computed, *known), strict=True)
     run.agree_to_stop(stops)
     return sum(losses), norms[0], sum(memories)
@@ -225,15 +225,15 @@ def exchange(run: Run, loss_sum: Tensor, grad_norm: Tensor) -> tuple[float, floa
 def update(run: Run, batch: StepBatch, loss: float, grad_norm: float) -> None:
     """Update the weights, or skip the update where a number is not finite, and say where."""
     # Gradients that overflow float16: the scaler skips the update and halves its scale. At a scale
-    # below 1 it is not their size that is wrong.
-    is_sound = math.isfinite(loss) and (
+    # of 1 or less an overflow is no explanation: the gradients themselves are not finite.
+    is_finite = math.isfinite(loss) and (
         math.isfinite(grad_norm) or (run.scaler.is_enabled() and run.scaler.get_scale() > 1)
     )
-    if is_sound:
+    if is_finite:
         run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    if is_sound:
+    if is_finite:
         run.progress.skipped = 0
         return
     run.progress.skipped += 1
@@ -245,7 +245,7 @@ def update(run: Run, batch: StepBatch, loss: float, grad_norm: float) -> None:
 
 
 class Prefetch:
-    """The batches of steps in a row, each made by a thread while the step before it uses its own.
+    """Makes the next step's batch in a thread while the current step trains.
 
     `make(step)` has to be a function of the step alone, and runs in one thread within the block,
     never twice at once. Outside of the block, or not `enabled`, each is made when it is asked for.
@@ -256,8 +256,8 @@ class Prefetch:
         self.thread: ThreadPoolExecutor | None = None
         self.next: tuple[int, Future[StepBatch]] | None = None
 
-    def get(self, step: int, *, more: bool) -> StepBatch:
-        """The batch of a step; with `more` the next one is begun.
+    def get(self, step: int, *, prefetch_next: bool) -> StepBatch:
+        """The batch of a step; with `prefetch_next` the next one is begun.
 
         What making it raised is raised here. After a rollback the one that was begun is dropped.
         """
@@ -267,7 +267,7 @@ class Prefetch:
         if prefetched is None or prefetched[0] != step:
             prefetched = (step, self.thread.submit(self.make, step))
         batch = prefetched[1].result()
-        if more:
+        if prefetch_next:
             self.next = (step + 1, self.thread.submit(self.make, step + 1))
         return batch
 
@@ -291,7 +291,7 @@ def backward_in_parts(run: Run, micro_batches: list[Batch], targets: float) -> T
     The step's sequences, their order and the update stay the same. Raises RunFailed where one
     sequence alone does not fit, and with several ranks at once: one cannot repeat a step alone.
     """
-    # A step that is tried again draws the dropout of the first attempt.
+    # A retried step must draw the same dropout masks.
     random_before = random_state() if run.task.uses_rng and run.ranks.world_size == 1 else None
     while True:
         try:
@@ -305,7 +305,7 @@ def backward_in_parts(run: Run, micro_batches: list[Batch], targets: float) -> T
                 "--batch_size (with --global_batch_size the training stays the same), "
                 "--activation_checkpointing or --parallel fsdp"
             )
-        # Outside of the handler, whose traceback holds on to the activations.
+        # Outside of the handler: its traceback keeps the activations alive.
         run.optimizer.zero_grad(set_to_none=True)
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -330,32 +330,34 @@ def halve_micro_batch(progress: Progress, rows: int) -> None:
 
 def describe_sequences(run: Run, batch: StepBatch) -> str:
     """Where the sequences of a step are, those of all ranks."""
-    numbers = batch.numbers.tolist()
-    places = "; ".join(run.task.locate(number) for number in numbers[:SHOWN_PLACES])
-    more = len(numbers) - SHOWN_PLACES
+    indices = batch.indices.tolist()
+    places = "; ".join(run.task.locate(index) for index in indices[:SHOWN_PLACES])
+    more = len(indices) - SHOWN_PLACES
     return places + (f"; and {more} more" if more > 0 else "")
 
 
 def roll_back(run: Run) -> None:
     """Go back to the last good checkpoint with half the learning rate, as --on_nonfinite says.
 
-    Raises RunFailed where that was asked, is not possible, or did not help often enough.
+    Raises RunFailed with --on_nonfinite stop, without an earlier good checkpoint, and after
+    MAX_ROLLBACKS.
     """
     progress, options = run.progress, run.options
     bad = f"{MAX_SKIPPED} steps in a row, up to step {progress.step:,}, were not finite"
     remedy = "try a lower --pretrain_lr or --lr, or --dtype float32"
     if options.on_nonfinite == "stop":
         raise RunFailed(f"{bad}: {remedy}; the last checkpoint is as it was")
-    run.checkpoints.wait()  # it may be the last good one
+    run.checkpoints.join()  # it may be the last good one
     lr_scale = progress.lr_scale / 2
     if lr_scale < 2.0**-MAX_ROLLBACKS:
         raise RunFailed(f"{bad}, even with 1/{2**MAX_ROLLBACKS} of the learning rate: {remedy}")
     good = read_on_main(run.ranks, lambda: run.folder.last_good(run.run_id, progress.step))
     if good is None:
         raise RunFailed(f"{bad}, and there is no earlier checkpoint to go back to: {remedy}")
-    run.restore(good[1])
+    _, state = good
+    run.restore(state)
     run.ranks.on_main(lambda: run.folder.set_aside_later(run.run_id, progress.step))
-    run.checkpoints.find_own(run.run_id)
+    run.checkpoints.list_own(run.run_id)
     run.checkpoints.drop(run.folder.file("best-model.pt").name)
     run.check_best()
     progress.lr_scale = lr_scale

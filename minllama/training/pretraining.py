@@ -31,12 +31,13 @@ from minllama.text.corpus import Texts, find_texts, load_texts
 from minllama.text.vocabulary import choose_vocabulary
 from minllama.training.fitting import TIMED_CONTEXT, fit_to_time
 from minllama.training.identity import CHUNK_ORDER
+from minllama.training.results import print_results
 from minllama.training.run import Run
-from minllama.training.session import print_results
 from minllama.training.task import NextTokenTask
 from utils import ORDER_VERSION, batch_indices
 
 RECENT_STEPS = 20  # whose mean is the training loss at the end
+FEW_DOCUMENTS = 100
 OVERFITTED = 1.005  # times its best: a validation loss that has risen
 
 
@@ -113,7 +114,8 @@ class Pretraining(NextTokenTask):
         )
         options, texts = run.options, self.texts
         self.train_set, self.val_set = texts.train, texts.val
-        self.opening = texts.opening()
+        self.opening, val = texts.opening(), texts.val
+        self.held_out = val and f"{len(val.stream)} tokens, {val.utf8_bytes} bytes"
         # A run that keeps to a time is evaluated at steps: its epochs may be seconds or hours.
         self.best_interval = 0 if options.minutes is not None else options.best_model_interval
         self.eval_interval = options.eval_interval
@@ -138,7 +140,7 @@ class Pretraining(NextTokenTask):
             self.llama = given if run.ranks.is_main else given.to_empty(device="cpu")
         self.llama.vocabulary = texts.tokenizer.model_bytes
         bos_id = texts.tokenizer.bos_id if run.options.document_mask else None
-        self.distribute_llama(dynamic=False, bos_id=bos_id)
+        self.set_llama(dynamic=False, bos_id=bos_id)
         if run.options.sample_tokens and is_sharded(self.model):
             say("samples      after the run alone: of a sharded model no process has the whole")
         if given is not None and sharded:
@@ -211,8 +213,10 @@ class Pretraining(NextTokenTask):
             )
         in_memory = not rose and not is_sharded(self.model)
         model = self.llama.eval() if in_memory else load_pretrained(chosen)
+        # Where documents are few, hardly anything was learnt of how one begins.
+        prompt = self.opening if len(self.texts.cache.document_starts) < FEW_DOCUMENTS else ""
         print("\na sample of what it writes:")
-        print(f"{sample_text(model, self.texts.tokenizer)}\n")
+        print(f"{sample_text(model, self.texts.tokenizer, prompt)}\n")
         if None not in (val_loss, progress.first, progress.best):
             last = f", {perplexity(val_loss):.2f} after {progress.step:,}" if rose else ""
             print(
@@ -220,7 +224,7 @@ class Pretraining(NextTokenTask):
                 f"{perplexity(progress.best):.2f} after {progress.best_step:,} steps{last}"
             )
         if records:
-            recent = [record["loss"] for record in records if record["loss"] is not None]
+            recent = [record["loss"] for record in records if record.get("loss") is not None]
             outcome = Outcome(
                 parameters=sum(self.config.parameter_counts().values()),
                 tokens=progress.tokens,

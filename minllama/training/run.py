@@ -1,4 +1,4 @@
-"""A run: on what it trains, where it is and when it ends, and its state as a checkpoint has it.
+"""A run: its options, devices and progress, the state that a checkpoint holds, and when it ends.
 
 What follows a step (evaluation, best model, checkpoint) is decided by its number alone, so a run
 that is stopped anywhere and resumed ends as if it had never stopped.
@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
@@ -57,7 +58,7 @@ LOAD_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeE
 class Progress:
     """Where a run is, in plain values; data order and learning rate follow from `step`."""
 
-    step: int = 0  # optimizer steps made
+    step: int = 0  # optimizer steps completed
     tokens: int = 0  # trained on
     skipped: int = 0  # updates skipped in a row
     lr_scale: float = 1.0  # halved by each rollback
@@ -65,7 +66,8 @@ class Progress:
     first: float | None = None  # the goal before training
     best: float | None = None  # the goal's best value
     best_step: int = 0
-    without_better: int = 0  # looks for a new best since then
+    without_better: int = 0  # evaluations since then that could have chosen a new best
+    held_out: str | None = None  # names the data that the best value was measured on
     pace: Pace = field(default_factory=Pace)  # of a run that keeps to a time
     spent: float = 0.0  # seconds of a run that keeps to a time
     pending: dict | None = None  # the last step's record, not yet evaluated and written
@@ -95,7 +97,7 @@ class Progress:
 class Run:
     """Everything that training works on. Every rank has one and calls its methods.
 
-    `session.open_run` makes it; task, plan and identity come when the data is known, and what
+    `setup.open_run` makes it; task, plan and identity come when the data is known, and what
     trains (optimizer, checkpoints) with `start`.
     """
 
@@ -121,55 +123,62 @@ class Run:
         self.device, self.dtype, self.checkpoint = device, dtype, checkpoint
         self.progress, self.run_id = Progress(), uuid.uuid4().hex
         self.deadline: Deadline | None = None
-        self.agreed: bool | None = None  # in the last step, whether to stop after it
+        self.stop_agreed: bool | None = None  # by all ranks in the last step: stop after it
 
     # ------------------------------------------------------------------------ beginning
 
     def start(self) -> None:
-        """Build the task, take over the checkpoint or clear the folder, and record the start.
+        """Build model and optimizer; load the checkpoint, or clear the folder; evaluate once.
 
         Every rank must call this.
         """
-        options, ranks, checkpoint = self.options, self.ranks, self.checkpoint
+        self._build()
+        checkpoint, self.checkpoint = self.checkpoint, None  # its file may be replaced now
+        resumes = checkpoint is not None
+        if resumes:
+            self._resume(checkpoint)
+        elif not self.ranks.is_main:
+            self.seed_rank()  # rank 0 draws what a run alone would, the others dropout of their own
+        del checkpoint  # its memory is not needed while the model is evaluated
+        self.ranks.on_main(lambda: self._prepare_folder(resumes))
+        if self.progress.first is None:
+            self.progress.first = self.evaluate().get(self.task.goal)
+        ended = resumes and not self.has_more()
+        if ended:
+            self._say_nothing_is_left()
+        self.check_best()
+        if ended and self.progress.best is None:
+            self.note_best(self.evaluate())
+            self.progress.best_step = self.progress.step  # also where the value is not finite
+            self.save_best()  # these weights are the best there are
+
+    def _build(self) -> None:
+        options = self.options
         self.task.build()
-        model = self.task.model
         self.optimizer = make_optimizer(
-            model,
+            self.task.model,
             name=options.optimizer,
             lr=options.peak_lr(),
             weight_decay=options.decay(),
             dtype=self.dtype,
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        sharded = is_sharded(self.task.model)
         self.checkpoints = Checkpoints(
-            self.folder, ranks, sharded=is_sharded(model), keep_last=options.keep_last
+            self.folder, self.ranks, sharded=sharded, keep_last=options.keep_last
         )
         if options.option == "pretrain" and options.minutes is not None:
             written = self.plan.checkpoint_bytes()
             written += 2 * self.plan.weights_file_bytes(options.save_dtype)
             finishing = FINISHING + written / WRITE_RATE
             self.deadline = Deadline(60 * options.minutes, options.started, finishing)
-        self.checkpoint = None  # its memory can be freed, and its file replaced
-        resumes = checkpoint is not None
-        if resumes:
-            ranks.on_all(functools.partial(self.restore, checkpoint))
-            if self.deadline is not None:
-                self.deadline.before = self.progress.spent
-            ranks.on_main(lambda: self.folder.set_aside_later(self.run_id, self.progress.step))
-            self.checkpoints.find_own(self.run_id)
-        elif not ranks.is_main:
-            self.seed_rank()
-        del checkpoint  # before anything is evaluated
-        ranks.on_main(lambda: self._prepare_folder(resumes))
-        if self.progress.first is None:
-            self.progress.first = self.evaluate().get(self.task.goal)
-        if resumes and not self.has_more():
-            self._say_nothing_is_left()
-        self.check_best()
-        if resumes and self.progress.best is None and not self.has_more():
-            self.note_best(self.evaluate())  # these weights are the best there are
-            self.progress.best_step = self.progress.step
-            self.save_best()
+
+    def _resume(self, checkpoint: dict[str, Any]) -> None:
+        self.ranks.on_all(functools.partial(self.restore, checkpoint))
+        if self.deadline is not None:
+            self.deadline.earlier_seconds = self.progress.spent
+        self.ranks.on_main(lambda: self.folder.set_aside_later(self.run_id, self.progress.step))
+        self.checkpoints.list_own(self.run_id)
 
     def _prepare_folder(self, resumes: bool) -> None:
         """Remove what an earlier run or a killed write left, and add this start to run.json."""
@@ -258,7 +267,7 @@ class Run:
             self.progress.split = 1  # several processes train on micro-batches as given
 
     def seed_rank(self) -> None:
-        """Give this rank dropout of its own, where no checkpoint has it for this many ranks."""
+        """Seed this rank's dropout, where no checkpoint has a random state for so many ranks."""
         seed_everything(rank_seed(self.options.seed, self.progress.step, self.ranks.rank))
 
     # ------------------------------------------------------------------------ its best model
@@ -288,13 +297,18 @@ class Run:
         self.progress.without_better = 0
         return True
 
+    def save(self, path: Path | None = None) -> None:
+        """Write a resumable checkpoint, by default one of this step. Every rank must call this."""
+        self.checkpoints.join()  # the copy in memory of the one before goes first
+        self.checkpoints.save(self.state(), path)
+
     def save_best(self) -> None:
         """Write best-model.pt, with the step that it is of. Every rank must call this."""
         weights = self.task.weights() | {"step": self.progress.best_step}
         self.checkpoints.save_weights("best-model.pt", weights)
 
     def check_best(self) -> None:
-        """Forget the best value where best-model.pt is lost, or of steps that were given up."""
+        """Forget the best value where it is of other data, of steps that were given up, or lost."""
 
         def is_there() -> bool:
             with contextlib.suppress(UsageError):
@@ -303,9 +317,15 @@ class Run:
                 return isinstance(step, int) and step <= self.progress.step
             return False
 
-        if self.progress.best is not None and not self.ranks.on_main(is_there):
-            self.progress.best = None
-            tqdm.write("best-model.pt is missing, or of other steps: a new best model is chosen")
+        progress, held_out = self.progress, self.task.held_out or "none"
+        if progress.best is not None:
+            if progress.held_out not in (None, held_out):  # None: an earlier version's checkpoint
+                tqdm.write("the held-out data is not that of the run so far: a new best is chosen")
+                progress.best, progress.without_better = None, 0
+            elif not self.ranks.on_main(is_there):
+                tqdm.write("best-model.pt is missing, or of other steps: a new best is chosen")
+                progress.best = None
+        progress.held_out = held_out
 
     # ------------------------------------------------------------------------ where it ends
 
@@ -326,7 +346,7 @@ class Run:
         patience = self.options.early_stopping
         return patience is not None and self.progress.without_better >= patience
 
-    def keep_time(self) -> None:
+    def adjust_last_step(self) -> None:
         """After a step of --minutes: set the last one by the time that is left.
 
         Every rank must call this; rank 0's clock decides.
@@ -336,7 +356,7 @@ class Run:
             return
         progress.spent = deadline.spent()
         step, planned = progress.step, progress.pace.end or plan.schedule_steps
-        if not deadline.is_to_look(step, planned):
+        if not deadline.is_check_due(step, planned):
             return
         interval = self.task.eval_interval
         end = self.ranks.on_main(lambda: deadline.last_step(step, planned, interval))
@@ -346,10 +366,10 @@ class Run:
             progress.pace = Pace(step, position, end)
         deadline.note_end(step, planned, end)
 
-    def stop_number(self, *, now: bool = False) -> int:
+    def stop_signal(self, *, now: bool = False) -> int:
         """The signal that asks this rank to stop, 0: none; `now` looks at the folder in any case.
 
-        Where what the run stands on is gone, `stop.failure` says what is.
+        If the folder or the launcher is gone, `stop.failure` says which.
         """
         failure = self.folder.missing_folder_error(now=now)
         if self.ranks.launcher_is_gone():
@@ -359,25 +379,26 @@ class Run:
         return self.stop.signal_number or 0
 
     def agree_to_stop(self, numbers: Iterable[float]) -> None:
-        """Take over what all ranks' `stop_number` was in a step: whether to stop after it."""
+        """Take over what all ranks' `stop_signal` was in a step: whether to stop after it."""
         number = int(max(numbers))
         if number and not self.stop.requested:
             self.stop.signal_number = number
-        self.agreed = bool(number)
+        self.stop_agreed = bool(number)
 
-    def is_to_stop(self, *, at_end: bool = False) -> bool:
+    def should_stop(self, *, at_end: bool = False) -> bool:
         """Whether a rank was asked to stop, or what the run stands on is gone.
 
-        Every rank must call this. After a step several ranks go by what they agreed on in it.
+        After a step several ranks go by what they agreed on in it; `at_end` they agree again, and
+        look at the folder now. Every rank must call this.
         """
-        agreed, self.agreed = self.agreed, None
+        agreed, self.stop_agreed = self.stop_agreed, None
         if agreed is not None and self.ranks.world_size > 1 and not at_end:
             return agreed
-        self.stop_number(now=at_end)
+        self.stop_signal(now=at_end)
         return self.ranks.agree_to_stop(self.stop)
 
     def stop_for(self, lost: TextLost) -> None:
-        """Stop, with what is trained saved; with several ranks raise, for the others wait."""
+        """Stop, with what is trained saved; with several ranks raise: the others already wait."""
         if self.ranks.world_size > 1:
             raise lost
         self.stop.fail(str(lost))

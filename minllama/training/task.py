@@ -32,9 +32,10 @@ TokenDataset = PretrainDataset | ChatDataset  # batch(indices) gives tokens and 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: what the loss takes, a row for each sequence; the targets or labels last."""
+    """A micro-batch: the arguments of `loss`, a row for each sequence; targets or labels last."""
 
-    inputs: tuple[Tensor, ...]  # each (B, ...)
+    # tokens (B, T), targets (B, T); of a classifier tokens (B, T), lengths (B,), labels (B,)
+    inputs: tuple[Tensor, ...]
 
     def pinned(self) -> Batch:
         """A copy in memory that a GPU reads by itself."""
@@ -53,7 +54,7 @@ class Batch:
         return list(zip(*(tensor.split(rows) for tensor in self.inputs), strict=True))
 
     def without_targets(self) -> Batch:
-        """Its first row with nothing to predict: for a rank that only joins in the others' pass."""
+        """Its first row with nothing to predict, for a rank that only joins in the collectives."""
         *inputs, targets = (tensor[:1] for tensor in self.inputs)
         return Batch((*inputs, torch.full_like(targets, IGNORE_INDEX)))
 
@@ -62,9 +63,9 @@ class Batch:
 class StepBatch:
     """What one optimizer step trains on: the sequences of all ranks, and this rank's batches."""
 
-    numbers: np.ndarray  # of the sequences of all ranks, their places in the data set
-    targets: int  # of all ranks, that the loss is the mean over
-    tokens: int  # read by all ranks
+    indices: np.ndarray  # of the sequences of all ranks in the data set
+    target_count: int  # of all ranks, that the loss is the mean over
+    token_count: int  # read by all ranks
     micro_batches: list[Batch]  # this rank's, in the CPU's memory
 
 
@@ -77,8 +78,9 @@ class Task(ABC):
     identity: dict[str, Any]  # what a resumed run must share with its first one, by flags
     sizes: dict[str, Any]  # of model and data, for the TrainingPlan
     goal: str  # the metric that chooses the best model
+    held_out: str | None  # names the data that it is measured on, if there are any
     higher_is_better: bool = False
-    best_interval: int = 1  # epochs between looks for a new best; 0: epochs are not evaluated
+    best_interval: int = 1  # epochs between choices of a best model; 0: epochs are not evaluated
     eval_interval: int = 0  # optimizer steps between evaluations; 0: at the ends of epochs only
     split: int = 1  # parts in which the train loop passes a micro-batch to `loss`
 
@@ -94,12 +96,13 @@ class Task(ABC):
         """What to say before the first step, if anything."""
         return None
 
-    def distribute(
+    def set_model(
         self, model: nn.Module, module: nn.Module, *, dtype: torch.dtype, dynamic: bool
     ) -> None:
-        """Train `model`, of which `loss` calls `module`.
+        """Distribute `model`, which has the trained parameters, and compile it if that was asked.
 
-        `dtype` is that of FSDP's gathered weights; `dynamic`: sequences differ in length.
+        `module` is what `loss` calls: the model itself or a wrapper around it. `dtype` is that of
+        FSDP's gathered weights; `dynamic`: compile for sequences of any length.
         """
         options = self.run.options
         self.model = model
@@ -112,11 +115,11 @@ class Task(ABC):
             device=self.run.device,
             dtype=dtype,
         )
-        # A step that is tried again has to draw the same dropout.
         self.uses_rng = any(isinstance(part, nn.Dropout) and part.p > 0 for part in model.modules())
         self.compiled = self.parallel
         if options.compile == "on":
             self.compiled = torch.compile(self.parallel, dynamic=dynamic)
+        self.compiles_for_any_shape = options.compile == "on" and dynamic
 
     def step_batch(self, step: int) -> StepBatch:
         """What optimizer step `step` trains on, by its number alone; any thread may make it.
@@ -125,33 +128,36 @@ class Task(ABC):
         takes part in every pass. Raises TextLost.
         """
         run = self.run
-        numbers = self.sequences(*divmod(step, run.plan.steps_per_epoch))
+        indices = self.sequences(*divmod(step, run.plan.steps_per_epoch))
         size = run.options.micro_batch_size
-        parts = np.split(numbers, range(size, len(numbers), size))
+        parts = np.split(indices, range(size, len(indices), size))
         batches = [
-            self.batch(parts[part]) if counts else self.batch(parts[part][:1]).without_targets()
-            for part, counts in run.ranks.split_evenly(len(parts))
+            self.batch(parts[part]) if is_own else self.batch(parts[part][:1]).without_targets()
+            for part, is_own in run.ranks.split_evenly(len(parts))
         ]
         if run.device.type == "cuda":
             with torch.cuda.device(run.device):  # another thread's is the first GPU
                 batches = [batch.pinned() for batch in batches]
-        return StepBatch(numbers, *self.count(numbers), batches)
+        return StepBatch(indices, *self.count(indices), batches)
 
-    def warm_up_gradient_sync(self, step: int) -> None:
-        """Pass once through several ranks' reduction of gradients, training nothing.
+    def warm_up(self) -> None:
+        """Pass the run's first batch through the model and back, training nothing.
 
-        After its first pass DDP rebuilds its buckets, and the order in which floating-point numbers
-        are added up depends on their place in a bucket. Done before the first `step`, also of a
-        resumed run, every step of both adds in the same order, and their weights are bit-identical.
+        A first pass decides things for all others: DDP rebuilds its buckets after it, and a
+        number's place in a bucket decides the order in which it is added; a compiler that allows
+        for any shape makes kernels that suit the first one best. Decided by the same batch in every
+        start, a resumed run computes as one that was never stopped, bit for bit.
         """
         run = self.run
-        if run.ranks.world_size == 1:
+        if run.ranks.world_size == 1 and not self.compiles_for_any_shape:
             return
         random_before = random_state()
-        batch = self.step_batch(step).micro_batches[0].without_targets().to(run.device)
+        batch = self.step_batch(0).micro_batches[0]
+        if not self.compiles_for_any_shape:
+            batch = batch.without_targets()  # a single row is enough
         with autocast(run.device, run.dtype):
-            loss = self.loss(*batch.inputs)
-        loss.backward()
+            loss = self.loss(*batch.to(run.device).inputs)
+        (0 * loss).backward()
         self.model.zero_grad(set_to_none=True)
         restore_random_state(random_before)
 
@@ -221,11 +227,11 @@ class NextTokenTask(Task):
     train_set: TokenDataset
     val_set: TokenDataset | None
 
-    def distribute_llama(self, *, dynamic: bool, bos_id: int | None = None) -> None:
+    def set_llama(self, *, dynamic: bool, bos_id: int | None = None) -> None:
         """Train the Llama; `bos_id`, where given, begins documents that see none before them."""
         self.next_token_loss = NextTokenLoss(self.llama, bos_id)
         dtype = self.run.dtype
-        self.distribute(self.llama, self.next_token_loss, dtype=dtype, dynamic=dynamic)
+        self.set_model(self.llama, self.next_token_loss, dtype=dtype, dynamic=dynamic)
         self.goal = "loss" if self.val_set is None else "val_loss"
 
     def batch(self, numbers: np.ndarray) -> Batch:
@@ -253,7 +259,7 @@ def evaluate_tokens(
     order, so the sum does not depend on how many they are. Raises Interrupted when asked to stop.
     """
     ranks, size = run.ranks, run.options.micro_batch_size
-    sums = np.zeros((2, -(-len(dataset) // size)))  # each batch's loss and targets
+    sums = np.zeros((2, -(-len(dataset) // size)))  # (2, batches): summed loss, target count
     losses: list[Tensor] = []  # on the device, for which nothing waits until the end
     next_token_loss.eval()
     with no_gradients(next_token_loss), autocast(run.device, run.dtype):

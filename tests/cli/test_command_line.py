@@ -7,6 +7,8 @@ import io
 import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from minllama.cli.command_line import (
     OneLineParser,
     add_flag,
     flags_of,
+    for_drawing,
     number_reader,
     parse_or_exit,
     print_error,
@@ -152,7 +155,9 @@ def test_a_stored_value_is_what_the_flag_had(name, stored, want):
     [
         ("count", 0), ("count", 10), ("count", 2.5), ("count", True), ("count", "4"),
         ("count", None), ("rate", 7.0), ("rate", float("nan")), ("kind", "c"), ("kind", ["a"]),
-        ("files", "a"), ("files", [1]), ("folder", 3), ("note", 3), ("loud", 1), ("loud", "yes"),
+        ("files", "a"), ("files", [1]), ("files", ["\0"]), ("folder", 3), ("folder", "\0"),
+        ("folder", ""), ("note", "\0"), ("note", "\ud800"),
+        ("files", ["\ud800"]), ("note", 3), ("loud", 1), ("loud", "yes"),
     ],
 )  # fmt: skip
 def test_a_stored_value_that_the_flag_could_not_have(name, stored):
@@ -210,6 +215,83 @@ def test_control_characters_are_shown_and_not_obeyed(capsys, monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     monkeypatch.setattr(sys, "stdout", stream)
     protect_output()
-    print("a\x1b[31mb\tc\r\x1b[A\x9b")
+    print("a\x1b[31mb\tc\x9b")
     sys.stdout.flush()
-    assert stream.buffer.getvalue() == b"a\\x1b[31mb\tc\r\x1b[A\\x9b\n"
+    assert stream.buffer.getvalue() == b"a\\x1b[31mb\tc\\x9b\n"
+
+
+def test_what_is_printed_rewrites_no_line(monkeypatch):
+    """A label, or a word of a stranger's run.json, went back over lines by `\\r` and `\\x1b[A`.
+
+    They were let through for progress bars, which have a stream of their own now.
+    """
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stderr", stream)
+    protect_output()
+    print("good\x1b[A\rdev accuracy 1.000", file=sys.stderr)
+    drawing = for_drawing(sys.stderr)
+    drawing.write("\r50%\x1b[A")
+    sys.stderr.flush()
+    shown = stream.buffer.getvalue()
+    assert shown == b"good\\x1b[A\\rdev accuracy 1.000\n\r50%\x1b[A"
+    assert drawing == sys.stderr  # to tqdm, which clears a bar before it writes to its stream
+    assert for_drawing(stream) is stream
+
+
+def test_a_name_that_is_not_utf8_is_shown_by_its_bytes(capsys):
+    """Of a zip with GBK names each file was `????.txt`, in commands to be pasted, too."""
+    name = b"\xb2\xe2\xca\xd4.txt".decode("utf-8", "surrogateescape")
+    print_error("p", f"{name}: is empty \ud800")
+    assert capsys.readouterr().err == "p: error: \\xb2\\xe2\\xca\\xd4.txt: is empty \\ud800\n"
+
+
+@pytest.mark.skipif(shutil.which("bash") is None or os.name == "nt", reason="of Unix' shells")
+@pytest.mark.parametrize(
+    "word",
+    [
+        b"\xb2\xe2\xca\xd4.txt",
+        b"\xb20",
+        b"it's \\n $HOME\nrm x",
+        b"a\x1b[A\rb",
+        "ü\u3000\u202e\u009b".encode(),
+    ],
+)
+def test_a_pasted_command_has_the_same_words(word):
+    """`\\r` and an escape sequence hid the rest of a command; bytes came back as question marks."""
+    text = quoted("printf", "%s", word.decode("utf-8", "surrogateescape"))
+    assert text.isprintable()
+    assert subprocess.run(["bash", "-c", text], capture_output=True, check=True).stdout == word
+
+
+def test_an_endless_word_is_not_printed_whole(capsys):
+    """A .jsonl key of 100 MB was, and the remedy lay behind it."""
+    print_error("p", "no field 'text' (has: " + "k" * 10**6 + "); name it with --text_field")
+    printed = capsys.readouterr().err
+    assert len(printed) < 2100 and "998,0" in printed and printed.count("\n") == 1
+    assert printed.startswith("p: error: no field") and printed.endswith("--text_field\n")
+
+
+@pytest.mark.parametrize("flag", ["--note", "--folder", "--files", "--texts", "--kind"])
+def test_two_hyphens_are_no_value(flag):
+    """argparse made an empty list of `--save_dir=--`, and a traceback followed."""
+    with pytest.raises(UsageError, match=f"{flag}=--: -- is no value; a path of that name is ./--"):
+        parse(f"{flag}=--")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "want"),
+    [
+        ("--folder", "a\0b", r"--folder: 'a\x00b' holds a NUL"),
+        ("--folder", "a\ud800", r"--folder: 'a\ud800' holds a NUL or half a character"),
+        ("--folder", "", "--folder: '' is no path"),
+        ("--folder", "a/" * 3000, "a/'...: is too long for a path"),
+        ("--folder", "x/" + "a" * 256, "a'...: is too long for a path"),
+        ("--files", "a\0b", r"--files: 'a\x00b' holds a NUL"),
+        ("--texts", "a\0b", r"--texts: 'a\x00b' holds a NUL"),
+        ("--note", "a\0b", r"--note: 'a\x00b' holds a NUL"),
+    ],
+)
+def test_what_no_path_can_be_is_refused_as_it_is_read(flag, value, want):
+    """A NUL, which TOML can write, was a traceback at the first use of the path."""
+    with pytest.raises(UsageError, match=re.escape(want)):
+        parse(flag, value)

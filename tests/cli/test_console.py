@@ -22,6 +22,7 @@ for step in range(900):
     tick()
 bar.close()
 """
+PROTECTED = "from minllama.cli.command_line import protect_output; protect_output()\nbar ="
 LINES = """
 from minllama.cli.console import say
 say("model        1,066,112 parameters: embedding 262,144, attention 262,144, feed_forward 540,672",
@@ -100,6 +101,29 @@ def test_an_evaluation_has_lines_of_its_own():
     assert lines == [said, "  One day a fox"] * 3 and len(pictures) <= 2
 
 
+def test_a_loss_of_zero_is_a_number():
+    """It was shown as nan, which is what a loss that is not known is shown as."""
+    tick = "tick = lambda: 0\n"
+    for loss, shown in ((0.0, "loss 0.000,"), (None, "loss nan,")):
+        record = str(RECORD | {"loss": loss})
+        _, pictures = in_a_log(tick + BAR.replace("900", "3").replace(str(RECORD), record))
+        assert shown in pictures[-1]
+
+
+@needs_pty
+def test_a_sample_draws_nothing_and_the_bar_still_does():
+    """Models' text moved the cursor up and wrote over the lines there."""
+    record = str(RECORD | {"val_loss": 2.5, "sample": "one\x1b[A\rforged"})
+    program = BAR.replace("900", "3").replace(str(RECORD), record).replace("bar =", PROTECTED, 1)
+    shown = in_terminal(80, "import time; tick = lambda: time.sleep(0.3)\n" + program)
+    lines = shown.split("\n")
+    assert sum(line.endswith("  one\\x1b[A forged") for line in lines) == 3
+    # The bar is drawn, and cleared before each line.
+    assert "\rone" not in shown and "\x1b[A" not in shown and "\\r0" not in shown
+    assert all("\r  one" in line or line.startswith("  one") for line in lines if "forged" in line)
+    assert "3/3 steps" in re.split("[\r\n]", shown.strip())[-1]
+
+
 @needs_pty
 def test_status_lines_wrap_between_words_and_hang_under_their_text():
     """A terminal breaks long lines in the middle of words, and begins the rest at its edge."""
@@ -119,6 +143,12 @@ def test_lines_that_a_program_reads_are_whole(capsys):
     """Wrapped ones could not be searched."""
     say("word " * 100)
     assert capsys.readouterr().out == "word " * 100 + "\n"
+
+
+def test_a_name_makes_no_line_of_its_own(capsys):
+    """A file's name, or a label of a model, that holds a line's end could say what it liked."""
+    say("Loaded 3 dialogues from a\nbest model: 1.0\r.jsonl")
+    assert capsys.readouterr().out == "Loaded 3 dialogues from a\\nbest model: 1.0\\r.jsonl\n"
 
 
 def test_sizes_and_times_as_people_read_them():

@@ -50,6 +50,14 @@ def test_precision_of_what_is_written(tmp_path: Path, tokenizer: Tokenizer, name
     assert load_pretrained(tmp_path / "it").vocabulary == model.vocabulary
 
 
+@pytest.mark.parametrize("target", ["gguf", "hf"])
+def test_a_name_that_is_no_text_is_refused_before_anything_is_written(tmp_path: Path, target: str):
+    """safetensors called what it had written damaged, and Ollama's recipe was an encoding error."""
+    with pytest.raises(UsageError, match=f"--output .*: --convert {target} needs a name that is"):
+        write(make_model(), target, tmp_path / "\udcb2\udce2")
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_failing_self_check_publishes_nothing(tmp_path: Path, monkeypatch):
     model = make_model()
     monkeypatch.setattr(L, "write_bin", lambda model, file, group: file.write(b"half a file"))

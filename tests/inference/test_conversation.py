@@ -196,6 +196,14 @@ def test_commands_say_what_they_did(hold, capsys):
     assert "/exit: no such command; /help lists them" in said[8]
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "folder/" * 2000 + "x"])
+def test_a_name_that_no_file_can_have_does_not_end_the_conversation(hold, capsys, name):
+    """It was a traceback, and what was said was lost."""
+    hold([f"/save {name}", "/reset"])
+    said = capsys.readouterr().out
+    assert "/save " in said and "(a new conversation)" in said and "Traceback" not in said
+
+
 def test_a_saved_conversation_can_be_trained_on(hold, capsys):
     """It is a line that --train reads."""
     hold(["Where？", "And?", "/save a file.jsonl"], ["In a “den”.", "In a cave."])

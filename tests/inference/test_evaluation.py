@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import make_model
-from running import command, write_model
+from running import command, pretrain, records, write_model
 
 import check_model_precision as C
 from llama import LlamaZeroShotClassifier, load_pretrained
@@ -88,6 +88,22 @@ def test_bits_per_byte_from_the_command_line(capsys):
     assert f"{one['bits_per_byte']:.4f} bits per byte" in line and "val.jsonl: " in line
 
 
+def test_a_run_s_validation_loss_is_found_again(capsys):
+    """Where a line is a document --text read the file as one: 2.58 for a loss of 1.91."""
+    lines = [f"The {who} ran {where} ." for who in ("cat", "dog") for where in ("home", "away")]
+    Path("a.txt").write_text(
+        "\n".join(f"{i % 2} ||| {x}" for i, x in enumerate(lines * 9)), "utf-8"
+    )
+    Path("val.txt").write_text("\n".join(f"1 ||| {x}" for x in lines[::-1]), encoding="utf-8")
+    for flags in ("--document_per_line", "--sentences_only"):
+        words = f"--pretrain_data a.txt --val_data val.txt --max_steps 2 --overwrite {flags}"
+        assert pretrain(words).status == 0
+        assert C.main(f"run/final-model.pt --text val.txt --json {flags}".split()) == 0
+        found, last = json.loads(capsys.readouterr().out)[0]["text"], records()[-1]
+        assert found["loss"] == pytest.approx(last["val_loss"], rel=1e-6)
+        assert found["bits_per_byte"] == pytest.approx(last["bits_per_byte"], rel=1e-6)
+
+
 def test_a_text_that_cannot_be_scored_is_one_line(capsys):
     Path("empty.txt").write_text(" \n", encoding="utf-8")
     Path("a.jsonl").write_text('{"body": "x"}', encoding="utf-8")
@@ -98,6 +114,7 @@ def test_a_text_that_cannot_be_scored_is_one_line(capsys):
         ([model, "--text", "empty.txt"], "empty.txt: empty"),
         ([model, "--text", "a.jsonl"], "name it with --text_field"),
         (["bare.bin", "--text", "empty.txt"], "has no vocabulary: name its SentencePiece"),
+        ([model, "--text", "a.jsonl", "--document_separator", " "], "name a text, or 'blank line'"),
     ):
         capsys.readouterr()
         assert C.main(words) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,32 @@ def test_a_classifier_is_applied_without_a_finetuning():
     assert done.status == 2 and "--test is not given: name a file of sentences" in done.error
 
 
+def test_a_classifier_of_words_answers_in_words():
+    """Trained on JSON and applied to CSV; as their files have them, labels are written.
+
+    The mapping that was made of them is written beside the predictions.
+    """
+    model, words = write_model(Path.cwd(), dim=16, n_layers=1), ["pos", "neg", "很好"]
+    rows = [(words[number % 3], f"The film is {number % 3} .") for number in range(9)]
+    lines = [json.dumps({"text": text, "label": label}) for label, text in rows]
+    Path("films-train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    cells = [f'{label},"{text}"' for label, text in rows]
+    Path("films-dev.csv").write_text("\n".join(["label,text", *cells]), encoding="utf-8")
+    files = "--train films-train.jsonl --dev films-dev.csv --max_steps 2 --lr 0.01"
+    done = command(f"--option finetune {files} --pretrained_model_path {model} --save_dir run")
+    assert done.status == 0 and "labels       words of --train" in done.out, done.error
+    tuned = Path("films-dev-finetuning-output.txt").read_text(encoding="utf-8")
+    found = [line.split(" ||| ") for line in tuned.splitlines()]
+    assert {label for label, _ in found} <= {*words} and [s for _, s in found] == [
+        s for _, s in rows
+    ]
+    mapping = json.loads(Path("films-label-mapping.json").read_text(encoding="utf-8"))
+    assert mapping == {word: word for word in sorted(words)}
+    done = command("--option prompt --save_dir run --dev films-dev.csv")
+    assert done.status == 0 and "accuracy " in done.out, done.error
+    assert Path("films-dev-prompting-output.txt").read_text(encoding="utf-8") == tuned
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -180,6 +207,9 @@ def test_a_classifier_is_applied_without_a_finetuning():
             "classifier_head": {"weight": torch.zeros(0, 32), "bias": torch.zeros(0)},
         },
         {"label_names": ["a", "b", "\ud800"]},  # half a character, which cannot be written
+        {"label_texts": ["1", "2"]},
+        {"label_texts": ["1", "2", "2"]},
+        {"label_texts": [1, 2, 3]},
         {"classifier_head": None},
         {"classifier_head": {"weight": torch.zeros(3, 8), "bias": torch.zeros(3)}},
         {"classifier_head": {"weight": torch.zeros(3, 32)}},
@@ -195,6 +225,7 @@ def test_a_head_that_is_not_the_models_is_refused(change):
     save_pt(Path("tuned.pt"), payload)
     found = read_classifier(Path("tuned.pt"))
     assert (found.label_names, found.pooling) == (["a", "b", "c"], "last")  # it does not say
+    assert found.label_texts is None
     save_pt(Path("tuned.pt"), payload | change)
     with pytest.raises(UsageError, match="tuned.pt: .*classifier"):
         read_classifier(Path("tuned.pt"))

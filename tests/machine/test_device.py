@@ -89,6 +89,22 @@ def test_memory_of_this_machine() -> None:
     assert describe_device(CPU).startswith("cpu, ")
 
 
+VM_STAT = """Mach Virtual Memory Statistics: (page size of 16384 bytes)
+Pages free:                               61234.
+Pages active:                            398422.
+Pages inactive:                          396422.
+Pages speculative:                          766.
+Pages wired down:                        124500.
+"""
+
+
+def test_a_macs_free_memory_is_not_all_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan compared what a run needs with the memory that the machine was sold with."""
+    monkeypatch.setattr(device_module.sys, "platform", "darwin")
+    monkeypatch.setattr(device_module.subprocess, "check_output", lambda *_, **__: VM_STAT)
+    assert available_memory(CPU) == (61234 + 396422 + 766) * 16384
+
+
 def test_memory_that_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     """A container without /proc, or a system that is none of the three."""
     monkeypatch.setattr(device_module.sys, "platform", "linux")

@@ -50,6 +50,7 @@ def test_a_rank_is_what_the_launcher_says(monkeypatch):
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set without RANK"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment is not a whole number"),
         (TORCHRUN | {"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1 in the environment is not"),
+        (TORCHRUN, "WORLD_SIZE=4 is set without LOCAL_RANK"),  # plain srun: all took GPU 0
     ],
 )
 def test_an_environment_that_is_half_set_is_refused(monkeypatch, setting, message):
@@ -57,6 +58,14 @@ def test_an_environment_that_is_half_set_is_refused(monkeypatch, setting, messag
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=message):
         Ranks.from_environment()
+
+
+def test_a_rank_that_slurm_started_has_a_gpu_of_its_own(monkeypatch):
+    """With plain srun, which sets no LOCAL_RANK, all processes of a machine took GPU 0."""
+    slurm = {"SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_NNODES": "2"}
+    for name, value in (TORCHRUN | slurm).items():
+        monkeypatch.setenv(name, value)
+    assert Ranks.from_environment() == Ranks(3, 4, 1, node=1, nodes=2)
 
 
 def test_a_rank_alone_is_not_several(monkeypatch):
@@ -239,6 +248,26 @@ def test_each_machine_does_long_work_once_and_first(quick_signs):
     assert order[:2] == [0, 2] and sorted(order) == [0, 1, 2, 3]
 
 
+def test_a_rank_that_fails_does_not_wait_for_those_who_wait_for_it(quick_signs):
+    """In taking over a checkpoint one failed, the others waited in a collective for its part, and
+    it for the end of their work: ten minutes without a word of the cause."""
+    left = threading.Event()
+
+    def on_rank(ranks: Ranks) -> bool:
+        if ranks.is_main:
+            waited: list[bool] = []
+            with pytest.raises(UsageError, match="no such tensor"):
+                ranks.on_all(lambda: waited.append(left.wait(10)))
+            return waited[0]
+        try:
+            ranks.on_all(lambda: raises(UsageError("no such tensor")))
+        except UsageError:
+            left.set()
+        return left.is_set()
+
+    assert several.on_threads(2, on_rank) == [True, True]
+
+
 def test_long_work_that_fails_on_one_machine_fails_on_all():
     def work_on(ranks: Ranks) -> str:
         def work() -> str:
@@ -305,6 +334,8 @@ def test_a_rank_that_has_lost_its_launcher_says_so_too():
         (RuntimeError("Application timeout caused pair closure"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("bad"), False),
+        (ValueError("--train gloo.txt: no sentence"), False),
+        (NotImplementedError("NCCL.txt"), False),
     ],
 )
 def test_a_lost_peer_is_told_from_other_errors(error, lost):

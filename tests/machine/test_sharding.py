@@ -279,10 +279,10 @@ def save_as(
 ) -> None:
     """What one of the ranks does in `save`."""
     checkpoints = Checkpoints(folder, ranks, sharded=True, keep_last=2)
-    checkpoints.find_own("x")
+    checkpoints.list_own("x")
     with checkpoints:
         for step in steps:
-            checkpoints.next_step(step)
+            checkpoints.after_step(step)
             state = payload_of(step, ranks.rank, **settings)
             checkpoints.save(state, folder.step_checkpoint(under or step))
     checkpoints.finish()

@@ -284,6 +284,34 @@ def test_draws_follow_the_probabilities(sampling: G.Sampling, size: int):
     assert distance <= freedom + 5 * math.sqrt(2 * freedom) + 1e-9
 
 
+def test_a_tiny_top_p_keeps_the_likeliest_token():
+    """In float32 it is 0, and no token was left: "its training diverged"."""
+    for top_p in (1e-300, 5e-324, 1e-40):
+        for seed in range(20):
+            logits = torch.randn(50, generator=torch.Generator().manual_seed(seed))
+            for top_k in (None, 3):
+                sampling = G.Sampling(1.0, top_k=top_k, top_p=top_p)
+                assert sample_row(logits, sampling) == logits.argmax().item()
+
+
+@pytest.mark.parametrize("penalty", [1e-300, 1e300])
+def test_a_huge_repetition_penalty_makes_no_infinities(penalty: float):
+    """Two of them have no difference, and the model was said to have diverged."""
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 3.0])
+    drawn = sample_row(logits, G.Sampling(1.0, repetition_penalty=penalty), history=[0, 1, 2, 3])
+    assert drawn in (0, 1) if penalty < 1 else drawn == 4
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_no_token_is_the_likeliest_of_nan(temperature: float):
+    """Greedy decoding of a model of NaNs said token 0 for ever, and nothing of the NaNs."""
+    logits = torch.zeros(3, 9)
+    logits[1, 4] = math.nan
+    rows = {"generators": [None] * 3, "histories": [()] * 3}
+    with pytest.raises(UsageError, match="not numbers"):
+        G.sample_rows(logits, G.Sampling(temperature), **rows)
+
+
 @pytest.mark.parametrize("sampling", [*SAMPLINGS, G.Sampling(0.8, repetition_penalty=1.5)])
 def test_a_row_draws_alone_what_it_draws_in_company(sampling: G.Sampling):
     """Whatever the others need: a flat row makes top_p sort the vocabulary of all."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from survivor import content_digest, joined, small_payload
 
 from minllama.formats.pt_file import STATE_FILE, load_pt, save_pt
 from minllama.machine.ranks import Ranks
-from minllama.runs import checkpoints as saving
-from minllama.runs.checkpoints import MAX_RETRY_WAIT, Checkpoints, load_checkpoint
+from minllama.runs import checkpoints
+from minllama.runs.checkpoints import MAX_RETRY_DELAY, Checkpoints, load_checkpoint
 from minllama.runs.run_folder import RunFolder
 from minllama.system.errors import RunFailed
 
@@ -39,7 +40,7 @@ class Run:
         for _ in range(steps):
             self.step += 1
             self.weights += 1
-            self.checkpoints.next_step(self.step)
+            self.checkpoints.after_step(self.step)
             if self.checkpoints.is_due_again():
                 self.save()
 
@@ -130,7 +131,7 @@ def test_it_waits_twice_as_long_each_time(run, capsys):
     run.checkpoints.save_file(Path("run", "curve.svg"), write)
     run.train(200)
     waits = [later - earlier for earlier, later in zip(tried, tried[1:], strict=False)]
-    assert waits == [1, 2, 4, 8, 16, 32, 64, 64] and MAX_RETRY_WAIT == 64
+    assert waits == [1, 2, 4, 8, 16, 32, 64, 64] and MAX_RETRY_DELAY == 64
     assert capsys.readouterr().out.count("curve.svg was not written") == len(tried)
 
 
@@ -167,7 +168,7 @@ def test_other_errors_are_not_taken_for_the_disks(run):
     """A bug must show."""
     with pytest.raises(AttributeError):
         run.checkpoints.save_weights("final-model.pt", {"model": {}, "odd": lambda: 1})
-    assert not run.checkpoints.waiting
+    assert not run.checkpoints.retries
 
 
 def test_the_last_good_checkpoint_outlives_bad_steps(run):
@@ -201,14 +202,14 @@ def test_the_training_changes_nothing_that_is_being_written(sharded_run, monkeyp
         written.append(path.name)
         return save_pt(path, payload)
 
-    monkeypatch.setattr(saving, "save_pt", slow)
+    monkeypatch.setattr(checkpoints, "save_pt", slow)
     run.train(3)
     run.save()
     assert begun.wait(30)
     run.train(2)
     assert not run.folder.checkpoints()
     may_end.set()
-    run.checkpoints.wait()
+    run.checkpoints.join()
     assert run.saved() == [3] and written[-1] == STATE_FILE and len(shard_files(3)) == 2
     run.checkpoints.finish()
 
@@ -229,12 +230,12 @@ def test_a_failing_disk_leaves_a_sharded_checkpoint_as_it_was(sharded_run, fault
     run, path = sharded_run, Path("run", "pretrain-step-3.pt")
     run.train(3)
     run.save(path)
-    run.checkpoints.wait()
+    run.checkpoints.join()
     before = shard_files(3)
     content = content_digest(load_checkpoint(run.folder.checkpoints()[0]))
     with survivor.failing(fault, file, 1) as log:
         run.save(path)
-        run.checkpoints.wait()
+        run.checkpoints.join()
     assert any(line.startswith("failed") for line in log)
     assert content_digest(load_checkpoint(run.folder.checkpoints()[0])) == content
     assert shard_files(3) == before
@@ -252,7 +253,7 @@ def test_a_first_sharded_checkpoint_that_fails_leaves_nothing(sharded_run):
     sharded_run.train()
     with survivor.failing("disk full", STATE_FILE, 9):
         sharded_run.save()
-        sharded_run.checkpoints.wait()
+        sharded_run.checkpoints.join()
         assert not shard_files(1)
         with pytest.raises(RunFailed, match="checkpoint was not written"):
             sharded_run.checkpoints.finish()
@@ -272,3 +273,50 @@ def test_an_error_that_ends_the_run_lets_the_checkpoint_end(sharded_run, disk_fa
         run.save()
         raise ZeroDivisionError
     assert run.saved() == ([] if disk_fails else [2])
+
+
+def test_a_folder_that_cannot_be_made_is_tried_again(sharded_run, monkeypatch, capsys):
+    """Its mkdir alone stood outside of what is tried again, and ended the run."""
+    run, real, left = sharded_run, Path.mkdir, [1]
+
+    def mkdir(path: Path, *arguments: Any, **settings: Any) -> None:
+        if path.name.endswith("-sharded") and left[0]:
+            left[0] -= 1
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        real(path, *arguments, **settings)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    run.train(3)
+    run.save()
+    assert "checkpoint was not written" in capsys.readouterr().out
+    run.train(2)
+    run.checkpoints.finish()
+    assert run.saved() == [4], "once: it is not due again when the next one is begun"
+
+
+def test_a_checkpoint_that_is_written_is_not_held_in_memory(sharded_run):
+    """Its copied shards were, to the run's end: of a large model more than the host has."""
+    run = sharded_run
+    state = run.state()
+    run.checkpoints.save(state)
+    (copied,) = (a for a in run.checkpoints.rewrite.args if isinstance(a, dict) and "model" in a)
+    copied = weakref.ref(copied["model"]["w"])
+    run.checkpoints.join()
+    assert run.saved() == [0] and copied() is None
+
+
+def test_what_could_not_be_deleted_is_deleted_later(run, monkeypatch):
+    """One busy file was forgotten, and stayed for good."""
+    real, left = checkpoints.remove_checkpoint, [1]
+
+    def remove(path: Path) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+        real(path)
+
+    monkeypatch.setattr(checkpoints, "remove_checkpoint", remove)
+    for _ in range(4):
+        run.train()
+        run.save()
+    assert run.saved() == [3, 4]

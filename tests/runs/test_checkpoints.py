@@ -15,8 +15,8 @@ from survivor import Malicious, content_digest, joined, refusal, small_payload, 
 from minllama.formats.pt_file import save_pt
 from minllama.machine.random_state import random_state, restore_random_state
 from minllama.runs.checkpoints import (
-    RESUMABLE,
     STATE_FILE,
+    STATE_KEYS,
     Summary,
     load_checkpoint,
     state_file,
@@ -54,7 +54,7 @@ def test_a_weights_file_is_no_state_of_a_run():
     save_pt(path, make_golden.weights())
     for load in (load_checkpoint, summarize):
         assert "final-model.pt is a weights file" in refusal(load, path)
-    for name in RESUMABLE:
+    for name in STATE_KEYS:
         for content in (small_payload(1) | {name: 1}, small_payload(1)):
             if content[name] != 1:
                 del content[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shutil
 from pathlib import Path
@@ -118,6 +119,20 @@ def test_starts_may_hold_anything():
         start = {"options": strange, "environment": strange, "plan": strange}
         run = describe_run("a", Curves([record(1)]), [start])
         assert "@@" not in page("a", [run]) and run["command"] == ""
+
+
+def test_names_that_are_no_utf8_show_their_bytes():
+    """Of a folder with a GBK name the title had question marks, and the rest of the page boxes."""
+    name = "\udcb2\udce2-run"
+    options = {"option": "pretrain", "save_dir": name, "pretrain_data": [f"{name}.txt"]}
+    start = {"options": options, "environment": {"command": ["x.py", name]}, "plan": [name]}
+    run = describe_run(name, Curves([record(1)]), [start])
+    assert run["name"] == run["plan"][0] == r"\xb2\xe2-run"
+    assert ("--pretrain_data", r"\xb2\xe2-run.txt") in run["choices"]
+    text = page(run["name"], [run])
+    assert r"<title>\xb2\xe2-run</title>" in text and text.encode() and "udcb2" not in text
+    if os.name != "nt":
+        assert run["command"] == r"python x.py $'\262\342-run'"
 
 
 # ---------------------------------------------------------------------------- in a browser

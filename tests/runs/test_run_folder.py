@@ -302,7 +302,7 @@ def test_a_damaged_run_json_is_kept_aside(folder, content, capsys):
 def prune(folder: RunFolder, keep_last: int) -> None:
     """As the run `mine` does that finds these files at its start."""
     checkpoints = Checkpoints(folder, Ranks(), sharded=False, keep_last=keep_last)
-    checkpoints.find_own("mine")
+    checkpoints.list_own("mine")
     checkpoints.prune()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
+from minllama.runs import telemetry
 from minllama.runs.telemetry import environment, gpu_telemetry, profile_summary, profiled
 
 CPU = torch.device("cpu")
@@ -46,6 +48,18 @@ def test_the_environment_can_be_written_as_json() -> None:
     """Versions and the command, for run.json."""
     found = json.loads(json.dumps(environment()))
     assert found["torch"] == torch.__version__ and found["command"]
+
+
+def test_the_commit_is_this_programs_own(tmp_path: Path, monkeypatch) -> None:
+    """Unpacked inside another repository, a run recorded that one's commit as its own."""
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-C", str(tmp_path)]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "another program"]):
+        subprocess.run([*git, *words], check=True)
+    for where, known in ((tmp_path, True), (tmp_path / "vendor" / "minllama", False)):
+        place = where / "minllama" / "runs" / "telemetry.py"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        monkeypatch.setattr(telemetry, "__file__", str(place))
+        assert (environment()["git_commit"] is not None) == known
 
 
 def test_a_profile_that_is_not_asked_for(tmp_path: Path) -> None:

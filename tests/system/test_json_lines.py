@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minllama.system.errors import UsageError
-from minllama.system.json_lines import MOST_LINES, read_objects
+from minllama.system.json_lines import read_objects
 
 VALUES = st.recursive(
     st.none() | st.integers() | st.text('a"\\[]{},: \n\u4e2d', max_size=6),
@@ -34,11 +34,12 @@ def test_a_list_is_its_items_in_any_layout(objects, indent, ascii_only, blank):
     assert all("{" in lines[number - 1] for number, _ in found)
 
 
-@given(OBJECTS)
-def test_lines_are_objects(objects):
-    """As many as there are, with their numbers."""
-    text = "\n\n".join(map(json.dumps, objects))
-    assert read(text) == [(2 * i + 1, value) for i, value in enumerate(objects)]
+@given(OBJECTS, st.sampled_from([None, 0, 2]))
+def test_lines_are_objects(objects, indent):
+    """As many as there are, with their numbers; an object over several lines was no JSON."""
+    texts = [json.dumps(value, indent=indent) for value in objects]
+    starts = [1 + sum(text.count("\n") + 2 for text in texts[:i]) for i in range(len(texts))]
+    assert read("\n\n".join(texts)) == list(zip(starts, objects, strict=True))
 
 
 BAD = {
@@ -52,7 +53,10 @@ BAD = {
     '[{"a": "b\nc"}]': "a.json:1: not JSON .Unterminated string",
     "[" * 100_000: "a.json:1: not JSON",
     '[{"a":' * 100_000: "a.json:1: not JSON",
-    "[{" + '"a":{},\n' * 2 * MOST_LINES: "a.json:1: an item of more than 1,000 lines",
+    "[{" + '"a":{},\n' * 2000: "a.json:1: not JSON .its list has no end",
+    '{"a": 1,\n{"b": 2}': "a.json:2: not JSON .*; the item begins in line 1",
+    '{"a": 1} {"b": 2}': "a.json:1: not JSON .more than one value in a line",
+    '[{"a": 1}\n\n{"b": 2}]': "a.json:3: not JSON .no comma before this item",
     '"a"': "a.json:1: not a JSON object",
     '{}\n{"a"': "a.json:2: not JSON",
 }
@@ -63,6 +67,22 @@ def test_what_is_no_json_is_named(text):
     """By its line, soon, and with no other exception."""
     with pytest.raises(UsageError, match=BAD[text]):
         read(text)
+
+
+@pytest.mark.parametrize("layout", ["[%s]", "%s"])
+def test_an_item_of_many_long_lines_is_parsed_a_few_times(layout, monkeypatch):
+    """It was parsed again with each line that it gained: 900 lines of 171 MB took over a minute."""
+    item, parsed = {"a": ["x" * 2000] * 900}, []
+    text = layout % json.dumps(item, indent=0)
+
+    class Decoder(json.JSONDecoder):
+        def raw_decode(self, text: str, at: int = 0):
+            parsed.append(len(text) - at)
+            return super().raw_decode(text, at)
+
+    monkeypatch.setattr("minllama.system.json_lines.json.JSONDecoder", Decoder)
+    assert read(text) == [(1, item)]
+    assert sum(parsed) < 4 * len(text) and len(parsed) < 20
 
 
 def test_a_list_in_one_line_is_read_once():

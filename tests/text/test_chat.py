@@ -19,7 +19,7 @@ from minllama.formats.export import export
 from minllama.formats.pt_file import save_pt
 from minllama.model.kernels import linear_cross_entropy
 from minllama.system.errors import UsageError
-from minllama.text.chat import ChatTemplate, Cuts, Dialogue, encode_dialogue, read_dialogues
+from minllama.text.chat import ChatTemplate, Cuts, Dialogue, Intake, encode_dialogue, read_dialogues
 from tokenizer import Tokenizer
 from utils import ChatDataset
 
@@ -104,7 +104,8 @@ BAD = {
     "[" * 100_000: "not JSON",
     '{"prompt": ' + "1" * 5000 + ', "response": "b"}': "not JSON",
     '"hello"': "not a JSON object",
-    "[]": "not a JSON object",
+    "[]": r"its turns are '\[\]'",
+    '["a"]': "not a JSON object",
     "[": "not JSON",
     '{"instruction": "a", "output": "b", "history": 5}': "its history is no list of",
     '{"instruction": "a", "output": "b", "history": ["ab"]}': "its history is no list of",
@@ -116,18 +117,16 @@ BAD = {
     '{"text": "Once"}': r"no dialogue \(has: text\)",
     '{"prompt": "a"}': r"\(has: prompt\)",
     '{"prompt": 3, "response": "b"}': "the text of a turn of 'user' is '3'",
-    '{"prompt": "a", "response": " "}': "'assistant' is ' '; give it words or",
     '{"prompt": "a", "response": "\\ud800"}': "half a surrogate pair",
     '{"conversations": {"a": 1}}': "its turns are",
     '{"conversations": []}': "its turns are",
     '{"conversations": ["hello"]}': "the turn 'hello' is not an object",
-    '{"conversations": [{"role": "tool", "content": "x"}]}': "the role 'tool' is not one of human,",
+    '{"conversations": [{"role": "bard", "content": "x"}]}': "the role 'bard' is not one of human,",
     '{"conversations": [{"role": null, "content": "x"}]}': "the role 'None'",
-    '{"conversations": [{"from": "gpt", "value": "x"}]}': "a turn of 'assistant' at the beginning",
-    '{"messages": [{"from": "human", "value": "x"}]}': "without an answer",
-    '{"messages": [{"role": "system", "content": "x"}]}': "without an answer",
-    '{"messages": [{"from": "human", "value": "x"}, {"from": "human", "value": "y"}]}': (
-        "a turn of 'user' behind 'user'"
+    '{"messages": [{"from": "human", "value": null}]}': "a turn of 'human' is 'None'",
+    '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}': "a turn of 'user' is ''",
+    '{"messages": [{"from": "human", "value": "x"}, {"from": "system", "value": "y"}]}': (
+        "a turn of 'system' behind others"
     ),
 }
 
@@ -139,7 +138,88 @@ def test_a_bad_line_is_named(tmp_path, line):
     path.write_text('{"prompt": "a", "response": "b"}\n' + line, encoding="utf-8")
     with pytest.raises(UsageError, match=BAD[line]) as error:
         list(read_dialogues(path))
-    assert str(error.value).startswith(f"{path}:2: ") and len(str(error.value)) < 400
+    fault, remedy = str(error.value).split("\n")
+    assert fault.startswith(f"{path}:2: ") and len(fault) < 400
+    assert remedy.endswith("1 of 2 dialogues are bad; --skip_bad_lines trains on the others")
+    intake = Intake(skip_bad_lines=True)
+    assert [each.line for each in read_dialogues(path, intake=intake)] == [1]
+    assert intake.lines() == [f"  left out: {fault}"]
+
+
+def test_all_lines_are_read_before_one_of_them_ends_it(tmp_path):
+    """Of many bad lines the first ended it, and the next one showed after its repair.
+
+    All are counted by their kind, the first of each is told of, and none of them is in the way of
+    the others, if that is asked for.
+    """
+    good, role = (
+        '{"prompt": "a", "response": "b"}',
+        '{"messages": [{"role": "%s", "content": "x"}]}',
+    )
+    lines = [good, "{", good, role % "bard", "nonsense", role % "poet", good, '{"text": "x"}']
+    path = tmp_path / "a.jsonl"
+    for order in (lines, [lines[1], lines[0], *lines[2:]]):  # the first line may be bad, too
+        path.write_text("\n".join(order), encoding="utf-8")
+        with pytest.raises(UsageError) as error:
+            list(read_dialogues(path))
+        told = str(error.value).split("\n")
+        places = [order.index("{") + 1, 4, 8]
+        assert [line.split(": ")[0] for line in told] == [f"{path}:{n}" for n in places] + [
+            str(path)
+        ]
+        assert told[0].endswith("(and 1 more like it)") and told[1].endswith("(and 1 more like it)")
+        assert "5 of 8 dialogues are bad" in told[-1]
+        intake = Intake(skip_bad_lines=True)
+        assert len([*read_dialogues(path, intake=intake)]) == 3 == len(intake.lines())
+
+
+def test_dialogues_as_people_have_them(tmp_path):
+    """A list of turns a line, roles that repeat or begin wrongly, tools, null, and parts.
+
+    Each ended the reading of all, or was no dialogue.
+    """
+
+    def turn(role, content):
+        return {"role": role, "content": content}
+
+    ask, answer = turn("user", "Where?"), turn("assistant", "Here.")
+    parts = [
+        {"type": "text", "text": "Look:"},
+        {"type": "image_url"},
+        {"type": "text", "text": "x"},
+    ]
+    call = turn("assistant", None) | {"tool_calls": [{"id": 1}]}
+    cases = [
+        ([ask, answer], [("Where?", "Here.")], ""),
+        ([turn("developer", "Be brief."), ask, answer], [("Where?", "Here.")], "Be brief."),
+        ([ask, turn("user", "Who?"), answer, turn("assistant", "Now.")],
+         [("Where?\nWho?", "Here.\nNow.")], ""),
+        ([turn("assistant", "Hello!"), ask, answer], [("Where?", "Here.")], ""),
+        ([ask, call, turn("tool", "{}"), turn("function", "7"), answer], [("Where?", "Here.")], ""),
+        ([turn("user", parts), answer], [("Look:\nx", "Here.")], ""),
+        ([turn("user", "Why?"), turn("assistant", " "), ask, answer], [("Where?", "Here.")], ""),
+    ]  # fmt: skip
+    lines = [case[0] for case in cases] + [{"question": "Q", "answer": "A"}]
+    lines += [{"instruction": "x", "input": "", "output": ""}]  # as 28 of Alpaca's are
+    lists, objects = tmp_path / "lists.jsonl", tmp_path / "objects.jsonl"
+    lists.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    wrapped = [line if isinstance(line, dict) else {"messages": line} for line in lines]
+    objects.write_text("\n".join(map(json.dumps, wrapped)), encoding="utf-8")
+    one = tmp_path / "one.json"
+    one.write_text(json.dumps(wrapped), encoding="utf-8")
+    expected = [case[1:] for case in cases] + [([("Q", "A")], "")]
+    for path in (lists, objects, one):
+        intake = Intake()
+        read = [*read_dialogues(path, intake=intake)]
+        assert [(each.exchanges, each.system) for each in read] == expected
+        assert dataset(*read).dialogues == len(expected)
+        assert sorted(intake.lines()) == [
+            "  1 parts of the kind 'image_url' were left out",
+            "  1 turns of an assistant that began were left out",
+            "  2 questions without an answer were left out",
+            "  2 turns of tools and functions were left out",
+            "  2 turns were joined with the one before, of the same role",
+        ]
 
 
 # ---------------------------------------------------------------------------- the template
@@ -190,6 +270,13 @@ def test_transformers_makes_the_same_ids(tmp_path, system):
     )
     assert prompt == ChatTemplate().prompt_ids(tokenizer, texts[-2], stripped[:-1], system)
     assert theirs.decode(prompt).endswith("Assistant:")
+    # A template of theirs is text, in which a user's `<s>` is the template's: README says so.
+    messages = [{"role": "user", "content": "Is <s>old</s> a tag?"}]
+    spelt = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    ours = ChatTemplate().prompt_ids(tokenizer, messages[0]["content"])
+    assert spelt.count(tokenizer.bos_id) == 2 and ours.count(tokenizer.bos_id) == 1
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert "unless one of its texts spells `<s>` or `</s>`" in readme
 
 
 def test_the_template_travels_in_the_model_file(tmp_path):
@@ -280,14 +367,20 @@ def test_long_dialogues_are_split_between_questions(words, system_words, context
 
 
 def test_held_out_dialogues_are_whole_and_the_same_every_time():
-    """A part of a dialogue in training and another in validation would tell of each other."""
+    """A part of a dialogue in training and another in validation would tell of each other.
+
+    A line served as a dialogue's identity: all those of a list that `json.dump` writes are in line
+    1, so they were one, and nothing was held out.
+    """
     long = Dialogue(ASKED * 10, "")
     lines = [Dialogue(long.exchanges, "", line) for line in range(1, 41)]
     data = dataset(*lines, context=64)
     assert len(data) > 100
     train, held_out = data.split(0.1)
-    assert len(np.unique(held_out.lines)) == 4 and len(train) + len(held_out) == len(data)
+    assert held_out.dialogues == 4 and len(train) + len(held_out) == len(data)
     assert not {*train.lines} & {*held_out.lines}
     assert data.split(0.1)[1].lines.tolist() == held_out.lines.tolist()
+    in_one_line = dataset(*(Dialogue(long.exchanges, "", 1) for _ in range(40)), context=64)
+    assert in_one_line.split(0.1)[1].numbers.tolist() == held_out.lines.tolist()
     assert train.batch([0])[0].shape[1] == train.lengths[0]
     assert dataset(SPOKEN).split(0.5)[1] is None and data.split(0)[1] is None

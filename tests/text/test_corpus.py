@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 from running import pretrain, write_stories
+from vocabularies import vocabulary
 
+import check_model_precision
 import tokenizer
 from config import Options, parse_options
 from minllama.machine.ranks import Ranks
@@ -99,6 +101,23 @@ def test_what_is_read_as_plain_text_is_told(capsys):
     assert "from c.txt\n  " not in out
 
 
+def test_a_separator_is_named_before_the_run(capsys):
+    """200 stories with <|endoftext|> between them were one document, of which EOS is not learnt."""
+    stories = [f"One day fox {number} ran home." for number in range(200)]
+    Path("a.txt").write_text("\n<|endoftext|>\n".join(stories), encoding="utf-8")
+    Path("b.txt").write_text("\n\n".join(stories), encoding="utf-8")
+    for name, mark in (("a.txt", "<|endoftext|>"), ("b.txt", "blank line")):
+        texts = load(f"--pretrain_data {name}")
+        flag = f"--document_separator '{mark}'"
+        assert flag in capsys.readouterr().out and len(texts.cache.document_starts) == 1
+        words = f"--option pretrain --cache_dir cache --pretrain_data {name}".split()
+        options = parse_options([*words, "--document_separator", mark])
+        files = find_texts(options)
+        texts = load_texts(options, files, Tokenizer(), stop=StopRequest(), ranks=Ranks())
+        assert "document_separator" not in capsys.readouterr().out
+        assert texts.cache.document_bytes.tolist() == [len(story) for story in stories]
+
+
 def test_labelled_lines_are_told(capsys):
     """Their labels would be learnt as text; the flag that reads the sentences is named."""
     lines = [f"{i % 2} ||| The film number {i} is good ." for i in range(30)]
@@ -121,6 +140,22 @@ def test_a_vocabulary_for_another_language_is_told(capsys):
     write_stories(Path.cwd(), 2)
     load("--pretrain_data text.jsonl")
     assert "byte by byte" not in capsys.readouterr().out
+
+
+def test_a_vocabulary_that_loses_text_is_told(capsys):
+    """Before the run, and where a text is scored."""
+    Path("lossy.model").write_bytes(vocabulary("no-byte-fallback").model_bytes)
+    Path("a.txt").write_text("the cat sat\n" * 40, encoding="utf-8")
+    words = "--tokenizer_model lossy.model --pretrain_data a.txt --max_steps 1 --val_fraction 0.3"
+    done = pretrain(words)
+    assert done.status == 0 and "do not come back ('\\n' 40, 'c' 40)" in done.out
+    assert check_model_precision.main(["run/final-model.pt", "--text", "a.txt"]) == 0
+    assert "do not come back ('\\n' 40, 'c' 40)" in capsys.readouterr().out
+    assert check_model_precision.main("run/final-model.pt --text a.txt --json".split()) == 0
+    scored = json.loads(capsys.readouterr().out)[0]["text"]
+    assert scored["bits_per_byte_compare"] is False and scored["utf8_bytes"] == 40 * 10
+    load("--pretrain_data a.txt")
+    assert "come back" not in capsys.readouterr().out
 
 
 def test_a_text_that_changed_is_tokenized_again_and_said(capsys):

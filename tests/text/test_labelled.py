@@ -13,6 +13,7 @@ from minllama.system.errors import UsageError
 from minllama.text.labelled import (
     MAX_LABELS,
     LabelledExample,
+    Labels,
     Scores,
     has_placeholder_labels,
     is_unlabelled,
@@ -22,6 +23,7 @@ from minllama.text.labelled import (
 )
 
 NAMES = ["awful", "average", "excellent"]
+TWO = Labels.counted(["bad", "good"])
 
 
 def written(path: Path, text: str) -> Path:
@@ -35,7 +37,7 @@ def written(path: Path, text: str) -> Path:
 def test_reading_labelled_lines(tmp_path: Path) -> None:
     """In order, blank lines left out; -1 and none are no label; the sentence may have a bar."""
     text = "1 ||| two dogs\r\n\n0 ||| sat ||| the mat .\n-1 ||| it \n ||| b\n||| c"
-    examples = read_labelled(written(tmp_path / "a.txt", text), n_labels=2)
+    examples = read_labelled(written(tmp_path / "a.txt", text), ["0", "1"])
     assert labels_of(examples) == [1, 0, None, None, None]
     assert [example.sentence for example in examples] == [
         "two dogs", "sat ||| the mat .", "it", "b", "c",
@@ -59,7 +61,7 @@ def test_reading_labelled_lines(tmp_path: Path) -> None:
 def test_bad_labelled_files(tmp_path: Path, text: str, words: str) -> None:
     """Each is one line with the place."""
     with pytest.raises(UsageError, match=words):
-        read_labelled(written(tmp_path / "a.txt", text), n_labels=2)
+        read_labelled(written(tmp_path / "a.txt", text), ["0", "1"])
 
 
 def test_labels_without_names_are_bounded(tmp_path: Path) -> None:
@@ -84,9 +86,9 @@ def test_labels_that_tell_nothing() -> None:
 
 def test_the_public_sets(real_data: Path) -> None:
     """Sizes of SST-5 and CFIMDB; CFIMDB's test labels are placeholders."""
-    sst = read_labelled(real_data / "sst-dev.txt", n_labels=5)
+    sst = read_labelled(real_data / "sst-dev.txt", labels=[*"01234"])
     assert len(sst) == 1101 and not has_placeholder_labels(sst)
-    cfimdb = read_labelled(real_data / "cfimdb-test.txt", n_labels=2)
+    cfimdb = read_labelled(real_data / "cfimdb-test.txt", labels=["0", "1"])
     assert len(cfimdb) == 488 and has_placeholder_labels(cfimdb) and not is_unlabelled(cfimdb)
 
 
@@ -143,6 +145,17 @@ def test_the_table_of_scores() -> None:
     assert len({len(row) for row in table}) == 1
 
 
+def test_of_many_labels_the_commonest_confusions_are_shown() -> None:
+    """A matrix of 1,000 labels was 7 MB of the terminal."""
+    names = [f"label-{number}" for number in range(1000)]
+    labels = [7] * 5 + [999] * 9 + [3] * 4
+    predictions = [8] * 3 + [7] * 2 + [0] * 9 + [3] * 4
+    assert Scores.of(labels, predictions, 1000).lines(names) == [
+        "label-999 was taken for label-0: 9 times",
+        "label-7 was taken for label-8: 3 times",
+    ]
+
+
 # ---------------------------------------------------------------------------- predictions
 
 
@@ -163,7 +176,7 @@ def test_predictions_are_written_in_the_order_of_the_file(
     CFIMDB's test file has 0 on all lines: an accuracy against it was once printed.
     """
     out, examples = tmp_path / "a" / "out.txt", examples_of(*labels)
-    report_predictions(split, examples, [0, 1, 0, 1], ["bad", "good"], out)
+    report_predictions(split, examples, [0, 1, 0, 1], TWO, out)
     printed = capsys.readouterr().out
     assert printed.startswith(said) and f"wrote {out}" in printed
     assert ("label \\ predicted" in printed) == ("accuracy 0." in printed)
@@ -179,7 +192,7 @@ def test_what_figures_mean_where_one_label_is_nearly_always_predicted(
     """Prompting once printed an accuracy, and no word of its being that of one label."""
     predictions = [1] * ones + [0] * (10 - ones)
     examples = examples_of(*[0, 1] * 5)
-    report_predictions("dev", examples, predictions, ["bad", "good"], tmp_path / "out.txt")
+    report_predictions("dev", examples, predictions, TWO, tmp_path / "out.txt")
     printed = capsys.readouterr().out
     assert (f"{ones} of 10 predictions are 'good': the figures say how common" in printed) == said
 
@@ -188,11 +201,11 @@ def test_what_another_run_predicted_is_kept(tmp_path: Path, capsys: pytest.Captu
     """Two runs, into folders of their own, wrote their predictions into the same file."""
     out, examples = tmp_path / "out.txt", examples_of(0, 1)
     for predictions in ([0, 1], [0, 1], [1, 1], [0, 0]):
-        report_predictions("dev", examples, predictions, ["bad", "good"], out, keep=True)
+        report_predictions("dev", examples, predictions, TWO, out, keep=True)
     texts = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()}
     assert {name: text[0] + text[17] for name, text in texts.items()} == {
         "out.txt": "00", "out.1.txt": "01", "out.2.txt": "11",
     }  # fmt: skip
     assert f"kept as {tmp_path / 'out.1.txt'}" in capsys.readouterr().out
-    report_predictions("dev", examples, [1, 0], ["bad", "good"], out)
+    report_predictions("dev", examples, [1, 0], TWO, out)
     assert len([*tmp_path.iterdir()]) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import random
 from pathlib import Path
@@ -23,6 +24,7 @@ from minllama.text.reading import (
     read_blocks,
     read_documents,
     read_lines,
+    seen_separator,
     split_labelled,
 )
 
@@ -38,6 +40,26 @@ def test_find_text_files(tmp_path: Path) -> None:
     names = [tmp_path / "x[1].txt", tmp_path / "*.txt", tmp_path]
     found = [p.relative_to(tmp_path).as_posix() for p in find_text_files(names)]
     assert found == ["x[1].txt", "b.txt", "a/c.jsonl", "a/d.txt.gz"]
+
+
+def test_hidden_files_of_a_folder_are_left_out(tmp_path: Path, capsys) -> None:
+    """Near copies in .ipynb_checkpoints made validation perplexity 36 of 215, and a Mac's ._a.txt,
+    which is no text, ended the run. Only what is inside the folder counts: it may be hidden."""
+    folder = tmp_path / ".cache" / "texts"
+    hidden = [".git/a.txt", ".ipynb_checkpoints/b-checkpoint.txt", "sub/._b.txt", ".config"]
+    for name in ["b.txt", "sub/c.txt", *hidden]:
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text("x", encoding="utf-8")
+    found = [path.relative_to(folder).as_posix() for path in find_text_files([folder])]
+    assert found == ["b.txt", "sub/c.txt"]
+    told = capsys.readouterr().out
+    assert "3 hidden text files left out (._b.txt, .git, .ipynb_checkpoints); what is named" in told
+    assert find_text_files([folder / ".git"]) == [folder / ".git" / "a.txt"]
+    assert find_text_files([folder / hidden[2]]) == [folder / hidden[2]]
+    for name in ("b.txt", "sub/c.txt"):
+        (folder / name).unlink()
+    with pytest.raises(UsageError, match="the folder holds no .txt"):
+        find_text_files([folder])
 
 
 def test_text_files_that_are_not_there(tmp_path: Path) -> None:
@@ -93,10 +115,10 @@ def written(path: Path, data: bytes) -> Path:
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_readers(tmp_path: Path, suffix: str) -> None:
-    """BOM off, CRLF to LF, a lone CR stays, blank documents left out; .gz the same."""
+    """BOM off, CRLF and CR to LF, blank documents left out; .gz the same."""
     text = written(tmp_path / f"a.txt{suffix}", b"\xef\xbb\xbfone\r\ntwo\r \r\n\n \n\x00three")
-    assert documents(text) == ["one\ntwo\r \n\n \n\x00three"]
-    assert documents(text, document_per_line=True) == ["one", "two\r ", "\x00three"]
+    assert documents(text) == ["one\ntwo\n \n\n \n\x00three"]
+    assert documents(text, document_per_line=True) == ["one", "two", "\x00three"]
     lines = b'{"text": "a\\r\\nb"}\n\n{"text": " "}\r\n{"text": "c", "n": 1}'
     assert documents(written(tmp_path / f"b.jsonl{suffix}", lines)) == ["a\nb", "c"]
     nested = written(tmp_path / f"c.jsonl{suffix}", b'{"a": {"b": "x"}}\n{"a.b": "y"}')
@@ -126,6 +148,100 @@ def test_bad_text(tmp_path: Path, name: str, data: bytes, words: str) -> None:
     """Each is one line that names file and line."""
     with pytest.raises(UsageError, match=words):
         documents(written(tmp_path / name, data))
+
+
+def test_cr_alone_is_a_line_end(tmp_path: Path) -> None:
+    """README says any line ends: 200 lines of an old Mac's were one document."""
+    text = "\r".join(f"line {number}" for number in range(200))
+    path = written(tmp_path / "a.txt", text.encode())
+    assert documents(path, document_per_line=True) == text.split("\r")
+    assert [number for number, _ in read_lines(path)] == list(range(1, 201))
+    labelled = written(tmp_path / "l.txt", text.replace("line", "1 ||| line").encode())
+    assert is_labelled(labelled) and len(documents(labelled, sentences_only=True)) == 200
+    path = written(tmp_path / "a.jsonl", b'{"text": "a\\rb"}\r{"text": "c"}\r')
+    assert documents(path) == ["a\nb", "c"]
+    with pytest.raises(UsageError, match=r"b\.txt:3: byte 0xff"):
+        documents(written(tmp_path / "b.txt", b"one\r\ntwo\r\xff"))
+    with pytest.raises(UsageError, match=r"u\.txt:3: byte"):
+        data = "one\r\ntwo\r".encode("utf-16-le") + b"\x00\xdc"
+        documents(written(tmp_path / "u.txt", data), encoding="utf-16-le")
+
+
+def test_joined_files_have_no_bom_inside(tmp_path: Path) -> None:
+    """Of two joined, the second one's BOM was text; in a .jsonl file it ended the run."""
+    one, two = "\ufeffone\n".encode(), "\ufefftwo\n".encode()
+    assert documents(written(tmp_path / "a.txt", one + two)) == ["one\ntwo\n"]
+    path = written(tmp_path / "a.jsonl", 2 * '\ufeff{"text": "x"}\n'.encode())
+    assert documents(path) == ["x", "x"]
+
+
+@pytest.mark.parametrize(
+    ("separator", "text", "expected"),
+    [
+        ("<|end|>", "A.\n B.\n\n<|end|>\n\nC.<|end|>D.\n", ["A.\n B.", "C.", "D."]),
+        ("<|endoftext|>", "<|endoftext|>\n<|endoftext|> \nA\n\n\nB", ["A\n\n\nB"]),
+        ("blank line", "\n\n  A\n B\r\n \t\n\n\nC\n\n", ["  A\n B", "C"]),
+        ("---", "A --- B\n---\nC", ["A ", " B", "C"]),
+        ("===", " \n===\n", []),
+    ],
+)
+def test_documents_between_separators(
+    tmp_path: Path, monkeypatch, separator: str, text: str, expected: list[str]
+) -> None:
+    """200 stories with nanoGPT's separator between them were one document, and it was spelt."""
+    path = written(tmp_path / "a.txt", text.encode())
+    assert documents(path, document_separator=separator) == expected
+    monkeypatch.setattr(text_module, "READ_BYTES", 3)
+    assert documents(path, document_separator=separator) == expected
+
+
+def test_separators_that_contradict(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--document_separator '': name a text, or 'blank line'"):
+        Reading(document_separator=" ")
+    with pytest.raises(UsageError, match="--document_per_line both say where documents end"):
+        Reading(document_separator="---", document_per_line=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "mark"),
+    [
+        ("A story.\n<|endoftext|>\n" * 5, "<|endoftext|>"),
+        ("A story.</s>" * 5, "</s>"),
+        ("A story.\n---\n" * 5, "---"),
+        ("A poem,\nof lines.\n\n" * 20, "blank line"),
+        ("A story.\n" * 50, None),
+        ("A story.\n\n" * 4, None),
+        ("", None),
+    ],
+)
+def test_a_separator_is_seen(text: str, mark: str | None) -> None:
+    assert seen_separator(text) == mark
+
+
+def test_json_as_people_have_it(tmp_path: Path, capsys) -> None:
+    """An object over several lines, a list in an object, a list of strings, turns, null: an error
+    that contradicted itself ("no field 'text' (has: id, text)") or told nothing."""
+
+    def texts(data: str, **options: object) -> list[str]:
+        return documents(written(tmp_path / "a.json", data.encode()), **options)
+
+    assert texts('{"id": 1, "text": null}\n{"text": "x"}\n{"text": null}') == ["x"]
+    assert "a.json: 2 of its documents empty: null in 'text'" in capsys.readouterr().out
+    assert texts('{\n "text": "a"\n}\n{"text":\n"b"}') == ["a", "b"]
+    assert texts('["a", "b\\r\\nc"]') == ["a", "b\nc"]
+    data = '{"data": [{"text": "a"}, {"text": "b"}], "version": 1}'
+    with pytest.raises(UsageError, match=r"a\.json:1: no field .*--text_field data\.text reads"):
+        texts(data)
+    assert texts(data, text_field="data.text") == ["a", "b"]
+    chat = '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]}'
+    with pytest.raises(UsageError, match=r"--option finetune --train .*a\.json trains on it; --te"):
+        texts(chat)
+    assert texts(chat, text_field="conversations") == ["Hi\nYo"]
+    with pytest.raises(UsageError, match=r"a\.json:1: no field 'text' .has: id., and no other has"):
+        texts('{"id": 5}')
+    with pytest.raises(UsageError) as raised:  # once a name was printed whole, with its lines
+        texts(json.dumps({"a" * 10**6: 1, "b\n\ud800": [{"x\n" * 10**6: "y"}]}))
+    assert len(str(raised.value)) < 400 and str(raised.value).isprintable()
 
 
 def test_replaced_bytes(tmp_path: Path) -> None:
@@ -183,17 +299,19 @@ def test_blocks_are_python_s_own_decoding(
     """Whatever the bytes and the block size: the text of Python's decoder, or an error."""
     path = tmp_path_factory.getbasetemp() / "decoded.txt"
     path.write_bytes(data)
-    if data.startswith(b"\x1f\x8b"):
+    if data.startswith(b"\x1f\x8b") or 4 * data.count(0) > len(data):  # taken for UTF-16
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text_module, "READ_BYTES", size)
         try:
-            expected = data.decode("utf-8-sig").replace("\r\n", "\n")
+            expected = "\n".join(data.decode("utf-8").replace("\r\n", "\n").split("\r"))
         except UnicodeDecodeError as error:
-            line = error.object[: error.start].count(b"\n") + 1
+            before = error.object[: error.start].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+            line = before.count(b"\n") + 1
             with pytest.raises(UsageError, match=f"decoded.txt:{line}: byte"):
                 list(read_blocks(path))
             return
+        expected = "\n".join(line.lstrip("\ufeff") for line in expected.split("\n"))
         assert "".join(read_blocks(path)) == expected
         lines = [line for _, line in read_lines(path)]
         assert "\n".join(lines) == expected.removesuffix("\n")

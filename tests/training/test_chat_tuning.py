@@ -131,6 +131,21 @@ def test_bad_input_ends_before_anything_is_made(more):
     assert not list(Path().glob("run/*.pt"))
 
 
+def test_bad_lines_can_be_left_out():
+    """One of 50,000 ended it, and its repair showed the next one."""
+    lines = Path("chat.jsonl").read_text(encoding="utf-8").splitlines()
+    lines[3:3] = ["{", '{"messages": [{"role": "bard", "content": "x"}]}', "{"]
+    Path("bad.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    bad = TRAIN.replace("chat.jsonl", "bad.jsonl") + " --plan"
+    done = command(bad)
+    assert done.status == 2 and done.error.count("\n") == 3
+    for words in ("bad.jsonl:4: not JSON", "bad.jsonl:5: the role 'bard'", "--skip_bad_lines"):
+        assert words in done.error
+    done = command(f"{bad} --skip_bad_lines")
+    assert done.status == 0 and f"Loaded {len(lines) - 3} dialogues from bad.jsonl" in done.out
+    assert "left out: bad.jsonl:4: not JSON" in done.out and "(and 1 more like it)" in done.out
+
+
 def test_flags_of_labelled_sentences_are_said_to_be_idle():
     """They would have been taken without a word."""
     done = command(f"{TRAIN} --plan --hidden_dropout_prob 0.1 --max_sentence_len 9 --pooling mean")
@@ -172,7 +187,7 @@ def test_a_mistake_of_a_line_is_named_in_the_file():
     sequence = chat_tuning.ChatTuning.locate
     files, train_set = (
         SimpleNamespace(paths={"train": Path("a.jsonl")}),
-        SimpleNamespace(lines=[3, 9]),
+        SimpleNamespace(lines=[3, 9], numbers=[1, 2]),
     )
     task = SimpleNamespace(files=files, train_set=train_set)
-    assert sequence(task, 1) == "a.jsonl:9" and sys.argv
+    assert sequence(task, 1) == "a.jsonl:9 (dialogue 2)" and sys.argv

@@ -11,7 +11,7 @@ from running import assert_same, pretrain, records, steps, stop_after, write_sto
 
 from minllama.runs.checkpoints import load_checkpoint
 from minllama.training import deadline, loop
-from minllama.training.deadline import Deadline, Pace, next_look
+from minllama.training.deadline import Deadline, Pace, next_check
 from optimizer import learning_rate
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
@@ -62,7 +62,7 @@ def timed(monkeypatch):
 
 def test_steps_follow_from_the_time():
     """What is left, less evaluations and the end, at the speed since the last look."""
-    clock = Deadline(seconds=100, started=0.0, finishing=2)
+    clock = Deadline(seconds=100, started=0.0, finishing_seconds=2)
     patch = pytest.MonkeyPatch()
     with patch.context() as at:
         at.setattr(deadline.time, "monotonic", lambda: 10.0)
@@ -88,7 +88,7 @@ def test_a_new_end_keeps_the_place_on_the_way():
 
 def test_looks_at_the_clock_become_denser():
     """Every step towards the end: a late surprise moves it by little."""
-    assert (next_look(0, 1000), next_look(990, 1000), next_look(999, 1000)) == (50, 991, 1000)
+    assert (next_check(0, 1000), next_check(990, 1000), next_check(999, 1000)) == (50, 991, 1000)
 
 
 @pytest.mark.parametrize("a_step, told", [(lambda step: 1.2, ""), (lambda step: 0.3, "faster")])
@@ -130,7 +130,7 @@ def test_a_rollback_does_not_count_its_time_twice(timed, monkeypatch):
 def test_interrupted_and_resumed_it_goes_the_same_way(timed, monkeypatch):
     """Of one pace, decided before the interruption, the same weights bit for bit."""
     monkeypatch.setattr(
-        "minllama.training.deadline.next_look", lambda step, end: 10 if step < 10 else 10**9
+        "minllama.training.deadline.next_check", lambda step, end: 10 if step < 10 else 10**9
     )
     assert timed(lambda step: 1.2)[1].status == 0
     end = steps()[-1]

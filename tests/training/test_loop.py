@@ -40,7 +40,7 @@ from minllama.machine.ranks import Ranks
 from minllama.runs.checkpoints import load_checkpoint
 from minllama.system.errors import RunFailed
 from minllama.system.signals import StopRequest
-from minllama.training import loop, session, task
+from minllama.training import loop, setup, task
 from minllama.training.loop import halve_micro_batch
 from minllama.training.run import Progress
 from utils import PretrainDataset
@@ -293,20 +293,20 @@ def test_ranks_stop_by_what_they_agreed_on_in_the_step(monkeypatch):
 
     class Stub(loop.Run):
         def __init__(self) -> None:
-            self.ranks, self.stop, self.agreed = Ranks(world_size=2), StopRequest(), None
+            self.ranks, self.stop, self.stop_agreed = Ranks(world_size=2), StopRequest(), None
             self.folder = SimpleNamespace(missing_folder_error=lambda *, now: None)
 
     asked, run = [], Stub()
     monkeypatch.setattr(Ranks, "agree_to_stop", lambda ranks, stop: asked.append(1) or True)
-    assert run.is_to_stop() and len(asked) == 1
+    assert run.should_stop() and len(asked) == 1
     run.agree_to_stop([0, 0])
     run.stop.signal_number = signal.SIGINT  # this rank alone, after the step
-    assert not run.is_to_stop() and len(asked) == 1
+    assert not run.should_stop() and len(asked) == 1
     run.stop.signal_number = None
     run.agree_to_stop([0, signal.SIGTERM])
     assert run.stop.signal_number == signal.SIGTERM
-    assert run.is_to_stop() and len(asked) == 1
-    assert run.is_to_stop(at_end=True) and len(asked) == 2
+    assert run.should_stop() and len(asked) == 1
+    assert run.should_stop(at_end=True) and len(asked) == 2
 
 
 def test_a_signal_in_the_first_step_saves_after_it(monkeypatch):
@@ -321,7 +321,7 @@ def test_a_signal_in_the_first_step_saves_after_it(monkeypatch):
         return compiled
 
     monkeypatch.setattr(torch, "compile", slow_compile)
-    monkeypatch.setattr("minllama.training.session.check_compiler", lambda device: None)
+    monkeypatch.setattr("minllama.training.setup.check_compiler", lambda device: None)
     assert pretrain("--compile").status == 128 + signal.SIGTERM
     assert progress("run/pretrain-step-1.pt")["step"] == 1
 
@@ -469,6 +469,18 @@ def test_a_missing_best_model_is_written_again_at_the_end(finetune):
     assert "after step 16" in done.out and "dev accuracy" in done.out
 
 
+def test_a_best_value_of_other_data_is_forgotten(finetune):
+    """Resumed with another --dev, a run compared the accuracies on two files."""
+    assert command(f"{finetune} --max_steps 8").status == 0
+    lines = Path("toy-dev.txt").read_text(encoding="utf-8").splitlines()
+    Path("toy-dev.txt").write_text("\n".join(lines[:3]) + "\n", encoding="utf-8")
+    done = command(f"{finetune} --resume auto")
+    assert done.status == 0 and "the held-out data is not that of the run so far" in done.out
+    assert progress("run/finetune-toy-epoch-2.pt")["best_step"] > 8
+    done = command(f"{finetune} --resume auto --epochs 3")
+    assert done.status == 0 and "held-out data" not in done.out
+
+
 def test_a_best_model_that_is_lost_on_the_way_is_chosen_again(monkeypatch):
     """The best of the steps from there on; before, it was never written unless it got better."""
     with monkeypatch.context() as patch:
@@ -517,7 +529,7 @@ def test_a_best_model_of_the_future_is_not_that_of_an_older_checkpoint(monkeypat
     evaluate_as(monkeypatch, 3.0)
     words = "--option pretrain --cache_dir cache --resume run/pretrain-step-3.pt --max_steps 5"
     done = command(words)
-    assert done.status == 0 and "of other steps: a new best model is chosen" in done.out
+    assert done.status == 0 and "of other steps: a new best is chosen" in done.out
     state, best = load_checkpoint(Path("run/pretrain-step-5.pt")), load_pt("run/best-model.pt")
     assert (state["progress"]["best"], state["progress"]["best_step"]) == (3.0, 5)
     assert best["step"] == 5
@@ -533,7 +545,7 @@ def test_a_best_model_of_the_past_is_kept(monkeypatch):
     evaluate_as(monkeypatch, 4.0)
     words = "--option pretrain --cache_dir cache --resume run/pretrain-step-6.pt --max_steps 7"
     done = command(words)
-    assert done.status == 0 and "a new best model is chosen" not in done.out
+    assert done.status == 0 and "a new best is chosen" not in done.out
     assert Path("run/best-model.pt").read_bytes() == before
     assert progress("run/pretrain-step-7.pt")["best_step"] == load_pt("run/best-model.pt")["step"]
 
@@ -656,7 +668,7 @@ def test_a_rollback_forgets_the_best_model_of_the_steps_it_gives_up(monkeypatch)
     words = "--pretrain_batch_size 1 --checkpoint_interval 6 --eval_interval 4 --max_steps 18"
     done = pretrain(words)
     assert done.status == 0 and "back to step 6" in done.out
-    assert "of other steps: a new best model is chosen" in done.out
+    assert "of other steps: a new best is chosen" in done.out
     state = progress("run/pretrain-step-18.pt")
     assert (state["best"], state["best_step"]) == (6.0, 12)
     assert load_pt("run/best-model.pt")["step"] == 12
@@ -782,7 +794,7 @@ def test_a_split_micro_batch_stays_compiled(monkeypatch):
         return lambda *inputs: rows.append(len(inputs[0])) or module(*inputs)
 
     monkeypatch.setattr(torch, "compile", compile_nothing)
-    monkeypatch.setattr(session, "check_compiler", lambda device: None)
+    monkeypatch.setattr(setup, "check_compiler", lambda device: None)
     with monkeypatch.context() as patch:
         little_memory(patch, 2, torch.OutOfMemoryError("CUDA out of memory"))
         assert pretrain("--max_steps 2 --compile").status == 0

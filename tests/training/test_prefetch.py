@@ -22,7 +22,7 @@ def test_the_next_is_made_while_one_is_used() -> None:
     ahead = Prefetch(make, enabled=True)
     with ahead:
         for number in range(3):
-            assert ahead.get(number, more=number < 2) == 10 * number
+            assert ahead.get(number, prefetch_next=number < 2) == 10 * number
             assert number == 2 or begun[number + 1].wait(10)
     assert not begun[3].is_set() and len(made) == 3
     assert len(set(made)) == 1 and made[0] is not threading.main_thread()
@@ -35,7 +35,7 @@ def test_another_number_than_the_next_is_made_anew(enabled: bool) -> None:
     made = []
     with Prefetch(lambda number: made.append(number) or number, enabled=enabled) as ahead:
         for number in (5, 6, 2, 3):
-            assert ahead.get(number, more=number != 3) == number
+            assert ahead.get(number, prefetch_next=number != 3) == number
     assert made == ([5, 6, 7, 2, 3] if enabled else [5, 6, 2, 3])
 
 
@@ -48,16 +48,16 @@ def test_an_error_comes_up_where_its_number_is_asked_for() -> None:
         return number
 
     with Prefetch(make, enabled=True) as ahead:
-        assert ahead.get(0, more=True) == 0
+        assert ahead.get(0, prefetch_next=True) == 0
         for _ in range(2):
             with pytest.raises(TextLost, match="chunk 1"):
-                ahead.get(1, more=True)
-        assert ahead.get(0, more=True) == 0
+                ahead.get(1, prefetch_next=True)
+        assert ahead.get(0, prefetch_next=True) == 0
 
 
 def test_outside_of_the_block_nothing_is_ahead() -> None:
     """Each is made when it is asked for: before the loop, and after it."""
     ahead = Prefetch(lambda number: threading.current_thread(), enabled=True)
     with ahead:
-        assert ahead.get(0, more=True) is not threading.main_thread()
-    assert ahead.get(1, more=True) is threading.main_thread()
+        assert ahead.get(0, prefetch_next=True) is not threading.main_thread()
+    assert ahead.get(1, prefetch_next=True) is threading.main_thread()

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows locks what is o
 def own_folder(tmp_path, monkeypatch):
     """Every test runs in a folder of its own, with a text; a run looks around at every step."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_folder, "LOOK_EVERY", 0.0)
+    monkeypatch.setattr(run_folder, "CHECK_SECONDS", 0.0)
     write_stories(tmp_path)
 
 

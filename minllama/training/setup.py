@@ -1,4 +1,4 @@
-"""Before and after the loop: opening a run, its plan, and what is said at its end.
+"""Before the loop: opening a run, and its plan.
 
 Opening one takes the folder's lock, finds the checkpoint to resume, and chooses device and dtype.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 
 from config import TYPED_ON_RESUME, Options, check_options
-from minllama.cli.command_line import quoted
 from minllama.cli.console import human_size, say
 from minllama.formats.pt_file import state_file
 from minllama.machine.device import (
@@ -240,54 +238,3 @@ def eager_flops(device: torch.device, dtype: str) -> float:
     if device.type == "cuda":
         return EAGER_MFU * peak_flops(device, getattr(torch, dtype))
     return EAGER_FLOPS[dtype] * torch.get_num_threads()
-
-
-# ---------------------------------------------------------------------------- the end
-
-# Typed flags that the command which resumes a run has of its own.
-NOT_REPEATED = {"option", "save_dir", "resume", "overwrite", "plan", "profile"}
-
-
-def say_interrupted(run: Run) -> int:
-    """Say what was saved and how to continue; returns the exit status."""
-    options, ranks, step = run.options, run.ranks, run.progress.step
-    words = ["python", sys.argv[0], "--option", options.option]
-    if ranks.world_size > 1:
-        words[:1] = ["torchrun", "--standalone", f"--nproc_per_node={ranks.world_size}"]
-    words += ["--save_dir", str(run.folder.path), "--resume", "auto"]
-    for name in sorted((options.given & TYPED_ON_RESUME) - NOT_REPEATED):
-        value = getattr(options, name)
-        words += [f"--{name}", *([] if value is True else [str(value)])]
-    command = f"continue with:\n  {quoted(*words)}"
-    if ranks.nodes > 1:
-        command = "started as before, with --resume auto, it continues"
-    print(f"stopped after step {step:,}, and saved; {command}")
-    return run.stop.exit_status
-
-
-def print_best(run: Run) -> Path:
-    """Say which model is the best of a fine-tuning; returns its file."""
-    best = run.folder.file("best-model.pt")
-    epoch = run.progress.best_step / run.plan.steps_per_epoch
-    print(f"\nbest model: {best}, after step {run.progress.best_step:,} (epoch {epoch:.3g})")
-    return best
-
-
-def print_results(
-    folder: RunFolder, model: Path, prompt: str | None, *options: str, test: Path | None = None
-) -> None:
-    """Print the run's files with their sizes, and the commands that its new model is for.
-
-    `prompt` is a text to continue, None for a model to converse with; `test` is a file of sentences
-    that a classifier can be applied to.
-    """
-    print("files:")
-    for path in folder.own_files():
-        print(f"  {human_size(size_on_disk(path)):>8}  {path}")
-    print("next:")
-    for option in options:
-        words = ["python", sys.argv[0], "--option", option, "--pretrained_model_path", model]
-        text = ["--interactive"] if prompt is None else ["--prompt", prompt]
-        words += {"generate": text, "prompt": ["--test", test]}.get(option, [])
-        print(" ", quoted(*words))
-    print(" ", quoted("python", Path(sys.argv[0]).with_name("check_model_precision.py"), model))

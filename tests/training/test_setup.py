@@ -33,15 +33,11 @@ from minllama.runs.plan import TrainingPlan
 from minllama.runs.run_folder import RunFolder
 from minllama.system.errors import UsageError
 from minllama.system.signals import StopRequest
-from minllama.training import session as sessions
+from minllama.training import setup as sessions
 from minllama.training.identity import CHUNK_ORDER, GLOBAL_BATCH, check_identity
+from minllama.training.results import print_results
 from minllama.training.run import Run
-from minllama.training.session import (
-    decide_compile,
-    describe_determinism,
-    make_plan,
-    print_results,
-)
+from minllama.training.setup import decide_compile, describe_determinism, make_plan
 
 
 @pytest.fixture(autouse=True)
