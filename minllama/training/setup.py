@@ -131,6 +131,11 @@ def find_start(
     whole_batch = {"global_batch_size": checkpoint["identity"].get(GLOBAL_BATCH)}
     options = options.resumed(before | whole_batch)
     check_options(options)  # the flags typed now with those that the checkpoint brings
+    if options.option == "finetune" and options.compile == "on":
+        print(
+            "             kernels compiled for any length depend on the first ones that they meet: "
+            "a resumed run may differ in the last digits (not with --compile off)"
+        )
     options = options.with_global_batch(ranks.world_size)
     now = options.to_plain()
     for name in sorted(options.given - TYPED_ON_RESUME):

@@ -119,7 +119,6 @@ class Task(ABC):
         self.compiled = self.parallel
         if options.compile == "on":
             self.compiled = torch.compile(self.parallel, dynamic=dynamic)
-        self.compiles_for_any_shape = options.compile == "on" and dynamic
 
     def step_batch(self, step: int) -> StepBatch:
         """What optimizer step `step` trains on, by its number alone; any thread may make it.
@@ -141,23 +140,20 @@ class Task(ABC):
         return StepBatch(indices, *self.count(indices), batches)
 
     def warm_up(self) -> None:
-        """Pass the run's first batch through the model and back, training nothing.
+        """Pass once through several ranks' reduction of gradients, training nothing.
 
-        A first pass decides things for all others: DDP rebuilds its buckets after it, and a
-        number's place in a bucket decides the order in which it is added; a compiler that allows
-        for any shape makes kernels that suit the first one best. Decided by the same batch in every
-        start, a resumed run computes as one that was never stopped, bit for bit.
+        After its first pass DDP rebuilds its buckets, and the order in which floating-point numbers
+        are added up depends on their place in a bucket. Done before the first step of every start,
+        all steps add in the same order, and a resumed run is bit-identical to an uninterrupted one.
         """
         run = self.run
-        if run.ranks.world_size == 1 and not self.compiles_for_any_shape:
+        if run.ranks.world_size == 1:
             return
         random_before = random_state()
-        batch = self.step_batch(0).micro_batches[0]
-        if not self.compiles_for_any_shape:
-            batch = batch.without_targets()  # a single row is enough
+        batch = self.step_batch(run.progress.step).micro_batches[0].without_targets().to(run.device)
         with autocast(run.device, run.dtype):
-            loss = self.loss(*batch.to(run.device).inputs)
-        (0 * loss).backward()
+            loss = self.loss(*batch.inputs)
+        loss.backward()
         self.model.zero_grad(set_to_none=True)
         restore_random_state(random_before)
 

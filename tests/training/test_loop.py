@@ -287,6 +287,15 @@ def test_finetuning_resumes_bit_equal(finetune, words, monkeypatch):
     assert Path("toy-dev-finetuning-output.txt").read_bytes() == expected
 
 
+def test_a_compiled_finetuning_says_that_it_does_not_resume_bit_for_bit(finetune, monkeypatch):
+    """Its losses differed in the last digits from some step on, and nothing said so."""
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    monkeypatch.setattr(setup, "check_compiler", lambda device: None)
+    assert command(f"{finetune} --max_steps 2 --compile on").status == 0
+    done = command(f"{finetune} --max_steps 3 --resume auto")
+    assert done.status == 0 and "may differ in the last digits" in done.out
+
+
 def test_ranks_stop_by_what_they_agreed_on_in_the_step(monkeypatch):
     """With loss and norm, without an exchange of its own; before the first step and at the end they
     ask each other, and so one that was told since then does not leave the others waiting."""
