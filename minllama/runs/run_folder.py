@@ -28,6 +28,8 @@ from minllama.runs.checkpoints import (
 )
 from minllama.system.errors import UsageError
 from minllama.system.files import (
+    check_writable,
+    check_writable_file,
     read_json_object,
     real_path,
     remove,
@@ -110,6 +112,12 @@ class RunFolder:
         return self.path / f"{self.prefix}-step-{step}.pt"
 
     # ------------------------------------------------------------------------ begin and end
+
+    def check_writable(self) -> None:
+        """Raise UsageError where the run's files, by their very names, cannot be written here."""
+        check_writable(self.path, "--save_dir")
+        longest = self.path / f"{self.prefix}-step-{10**9}-sharded"
+        check_writable_file(longest, "--save_dir")
 
     @contextlib.contextmanager
     def locked(self, ranks: Ranks) -> Iterator[None]:

@@ -177,6 +177,15 @@ def check_writable_file(path: Path, flag: str) -> None:
     check_writable(path.parent, flag)
     if path.exists() and not os.access(path, os.W_OK):
         raise UsageError(f"{flag} {path}: is write-protected; name another file")
+    temporary = _temporary_beside(path)  # the longest name that will be written
+    try:
+        temporary.touch(exist_ok=False)
+        temporary.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"{flag} {path}: cannot be written ({error.strerror}): give it, or the data that it is "
+            "named after, another name"
+        ) from None
 
 
 def free_disk(folder: Path) -> int:

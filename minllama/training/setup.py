@@ -32,7 +32,7 @@ from minllama.runs.checkpoints import read_on_main
 from minllama.runs.plan import TrainingPlan, warn_of_plan
 from minllama.runs.run_folder import RunFolder
 from minllama.system.errors import UsageError
-from minllama.system.files import check_writable, free_disk, real_path, size_on_disk
+from minllama.system.files import free_disk, real_path, size_on_disk
 from minllama.system.signals import StopRequest
 from minllama.training.identity import GLOBAL_BATCH, check_identity, check_ranks_agree
 from minllama.training.run import Run
@@ -46,7 +46,7 @@ def open_run(options: Options, prefix: str, *, ranks: Ranks, stop: StopRequest) 
     folder = RunFolder(options.save_dir, prefix)
     with contextlib.ExitStack() as held:
         if not options.plan:
-            ranks.on_main(lambda: check_writable(folder.path, "--save_dir"))
+            ranks.on_main(lambda: folder.check_writable())
             held.enter_context(folder.locked(ranks))
         options, checkpoint = find_start(options, folder, ranks)
         seed_everything(options.seed)

@@ -191,3 +191,13 @@ def test_a_mistake_of_a_line_is_named_in_the_file():
     )
     task = SimpleNamespace(files=files, train_set=train_set)
     assert sequence(task, 1) == "a.jsonl:9 (dialogue 2)" and sys.argv
+
+
+def test_a_data_set_whose_files_names_would_be_too_long_is_refused_at_once():
+    """The name of 73 Chinese characters made a temporary's of more than 255 bytes: all the training
+    was done before "make room" was advised, and a resume could not help."""
+    name = "话" * 73 + ".jsonl"
+    Path(name).write_bytes(Path("chat.jsonl").read_bytes())
+    done = command(TRAIN.replace("chat.jsonl", name))
+    assert done.status == 2 and "File name too long" in done.error and "another name" in done.error
+    assert not list(Path("run").glob("*.pt")) and done.error.count("\n") == 1
