@@ -83,9 +83,12 @@ class Progress:
             elif name == "pending" and value is not None:
                 speed = value.get("tokens_per_second") if is_sound(value) else None
                 checked_number("pending record's speed", speed, kind=float)
-            elif kind in (int, float) or value is not None:
-                kind = kind if kind in (int, float) else float
+            elif kind in (int, float):
                 checked_number(name, value, kind=kind, least=int(name == "split"))
+            elif kind == float | None and value is not None:
+                checked_number(name, value, kind=float)
+            elif not isinstance(value, kind):
+                raise ValueError(f"its {name} is {str(value)[:20]!r}")
             setattr(self, name, value)
 
     @property
