@@ -447,6 +447,8 @@ def test_progress_takes_only_what_it_wrote():
         {"step": True},
         {"tokens": 10**400},
         {"best": float("nan")},
+        {"best": "1"},
+        {"held_out": 3},
         {"spent": -1.0},
         {"pending": {}},
         {"pending": {"step": 1}},
