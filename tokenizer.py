@@ -22,10 +22,12 @@ import random
 import re
 import struct
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -252,6 +254,7 @@ def train_vocabulary(
     reading: Reading | None = None,
     max_bytes: int = TRAINING_BYTES,
     seal: bool = True,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> None:
     """Train a byte-fallback BPE vocabulary with Llama-2's conventions and publish it at `output`.
 
@@ -259,7 +262,8 @@ def train_vocabulary(
     `character_coverage` are by default what suits the text (see `fit_vocabulary`). The same inputs
     and options give the same bytes: the file holds no path and no date. At most `max_bytes` of text
     are used, sampled evenly. Raises UsageError, naming the largest (or the smallest) size that
-    works, when `vocab_size` does not fit the corpus.
+    works, when `vocab_size` does not fit the corpus, and what `check_stop` raises, which is called
+    several times a second.
     """
     # A .gz unpacks to about four times its size.
     sizes = [path.stat().st_size * (4 if path.suffix.lower() == ".gz" else 1) for path in inputs]
@@ -273,7 +277,9 @@ def train_vocabulary(
     is_rare = spaces < (1 - coverage) * (len(sentences) + sum(map(len, sentences)))
     model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(
+        _run_in_thread(
+            sentencepiece.SentencePieceTrainer.train,
+            check_stop,
             sentence_iterator=iter(sentences),
             model_writer=model,
             model_type="bpe",
@@ -303,6 +309,24 @@ def train_vocabulary(
             problem = f"too small: at least {least[1]}, or a lower --character_coverage"
         raise UsageError(f"--vocab_size {vocab_size}: {problem}") from None
     _write(output, sealed(model.getvalue()) if seal else model.getvalue())
+
+
+def _run_in_thread(
+    work: Callable[..., None], check_stop: Callable[[], None], **settings: Any
+) -> None:
+    """Do work that hears no signal, and leave it to itself where `check_stop` raises."""
+    outcome: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work(**settings))
+        except Exception as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()  # which does not hold up the process's end
+    while not wait([outcome], timeout=0.1).done:
+        check_stop()
+    outcome.result()
 
 
 def fit_vocabulary(

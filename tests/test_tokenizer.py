@@ -7,16 +7,18 @@ import random
 import struct
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vocabularies import FRAGMENTS, OTHERS, PLAIN, corpus_lines, train, vocabulary
 
-from minllama.system.errors import UsageError
+from minllama.system.errors import Interrupted, UsageError
 from minllama.text.reading import Reading
 from tokenizer import (
     SPACE,
@@ -176,6 +178,21 @@ def corpus_file(tmp_path: Path) -> Path:
     path = tmp_path / "corpus.txt"
     path.write_text("\n".join(corpus_lines()), encoding="utf-8")
     return path
+
+
+def test_training_a_vocabulary_hears_a_request_to_stop(corpus_file, tmp_path, monkeypatch) -> None:
+    """SentencePiece trains for minutes in C++, where no Ctrl-C was heard."""
+    endless = threading.Event()
+    trainer = sentencepiece.SentencePieceTrainer
+    monkeypatch.setattr(trainer, "train", lambda **_: endless.wait())
+
+    def check_stop() -> None:
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train_vocabulary([corpus_file], tmp_path / "a.model", check_stop=check_stop)
+    endless.set()
+    assert not (tmp_path / "a.model").exists()
 
 
 def test_training_is_reproducible_and_names_no_path(corpus_file: Path, tmp_path: Path) -> None:

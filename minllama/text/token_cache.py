@@ -142,12 +142,12 @@ class TokenCache:
         edges = (HEADER.size, fingerprints_at, size)
         if verify and _digests(file, edges, check_stop) != [self.key, others]:
             raise BadCache("it is damaged (its checksum is wrong)")
-        raw = np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r"))
-        documents = raw[documents_at:files_at].view("<i8").reshape(-1, 2)
-        files = raw[files_at:fingerprints_at].copy().view("<i8").reshape(-1, 2)
+        # Read, not mapped, as the tokens are: 32 bytes for each document.
+        documents = _read_pairs(file, documents_at, files_at, "<i8")
+        files = _read_pairs(file, files_at, fingerprints_at, "<i8")
         self.document_starts, self.document_bytes = documents[:, 0], documents[:, 1]
         self.file_tokens, self.file_documents = files[:, 0], files[:, 1]
-        self.fingerprints = raw[fingerprints_at:].view("<u8").reshape(-1, 2)
+        self.fingerprints = _read_pairs(file, fingerprints_at, size, "<u8")
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -161,6 +161,15 @@ class TokenCache:
         ends = np.cumsum(self.file_tokens)
         file = int(np.searchsorted(ends, position, side="right"))
         return file, position - int(ends[file] - self.file_tokens[file])
+
+
+def _read_pairs(file: BinaryIO, start: int, stop: int, dtype: str) -> np.ndarray:
+    """A table of a cache, (n, 2). Raises BadCache where the file was cut off meanwhile."""
+    file.seek(start)
+    data = file.read(stop - start)
+    if len(data) < stop - start:
+        raise BadCache("it was cut off while it was read")
+    return np.frombuffer(data, dtype).reshape(-1, 2)
 
 
 def _digests(file: BinaryIO, edges: Sequence[int], check_stop: Callable[[], None]) -> list[bytes]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from config import Options
@@ -18,12 +18,18 @@ SAMPLED_BYTES = 16 << 20  # of text to train on: more changes next to nothing
 
 
 def choose_vocabulary(
-    options: Options, files: TextFiles, *, stored: bytes | None, ranks: Ranks
+    options: Options,
+    files: TextFiles,
+    *,
+    stored: bytes | None,
+    ranks: Ranks,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> Tokenizer:
     """The vocabulary to pretrain with; says which. Every rank must call this.
 
     That of `--tokenizer_model`; of a resumed run the one `stored` in its checkpoint; of the stories
-    the embedded one; of other text one trained on it, kept in --cache_dir. Raises UsageError.
+    the embedded one; of other text one trained on it, kept in --cache_dir. Raises UsageError, and
+    what `check_stop` raises.
     """
     if options.tokenizer_model is not None:
         model, source = options.tokenizer_model, options.tokenizer_model
@@ -33,7 +39,7 @@ def choose_vocabulary(
         model, source = None, "the embedded one"
     else:
         model, path = ranks.on_main(
-            lambda: _train_or_load(files.train, files.reading, options.cache_dir)
+            lambda: _train_or_load(files.train, files.reading, options.cache_dir, check_stop)
         )
         source = f"trained on the text, in {path}"
     tokenizer = Tokenizer(tokenizer_model=model)
@@ -44,7 +50,9 @@ def choose_vocabulary(
     return tokenizer
 
 
-def _train_or_load(files: Sequence[Path], reading: Reading, cache_dir: Path) -> tuple[bytes, Path]:
+def _train_or_load(
+    files: Sequence[Path], reading: Reading, cache_dir: Path, check_stop: Callable[[], None]
+) -> tuple[bytes, Path]:
     """The bytes and the file of a vocabulary trained on the text, now or earlier."""
     # Named by the place of the text and then by its state: changed text replaces its old one.
     place = place_name(files, reading)
@@ -54,7 +62,7 @@ def _train_or_load(files: Sequence[Path], reading: Reading, cache_dir: Path) -> 
     except UsageError:  # none yet, or a damaged one
         print("vocabulary   training one on the text, since --tokenizer_model names none")
     check_writable(cache_dir, "--cache_dir")
-    train_vocabulary(files, path, reading=reading, max_bytes=SAMPLED_BYTES)
+    train_vocabulary(files, path, reading=reading, max_bytes=SAMPLED_BYTES, check_stop=check_stop)
     for old in cache_dir.glob(f"{place}-*.model"):
         if old != path:
             remove(old)

@@ -57,7 +57,9 @@ def prepare_pretraining(
     files = find_texts(options)
     if start is None:
         stored = checkpoint and read_vocabulary(Path("the checkpoint"), checkpoint)
-        tokenizer = choose_vocabulary(options, files, stored=stored, ranks=ranks)
+        tokenizer = choose_vocabulary(
+            options, files, stored=stored, ranks=ranks, check_stop=stop.check
+        )
         longest = MAX_CONTEXT
     else:
         tokenizer, longest = start.tokenizer, min(MAX_CONTEXT, start.config.max_seq_len)

@@ -429,3 +429,19 @@ def test_a_cache_of_another_version_is_rebuilt(corpus, tmp_path, monkeypatch) ->
     again = build(corpus, tmp_path / "cache")
     assert again.rebuilt_because == "it is not a token cache of this version"
     assert build(corpus, tmp_path / "cache").rebuilt_because is None
+
+
+def test_a_cache_that_is_cut_off_while_it_is_opened_is_built_again(corpus, tmp_path, monkeypatch):
+    """Its tables were mapped: touching a page beyond the file's new end killed the process."""
+    cache, real = build(corpus, tmp_path / "cache"), token_cache._digests
+
+    def cut_off(*arguments) -> list[bytes]:
+        digests = real(*arguments)
+        os.truncate(cache.path, token_cache.HEADER.size)
+        return digests
+
+    with monkeypatch.context() as patch:
+        patch.setattr(token_cache, "_digests", cut_off)
+        with pytest.raises(BadCache, match="cut off while it was read"):
+            TokenCache(cache.path)
+    assert len(build(corpus, tmp_path / "cache")) == len(cache)
