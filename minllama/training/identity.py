@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from minllama.machine.ranks import Ranks
 from minllama.system.errors import UsageError
 
+# Names of what is compared, as checkpoints have them.
+TEXT = "--pretrain_data, --tokenizer_model or how the text is read: key"
+TEXT_TOKENS = "training tokens (--val_fraction, --val_data)"
 CHUNK_ORDER = "the order of the text's chunks (of another version of this program)"
-# What runs were before there was a choice, and their checkpoints do not say.
-EARLIER_DEFAULTS = {CHUNK_ORDER: 1, "--pooling": "last"}
 GLOBAL_BATCH = (
     "--global_batch_size (--pretrain_batch_size or --batch_size x --gradient_accumulation_steps x "
     "processes)"
 )
+# What runs were before there was a choice, and their checkpoints do not say.
+EARLIER_DEFAULTS = {CHUNK_ORDER: 1, "--pooling": "last"}
 
 
-def check_identity(earlier: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Raise UsageError, a line for each thing in which a run differs from its checkpoint."""
+def check_identity(earlier: dict[str, Any], identity: dict[str, Any], model: Path) -> None:
+    """Raise UsageError, a line for each thing in which a run differs from its checkpoint.
+
+    `model` is the run's, from which another text can be trained on.
+    """
     problems = []
     for name, value in identity.items():
         before = earlier.get(name, EARLIER_DEFAULTS.get(name))
-        if before == value:
+        if before == value or (name == TEXT_TOKENS and problems):  # another text has other tokens
             continue
-        if isinstance(value, dict) and isinstance(
-            before, dict
-        ):  # of a model's shape, only what differs
+        if name == TEXT:
+            problems.append(
+                "the text, its vocabulary or how it is read has changed since the run was started "
+                f"({TEXT} {value}, then {before}): give what it was, or train its model on with "
+                f"this one: --pretrained_model_path {model} and another --save_dir"
+            )
+            continue
+        if isinstance(value, dict) and isinstance(before, dict):  # a model's shape
             differs = [key for key in value if before.get(key) != value[key]]
             value = ", ".join(f"{key} {value[key]}" for key in differs)
             before = ", ".join(str(before.get(key)) for key in differs)

@@ -30,7 +30,7 @@ from minllama.system.signals import StopRequest
 from minllama.text.corpus import Texts, find_texts, load_texts
 from minllama.text.vocabulary import choose_vocabulary
 from minllama.training.fitting import TIMED_CONTEXT, fit_to_time
-from minllama.training.identity import CHUNK_ORDER
+from minllama.training.identity import CHUNK_ORDER, TEXT, TEXT_TOKENS
 from minllama.training.results import print_results
 from minllama.training.run import Run
 from minllama.training.task import NextTokenTask
@@ -122,8 +122,8 @@ class Pretraining(NextTokenTask):
         self.best_interval = 0 if options.minutes is not None else options.best_model_interval
         self.eval_interval = options.eval_interval
         self.identity = {
-            "--pretrain_data, --tokenizer_model or how the text is read: key": texts.key,
-            "training tokens (--val_fraction, --val_data)": len(texts.train.stream),
+            TEXT: texts.key,
+            TEXT_TOKENS: len(texts.train.stream),
             "model shape": self.config.to_model_args() | {"dropout": 0.0},
             "--max_seq_len": options.max_seq_len,
             STARTING_WEIGHTS: self.start and self.start.weights,

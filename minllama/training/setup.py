@@ -172,7 +172,8 @@ def make_plan(run: Run, task: Task) -> None:
         "--optimizer": options.optimizer,
     }
     if run.checkpoint is not None:
-        check_identity(run.checkpoint["identity"], run.identity)
+        model = run.folder.file("best-model.pt")
+        check_identity(run.checkpoint["identity"], run.identity, model)
     run.plan = plan = TrainingPlan(options, ranks.world_size, device.type, dtype, **task.sizes)
     ranks.on_main(lambda: print_plan(plan, device, run.folder))
     if options.option == "pretrain":

@@ -206,16 +206,29 @@ def test_a_run_whose_chunks_came_in_another_order_is_refused():
     assert "2 differs from the checkpoint's 1" in done.error
 
 
+def test_a_text_that_has_grown_is_told_how_to_be_trained_on():
+    """It ended in two fingerprints, and what to do with tomorrow's text was not said."""
+    assert pretrain("--max_steps 1").status == 0
+    with Path("text.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"text": "One more day came."}) + "\n")
+    done = command(f"{RESUME} --max_steps 2")
+    assert done.status == 2 and done.error.count("\n") == 1 and "has changed since" in done.error
+    model = str(Path("run", "best-model.pt"))
+    assert f"--pretrained_model_path {model} and another --save_dir" in done.error
+    words = f"--pretrained_model_path {model} --save_dir new --max_steps 1 --cache_dir cache"
+    assert command(f"--option pretrain --pretrain_data text.jsonl {words}").status == 0
+
+
 def test_identity_shows_only_what_differs():
     """Of a shape the entries that are not the same; every line ends with the remedy."""
     now = {"--seed": 1, "model shape": {"dim": 16, "n_layers": 2}, GLOBAL_BATCH: 8}
     before = {"--seed": 1, "model shape": {"dim": 32, "n_layers": 2}, GLOBAL_BATCH: 8}
-    check_identity(now, now)
+    check_identity(now, now, Path("best"))
     with pytest.raises(UsageError) as raised:
-        check_identity(before, now)
+        check_identity(before, now, Path("best"))
     assert str(raised.value).startswith("model shape dim 16 differs from the checkpoint's 32:")
     with pytest.raises(UsageError, match="--seed 1 differs from the checkpoint's None"):
-        check_identity({**now, "--seed": None}, now)
+        check_identity({**now, "--seed": None}, now, Path("best"))
 
 
 @pytest.mark.parametrize("words", ["", "--optimizer adamw"])
