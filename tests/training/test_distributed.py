@@ -268,7 +268,8 @@ def test_a_rank_alone_is_not_several(monkeypatch):
 @pytest.mark.parametrize("option", ["prompt", "generate"])
 def test_what_does_not_train_runs_in_one_process(option, monkeypatch, capsys):
     """It would be done as often as there are processes."""
-    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "x", "MASTER_PORT": 1}.items():
+    ranks = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2}
+    for name, value in (ranks | {"MASTER_ADDR": "x", "MASTER_PORT": 1}).items():
         monkeypatch.setenv(name, str(value))
     done = command(f"--option {option}")
     assert done.status == 2 and "runs in one process" in done.error
