@@ -147,6 +147,7 @@ BLANK_LINE = "blank line"  # as a document separator: lines of nothing but white
 MOSTLY = 0.2  # of the characters beyond ASCII: if more are not UTF-8, it is another encoding
 FEW = 10  # of them may be a damaged spot in any case
 SAMPLED_CHARS = 1 << 18  # on which a vocabulary is tried
+LINE_CHARS = 1 << 27  # of a line that is read as one
 READ_BYTES = 1 << 18  # one read; memory while reading a long document is a few of these
 # What other programs set between documents: <|endoftext|>, </s>; a line of signs alone; a gap.
 SPECIAL = re.compile(r"<\|[\w-]{1,30}\|>|</s>|<eos>|<EOS>|<endoftext>|\[SEP\]")
@@ -259,11 +260,20 @@ def _decode_error(
 
 
 def read_lines(path: Path, *options: Any) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line without its newline); `options` are those of `read_blocks`."""
-    number, pending = 1, []
+    """(line number from 1, line without its newline); `options` are those of `read_blocks`.
+
+    Raises UsageError for a line that is no line of text: a few MB of .gz may hold one of GBs.
+    """
+    number, pending, size = 1, [], 0
     for block in read_blocks(path, *options):
         first, *rest = block.split("\n")
         pending.append(first)
+        size = len(rest[-1]) if rest else size + len(first)
+        if size > LINE_CHARS:
+            raise UsageError(
+                f"{path}:{number + len(rest)}: a line of more than {LINE_CHARS:,} characters: is "
+                "it the file that was meant? Text without lines is read as a .txt"
+            )
         for line in rest:
             yield number, "".join(pending)
             number, pending = number + 1, [line]

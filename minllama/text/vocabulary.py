@@ -8,7 +8,7 @@ from pathlib import Path
 from config import Options
 from minllama.machine.ranks import Ranks
 from minllama.system.errors import UsageError
-from minllama.system.files import check_writable, remove
+from minllama.system.files import check_writable, remove, remove_temporaries
 from minllama.text.corpus import TextFiles
 from minllama.text.reading import Reading
 from minllama.text.token_cache import place_name, text_signature
@@ -63,6 +63,7 @@ def _train_or_load(
         print("vocabulary   training one on the text, since --tokenizer_model names none")
     check_writable(cache_dir, "--cache_dir")
     train_vocabulary(files, path, reading=reading, max_bytes=SAMPLED_BYTES, check_stop=check_stop)
+    remove_temporaries(cache_dir, r".*\.model", older_than=86400)  # of trainings that were killed
     for old in cache_dir.glob(f"{place}-*.model"):
         if old != path:
             remove(old)

@@ -131,6 +131,9 @@ def find_start(
     whole_batch = {"global_batch_size": checkpoint["identity"].get(GLOBAL_BATCH)}
     options = options.resumed(before | whole_batch)
     check_options(options)  # the flags typed now with those that the checkpoint brings
+    texts = options.pretrain_data if options.option == "pretrain" else ()
+    if texts and "pretrain_data" not in options.given:
+        print(f"             on its text: {', '.join(texts)} (--pretrain_data)")
     if options.option == "finetune" and options.compile == "on":
         print(
             "             kernels compiled for any length depend on the first ones that they meet: "

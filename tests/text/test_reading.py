@@ -252,6 +252,18 @@ def test_replaced_bytes(tmp_path: Path) -> None:
     assert documents(half, encoding_errors="replace") == ["x\ufffdy"]
 
 
+def test_a_line_that_is_none_is_refused(tmp_path: Path, monkeypatch) -> None:
+    """Three GB of one letter are 3 MB of .gz: the error spoke of a batch that was too large."""
+    monkeypatch.setattr(text_module, "LINE_CHARS", 1000)
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n' + b"a" * 10**6))
+    with pytest.raises(UsageError, match="a.jsonl.gz:2: a line of more than 1,000 characters"):
+        list(read_documents(path, Reading()))
+    plain = tmp_path / "a.txt"
+    plain.write_text("a" * 10**6, encoding="utf-8")
+    assert sum(len(block.text) for block in read_documents(plain, Reading())) == 10**6
+
+
 def test_damaged_gzip(tmp_path: Path) -> None:
     """A download that broke off, flipped bits, and a .gz that is none."""
     whole = gzip.compress(b"some text " * 1000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from pathlib import Path
@@ -58,6 +59,18 @@ def test_it_is_trained_once_for_a_text(monkeypatch, capsys):
     write_stories(Path.cwd(), 40)
     assert choose().fingerprint != first.fingerprint
     assert len([*Path("cache").glob("*.model")]) == 1
+
+
+def test_what_a_killed_training_left_is_removed_later():
+    """It stayed in the cache folder for ever; what another process may be writing is left alone."""
+    write_stories(Path.cwd(), 4)
+    old, new = (Path("cache", f".text-{n}.model.{n * 8}.tmp") for n in "ab")
+    Path("cache").mkdir()
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (1e9, 1e9))
+    choose()
+    assert new.exists() and not old.exists()
 
 
 def test_a_file_lying_by_is_named(capsys):
