@@ -49,7 +49,12 @@ from minllama.text.labelled import Labels, read_labelled, report_predictions
 from minllama.text.reading import Reading, find_text_files, read_lines
 from minllama.text.splits import find_dialogue_files, find_labelled_files, find_sentences
 from minllama.training.chat_tuning import ChatTuning
-from minllama.training.classification import POOLED, Classification, load_splits, predict_files
+from minllama.training.classification import (
+    POOLING_DESCRIPTION,
+    Classification,
+    load_splits,
+    predict_files,
+)
 from minllama.training.loop import train
 from minllama.training.pretraining import Pretraining, plan_for_gpus
 from minllama.training.results import say_interrupted
@@ -178,7 +183,7 @@ def classify(options: Options, classifier: Classifier, stop: StopRequest, ranks:
         device, note = choose_device(options.use_gpu)
         say(
             f"device       {note}",
-            f"classifier   fine-tuned to tell {', '.join(names)} from {POOLED[classifier.pooling]}",
+            f"classifier   fine-tuned to tell {', '.join(names)} from {POOLING_DESCRIPTION[classifier.pooling]}",
         )
         llama, tokenizer = load_model(options, device)
         context = llama.config.max_seq_len

@@ -26,9 +26,9 @@ from minllama.training.task import NextTokenTask, trained_sizes
 from tokenizer import Tokenizer
 from utils import ChatDataset, batches_by_length
 
-# Where --lr is not typed: 3e-3 for a width of 128, 4e-4 for 512, 5e-5 for 2,048; and more for
-# adapters, which begin at zero.
-LR, WIDTH, LORA_TIMES = 3e-3, 128, 3
+# Default --lr: proportional to width^-1.5, 3e-3 at 128, so 4e-4 at 512; three times that for LoRA,
+# whose second matrix starts at zero.
+LR, WIDTH, LORA_FACTOR = 3e-3, 128, 3
 SHOWN_ANSWERS = 3
 ANSWER_TOKENS = 200  # at most, of an answer at the end of a run
 
@@ -40,7 +40,7 @@ def with_chat_lr(run: Run, width: int) -> Options:
     options = run.options
     if run.checkpoint is not None or "lr" in options.given:  # it has that of the run's start
         return options
-    lr = LR * (WIDTH / width) ** 1.5 * (LORA_TIMES if options.lora_rank else 1)
+    lr = LR * (WIDTH / width) ** 1.5 * (LORA_FACTOR if options.lora_rank else 1)
     options = dataclasses.replace(options, lr=float(f"{lr:.2g}"))
     print(f"lr           {options.lr:g}, for dialogues with a model of width {width} (--lr)")
     check_options(options)
@@ -154,7 +154,7 @@ class ChatTuning(NextTokenTask):
         return f"{self.files.paths['train']}:{line} (dialogue {dialogue:,})"
 
     def finish(self) -> None:
-        """Show what the best model answers, and how often rightly."""
+        """Show what the best model answers, and how many of its answers match exactly."""
         run, tokenizer = self.run, self.tokenizer
         run.checkpoints.finish()
         if not run.ranks.is_main:
@@ -196,18 +196,18 @@ def report_answers(
 
     The others are for a reader of --test_out to judge.
     """
-    lines, right, size = [], 0, run.options.batch_size
+    lines, exact_matches, size = [], 0, run.options.batch_size
     parts = [questions[start : start + size] for start in range(0, len(questions), size)]
     for part in progress_bar(parts, desc="answering", leave=False, disable=None):
         run.stop.check()
-        found = answers_to([question.ids for question in part], model, tokenizer)
-        for question, answer in zip(part, found, strict=True):
-            right += answer == question.answer
+        answers = answers_to([question.ids for question in part], model, tokenizer)
+        for question, answer in zip(part, answers, strict=True):
+            exact_matches += answer == question.answer
             record = {"prompt": question.text, "response": answer, "expected": question.answer}
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     write_text(files.outs["test"], "".join(lines))
     print(
-        f"test: {right:,} of {len(questions):,} answers are those of {files.paths['test']} word "
-        f"for word ({right / len(questions):.1%})"
+        f"test: {exact_matches:,} of {len(questions):,} answers are those of {files.paths['test']} word "
+        f"for word ({exact_matches / len(questions):.1%})"
     )
     print(f"wrote {files.outs['test']}")

@@ -39,7 +39,7 @@ from minllama.training.task import Batch, Task, trained_sizes
 from tokenizer import Tokenizer
 from utils import LlamaDataset, batches_by_length
 
-POOLED = {"last": "the state after the last token", "mean": "the mean over the tokens"}
+POOLING_DESCRIPTION = {"last": "the state after the last token", "mean": "the mean over the tokens"}
 
 
 def load_splits(
@@ -51,20 +51,20 @@ def load_splits(
     plain: bool = False,
 ) -> dict[str, LlamaDataset]:
     """The encoded sentences of each file, labelled or, `plain`, not; says what was loaded."""
-    room = min(options.max_sentence_len or context, context - 1)
+    max_tokens = min(options.max_sentence_len or context, context - 1)  # and BOS
     splits = {
         split: LlamaDataset(
             path,
             tokenizer,
             labels=files.labels.texts,
-            max_sentence_len=room,
+            max_sentence_len=max_tokens,
             encoding=options.encoding,
             plain=plain,
         )
         for split, path in files.paths.items()
     }
     for split, dataset in splits.items():
-        cut = f", {dataset.cut} of them cut to {room} tokens" if dataset.cut else ""
+        cut = f", {dataset.cut} of them cut to {max_tokens} tokens" if dataset.cut else ""
         print(f"Loaded {len(dataset)} sentences from {dataset.path} ({split}){cut}")
     return splits
 
@@ -90,11 +90,11 @@ def predict(
         batches = dataset.length_sorted_batches(options.batch_size)
         numbers = list(ranks.split_evenly(len(batches)))
         predicted, bad = [], 0  # stay on the device, which none of the batches waits for
-        for number, counts in progress_bar(numbers, desc="predicting", leave=False, disable=None):
+        for number, is_own in progress_bar(numbers, desc="predicting", leave=False, disable=None):
             ranks.check_stop(stop)
             batch = Batch(dataset.collate(batches[number])).to(device)
-            scores = model(*batch.inputs[:2])
-            predicted.append(counts * scores.argmax(dim=-1))
+            scores = model(*batch.inputs[:2])  # (B, labels)
+            predicted.append(is_own * scores.argmax(dim=-1))  # 0 where another rank counts it
             bad = bad + scores.isnan().sum()
         if predicted:
             places = np.concatenate([batches[number] for number, _ in numbers])
@@ -148,7 +148,9 @@ class Classification(Task):
             freeze_backbone=options.freeze_backbone,
             pooling=options.pooling,
         ).to(run.device)
-        say(f"pooling      {options.pooling}: the head reads {POOLED[options.pooling]} (--pooling)")
+        say(
+            f"pooling      {options.pooling}: the head reads {POOLING_DESCRIPTION[options.pooling]} (--pooling)"
+        )
         self.higher_is_better = not is_unlabelled(self.dev_set.examples)
         self.goal = "dev_accuracy" if self.higher_is_better else "loss"
         self.held_out = fingerprint(files.paths["dev"].read_bytes())

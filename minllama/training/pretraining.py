@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,33 +207,39 @@ class Pretraining(NextTokenTask):
             return
         records = deque(read_records(folder.file("metrics.jsonl")), maxlen=RECENT_STEPS)
         val_loss = records[-1].get("val_loss") if records else None
-        rose = None not in (val_loss, progress.best) and val_loss > OVERFITTED * progress.best
-        chosen = folder.file("best-model.pt") if rose else final
-        if rose:
+        overfitted = None not in (val_loss, progress.best) and val_loss > OVERFITTED * progress.best
+        chosen = folder.file("best-model.pt") if overfitted else final
+        if overfitted:
             print(
                 f"\noverfitted from step {progress.best_step:,} on: the validation loss was best "
                 f"then and rose since. {chosen} is the model of that step"
             )
-        in_memory = not rose and not is_sharded(self.model)
+        in_memory = not overfitted and not is_sharded(self.model)
         model = self.llama.eval() if in_memory else load_pretrained(chosen)
         # Where documents are few, hardly anything was learnt of how one begins.
         prompt = self.opening if len(self.texts.cache.document_starts) < FEW_DOCUMENTS else ""
         print("\na sample of what it writes:")
         print(f"{sample_text(model, self.texts.tokenizer, prompt)}\n")
+        self.print_summary(records, overfitted=overfitted)
+        print_results(folder, chosen, self.opening, "generate", "finetune")
+
+    def print_summary(self, records: Sequence[dict[str, Any]], *, overfitted: bool) -> None:
+        """Print what was reached, by the last `records` of the run, and what would help most."""
+        if not records:
+            return
+        progress, val_loss = self.run.progress, records[-1].get("val_loss")
         if None not in (val_loss, progress.first, progress.best):
-            last = f", {perplexity(val_loss):.2f} after {progress.step:,}" if rose else ""
+            last = f", {perplexity(val_loss):.2f} after {progress.step:,}" if overfitted else ""
             print(
                 f"validation perplexity {perplexity(progress.first):,.1f} before training, "
                 f"{perplexity(progress.best):.2f} after {progress.best_step:,} steps{last}"
             )
-        if records:
-            recent = [record["loss"] for record in records if record.get("loss") is not None]
-            outcome = Outcome(
-                parameters=sum(self.config.parameter_counts().values()),
-                tokens=progress.tokens,
-                distinct=run.plan.tokens,
-                train_loss=sum(recent) / max(1, len(recent)),
-                val_loss=val_loss,
-            )
-            say(*advise(outcome, rose=rose))
-        print_results(folder, chosen, self.opening, "generate", "finetune")
+        losses = [record["loss"] for record in records if record.get("loss") is not None]
+        outcome = Outcome(
+            parameters=sum(self.config.parameter_counts().values()),
+            tokens=progress.tokens,
+            distinct=self.run.plan.tokens,
+            train_loss=sum(losses) / max(1, len(losses)),
+            val_loss=val_loss,
+        )
+        say(*advise(outcome, rose=overfitted))

@@ -260,14 +260,14 @@ def evaluate_tokens(
     next_token_loss.eval()
     with no_gradients(next_token_loss), autocast(run.device, run.dtype):
         numbers = list(ranks.split_evenly(sums.shape[1]))
-        for number, counts in progress_bar(numbers, desc="validating", leave=False, disable=None):
+        for number, is_own in progress_bar(numbers, desc="validating", leave=False, disable=None):
             ranks.check_stop(run.stop)
             indices = range(number * size, min((number + 1) * size, len(dataset)))
             batch = Batch(dataset.batch(indices)).to(run.device)
             losses.append(next_token_loss(*batch.inputs)[0])
-            sums[1, number] = counts * dataset.count_targets(indices)
+            sums[1, number] = is_own * dataset.count_targets(indices)
     next_token_loss.train()
-    for (number, counts), loss in zip(numbers, torch.stack(losses).tolist(), strict=True):
-        sums[0, number] = loss if counts else 0
+    for (number, is_own), loss in zip(numbers, torch.stack(losses).tolist(), strict=True):
+        sums[0, number] = loss if is_own else 0
     loss_sum, targets = (sum(row) for row in ranks.sum_array(sums).tolist())
     return TextScore(loss_sum, targets, dataset.utf8_bytes or 0).metrics()
