@@ -181,9 +181,10 @@ def classify(options: Options, classifier: Classifier, stop: StopRequest, ranks:
     files = find_sentences(options, labels)
     with contextlib.redirect_stdout(sys.stderr):
         device, note = choose_device(options.use_gpu)
+        pooled = POOLING_DESCRIPTION[classifier.pooling]
         say(
             f"device       {note}",
-            f"classifier   fine-tuned to tell {', '.join(names)} from {POOLING_DESCRIPTION[classifier.pooling]}",
+            f"classifier   fine-tuned to tell {', '.join(names)} from {pooled}",
         )
         llama, tokenizer = load_model(options, device)
         context = llama.config.max_seq_len

@@ -207,7 +207,7 @@ def report_answers(
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     write_text(files.outs["test"], "".join(lines))
     print(
-        f"test: {exact_matches:,} of {len(questions):,} answers are those of {files.paths['test']} word "
-        f"for word ({exact_matches / len(questions):.1%})"
+        f"test: {exact_matches:,} of {len(questions):,} answers are those of "
+        f"{files.paths['test']} word for word ({exact_matches / len(questions):.1%})"
     )
     print(f"wrote {files.outs['test']}")
