@@ -148,9 +148,8 @@ class Classification(Task):
             freeze_backbone=options.freeze_backbone,
             pooling=options.pooling,
         ).to(run.device)
-        say(
-            f"pooling      {options.pooling}: the head reads {POOLING_DESCRIPTION[options.pooling]} (--pooling)"
-        )
+        pooled = POOLING_DESCRIPTION[options.pooling]
+        say(f"pooling      {options.pooling}: the head reads {pooled} (--pooling)")
         self.higher_is_better = not is_unlabelled(self.dev_set.examples)
         self.goal = "dev_accuracy" if self.higher_is_better else "loss"
         self.held_out = fingerprint(files.paths["dev"].read_bytes())
