@@ -16,9 +16,10 @@ from llama import Llama, LlamaZeroShotClassifier, common_prefix
 from minllama.cli.console import progress_bar
 from minllama.system.errors import UsageError
 from minllama.system.json_lines import read_objects
+from minllama.system.peek import is_json_name
 from minllama.system.signals import StopRequest
 from minllama.text.encoder import DocumentEncoder
-from minllama.text.reading import JSON_SUFFIXES, Reading, read_documents, read_lines
+from minllama.text.reading import Reading, read_documents, read_lines
 from minllama.text.stream import TokenStream
 from tokenizer import Tokenizer
 from utils import PretrainDataset
@@ -116,7 +117,7 @@ def read_pairs(files: Sequence[Path], reading: Reading) -> list[Pair]:
     pairs = []
     for path in files:
         lines = read_lines(path, reading)
-        if path.name.lower().endswith(JSON_SUFFIXES):
+        if is_json_name(path):
             records, parse = read_objects(lines, path), _json_pair
         else:
             records, parse = (line for line in lines if line[1].strip()), _tabbed_pair

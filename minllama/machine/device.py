@@ -121,7 +121,7 @@ def available_memory(device: torch.device) -> int | None:
         status[0] = ctypes.sizeof(status)
         ctypes.windll.kernel32.GlobalMemoryStatusEx(status)
         return status[2]  # free physical memory
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, subprocess.SubprocessError, ValueError, TypeError, AttributeError):
         return None
 
 

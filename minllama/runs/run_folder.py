@@ -45,11 +45,12 @@ RUN_FILES = (
     "best-model.pt",
     "metrics.jsonl",
     "run.json",
-    "loss-curve.svg",  # of earlier versions
+    "loss-curve.svg",
     "report.html",
     "tensorboard",
     "profile.json.gz",
 )
+EARLIER_FILES = ("loss-curve.svg",)  # which earlier versions wrote
 WRITTEN_WITH = {"tensorboard": "tensorboard", "profile.json.gz": "profile"}  # these flags
 # Flags of a single start, and two whose outcome the record has instead: the global batch, and the
 # steps and sizes that --minutes came to.
@@ -61,7 +62,8 @@ CHECK_SECONDS = 1.0  # seconds between two checks whether the folder is still th
 
 def files_written(options: dict[str, Any]) -> list[str]:
     """Those of RUN_FILES that a run with these options writes."""
-    return [name for name in RUN_FILES if options.get(WRITTEN_WITH.get(name), True)]
+    names = [name for name in RUN_FILES if name not in EARLIER_FILES]
+    return [name for name in names if options.get(WRITTEN_WITH.get(name), True)]
 
 
 @dataclass
@@ -90,7 +92,7 @@ class RunFolder:
 
     def _files_in_the_way(self) -> list[Path]:
         """What has the name of a file of this run, whoever wrote it."""
-        files = [self.file(name) for name in RUN_FILES]
+        files = [self.file(name) for name in RUN_FILES if name not in EARLIER_FILES]
         return [file for file in files if file.exists()] + self.checkpoints()
 
     def checkpoints(self) -> list[Path]:
@@ -186,10 +188,10 @@ class RunFolder:
                 f"{self.path}: name another --save_dir"
             )
         others = [path for path in present if path not in own]
-        if overwrite and not resume and others:
+        if others and not resume:
             raise UsageError(
-                f"--overwrite: {others[0]} has the name of a run's file, and no run.json there "
-                "lists it as one: move it, or name another --save_dir"
+                f"--save_dir {self.path}: {others[0]} has the name of a run's file, and no "
+                "run.json there lists it as one: move it, or name another --save_dir"
             )
         if present and not resume and not overwrite:
             raise UsageError(
@@ -200,7 +202,8 @@ class RunFolder:
     def clear(self) -> None:
         """Remove the files of an earlier run, and no others."""
         abandoned = self._named_as_checkpoints(ABANDONED) if self.starts() else []
-        for path in [*self.own_files(), *abandoned]:
+        record = self.file("run.json")  # last: killed before, the rest would be nobody's
+        for path in sorted([*self.own_files(), *abandoned], key=lambda path: path == record):
             remove(path)
 
     def remove_incomplete(self) -> None:

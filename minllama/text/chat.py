@@ -268,7 +268,8 @@ def _first_item(line: str) -> Any:
 
 
 def _is_turn(value: Any) -> bool:
-    return isinstance(value, dict) and ({"role", "content"} <= value.keys() or "from" in value)
+    fields = value.keys() if isinstance(value, dict) else set()
+    return {"role", "content"} <= fields or {"from", "value"} <= fields
 
 
 def _is_object(line: str) -> bool:

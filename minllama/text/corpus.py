@@ -18,11 +18,11 @@ from minllama.cli.command_line import quoted
 from minllama.cli.console import say
 from minllama.machine.ranks import Ranks
 from minllama.system.files import real_path
+from minllama.system.peek import is_json_name
 from minllama.system.signals import StopRequest
 from minllama.text.duplicates import drop_duplicates, report_duplicates, report_near_copies
 from minllama.text.reading import (
     BLANK_LINE,
-    JSON_SUFFIXES,
     SHOWN_FILES,
     TEXT_SUFFIXES,
     Reading,
@@ -230,10 +230,10 @@ def _remark(path: Path, reading: Reading, *, alone: bool) -> str:
             "a table, read as plain text with all its separators: to train on one of its "
             'columns make a .jsonl of it, a line {"text": ...} for each row'
         )
-    if not name.endswith((*TEXT_SUFFIXES, *JSON_SUFFIXES)):
+    if not (name.endswith(TEXT_SUFFIXES) or is_json_name(path)):
         return "read as plain text, markup included"
     is_one = reading.document_separator is None and not reading.document_per_line
-    if is_one and not name.endswith(JSON_SUFFIXES):
+    if is_one and not is_json_name(path):
         mark = seen_separator(next(iter(read_blocks(path, reading)), ""))
         if mark is not None and (alone or mark != BLANK_LINE):
             parts = quoted("--document_separator", mark)

@@ -27,13 +27,13 @@ from minllama.system.encodings import is_utf8, likely_encoding
 from minllama.system.errors import UsageError
 from minllama.system.files import check_regular, real_path
 from minllama.system.json_lines import read_values
+from minllama.system.peek import is_json_name
 
 # ---------------------------------------------------------------------------- finding files
 
 SHOWN_FILES = 10  # of many, named one by one
 SHOWN_KINDS = 5  # of the files in a folder that are skipped
 TEXT_SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
-JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 
 
 def find_text_files(patterns: Sequence[str | Path], *, flag: str = "--pretrain_data") -> list[Path]:
@@ -70,6 +70,10 @@ def _expand(pattern: str, flag: str) -> list[Path]:
     else:
         matches = sorted(map(Path, glob.glob(pattern, recursive=True)))
         files = [p for p in matches if p.is_file()]
+        folders = [p for p in matches if p.is_dir()]
+        if files and folders and "**" not in pattern:
+            count = f"{len(folders):,} folder{'s' * (len(folders) > 1)}"
+            say(f"{pattern}: {count} left out ({folders[0]}); a folder that is named is read")
         what = "matches no file" if glob.has_magic(pattern) else "no such file or folder"
         problem = what + download_hint(path)
     if not files:
@@ -147,6 +151,16 @@ BLANK_LINE = "blank line"  # as a document separator: lines of nothing but white
 MOSTLY = 0.2  # of the characters beyond ASCII: if more are not UTF-8, it is another encoding
 FEW = 10  # of them may be a damaged spot in any case
 SAMPLED_CHARS = 1 << 18  # on which a vocabulary is tried
+NO_TEXT = {  # how files begin that nobody means to train on the bytes of
+    b"PK\x03\x04": "a zip archive, as .docx, .odt and .epub are",
+    b"%PDF-": "a PDF",
+    b"PAR1": "a parquet file",
+    b"(\xb5/\xfd": "a zstandard archive",
+    b"\x89PNG": "a picture",
+    b"\xff\xd8\xff": "a picture",
+    b"GGUF": "a model",
+    b"SQLite f": "a database",
+}
 LINE_CHARS = 1 << 27  # of a line that is read as one
 READ_BYTES = 1 << 18  # one read; memory while reading a long document is a few of these
 # What other programs set between documents: <|endoftext|>, </s>; a line of signs alone; a gap.
@@ -154,7 +168,7 @@ SPECIAL = re.compile(r"<\|[\w-]{1,30}\|>|</s>|<eos>|<EOS>|<endoftext>|\[SEP\]")
 RULE = re.compile(r"^(?:-{3,}|={3,}|\*{3,}|#{3,}|~{3,}|%)$", re.MULTILINE)
 GAP = re.compile(r"\n(?:[^\S\n]*\n)+")
 LEAST_MARKS, LEAST_GAPS = 3, 10  # fewer may be chance
-LABELLED_LINE = re.compile(r"\s*(?:-?\d+)?\s*\|\|\|\s")
+LABELLED_LINE = re.compile(r"[^|\n]{0,100}\|\|\|\s")  # a number, a word or nothing first
 
 
 def read_blocks(
@@ -270,9 +284,12 @@ def read_lines(path: Path, *options: Any) -> Iterator[tuple[int, str]]:
         pending.append(first)
         size = len(rest[-1]) if rest else size + len(first)
         if size > LINE_CHARS:
+            remedy = "text without lines is read as a .txt"
+            if is_json_name(path):
+                remedy = f"jq -c '.[]' {path.name} makes lines of a list"
             raise UsageError(
                 f"{path}:{number + len(rest)}: a line of more than {LINE_CHARS:,} characters: is "
-                "it the file that was meant? Text without lines is read as a .txt"
+                f"it the file that was meant? Else {remedy}"
             )
         for line in rest:
             yield number, "".join(pending)
@@ -293,7 +310,11 @@ def _raw_blocks(path: Path, on_bytes: Callable[[int], object]) -> Iterator[bytes
     check_regular(path)
     try:
         with open(path, "rb") as file:
-            packed = file.read(2) == b"\x1f\x8b"
+            head = file.read(8)
+            packed = head.startswith(b"\x1f\x8b")
+            for magic, kind in NO_TEXT.items():
+                if head.startswith(magic):
+                    raise UsageError(f"{path}: is {kind}, no text: save what it holds as .txt")
             if path.suffix.lower() == ".gz" and not packed:
                 raise UsageError(f"{path}: named .gz, but not a gzip file")
             file.seek(0)
@@ -328,7 +349,7 @@ def read_documents(
     Raises UsageError `file:line: ...` for what cannot be read as `reading` says.
     """
     lines = read_lines(path, reading, on_bytes)
-    if path.name.lower().endswith(JSON_SUFFIXES):
+    if is_json_name(path):
         texts = _json_texts(lines, path, reading)
     elif reading.sentences_only and is_labelled(path, reading):
         texts = (split_labelled(path, n, line)[1] for n, line in lines if line.strip())
@@ -356,9 +377,11 @@ def _whole_document(blocks: Iterable[str]) -> Iterator[Block]:
 def _separated(lines: Iterable[tuple[int, str]], separator: str) -> Iterator[Block]:
     """The documents between separators, without the line ends around these; blank ones left out."""
     held, started = "", False  # line ends are held back: those before a separator are dropped
+    stands_alone = separator == BLANK_LINE or RULE.fullmatch(separator)  # on a line of its own
+    mark = "" if separator == BLANK_LINE else separator
     for _, line in lines:
-        if separator == BLANK_LINE:
-            *ended, last = (line,) if line.strip() else ("", "")
+        if stands_alone:
+            *ended, last = ("", "") if line.strip() == mark else (line,)
         else:
             *ended, last = line.split(separator)
         for text in ended:

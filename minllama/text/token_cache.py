@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -353,9 +353,14 @@ def _all_blocks(
 # ---------------------------------------------------------------------------- names and signatures
 
 
+def _fields(reading: Reading) -> dict[str, Any]:
+    """How text is read, as earlier versions knew it, whose caches stay in use."""
+    return {k: v for k, v in asdict(reading).items() if k != "document_separator" or v is not None}
+
+
 def place_name(files: Sequence[Path], reading: Reading, *others: str) -> str:
     """The name of what is made of files at this place, read so: the first one's and a hash."""
-    where = json.dumps([[str(p.absolute()) for p in files], asdict(reading), *others])
+    where = json.dumps([[str(p.absolute()) for p in files], _fields(reading), *others])
     stem = "".join(c if c.isalnum() or c in "-_" else "-" for c in files[0].stem)[:40]
     return f"{stem}-{hashlib.sha256(where.encode()).hexdigest()[:12]}"
 
@@ -371,7 +376,7 @@ def text_signature(
     stats = [(path, _stat(path)) for path in files]
     states = [[str(p.absolute()), s.st_size, s.st_mtime_ns, s.st_ctime_ns] for p, s in stats]
     vocabulary = hashlib.sha256(tokenizer.model_bytes).hexdigest() if tokenizer else None
-    return hashlib.sha256(json.dumps([states, vocabulary, asdict(reading)]).encode()).digest()
+    return hashlib.sha256(json.dumps([states, vocabulary, _fields(reading)]).encode()).digest()
 
 
 def _outwait_time_stamps(files: Sequence[Path]) -> None:

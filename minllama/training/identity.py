@@ -33,8 +33,8 @@ def check_identity(earlier: dict[str, Any], identity: dict[str, Any], model: Pat
         if name == TEXT:
             problems.append(
                 "the text, its vocabulary or how it is read has changed since the run was started "
-                f"({TEXT} {value}, then {before}): give what it was, or train its model on with "
-                f"this one: --pretrained_model_path {model} and another --save_dir"
+                f"({TEXT} {value}, then {before}): give what it was, or train a model of it on "
+                f"with this one: --pretrained_model_path {model} and another --save_dir"
             )
             continue
         if isinstance(value, dict) and isinstance(before, dict):  # a model's shape

@@ -228,7 +228,7 @@ def test_what_no_run_wrote_is_not_overwritten(folder):
     """--overwrite deleted any folder tensorboard/, and any report.html or final-model.pt."""
     for name in ("report.html", "final-model.pt", "pretrain-step-3.pt"):
         (folder.path / name).write_bytes(b"mine")
-        with pytest.raises(UsageError, match=rf"--overwrite: .*{name} .* move it"):
+        with pytest.raises(UsageError, match=rf"--save_dir run: .*{name} .* move it"):
             folder.check_free(resume=False, overwrite=True)
         folder.clear()
         assert (folder.path / name).read_bytes() == b"mine"

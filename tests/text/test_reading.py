@@ -181,7 +181,7 @@ def test_joined_files_have_no_bom_inside(tmp_path: Path) -> None:
         ("<|end|>", "A.\n B.\n\n<|end|>\n\nC.<|end|>D.\n", ["A.\n B.", "C.", "D."]),
         ("<|endoftext|>", "<|endoftext|>\n<|endoftext|> \nA\n\n\nB", ["A\n\n\nB"]),
         ("blank line", "\n\n  A\n B\r\n \t\n\n\nC\n\n", ["  A\n B", "C"]),
-        ("---", "A --- B\n---\nC", ["A ", " B", "C"]),
+        ("---", "A --- B\n---\nC", ["A --- B", "C"]),
         ("===", " \n===\n", []),
     ],
 )
