@@ -42,6 +42,17 @@ def test_find_text_files(tmp_path: Path) -> None:
     assert found == ["x[1].txt", "b.txt", "a/c.jsonl", "a/d.txt.gz"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+@pytest.mark.parametrize("name", ["a\nforged.txt", "a\rforged.txt", "a\nb/c.txt"])
+def test_a_line_break_in_the_name_of_a_file_is_refused(name: str, tmp_path: Path) -> None:
+    """It was printed as it was, and forged lines of the program's own."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    for pattern in (tmp_path, tmp_path / name, tmp_path / name.replace("a", "*")):
+        with pytest.raises(UsageError, match="'.*a.[nr].*' has a line break in its name"):
+            find_text_files([pattern])
+
+
 def test_hidden_files_of_a_folder_are_left_out(tmp_path: Path, capsys) -> None:
     """Near copies in .ipynb_checkpoints made validation perplexity 36 of 215, and a Mac's ._a.txt,
     which is no text, ended the run. Only what is inside the folder counts: it may be hidden."""
