@@ -58,6 +58,7 @@ STRANGE = (
     "a ||| b",
 )
 SMALL_TEXT = [word for word in SMALL if word not in ("--pretrain_data", "text.jsonl")]
+PROMPT = "--option prompt --pretrained_model_path model.pt --prompt_template {sentence}".split()
 FINETUNE = "--option finetune --pretrained_model_path model.pt --max_steps 1".split()
 
 
@@ -96,6 +97,8 @@ def json_file(path: Path, items: list, chance: random.Random, form: str) -> None
     else:
         texts = [json.dumps(item, indent=1 if form == "lines" else None) for item in items]
         at = chance.randrange(len(texts))
+        if isinstance(items[at], dict) and chance.random() < 0.3:  # where nobody looks
+            items = [*items[:at], {**items[at], "more": ["a", {"b": "c"}]}, *items[at + 1 :]]
         texts[at] = odd_json(items[at], chance, odd=STRANGE, ensure_ascii=chance.random() < 0.5)
         if form == "list" and chance.random() < 0.5:
             text = odd_json(items, chance, odd=STRANGE, indent=chance.choice((None, 2)))
@@ -103,12 +106,12 @@ def json_file(path: Path, items: list, chance: random.Random, form: str) -> None
             text = f"[{','.join(texts)}]"
         else:
             text = "\n".join(texts) + "\n"
-        content = text.encode(chance.choice(("utf-8",) * 8 + ("utf-16", "gb18030")), "replace")
-        if chance.random() < 0.3:
+        content = text.encode(chance.choice(("utf-8",) * 18 + ("utf-16", "gb18030")), "replace")
+        if chance.random() < 0.2:
             content = hurt_bytes(content, chance)
     if path.suffix == ".gz":
         content = gzip.compress(content)
-        content = hurt_bytes(content, chance) if chance.random() < 0.3 else content
+        content = hurt_bytes(content, chance) if chance.random() < 0.2 else content
     overwrite(path, content)
 
 
@@ -220,8 +223,8 @@ def use_of(name: str, chance: random.Random) -> Command:
     words = ["--train", train, "--dev", dev]
     if chance.random() < 0.5:
         return "run_llama.py", [*FINETUNE, *words]
-    words += chance.choice(([], ["--label_names", "labels.json"]))
-    return "run_llama.py", [*"--option prompt --pretrained_model_path model.pt".split(), *words]
+    words += chance.choice(([], ["--label_names", "names.json"]))
+    return "run_llama.py", [*PROMPT, *words]
 
 
 def labelled_json(target: Path, chance: random.Random) -> Command:
@@ -351,7 +354,7 @@ def settings(target: Path, chance: random.Random) -> Command:
             *chance.choice(([], "--dim 16 --n_heads 2".split())),
         ],
         "finetune": [*model, *"--train toy-train.txt --dev toy-train.txt --max_steps 1".split()],
-        "prompt": [*model, *"--train toy-train.txt --dev toy-train.txt".split()],
+        "prompt": [*PROMPT, *"--train toy-train.txt --dev toy-train.txt".split()],
         "generate": [*model, *"--prompt a --max_new_tokens 4".split()],
     }[option]
     return "run_llama.py", ["--config", "c.toml", "--option", option, *words]
@@ -398,9 +401,7 @@ def names(target: Path, chance: random.Random) -> Command:
             rows = [line.split(" ||| ") for line in lines.splitlines()]
             lines = "label,text\n" + "".join(f"{label},{text}\n" for label, text in rows)
         overwrite(path, lines.encode())
-        option = chance.choice(
-            (FINETUNE, "--option prompt --pretrained_model_path model.pt".split())
-        )
+        option = chance.choice((FINETUNE, PROMPT))
         return "run_llama.py", [*option, f"--train={name}", f"--dev={name}"]
     if role == "chat":
         overwrite(path, "\n".join(map(json.dumps, DIALOGUES)).encode())
@@ -423,7 +424,7 @@ def names(target: Path, chance: random.Random) -> Command:
     if role == "labels":
         overwrite(path, b'["bad", "good"]' if chance.random() < 0.5 else b"[1]")
         return "run_llama.py", [
-            *("--option=prompt", "--pretrained_model_path=model.pt", f"--label_names={name}"),
+            *(*PROMPT, f"--label_names={name}"),
             *("--train=toy-train.txt", "--dev=toy-train.txt"),
         ]
     if role == "vocabulary":
@@ -536,6 +537,7 @@ def hostile_texts(folder: Path, count: int, seed: int = 0) -> Tally:
     write_place(place)
     kept = {name: MINE for name in ("precious.txt", "precious/notes.txt", "precious/report.html")}
     (place / "precious").mkdir()
+    (place / "names.json").write_text('["bad", "good"]', encoding="utf-8")
     for name, content in kept.items():
         (place / name).write_bytes(content)
     kept |= {
