@@ -55,7 +55,7 @@ def main() -> int:
     parser.add_argument("--damages", type=int, default=5000, help="flips and truncations")
     parser.add_argument("--lines", type=int, default=1000, help="random command lines")
     parser.add_argument("--files", type=int, default=576, help="hostile files")
-    parser.add_argument("--texts", type=int, default=900, help="hostile texts, names, answers")
+    parser.add_argument("--texts", type=int, default=1350, help="hostile texts, names, answers")
     parser.add_argument("--crash_every", type=int, default=1, help="try every Nth crash point")
     parser.add_argument("--seed", type=int, default=0, help="of what is random")
     args = parser.parse_args()
