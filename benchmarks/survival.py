@@ -1,7 +1,7 @@
 """How much a run survives: kills, crashes, failing disks, damage, attacks, signals, counted.
 
-    python benchmarks/survival.py                 # the full table, eleven minutes
-    python benchmarks/survival.py --kills 20 --damages 300 --crash_every 10 --lines 50 --files 50
+    python benchmarks/survival.py                 # the full table, fourteen minutes
+    python benchmarks/survival.py --kills 20 --damages 300 --crash_every 10 --lines 50 --texts 90
 
 Prints a Markdown table of what was tried and survived; exit status 1 if anything was lost. Needs
 nothing but the program itself.
@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import attacker
+import hostile_texts
 import survivor
 import torch
 
@@ -30,6 +31,7 @@ WHAT = {
     "damages": "detected, not loaded",
     "command lines": "ends in lines that say why, with the right status, and no traceback",
     "hostile files": "nothing runs, memory stays bounded, no crash, no traceback",
+    "hostile texts": "an end within seconds and why, nothing forged, nothing of the user's lost",
     "signals": "in six phases: exit status and saved step are right",
 }
 
@@ -52,7 +54,8 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200, help="SIGKILLs (default: 200)")
     parser.add_argument("--damages", type=int, default=5000, help="flips and truncations")
     parser.add_argument("--lines", type=int, default=1000, help="random command lines")
-    parser.add_argument("--files", type=int, default=504, help="hostile files")
+    parser.add_argument("--files", type=int, default=576, help="hostile files")
+    parser.add_argument("--texts", type=int, default=1350, help="hostile texts, names, answers")
     parser.add_argument("--crash_every", type=int, default=1, help="try every Nth crash point")
     parser.add_argument("--seed", type=int, default=0, help="of what is random")
     args = parser.parse_args()
@@ -69,6 +72,9 @@ def main() -> int:
             ),
             "hostile files": lambda: attacker.hostile_files(
                 folder / "files", args.files, args.seed
+            ),
+            "hostile texts": lambda: hostile_texts.hostile_texts(
+                folder / "texts", args.texts, args.seed
             ),
             "signals": lambda: survivor.signals(folder / "signals"),
         }

@@ -209,6 +209,16 @@ def _plain_name(name: str) -> str:
 # ---------------------------------------------------------------------------- one file
 
 
+class _Redirect(urllib.request.HTTPRedirectHandler):
+    """Reads nothing of what comes with a redirect; urllib reads it whole, even without an end."""
+
+    def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> Any:
+        fp.close()
+        return super().http_error_302(req, fp, code, msg, headers)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
+
 def download(
     file: PublicFile, folder: Path, *, base_url: str | None = None, overwrite: bool = False
 ) -> bool:
@@ -274,7 +284,8 @@ def _fetch_once(url: str, part: Path) -> None:
         request = urllib.request.Request(url, headers={"User-Agent": "minllama"})
         if have:
             request.add_header("Range", f"bytes={have}-")
-        response = _in_time(urllib.request.urlopen, request, timeout=TIMEOUT)
+        opener = urllib.request.build_opener(_Redirect)
+        response = _in_time(opener.open, request, timeout=TIMEOUT)
         _receive(response, part, have)
         response.close()
     except (ValueError, http.client.InvalidURL) as error:

@@ -3,6 +3,7 @@
 Each attack is a start of a program in a folder of its own, in a process with bounded memory. It
 holds if the program ends by itself, says what is wrong in lines and not in a traceback, and runs
 nothing. Attacks are counted by kind, as those of `survivor`; `benchmarks/survival.py` prints them.
+`hostile_texts` makes more of them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import struct
@@ -27,7 +29,11 @@ from typing import Any
 
 import survivor
 import torch
-from survivor import SMALL, Malicious, Tally, run_here, start_process, write_labelled
+from survivor import ROOT, SMALL, Malicious, Tally, run_here, start_process, write_labelled
+
+sys.path.insert(0, str(ROOT / "data"))
+
+import download
 
 import check_model_precision
 import run_llama
@@ -39,14 +45,19 @@ from minllama.training import pretraining
 
 MEMORY = 2 << 30  # bytes that an attack may add to those of a process that has imported torch
 PATIENCE, GRACE = 4.0, 60.0  # seconds until an attack that works is interrupted, and then killed
+LONGEST = 30.0  # seconds of an attack that is small, and must end by itself
 TOGETHER, IN_ONE_PROCESS = 3, 10  # processes at a time, and attacks in each
 MARKER = "executed"  # the file that hostile code would leave
+FORGED = "forged: a line that the program never wrote"
+UNPRINTED = re.compile(r"[^\n\r\t -~\u00a0-\U0010ffff]")  # control characters
 PROGRAMS = ("run_llama.py", "check_model_precision.py", "tokenizer.py")
+MODULES = dict(zip(PROGRAMS[1:], (check_model_precision, tokenizer), strict=True))
+MODULES["download.py"] = download
 
 # ---------------------------------------------------------------------------- one attack
 
 
-def attack(attacks: list[tuple[str, str, list[str]]]) -> None:
+def attack(attacks: list[tuple[str, str, list[str], bool]]) -> None:
     """A process's whole life: the programs, one after the other, with little memory."""
     with contextlib.suppress(ImportError, OSError):
         import resource
@@ -58,29 +69,28 @@ def attack(attacks: list[tuple[str, str, list[str]]]) -> None:
     sys.stdin = open(os.devnull, encoding="utf-8")
     survivor.loop.peak_flops = lambda *_: 1e9
     pretraining.sample_text = lambda *_, **__: "One day."
-    for folder, program, words in attacks:
+    download.TIMEOUT, download.PAUSE, download.LARGEST = 0.3, 0.0, 1 << 22
+    os.environ["no_proxy"] = "*"
+    for folder, program, words, must_end in attacks:
         os.chdir(folder)
         sys.argv = [program, *words]
         with open("output.txt", "w", encoding="utf-8", errors="replace") as output:
             sys.stdout = sys.stderr = output
-            status = start(program, words)
+            status = start(program, words, LONGEST if must_end else PATIENCE)
             sys.stdout.flush()
         Path("status.txt").write_text(str(status), encoding="utf-8")
 
 
-def start(program: str, words: list[str]) -> int:
+def start(program: str, words: list[str], patience: float) -> int:
     """Start a program as its script does; one that works for long is interrupted as by Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    timer = threading.Timer(PATIENCE, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer = threading.Timer(patience, lambda: os.kill(os.getpid(), signal.SIGINT))
     protect_output()
     try:
-        if program == "run_llama.py":
-            options = parse_or_exit(parse_options, program, words)
-            timer.start()
-            return run_llama.main(options)
         timer.start()
-        module = tokenizer if program == "tokenizer.py" else check_model_precision
-        return module.main(words)
+        if program == "run_llama.py":
+            return run_llama.main(parse_or_exit(parse_options, program, words))
+        return MODULES[program].main(words)
     except SystemExit as end:
         return int(end.code or 0)
     except BaseException:
@@ -97,12 +107,14 @@ class Attack(typing.NamedTuple):
     folder: Path
     program: str
     words: list[str]
+    must_end: bool = False  # by itself, not by Ctrl-C
+    kept: tuple[tuple[str, bytes], ...] = ()  # files, and what must still be in them
 
 
 def judge(one: Attack, status: int | None) -> str | None:
     """What went wrong, or None: the program ended by itself and said why in lines."""
     path = one.folder / "output.txt"
-    output = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    output = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
     story = f"{one.program} {one.words}: {output[-1500:]}"
     if (one.folder / MARKER).exists():
         return f"executed code: {story}"
@@ -110,9 +122,16 @@ def judge(one: Attack, status: int | None) -> str | None:
         return f"did not end: {story}"
     if "Traceback" in output or status not in (0, 1, 2, 130):
         return f"exit {status}: {story}"
+    if one.must_end and status == 130:
+        return f"works for more than {LONGEST:g} s: {story}"
     if status == 2 and "error: " not in output:
         return f"says nothing: {story}"
-    if any(character < " " and character not in "\n\r\t" for character in output):
+    if re.search(rf"(^|[\r\n]){FORGED}", output):
+        return f"lets a line be forged: {story!r}"
+    for name, content in one.kept:
+        if not (one.folder / name).is_file() or (one.folder / name).read_bytes() != content:
+            return f"costs {name}: {story}"
+    if UNPRINTED.search(output):
         return f"prints raw control characters: {story!r}"
     return None
 
@@ -125,7 +144,7 @@ def run_task(attacks: Iterator[Attack]) -> Tally:
     tally, running, waiting = Tally(), [], list[Attack]()
 
     def begin(group: list[Attack]) -> None:
-        plain = [(str(one.folder), one.program, one.words) for one in group]
+        plain = [(str(one.folder), one.program, one.words, one.must_end) for one in group]
         running.append((group, start_process(attack, plain), time.monotonic()))
 
     def settle(group: list[Attack], process: Any, since: float) -> bool:
@@ -553,16 +572,19 @@ def write_odd_json(path: Path, chance: random.Random) -> None:
         content = json.loads(path.read_bytes())
     except ValueError:  # a line each
         content = json.loads(path.read_bytes().splitlines()[-1])
-    kind = chance.random()
-    plain = tuple(value for value in ODD if not isinstance(value, bytes))
-    if kind < 0.7:
-        odd = content
-        while torch.is_tensor(odd) or odd is content or "tensor(" in repr(odd):
-            odd = with_odd_node(content, chance, plain)
-        text = json.dumps(odd, default=str, skipkeys=True)
-    else:
+    text = odd_json(content, chance)
+    if chance.random() < 0.3:
         text = chance.choice(("[" * 100_000, '{"a":' * 100_000, *ODD_JSON))
     overwrite(path, text.encode() + b"\n")
+
+
+def odd_json(content: Any, chance: random.Random, *, odd: tuple = (), **form: Any) -> str:
+    """JSON with a node that is something else, or gone."""
+    plain = (*odd, *(value for value in ODD if not isinstance(value, bytes)))
+    hurt = content
+    while torch.is_tensor(hurt) or hurt is content or "tensor(" in repr(hurt):
+        hurt = with_odd_node(content, chance, plain)
+    return json.dumps(hurt, default=str, skipkeys=True, **form)
 
 
 def overwrite(path: Path, content: bytes) -> None:

@@ -305,7 +305,7 @@ def test_flags_in_a_file_are_as_if_typed(tmp_path, monkeypatch):
         ("a = " + "[" * 10000, ["not TOML"]),
         ("lr = nan", ["--lr: 'nan' is not a number"]),
         ("dtype = 'int8'\nout = 1", ["--dtype"]),
-        ("pretrain_data = ['x', '--a-b']", ["--a_b: no such option"]),  # once a traceback
+        ("pretrain_data = ['x', '--a-b']", ["pretrain_data = ['x', '--a-b']", "not a value of"]),
     ],
 )
 def test_a_bad_file_of_flags_names_file_and_key(text, words, tmp_path, monkeypatch):
@@ -337,13 +337,22 @@ def test_a_bad_file_of_flags_names_file_and_key(text, words, tmp_path, monkeypat
         ("overwrite = true", "--overwrite", None),
         ("dev_out = 'thesis.txt'", "--dev_out y", None),
         ("dev_out = 'r/x'\nsave_dir = 'r'", "", None),
+        ("dev_out = 'r/thesis.txt'\nsave_dir = 'r'", "", "'r/thesis.txt' would replace that file"),
+        ("dev_out = 'r/thesis.txt'\nsave_dir = 'r'\nresume = 'auto'", "", "would replace"),
+        ("dev_out = 'r/thesis.txt'\nsave_dir = 'r'", "--resume auto", None),
+        ("dev_out = 'r/thesis.txt'\nsave_dir = 'r'", "--overwrite", None),
+        ("dev_out = 'r/thesis.txt'\nsave_dir = 'r'", "--dev_out r/thesis.txt", None),
     ],
 )
 def test_a_file_of_flags_costs_nobody_files_of_his_own(text, typed, problem, tmp_path, monkeypatch):
-    """Somebody else's TOML removed an earlier run, and wrote predictions over any file."""
+    """Somebody else's TOML removed an earlier run, and wrote predictions over any file.
+
+    Later it still did where it chose the folder, too, or the file was one of the default folder's.
+    """
     monkeypatch.chdir(tmp_path)
     Path("run.toml").write_text(f"option = 'finetune'\n{text}", encoding="utf-8")
     Path("r").mkdir()
+    Path("r/thesis.txt").touch()
     if os.name != "nt":  # a link out of the folder is no way around
         Path("r/link").symlink_to(tmp_path)
     words = ["--config", "run.toml", *typed.split()]
@@ -354,6 +363,44 @@ def test_a_file_of_flags_costs_nobody_files_of_his_own(text, typed, problem, tmp
         parse_options(words)
     assert problem in str(error.value) and "\n" not in str(error.value)
     assert str(error.value).startswith("--config run.toml: ") and "type --" in str(error.value)
+
+
+def test_a_list_in_a_file_of_flags_holds_no_flags(tmp_path, monkeypatch):
+    """`pretrain_data = ["a", "--dev-out=x"]` set dev_out, and no check knew it by that spelling."""
+    monkeypatch.chdir(tmp_path)
+    for line in ('pretrain_data = ["a", "--dev-out=thesis.txt"]', 'pairs = ["b", "--overwrite"]'):
+        Path("run.toml").write_text(line, encoding="utf-8")
+        with pytest.raises(UsageError, match=f"{re.escape(line)[:5]}.*: not a value of --"):
+            parse_options(["--config", "run.toml"])
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("".join(f"k{number}=1\n" for number in range(1900)), "has 1,900 flags, more than 1,000"),
+        ("prompt = [" + '"a",' * 4000 + "]", "has 4,000 flags, more than 1,000"),
+        ("a." * 200_000 + "b = 1", "larger than 16,384 bytes"),
+        ("seed = 0x" + "f" * 9000, "not TOML .Exceeds the limit"),
+        ("seed = [[0x" + "f" * 9000 + "]]", "not TOML .Exceeds the limit"),
+    ],
+)
+def test_a_file_of_flags_takes_no_time(text, problem, tmp_path, monkeypatch):
+    """argparse is quadratic in flags, and tomllib in the parts of a key: 1 MB took minutes.
+
+    A number of 9,000 digits, as hexadecimal, was a traceback: Python does not write it out.
+    """
+    monkeypatch.chdir(tmp_path)
+    Path("run.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError, match=f"--config run.toml: .*{problem}"):
+        parse_options(["--config", "run.toml"])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+@pytest.mark.parametrize("flag", ["save_dir", "train", "config", "dev_out"])
+def test_a_line_break_in_a_name_is_refused(flag):
+    """The summary printed it as it was: a name could forge lines of the program's own."""
+    with pytest.raises(UsageError, match=f"--{flag}: 'a.nforged: x' has a line break in its name"):
+        parse_options([f"--{flag}", "a\nforged: x"])
 
 
 @pytest.mark.parametrize(

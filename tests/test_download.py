@@ -246,6 +246,34 @@ def test_a_byte_a_connection_is_no_progress(server, tmp_path):
     assert (tmp_path / "sample.txt.part").read_bytes() == BODY[: download.ATTEMPTS]
 
 
+@pytest.mark.parametrize("length", [b"", b"Content-Length: %d\r\n" % 10**30])
+def test_what_comes_with_a_redirect_is_not_read(length, tmp_path, monkeypatch):
+    """urllib reads it whole: one without an end filled the memory, a length of 10**30 was a
+    traceback."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(download, "ATTEMPTS", 1)
+    asked, sent = [], []
+
+    def redirect(listener: socket.socket) -> None:
+        client, _ = listener.accept()
+        asked.append(client.recv(1000))
+        with client, contextlib.suppress(OSError):  # the other side gave up
+            client.sendall(b"HTTP/1.1 302 Found\r\nLocation: /same\r\n" + length + b"\r\n")
+            while len(sent) < 1000:
+                client.sendall(bytes(1 << 16))
+                sent.append(1 << 16)
+        listener.close()
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=redirect, args=(listener,))
+    thread.start()
+    with pytest.raises(download.DownloadError, match="1 attempts"):
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        download.download(FILE, tmp_path, base_url=url)
+    thread.join()
+    assert asked and sum(sent) < 10_000_000  # what the kernel holds, of 65 MB
+
+
 def test_a_servers_words_are_shown_and_not_obeyed(server, tmp_path):
     """They cleared the screen and set the terminal's title."""
     server.errors, server.reason = [404], "\x1b[2J\x1b]0;owned\x07\x1b[A\rverified" + "x" * 9000

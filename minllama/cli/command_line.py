@@ -84,10 +84,17 @@ def read_path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("'' is no path")
     path = Path(read_words(text))
+    if has_line_break(text):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} has a line break in its name: rename it")
     size = len(text.encode("utf-8", "surrogateescape"))
     if size > PATH_BYTES or max(map(len, path.parts), default=0) > NAME_CHARS:
         raise argparse.ArgumentTypeError(f"{text[:40]!r}...: is too long for a path")
     return path
+
+
+def has_line_break(path: str | Path) -> bool:
+    """Whether a path's name, printed, would begin a line that looks like one of the program's."""
+    return re.search("[\r\n]", str(path)) is not None
 
 
 READ = {str: read_words, Path: read_path}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import tomllib
 import typing
 from collections.abc import Collection, Mapping
@@ -17,7 +18,8 @@ from minllama.cli.command_line import read_stored
 from minllama.system.errors import UsageError
 from minllama.system.files import read_whole, real_path
 
-TOML_BYTES = 1 << 20
+# Of a TOML file: tomllib is quadratic in a key's parts, and argparse in flags.
+TOML_BYTES, TOML_FLAGS = 1 << 14, 1000
 Fields = Mapping[str, dataclasses.Field]
 # Outputs, which replace the file that is there.
 OUTPUTS = {"dev_out", "test_out"} | {f"generated_sentence_{n}_temp_out" for n in ("low", "high")}
@@ -31,6 +33,7 @@ def toml_words(path: Path, fields: Fields, *, without: Collection[str]) -> list[
     """
     try:
         content = tomllib.loads(read_whole(path, TOML_BYTES).decode("utf-8-sig"))
+        str(content)  # a ValueError for a number that is too long to be written
     except UsageError as error:
         raise UsageError(f"--config {error}") from None
     except (ValueError, RecursionError) as error:
@@ -47,14 +50,17 @@ def toml_words(path: Path, fields: Fields, *, without: Collection[str]) -> list[
         else:
             shown = "a table" if isinstance(value, dict) else repr(value)
             raise UsageError(f"--config {path}: {key} = {shown}: not a value of --{name}")
+    count = sum(word.startswith("--") for word in words)
+    if count > TOML_FLAGS:
+        raise UsageError(f"--config {path}: has {count:,} flags, more than {TOML_FLAGS:,}")
     return words
 
 
 def check_harmless(words: Collection[str], path: Path, options: argparse.Namespace) -> None:
     """Raise UsageError where `words`, the flags in a file, would cost the user files of his own.
 
-    Such a file may be somebody else's. It may write into the run's folder alone, and not over an
-    earlier run, unless the flag is typed. `options` are all flags' values.
+    Such a file may be somebody else's. It may write new files into the run's folder alone, and none
+    over an earlier run's, unless the flag is typed. `options` are all flags' values.
     """
     flags = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
     if "overwrite" in flags:
@@ -63,12 +69,17 @@ def check_harmless(words: Collection[str], path: Path, options: argparse.Namespa
             "--overwrite"
         )
     folder = Path(real_path(options.save_dir))
+    goes_on = options.overwrite or (options.resume and "resume" not in flags)
     for name in sorted(flags & OUTPUTS):
         value = getattr(options, name)
         if folder not in Path(real_path(value)).parents:
             raise UsageError(
                 f"--config {path}: {name} = {str(value)!r} is outside --save_dir "
                 f"{options.save_dir}, where it may replace a file: type --{name}"
+            )
+        if os.path.lexists(value) and not goes_on:
+            raise UsageError(
+                f"--config {path}: {name} = {str(value)!r} would replace that file: type --{name}"
             )
 
 
@@ -78,6 +89,8 @@ def can_be_typed(value: Any, field: dataclasses.Field) -> bool:
         return field.type is bool or bool(value and field.metadata["alone"])
     several = isinstance(value, list) and typing.get_origin(field.type) is tuple
     values = value if several else [value]
+    if field.metadata["many"] and any(str(item).startswith("-") for item in values):
+        return False  # a word of its own, which would be a flag
     return field.type is not bool and all(type(item) in (str, int, float) for item in values)
 
 
@@ -101,6 +114,7 @@ def flag_words(field: dataclasses.Field, value: Any) -> list[str]:
         return [flag] * value
     if isinstance(value, list | tuple):
         if field.metadata["many"]:
-            return [flag, *map(str, value)]
+            paths = map(str, value)
+            return [flag, *(f"./{path}" if path.startswith("-") else path for path in paths)]
         return [word for item in value for word in flag_words(field, item)]
     return [f"{flag}={text}"] if text.startswith("-") else [flag, text]

@@ -20,7 +20,7 @@ def is_json_name(path: Path) -> bool:
 
 def first_object(path: Path) -> dict[str, Any]:
     """The first object of a file, also of a list; empty where there is none to be read."""
-    with contextlib.suppress(OSError, EOFError, ValueError, RecursionError, zlib.error):
+    with contextlib.suppress(OSError, EOFError, zlib.error, ValueError, RecursionError):
         if path.is_file():
             with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
                 text = file.read(PEEK_BYTES).decode("utf-8", "replace")

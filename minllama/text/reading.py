@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from config import DATA_DIR
+from minllama.cli.command_line import has_line_break
 from minllama.cli.console import progress_bar, say
 from minllama.system.encodings import is_utf8, likely_encoding
 from minllama.system.errors import UsageError
@@ -46,6 +47,8 @@ def find_text_files(patterns: Sequence[str | Path], *, flag: str = "--pretrain_d
     files: dict[str, Path] = {}
     for pattern in patterns:
         for path in _expand(str(pattern), flag):
+            if has_line_break(path):
+                raise UsageError(f"{flag} {str(path)!r} has a line break in its name: rename it")
             files.setdefault(real_path(path), path)
     if not files:
         raise UsageError(f"{flag}: no file is named")

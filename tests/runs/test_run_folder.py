@@ -237,10 +237,34 @@ def test_what_no_run_wrote_is_not_overwritten(folder):
     (folder.path / "report.html").write_bytes(b"the run's")
     folder.check_free(resume=False, overwrite=True)
     (folder.path / "tensorboard").mkdir()
-    with pytest.raises(UsageError, match=r"--overwrite: .*tensorboard .* move it"):
+    with pytest.raises(UsageError, match=r"--save_dir run: .*tensorboard .* move it"):
         folder.check_free(resume=False, overwrite=True)
+    (folder.path / "loss-curve.svg").write_bytes(b"mine")  # a name that earlier versions used
     folder.clear()
-    assert names(folder) == {"tensorboard"}
+    assert names(folder) == {"tensorboard", "loss-curve.svg"}
+
+
+def test_overwriting_that_was_killed_can_be_repeated(folder, monkeypatch):
+    """The record went before the checkpoints, which were then nobody's, and in the way for ever."""
+    folder.add_start({"files": files_written({})})
+    add(folder, 3, 6)
+    for name in ("final-model.pt", "report.html"):
+        (folder.path / name).write_bytes(b"the run's")
+    real, left = run_folder.remove, [3]
+
+    def remove(path: Path) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "remove", remove)
+        with pytest.raises(KeyboardInterrupt):
+            folder.clear()
+    folder.check_free(resume=False, overwrite=True)
+    folder.clear()
+    assert not names(folder)
 
 
 def test_what_a_killed_run_left_half_written_is_removed(folder):

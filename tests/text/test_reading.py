@@ -42,6 +42,17 @@ def test_find_text_files(tmp_path: Path) -> None:
     assert found == ["x[1].txt", "b.txt", "a/c.jsonl", "a/d.txt.gz"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+@pytest.mark.parametrize("name", ["a\nforged.txt", "a\rforged.txt", "a\nb/c.txt"])
+def test_a_line_break_in_the_name_of_a_file_is_refused(name: str, tmp_path: Path) -> None:
+    """It was printed as it was, and forged lines of the program's own."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    for pattern in (tmp_path, tmp_path / name, tmp_path / name.replace("a", "*")):
+        with pytest.raises(UsageError, match="'.*a.[nr].*' has a line break in its name"):
+            find_text_files([pattern])
+
+
 def test_hidden_files_of_a_folder_are_left_out(tmp_path: Path, capsys) -> None:
     """Near copies in .ipynb_checkpoints made validation perplexity 36 of 215, and a Mac's ._a.txt,
     which is no text, ended the run. Only what is inside the folder counts: it may be hidden."""
@@ -181,7 +192,8 @@ def test_joined_files_have_no_bom_inside(tmp_path: Path) -> None:
         ("<|end|>", "A.\n B.\n\n<|end|>\n\nC.<|end|>D.\n", ["A.\n B.", "C.", "D."]),
         ("<|endoftext|>", "<|endoftext|>\n<|endoftext|> \nA\n\n\nB", ["A\n\n\nB"]),
         ("blank line", "\n\n  A\n B\r\n \t\n\n\nC\n\n", ["  A\n B", "C"]),
-        ("---", "A --- B\n---\nC", ["A --- B", "C"]),
+        ("---", "A --- B\n---\nC\n-----\nD", ["A --- B", "C\n-----\nD"]),
+        ("%", "One.\n%\n50% of all.\n", ["One.", "50% of all."]),
         ("===", " \n===\n", []),
     ],
 )
@@ -457,3 +469,27 @@ def test_what_is_labelled_is_seen_in_the_first_block(tmp_path: Path, monkeypatch
 def test_the_first_words_of_a_text_leave_something_to_continue(text, words):
     """Prompts once were English, whatever the text; Chinese has no spaces to count words by."""
     assert first_words(text) == words
+
+
+def test_labels_that_are_words_are_left_out_too(tmp_path: Path) -> None:
+    """`--sentences_only` knew numbers alone, and trained on the labels of everyone else."""
+    path = written(tmp_path / "a.txt", b"neg ||| a bad film\npos ||| a good one\n")
+    assert documents(path, sentences_only=True) == ["a bad film", "a good one"]
+
+
+@pytest.mark.parametrize("magic", [b"PK\x03\x04 ", b"%PDF-1.7", b"\x89PNG\r\n"])
+def test_what_is_no_text_is_named(magic: bytes, tmp_path: Path) -> None:
+    """A .docx was "likely cp1252", and with that encoding its bytes were trained on."""
+    path = written(tmp_path / "a.docx", magic + bytes(100))
+    for encoding in ("utf-8", "cp1252"):
+        with pytest.raises(UsageError, match=r"a.docx: is a .*, no text"):
+            documents(path, encoding=encoding)
+
+
+def test_a_folder_that_a_glob_matches_is_told(tmp_path: Path, capsys) -> None:
+    """Half of the text was left out without a word."""
+    (tmp_path / "sub").mkdir()
+    for name in ("a.txt", "sub/b.txt"):
+        (tmp_path / name).write_text("x", encoding="utf-8")
+    assert find_text_files([str(tmp_path / "*")]) == [tmp_path / "a.txt"]
+    assert "1 folder left out" in capsys.readouterr().out
