@@ -114,6 +114,7 @@ if __name__ == "__main__":  # --help and bad flags are answered before torch, wh
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback till then
     parse_or_exit(parse, PROGRAM, sys.argv[1:])
 
+import contextlib
 import json
 import math
 import re
@@ -414,6 +415,11 @@ def print_runs(folder: Path) -> None:
 # ---------------------------------------------------------------------------- entry
 
 
+def notes_apart(as_json: bool) -> contextlib.AbstractContextManager:
+    """What is said of the texts within the block goes to stderr where stdout has JSON alone."""
+    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+
+
 def run(args: argparse.Namespace) -> int:
     """Do what the command line says; returns the exit status."""
     if args.compare_runs:
@@ -443,7 +449,8 @@ def run(args: argparse.Namespace) -> int:
             import_optional(package, f"--convert {args.convert}")
     check_encoding(args.encoding)
     reading = Reading.from_flags(args)
-    texts = find_text_files(args.text, flag="--text") if args.text else []
+    with notes_apart(args.json):
+        texts = find_text_files(args.text, flag="--text") if args.text else []
     reports = [inspect(path, verify=args.verify) for path in files]
     results: list[dict[str, Any]] = [asdict(report) for report in reports]
     sound = all(report.sound for report in reports)
@@ -458,7 +465,8 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             print_comparison(files[0], results[0]["compared"])
     for result, path in zip(results, files, strict=True) if texts else ():
-        result["text"] = score(path, texts, reading, args)
+        with notes_apart(args.json):
+            result["text"] = score(path, texts, reading, args)
     if args.convert and not sound:
         print(f"{PROGRAM}: damaged, so nothing was converted", file=sys.stderr)
     elif args.convert:

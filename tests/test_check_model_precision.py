@@ -98,6 +98,18 @@ def test_json_is_json_and_nothing_else(saved: Path, capsys):
     assert sum(report["parts"].values()) == report["size"]
 
 
+def test_notes_on_a_text_do_not_stand_before_the_json(tmp_path: Path, tokenizer: Tokenizer, capsys):
+    """A hidden file beside it, and a program that read stdout met a line that was no JSON."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in ("a.txt", ".hidden.txt"):
+        (folder / name).write_text("One day.", encoding="utf-8")
+    save_pt(tmp_path / "a.pt", model_payload(make_model(tokenizer)))
+    assert C.main([str(tmp_path / "a.pt"), "--text", str(folder), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)[0]["text"]["tokens"] > 0 and "hidden" in printed.err
+
+
 def test_a_model_of_nans_scores_a_text_in_json(tmp_path: Path, tokenizer: Tokenizer, capsys):
     """JSON has no NaN: the figures are named, where they ended in a ValueError."""
     payload = model_payload(make_model(tokenizer))

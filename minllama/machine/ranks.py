@@ -350,8 +350,8 @@ def is_lost_peer(error: Exception) -> bool:
     # gloo's messages begin with its source file, but for the last one: after a timeout. Another
     # kind of error may hold such a word in a path or a name.
     words = ("gloo", "Connection closed by peer", "NCCL", "Timed out waiting", "pair closure")
-    said = type(error) is RuntimeError and any(word in str(error) for word in words)
-    return isinstance(error, dist.DistError) or said
+    names_a_peer = any(word in str(error) for word in words)
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and names_a_peer)
 
 
 def exit_at_once(status: int) -> NoReturn:

@@ -78,8 +78,8 @@ def environment() -> dict[str, Any]:
     commit, root = None, Path(__file__).parents[2]
     with contextlib.suppress(OSError, subprocess.CalledProcessError, ValueError):  # no git, no HEAD
         command = ["git", "-C", str(root), "rev-parse", "HEAD", "--show-toplevel"]
-        told = subprocess.check_output(command, encoding="utf-8", stderr=subprocess.DEVNULL)
-        head, repository = told.splitlines()
+        output = subprocess.check_output(command, encoding="utf-8", stderr=subprocess.DEVNULL)
+        head, repository = output.splitlines()
         if Path(repository).samefile(root):  # else the program lies in another one's repository
             commit = head
     return {

@@ -141,10 +141,10 @@ def fit_to_time(
         speed = Speed(*(max(values) for values in zip(*speeds, strict=True)))
         left, over = ranks.on_main(clock)
         fits.append(fit(candidate, shape, speed, left, texts, device, ranks.world_size))
-        if over or fits[-1].loss > min(found.loss for found in fits):
+        if over or fits[-1].loss > min(earlier.loss for earlier in fits):
             break  # larger ones are only slower
     restore_random_state(before)
-    best = min(fits, key=lambda found: found.loss)
+    best = min(fits, key=lambda candidate: candidate.loss)
     say(*describe(best, options, len(fits), len(texts.train.stream)))
     return best.options
 
@@ -212,8 +212,8 @@ def time_steps(
             work()
         while sum(map(sum, times)) < TIMED_SECONDS and len(times) < 10:
             times.append((seconds(passes), seconds(update)))
-    of_passes, of_updates = zip(*times, strict=True)
-    return Speed(statistics.median(of_passes) / (rows * context), statistics.median(of_updates))
+    pass_times, update_times = zip(*times, strict=True)
+    return Speed(statistics.median(pass_times) / (rows * context), statistics.median(update_times))
 
 
 def fit(

@@ -20,6 +20,7 @@ from minllama.formats.pt_file import save_pt
 from minllama.model.kernels import linear_cross_entropy
 from minllama.system.errors import UsageError
 from minllama.text.chat import ChatTemplate, Cuts, Dialogue, Intake, encode_dialogue, read_dialogues
+from minllama.text.reading import Reading
 from tokenizer import Tokenizer
 from utils import ChatDataset
 
@@ -384,3 +385,11 @@ def test_held_out_dialogues_are_whole_and_the_same_every_time():
     assert in_one_line.split(0.1)[1].numbers.tolist() == held_out.lines.tolist()
     assert train.batch([0])[0].shape[1] == train.lengths[0]
     assert dataset(SPOKEN).split(0.5)[1] is None and data.split(0)[1] is None
+
+
+def test_a_dialogue_that_says_where_it_is_from_is_no_turn(tmp_path):
+    """A list of them in one line was taken for one dialogue, of a role `reddit`."""
+    turns = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me."}]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(3 * [{"from": "reddit", "conversations": turns}]), encoding="utf-8")
+    assert len(list(read_dialogues(path, Reading()))) == 3
