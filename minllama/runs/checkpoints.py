@@ -132,7 +132,7 @@ def remove_unlisted_shards(folder: Path) -> None:
 def remove_checkpoint(path: Path) -> None:
     """Delete a checkpoint, so that killed between two files it is none rather than half of one."""
     if path.is_dir():
-        (path / STATE_FILE).unlink()
+        (path / STATE_FILE).unlink(missing_ok=True)  # of an attempt that got no further
     remove(path)
 
 

@@ -52,10 +52,10 @@ RUN_FILES = (
 )
 EARLIER_FILES = ("loss-curve.svg",)  # which earlier versions wrote
 WRITTEN_WITH = {"tensorboard": "tensorboard", "profile.json.gz": "profile"}  # these flags
-# Flags of a single start, and two whose outcome the record has instead: the global batch, and the
-# steps and sizes that --minutes came to.
-NOT_REPEATED = {"option", "save_dir", "config", "resume", "overwrite", "plan", "profile"}
-NOT_REPEATED |= {"gradient_accumulation_steps", "minutes"}
+FLAGS_OF_A_START = {"option", "save_dir", "resume", "overwrite", "plan", "profile"}
+# And a file of flags, and two whose outcome the record has instead: the global batch, and the steps
+# and sizes that --minutes came to.
+NOT_REPEATED = FLAGS_OF_A_START | {"config", "gradient_accumulation_steps", "minutes"}
 ABANDONED = ".abandoned"
 CHECK_SECONDS = 1.0  # seconds between two checks whether the folder is still there
 

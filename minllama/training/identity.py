@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from minllama.machine.ranks import Ranks
+from minllama.runs.run_folder import RunFolder
 from minllama.system.errors import UsageError
 
 # Names of what is compared, as checkpoints have them.
@@ -20,10 +20,10 @@ GLOBAL_BATCH = (
 EARLIER_DEFAULTS = {CHUNK_ORDER: 1, "--pooling": "last"}
 
 
-def check_identity(earlier: dict[str, Any], identity: dict[str, Any], model: Path) -> None:
+def check_identity(earlier: dict[str, Any], identity: dict[str, Any], folder: RunFolder) -> None:
     """Raise UsageError, a line for each thing in which a run differs from its checkpoint.
 
-    `model` is the run's, from which another text can be trained on.
+    `folder` is the run's, whose models can be trained on with another text.
     """
     problems = []
     for name, value in identity.items():
@@ -31,6 +31,8 @@ def check_identity(earlier: dict[str, Any], identity: dict[str, Any], model: Pat
         if before == value or (name == TEXT_TOKENS and problems):  # another text has other tokens
             continue
         if name == TEXT:
+            models = [folder.file("best-model.pt"), *folder.checkpoints()]
+            model = next((path for path in models if path.exists()), "FILE")
             problems.append(
                 "the text, its vocabulary or how it is read has changed since the run was started "
                 f"({TEXT} {value}, then {before}): give what it was, or train a model of it on "

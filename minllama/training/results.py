@@ -8,12 +8,9 @@ from pathlib import Path
 from config import TYPED_ON_RESUME
 from minllama.cli.command_line import quoted
 from minllama.cli.console import human_size
-from minllama.runs.run_folder import RunFolder
+from minllama.runs.run_folder import FLAGS_OF_A_START, RunFolder
 from minllama.system.files import size_on_disk
 from minllama.training.run import Run
-
-# Typed flags that the command which resumes a run has of its own.
-NOT_IN_RESUME_COMMAND = {"option", "save_dir", "resume", "overwrite", "plan", "profile"}
 
 
 def say_interrupted(run: Run) -> int:
@@ -23,7 +20,7 @@ def say_interrupted(run: Run) -> int:
     if ranks.world_size > 1:
         words[:1] = ["torchrun", "--standalone", f"--nproc_per_node={ranks.world_size}"]
     words += ["--save_dir", str(run.folder.path), "--resume", "auto"]
-    for name in sorted((options.given & TYPED_ON_RESUME) - NOT_IN_RESUME_COMMAND):
+    for name in sorted((options.given & TYPED_ON_RESUME) - FLAGS_OF_A_START):
         value = getattr(options, name)
         words += [f"--{name}", *([] if value is True else [str(value)])]
     command = f"continue with:\n  {quoted(*words)}"

@@ -175,9 +175,7 @@ def make_plan(run: Run, task: Task) -> None:
         "--optimizer": options.optimizer,
     }
     if run.checkpoint is not None:
-        best, checkpoints = run.folder.file("best-model.pt"), run.folder.checkpoints()
-        model = best if best.exists() else checkpoints[-1]
-        check_identity(run.checkpoint["identity"], run.identity, model)
+        check_identity(run.checkpoint["identity"], run.identity, run.folder)
     run.plan = plan = TrainingPlan(options, ranks.world_size, device.type, dtype, **task.sizes)
     ranks.on_main(lambda: print_plan(plan, device, run.folder))
     if options.option == "pretrain":

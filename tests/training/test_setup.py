@@ -219,16 +219,28 @@ def test_a_text_that_has_grown_is_told_how_to_be_trained_on():
     assert command(f"--option pretrain --pretrain_data text.jsonl {words}").status == 0
 
 
+def test_a_checkpoint_of_another_name_alone_in_its_folder_is_refused_in_one_line():
+    """There is no best model then, and no file named as a checkpoint, that could be trained on."""
+    assert pretrain("--max_steps 1").status == 0
+    Path("kept").mkdir()
+    Path("run/pretrain-step-1.pt").rename("kept/mine.pt")
+    with Path("text.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"text": "One more day came."}) + "\n")
+    done = command("--option pretrain --cache_dir cache --resume kept/mine.pt --max_steps 2")
+    assert done.status == 2 and "has changed since" in done.error and done.error.count("\n") == 1
+
+
 def test_identity_shows_only_what_differs():
     """Of a shape the entries that are not the same; every line ends with the remedy."""
     now = {"--seed": 1, "model shape": {"dim": 16, "n_layers": 2}, GLOBAL_BATCH: 8}
     before = {"--seed": 1, "model shape": {"dim": 32, "n_layers": 2}, GLOBAL_BATCH: 8}
-    check_identity(now, now, Path("best"))
+    folder = RunFolder(Path("run"), "pretrain")
+    check_identity(now, now, folder)
     with pytest.raises(UsageError) as raised:
-        check_identity(before, now, Path("best"))
+        check_identity(before, now, folder)
     assert str(raised.value).startswith("model shape dim 16 differs from the checkpoint's 32:")
     with pytest.raises(UsageError, match="--seed 1 differs from the checkpoint's None"):
-        check_identity({**now, "--seed": None}, now, Path("best"))
+        check_identity({**now, "--seed": None}, now, folder)
 
 
 @pytest.mark.parametrize("words", ["", "--optimizer adamw"])
