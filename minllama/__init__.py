@@ -6,7 +6,7 @@ A module imports only from its own folder and from those listed above it:
     cli         flags, messages, progress bars
     machine     device, GPUs, random state, several processes
     text        text, dialogues and labelled sentences to token ids
-    model       what makes the Llama fast, smaller or trainable in part
+    model       the Llama's shape, and what makes it fast, smaller or trainable in part
     formats     model files: each format read, written and checked
     inference   prompts, streams, conversations, scores
     runs        a run on the disk: its folder, checkpoints, metrics, report, plan
