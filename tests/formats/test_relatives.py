@@ -193,12 +193,9 @@ def test_smollm2_writes_what_llama_cpp_writes():
     model = load_pretrained(path)
     assert sum(model.config.parameter_counts().values()) == 134_515_008
     with llama_cpp(path) as ask:
-        prompt = (
-            "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
-        )
-        ids = ask("tokenize", content=f"{question}<|im_start|>assistant\n", parse_special=True)[
-            "tokens"
-        ]
+        question = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n"
+        prompt = f"{question}<|im_start|>assistant\n"
+        ids = ask("tokenize", content=prompt, parse_special=True)["tokens"]
         options = {"temperature": 0, "return_tokens": True, "n_predict": 30}
         answer = ask("completion", prompt=ids, **options)
     assert "Paris" in answer["content"]
