@@ -10,6 +10,8 @@ hostile files: they run no code, and check sizes before they allocate.
     llama2c       llama2.c's .bin files
     gguf          llama.cpp's and Ollama's files
     hugging_face  the folders of `transformers`
+    litgpt        the folders of litgpt
+    peft          adapters to a folder of `transformers`
     model_file    the table of formats; reading any of them
     export        writing any of them
     find_model    which model a command means, and its vocabulary

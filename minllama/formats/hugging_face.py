@@ -3,11 +3,12 @@
 Llama and those of its relatives that compute the same but for what `LlamaConfig` has: Mistral in a
 context no longer than its window, Qwen2, Qwen3.
 
-A folder is untrusted: pickles in it are not read, and an index names files of its own folder only.
+A folder is untrusted: a pickle in it runs no code, and an index names files of its own folder only.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from config import LlamaConfig
+from minllama.formats.pt_file import load_pt
 from minllama.formats.stored_model import (
     Contents,
     StoredModel,
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 
 PACKAGE, BESIDE = "safetensors", None
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = "pytorch_model"  # begins the names of older folders' files, which are pickles
 FILES = {  # what `write` makes
     WEIGHTS,
     "config.json",
@@ -110,7 +113,7 @@ def tensor_name(name: str) -> str:
 
 def recognizes(path: Path, head: bytes) -> bool:
     """Whether it is a folder, or the file of one that its weights are in."""
-    return path.is_dir() or path.name in (WEIGHTS, INDEX)
+    return path.is_dir() or path.name in (WEIGHTS, INDEX) or path.name.startswith(PICKLED)
 
 
 def _folder(path: Path) -> Path:
@@ -119,7 +122,8 @@ def _folder(path: Path) -> Path:
     if not any((folder / name).exists() for name in ("config.json", WEIGHTS, INDEX)):
         raise UsageError(
             f"{folder}: the folder holds no model: neither a .pt file, nor config.json with "
-            f"{WEIGHTS} (Hugging Face), nor consolidated.00.pth with params.json (Meta)"
+            f"{WEIGHTS} (Hugging Face), nor consolidated.00.pth with params.json (Meta), nor "
+            "lit_model.pth with model_config.yaml (litgpt), nor adapter_config.json (PEFT)"
         )
     return folder
 
@@ -195,26 +199,33 @@ def _context(file: Path, kind: str, theirs: dict[str, Any]) -> Any:
     return window
 
 
-def read_safetensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a Hugging Face folder as they are stored, from one file or from shards.
+def weight_files(folder: Path) -> list[str]:
+    """The names of the files that hold a folder's weights, as `transformers` looks for them.
+
+    A single file counts more than an index, which may be left from a larger save.
+    """
+    for single, index in ((WEIGHTS, INDEX), (f"{PICKLED}.bin", f"{PICKLED}.bin.index.json")):
+        if (folder / single).exists():
+            return [single]
+        if (folder / index).exists():
+            shards = read_json_object(folder / index).get("weight_map")
+            if not isinstance(shards, dict):
+                raise UsageError(f"{folder / index}: has no object 'weight_map'")
+            return sorted({Path(str(name)).name for name in shards.values()})
+    return [WEIGHTS]
+
+
+def load_tensors(folder: Path, names: list[str]) -> dict[str, Tensor]:
+    """The tensors of a folder's files as they are stored; of pickles without running code.
 
     Raises UsageError for a missing or damaged file, and where `safetensors` is not installed.
     """
-    names = [WEIGHTS]
-    index = folder / INDEX
-    if index.exists():
-        shards = read_json_object(index).get("weight_map")
-        if not isinstance(shards, dict):
-            raise UsageError(f"{index}: has no object 'weight_map'")
-        names = sorted({Path(str(name)).name for name in shards.values()})
     missing = next((name for name in names if not (folder / name).exists()), None)
-    if missing and (folder / "pytorch_model.bin").is_file():
-        raise UsageError(
-            f"{folder}: holds pytorch_model.bin, a pickle: load it with transformers, then "
-            "model.save_pretrained(folder) writes safetensors"
-        )
     if missing:
         raise UsageError(f"{folder}: no {missing} in this folder")
+    if all(name.startswith(PICKLED) for name in names):
+        parts = [load_pt(folder / name)["model"] for name in names]
+        return {name: tensor for part in parts for name, tensor in part.items()}
     if not is_text(folder):
         raise UsageError(f"{folder}: safetensors needs a name that is UTF-8: rename the folder")
     load_file = import_optional("safetensors.torch", f"{folder}: reading it").load_file
@@ -228,18 +239,17 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def read(path: Path) -> StoredModel:
-    """Read a folder; UsageError for what is no Llama, or would compute something else here."""
+def read(path: Path, *, low_rank: dict[str, tuple[Tensor, Tensor]] | None = None) -> StoredModel:
+    """Read a folder; UsageError for what is no Llama, or would compute something else here.
+
+    `low_rank` are products to add to the matrices that they are named after.
+    """
     path = _folder(path)
-    config = _read_config(path)
-    weights = {
-        name: tensor
-        for name, tensor in read_safetensors(path).items()
-        if not name.endswith("rotary_emb.inv_freq")  # computed here
-    }
-    table, head = tensor_name("tok_embeddings.weight"), tensor_name("output.weight")
-    if config.tie_word_embeddings and table in weights:
-        weights.setdefault(head, weights[table])
+    config, weights = _with_head(path, _read_config(path), _causal_lm_weights(path))
+    for name, (b, a) in (low_rank or {}).items():
+        if name not in weights or weights[name].shape != (len(b), a.shape[1]):
+            raise UsageError(f"{path}: has no matrix {name[:80]} for the adapter to add to")
+        weights[name] = weights[name].float() + b @ a
     vocabulary, settings = path / "tokenizer.model", path / "tokenizer_config.json"
     vocabulary = read_whole(vocabulary, MODEL_BYTES) if vocabulary.exists() else None
     template = read_json_object(settings).get("chat_template") if settings.exists() else None
@@ -248,10 +258,45 @@ def read(path: Path) -> StoredModel:
     return model._replace(weights=reorder_heads(model.weights, config, to_adjacent_pairs))
 
 
+def _causal_lm_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors by the names that a LlamaForCausalLM gives them; a classifier's head left out."""
+    weights = {
+        name: tensor
+        for name, tensor in load_tensors(path, weight_files(path)).items()
+        if not name.endswith("rotary_emb.inv_freq") and name != "score.weight"  # computed here
+    }
+    if "embed_tokens.weight" in weights:  # of a LlamaModel, which is what is below the head
+        weights = {f"model.{name}": tensor for name, tensor in weights.items()}
+    return weights
+
+
+def _with_head(
+    path: Path, config: LlamaConfig, weights: dict[str, Tensor]
+) -> tuple[LlamaConfig, dict[str, Tensor]]:
+    """Shape and tensors with an output head, where a model that has one of its own left it out.
+
+    One of a class that predicts no tokens has none: then the embedding serves.
+    """
+    table, head = tensor_name("tok_embeddings.weight"), tensor_name("output.weight")
+    classes = read_json_object(path / "config.json").get("architectures")
+    if table not in weights or head in weights:
+        return config, weights
+    if not config.tie_word_embeddings:
+        if not isinstance(classes, list) or any("CausalLM" in str(each) for each in classes):
+            return config, weights  # it is missing, and its reader says so
+        print(
+            f"note: {path}: a {str(classes[0])[:40] if classes else 'model'} has no output head, "
+            "so the embedding serves as one: finetune it before it writes text",
+            file=sys.stderr,
+        )
+        config = dataclasses.replace(config, tie_word_embeddings=True)
+    return config, weights | {head: weights[table]}
+
+
 def contents(path: Path) -> Contents:
     """The tensors as they are stored, by their names in the files."""
     path = _folder(path)
-    return Contents("Hugging Face folder", {"model": read_safetensors(path)})
+    return Contents("Hugging Face folder", {"model": load_tensors(path, weight_files(path))})
 
 
 # ---------------------------------------------------------------------------- writing

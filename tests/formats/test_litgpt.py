@@ -1,0 +1,167 @@
+"""Folders of litgpt: both orders of its joined matrix, and what it computes otherwise refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracles import assert_same_weights, make_llama, to_hugging_face
+
+from check_model_precision import inspect
+from config import LlamaConfig
+from llama import Llama, load_pretrained
+from minllama.formats.find_model import model_in
+from minllama.formats.litgpt import SHAPE_BYTES, read_plain_yaml
+from minllama.formats.model_file import read_model
+from minllama.system.errors import UsageError
+
+LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA_3 |= {"original_max_position_embeddings": 16}
+NAMES = {
+    "model.embed_tokens": "transformer.wte",
+    "model.norm": "transformer.ln_f",
+    "model.layers": "transformer.h",
+    "input_layernorm": "norm_1",
+    "post_attention_layernorm": "norm_2",
+    "self_attn.o_proj": "attn.proj",
+    "self_attn.q_norm": "attn.norm_q",
+    "self_attn.k_norm": "attn.norm_k",
+    "mlp.gate_proj": "mlp.fc_1",
+    "mlp.up_proj": "mlp.fc_2",
+    "mlp.down_proj": "mlp.proj",
+}
+
+
+def small(**changes: Any) -> Llama:
+    shape = {"vocab_size": 64, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
+    return make_llama(LlamaConfig(**(shape | {"max_seq_len": 32} | changes)))
+
+
+def write_litgpt(folder: Path, model: Llama, *, older: bool = False, **changes: Any) -> Path:
+    """As litgpt writes it; `older`: as before 2025, each group's queries before its key and value.
+
+    By loops, where the program splits and reshapes.
+    """
+    config, size = model.config, model.config.head_dim
+    state, theirs = {}, to_hugging_face(model)
+    for name, tensor in theirs.items():
+        for ours, renamed in NAMES.items():
+            name = name.replace(ours, renamed)
+        if "_proj" not in name:
+            state[name] = tensor
+    for layer in range(config.n_layers):
+        for kind in ("weight", "bias") if config.attention_bias else ("weight",):
+            q, k, v = (
+                theirs[f"model.layers.{layer}.self_attn.{part}_proj.{kind}"].split(size)
+                for part in "qkv"
+            )
+            rows = [*q, *k, *v]
+            if older:
+                served = config.n_heads // config.n_kv_heads
+                rows = []
+                for group in range(config.n_kv_heads):
+                    rows += [*q[group * served : (group + 1) * served], k[group], v[group]]
+            joined = "attn" if older else "qkv"
+            state[f"transformer.h.{layer}.attn.{joined}.{kind}"] = torch.cat(rows)
+    scaling = config.rope_scaling
+    adjusted = "null"
+    if scaling is not None and scaling.rope_type == "llama3":
+        adjusted = (
+            f"\n  factor: {scaling.factor}\n  low_freq_factor: {scaling.low_freq_factor}"
+            f"\n  high_freq_factor: {scaling.high_freq_factor}"
+            f"\n  original_max_seq_len: {scaling.original_max_position_embeddings}"
+        )
+    settings = {
+        **{"name": "Llama-3.2-1B", "hf_config": "\n  name: Llama-3.2-1B\n  org: meta-llama"},
+        **{"block_size": config.max_seq_len, "n_layer": config.n_layers, "n_embd": config.dim},
+        **{"vocab_size": 60, "padding_multiple": 64, "padded_vocab_size": config.vocab_size},
+        **{"norm_class_name": "RMSNorm", "norm_eps": "1.0e-05", "parallel_residual": "false"},
+        **{"norm_qk": str(config.qk_norm).lower(), "norm_qk_type": "default"},
+        **{"n_head": config.n_heads, "head_size": size, "n_query_groups": config.n_kv_heads},
+        **{"attn_bias": str(config.attention_bias).lower(), "bias": "false"},
+        **{"attention_scores_scalar": "null", "sliding_window_size": "null"},
+        **{"rope_base": int(config.rope_theta), "rotary_percentage": 1.0},
+        "rope_condense_ratio": 1 if scaling is None or adjusted != "null" else int(scaling.factor),
+        "rope_adjustments": adjusted,
+        **{"intermediate_size": config.hidden_dim, "mlp_class_name": "LLaMAMLP"},
+        **{"gelu_approximate": "none", "n_expert": 0, "scale_embeddings": "false"},
+        **{"norm_1": "true", "norm_2": "true", "rope_indices": "null"},
+    } | changes
+    folder.mkdir()
+    lines = [f"{key}: {value}" for key, value in settings.items() if value is not None]
+    (folder / "model_config.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    torch.save({"model": state} if older else state, folder / "lit_model.pth")
+    return folder
+
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_word_embeddings": False},
+        {"rope_scaling": LLAMA_3},
+        {"rope_scaling": {"rope_type": "linear", "factor": 4}},
+        {"attention_bias": True},
+        {"qk_norm": True, "head_dim": 12},
+    ],
+)
+def test_a_folder_of_litgpts(changes: dict, older: bool, tmp_path: Path):
+    model = small(**changes)
+    folder = write_litgpt(tmp_path / "lit", model, older=older)
+    (folder / "tokenizer.model").write_bytes(b"a vocabulary")
+    assert model_in(folder, "FILE") == folder
+    for path in (folder, folder / "lit_model.pth"):
+        got = load_pretrained(path)
+        assert_same_weights(got, model)
+        assert got.vocabulary == b"a vocabulary"
+        assert inspect(path).format == "litgpt"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"norm_class_name": "LayerNorm"}, "norm_class_name 'LayerNorm' is not supported, only"),
+        ({"mlp_class_name": "GemmaMLP"}, "mlp_class_name 'GemmaMLP'"),
+        ({"rotary_percentage": 0.25}, "rotary_percentage '0.25'"),
+        ({"rotary_percentage": None}, "rotary_percentage 'None'"),
+        ({"norm_qk_type": "olmo2"}, "norm_qk_type 'olmo2'"),
+        ({"parallel_residual": "true"}, "parallel_residual 'True' is another architecture"),
+        ({"n_expert": 8}, "n_expert '8' is another architecture"),
+        ({"sliding_window_size": 4096}, "sliding_window_size '4096'"),
+        ({"sliding_window_indices": "\n- 1\n- 0"}, r"sliding_window_indices '\[1, 0\]'"),
+        ({"rope_adjustments": "\n  factor: 8.0\n  beta_fast: 32"}, "not a type with its factors"),
+        ({"rope_adjustments": "\n- 3"}, r"rope_adjustments '\[3\]' are not supported"),
+        ({"n_head": 3}, "n_kv_heads 2: must be a divisor"),
+        ({"n_embd": "wide"}, "--dim 'wide'"),
+        ({"head_size": 6}, "attn.qkv.weight has the shape .* 48 rows"),
+        ({"n_layer": 3}, "transformer.h.2.attn.query.weight and 8 more missing"),
+        ({"hf_config": "\nnothing"}, "line 3: 'nothing' is no `key: value`"),
+    ],
+)
+def test_what_litgpt_computes_otherwise_is_refused(changes: dict, message: str, tmp_path: Path):
+    folder = write_litgpt(tmp_path / "lit", small(), **changes)
+    with pytest.raises(UsageError, match=message) as raised:
+        read_model(folder)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_folder_of_litgpts_without_its_shape(tmp_path: Path):
+    folder = write_litgpt(tmp_path / "lit", small())
+    (folder / "model_config.yaml").unlink()
+    with pytest.raises(UsageError, match="lit_model.pth: no model_config.yaml beside it"):
+        read_model(folder)
+
+
+def test_yaml_costs_nothing_and_makes_no_objects(tmp_path: Path):
+    path = tmp_path / "model_config.yaml"
+    text = (
+        "a: !!python/object/apply:os.system ['true']\nb: &x 1\n\n# note\nc:\n- 1.5\n- true\nd: ''\n"
+    )
+    path.write_text(text, encoding="utf-8")
+    tag = "!!python/object/apply:os.system ['true']"
+    assert read_plain_yaml(path) == {"a": tag, "b": "&x 1", "c": [1.5, True], "d": ""}
+    path.write_bytes(b"a: 1\n" * SHAPE_BYTES)
+    with pytest.raises(UsageError, match="larger than"):
+        read_plain_yaml(path)
