@@ -69,6 +69,7 @@ ONLY = {
 }
 HARMLESS = {"name", "hf_config", "vocab_size", "padding_multiple", "gelu_approximate"}
 HARMLESS |= {"rope_condense_ratio", "rope_adjustments"}  # looked at by themselves
+HARMLESS |= {"n_expert_per_token", "routed_scaling_factor"}  # of n_expert, which must be 0
 
 
 def tensor_name(name: str) -> str:

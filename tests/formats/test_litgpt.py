@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,12 @@ def write_litgpt(folder: Path, model: Llama, *, older: bool = False, **changes: 
         "rope_condense_ratio": 1 if scaling is None or adjusted != "null" else int(scaling.factor),
         "rope_adjustments": adjusted,
         **{"intermediate_size": config.hidden_dim, "mlp_class_name": "LLaMAMLP"},
-        **{"gelu_approximate": "none", "n_expert": 0, "scale_embeddings": "false"},
+        **{
+            "gelu_approximate": "none",
+            "n_expert": 0,
+            "routed_scaling_factor": 1.0,
+            "scale_embeddings": "false",
+        },
         **{"norm_1": "true", "norm_2": "true", "rope_indices": "null"},
     } | changes
     folder.mkdir()
@@ -117,6 +123,51 @@ def test_a_folder_of_litgpts(changes: dict, older: bool, tmp_path: Path):
         assert_same_weights(got, model)
         assert got.vocabulary == b"a vocabulary"
         assert inspect(path).format == "litgpt"
+
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attn_bias": True, "rope_adjustments": {"factor": 4.0}},
+        {"norm_qk": True, "head_size": 16, "rope_condense_ratio": 4},
+        {
+            "rope_adjustments": {
+                **{"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+                "original_max_seq_len": 32,
+            }
+        },
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # of theirs, about theirs
+def test_litgpts_own_logits(changes: dict, older: bool, tmp_path: Path):
+    """Of weights that it made, or that it read by their older name."""
+    model, config = pytest.importorskip("litgpt.model"), pytest.importorskip("litgpt.config")
+    yaml = pytest.importorskip("yaml")
+    shape = {"block_size": 96, "n_layer": 2, "n_embd": 64, "n_head": 8, "n_query_groups": 2}
+    shape |= {"name": "x", "padded_vocab_size": 96, "bias": False, "parallel_residual": False}
+    shape |= {"norm_class_name": "RMSNorm", "mlp_class_name": "LLaMAMLP", "intermediate_size": 96}
+    shape = config.Config(**(shape | {"rotary_percentage": 1.0} | changes))
+    torch.manual_seed(0)
+    theirs = model.GPT(shape).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.2 * torch.randn_like(parameter)
+            else:
+                parameter.normal_(std=0.15)
+    state = theirs.state_dict()
+    if older:
+        state = {name.replace("attn.qkv", "attn.attn"): tensor for name, tensor in state.items()}
+        theirs.load_state_dict(dict(state))
+    torch.save(state, tmp_path / "lit_model.pth")
+    with (tmp_path / "model_config.yaml").open("w", encoding="utf-8") as file:
+        names = {field.name for field in dataclasses.fields(config.Config)}
+        yaml.dump({name: value for name, value in vars(shape).items() if name in names}, file)
+    tokens = torch.randint(96, (2, 96))
+    with torch.no_grad():
+        got = load_pretrained(tmp_path)(tokens, tokens)[0]
+        assert (got - theirs(tokens)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(

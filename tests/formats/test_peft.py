@@ -68,6 +68,7 @@ def test_an_adapter_is_merged_into_the_model_that_it_names(
     assert inspect(tmp_path / "adapter").format == "PEFT adapter"
 
 
+@pytest.mark.filterwarnings("ignore")  # of theirs, about theirs
 def test_pefts_own_adapter_gives_pefts_own_logits(model: Llama, tmp_path: Path):
     """Written, and computed with, by PEFT itself."""
     peft = pytest.importorskip("peft")
