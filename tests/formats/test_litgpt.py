@@ -156,7 +156,7 @@ def test_litgpts_own_logits(changes: dict, older: bool, tmp_path: Path):
                 parameter += 0.2 * torch.randn_like(parameter)
             else:
                 parameter.normal_(std=0.15)
-    state = theirs.state_dict()
+    state = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
     if older:
         state = {name.replace("attn.qkv", "attn.attn"): tensor for name, tensor in state.items()}
         theirs.load_state_dict(dict(state))
