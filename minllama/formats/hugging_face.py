@@ -21,6 +21,7 @@ from torch import Tensor
 
 from config import LlamaConfig
 from minllama.formats.pt_file import load_pt
+from minllama.formats.pt_model import Classifier
 from minllama.formats.stored_model import (
     Contents,
     StoredModel,
@@ -302,21 +303,65 @@ def contents(path: Path) -> Contents:
 # ---------------------------------------------------------------------------- writing
 
 
-def write(model: Llama, output: Path, *, dtype: str, tokenizer: Tokenizer | None) -> list[Path]:
-    """Write a folder that `transformers` loads, with the vocabulary where there is one."""
+def write(
+    model: Llama,
+    output: Path,
+    *,
+    dtype: str,
+    tokenizer: Tokenizer | None,
+    classifier: Classifier | None = None,
+) -> list[Path]:
+    """Write a folder that `transformers` loads, with the vocabulary where there is one.
+
+    Of a fine-tuned classifier a ForSequenceClassification, which has no output head. Raises
+    UsageError for one that computes something else.
+    """
     want = as_stored(model, dtype)
+    if classifier is not None:
+        check_sequence_classifier(classifier)
+        want["output.weight"] = want["tok_embeddings.weight"]
     with atomic_folder(output) as folder:
-        write_files(model, folder, dtype, tokenizer)
+        write_files(model, folder, dtype, tokenizer, classifier)
         read(folder).check_read_back(folder, want)
         if tokenizer is not None:
             check_token_ids(tokenizer, folder)
     return [output]
 
 
-def write_files(model: Llama, folder: Path, dtype: str, tokenizer: Tokenizer | None) -> None:
+def check_sequence_classifier(classifier: Classifier) -> None:
+    """UsageError for a head that is not what a LlamaForSequenceClassification has.
+
+    That one reads the last token's state and has no bias; one that is the same for all labels
+    changes no probability.
+    """
+    weight, bias = classifier.head["weight"], classifier.head["bias"]
+    problem = None
+    if classifier.pooling != "last":
+        problem = f"the {classifier.pooling} of the states, and that the last one alone"
+    elif not torch.equal(bias, bias[:1].expand_as(bias)):
+        problem = "a weight and a bias, and that has no bias"
+    elif not (weight.isfinite().all() and bias.isfinite().all()):
+        problem = "numbers that are not finite"
+    if problem is not None:
+        raise UsageError(
+            f"--convert hf: the classifier's head is not that of a LlamaForSequenceClassification: "
+            f"it reads {problem}, so its predictions would be others; --convert pt keeps it"
+        )
+
+
+def write_files(
+    model: Llama,
+    folder: Path,
+    dtype: str,
+    tokenizer: Tokenizer | None,
+    classifier: Classifier | None = None,
+) -> None:
     """Fill an existing empty folder."""
     save_file = import_optional("safetensors.torch", "--convert hf").save_file
     config, state = model.config, {}
+    if classifier is not None:
+        config = dataclasses.replace(config, tie_word_embeddings=True)  # of two, one is left
+        state["score.weight"] = classifier.head["weight"].to(getattr(torch, dtype)).contiguous()
     for name, tensor in reorder_heads(model.state_dict(), config, to_half_split).items():
         if name != "output.weight" or not config.tie_word_embeddings:
             state[tensor_name(name)] = tensor.to(getattr(torch, dtype)).contiguous()
@@ -329,7 +374,7 @@ def write_files(model: Llama, folder: Path, dtype: str, tokenizer: Tokenizer | N
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else error from None
     path.chmod(mode)  # safetensors' own is 0600, which other users cannot read
-    described = config_json(config, dtype, tokenizer)
+    described = config_json(config, dtype, tokenizer, classifier)
     write_json(folder / "config.json", described)
     ids = {key: described[key] for key in ("bos_token_id", "eos_token_id")}
     write_json(folder / "generation_config.json", ids)
@@ -345,13 +390,23 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
-def config_json(config: LlamaConfig, dtype: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def config_json(
+    config: LlamaConfig,
+    dtype: str,
+    tokenizer: Tokenizer | None,
+    classifier: Classifier | None = None,
+) -> dict[str, Any]:
     bos, eos = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (1, 2)
     kind = architecture_for(config, "hf")
     scaling = {} if config.rope_scaling is None else config.rope_scaling.to_plain()
     rope = {"rope_type": "default", **scaling, "rope_theta": config.rope_theta}
+    task, labels = "ForCausalLM", {}
+    if classifier is not None:
+        task, names = "ForSequenceClassification", dict(enumerate(classifier.label_names))
+        labels = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
     return {
-        "architectures": [f"{CLASSES[kind]}ForCausalLM"],
+        "architectures": [CLASSES[kind] + task],
+        **labels,
         "model_type": kind,
         **ONLY,
         **{key: getattr(config, ours) for key, ours in CONFIG.items()},
