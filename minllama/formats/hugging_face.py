@@ -138,6 +138,8 @@ def _rope(file: Path, theirs: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(section, dict):
             raise UsageError(f"{file}: {key} {str(section)[:40]!r} is not an object")
         for name, value in section.items():
+            if isinstance(value, dict):
+                raise UsageError(f"{file}: {key} has positions of {name[:40]!r} alone: no Llama")
             name = "rope_type" if name == "type" else name  # its older name
             if settings.setdefault(name, value) != value:
                 first = settings[name]
@@ -185,10 +187,9 @@ def _rope_scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
 def _context(file: Path, kind: str, theirs: dict[str, Any]) -> Any:
     """The context; within a sliding window attention is the plain one, so it ends there."""
     context, window = theirs["max_position_embeddings"], theirs.get("sliding_window")
-    types = theirs.get("layer_types") or []
-    other = [name for name in types if name not in ("full_attention", "sliding_attention")]
-    if not isinstance(types, list) or other:
-        raise UsageError(f"{file}: layer_types {str(other or types)[:40]} are not supported")
+    types, known = theirs.get("layer_types") or [], ("full_attention", "sliding_attention")
+    if not isinstance(types, list) or any(name not in known for name in types):
+        raise UsageError(f"{file}: layer_types {str(types)[:80]} are not supported")
     slides = kind == "mistral" or (kind != "llama" and theirs.get("use_sliding_window"))
     if not (slides and isinstance(window, int) and isinstance(context, int) and window < context):
         return context

@@ -6,6 +6,7 @@ that trained more than matrices, is merged by PEFT: `model.merge_and_unload()`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,11 @@ def read(path: Path) -> StoredModel:
 
 def _base(file: Path, named: Any) -> Path:
     """The folder of the model that is named, from here or from the adapter's own folder."""
-    if isinstance(named, str) and named and "\0" not in named:
+    if isinstance(named, str) and named:
         for folder in (Path(named), file.parent / named):
-            if (folder / "config.json").is_file():
-                return folder
+            with contextlib.suppress(OSError, ValueError):  # what no folder can be called
+                if (folder / "config.json").is_file():
+                    return folder
     raise UsageError(
         f"{file}: is an adapter to {str(named)[:80]!r}, which is no folder of a model here: "
         "download that, and name its folder under base_model_name_or_path"

@@ -100,6 +100,8 @@ THETA = {"rope_type": "default", "rope_theta": 10000.0}
     [
         ({"model_type": "gemma2"}, "model_type 'gemma2' is another architecture"),
         ({"model_type": ["llama"]}, "model_type .'llama'. is another architecture"),
+        ({"layer_types": 5}, "layer_types 5 are not supported"),
+        ({"rope_parameters": {"full_attention": THETA}}, "positions of 'full_attention' alone"),
         ({"layer_types": ["chunked_attention"] * 2}, "layer_types .*chunked_attention.* not supp"),
         ({"attention_bias": True}, "attention_bias True"),
         ({"mlp_bias": True}, "mlp_bias True"),
