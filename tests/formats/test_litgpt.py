@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import assert_same_weights, make_llama, to_hugging_face
+from oracles import assert_same_weights, make_llama, write_litgpt
 
 from check_model_precision import inspect
 from config import LlamaConfig
@@ -20,86 +20,11 @@ from minllama.system.errors import UsageError
 
 LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA_3 |= {"original_max_position_embeddings": 16}
-NAMES = {
-    "model.embed_tokens": "transformer.wte",
-    "model.norm": "transformer.ln_f",
-    "model.layers": "transformer.h",
-    "input_layernorm": "norm_1",
-    "post_attention_layernorm": "norm_2",
-    "self_attn.o_proj": "attn.proj",
-    "self_attn.q_norm": "attn.norm_q",
-    "self_attn.k_norm": "attn.norm_k",
-    "mlp.gate_proj": "mlp.fc_1",
-    "mlp.up_proj": "mlp.fc_2",
-    "mlp.down_proj": "mlp.proj",
-}
 
 
 def small(**changes: Any) -> Llama:
     shape = {"vocab_size": 64, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
     return make_llama(LlamaConfig(**(shape | {"max_seq_len": 32} | changes)))
-
-
-def write_litgpt(folder: Path, model: Llama, *, older: bool = False, **changes: Any) -> Path:
-    """As litgpt writes it; `older`: as before 2025, each group's queries before its key and value.
-
-    By loops, where the program splits and reshapes.
-    """
-    config, size = model.config, model.config.head_dim
-    state, theirs = {}, to_hugging_face(model)
-    for name, tensor in theirs.items():
-        for ours, renamed in NAMES.items():
-            name = name.replace(ours, renamed)
-        if "_proj" not in name:
-            state[name] = tensor
-    for layer in range(config.n_layers):
-        for kind in ("weight", "bias") if config.attention_bias else ("weight",):
-            q, k, v = (
-                theirs[f"model.layers.{layer}.self_attn.{part}_proj.{kind}"].split(size)
-                for part in "qkv"
-            )
-            rows = [*q, *k, *v]
-            if older:
-                served = config.n_heads // config.n_kv_heads
-                rows = []
-                for group in range(config.n_kv_heads):
-                    rows += [*q[group * served : (group + 1) * served], k[group], v[group]]
-            joined = "attn" if older else "qkv"
-            state[f"transformer.h.{layer}.attn.{joined}.{kind}"] = torch.cat(rows)
-    scaling = config.rope_scaling
-    adjusted = "null"
-    if scaling is not None and scaling.rope_type == "llama3":
-        adjusted = (
-            f"\n  factor: {scaling.factor}\n  low_freq_factor: {scaling.low_freq_factor}"
-            f"\n  high_freq_factor: {scaling.high_freq_factor}"
-            f"\n  original_max_seq_len: {scaling.original_max_position_embeddings}"
-        )
-    settings = {
-        **{"name": "Llama-3.2-1B", "hf_config": "\n  name: Llama-3.2-1B\n  org: meta-llama"},
-        **{"block_size": config.max_seq_len, "n_layer": config.n_layers, "n_embd": config.dim},
-        **{"vocab_size": 60, "padding_multiple": 64, "padded_vocab_size": config.vocab_size},
-        **{"norm_class_name": "RMSNorm", "norm_eps": "1.0e-05", "parallel_residual": "false"},
-        **{"norm_qk": str(config.qk_norm).lower(), "norm_qk_type": "default"},
-        **{"n_head": config.n_heads, "head_size": size, "n_query_groups": config.n_kv_heads},
-        **{"attn_bias": str(config.attention_bias).lower(), "bias": "false"},
-        **{"attention_scores_scalar": "null", "sliding_window_size": "null"},
-        **{"rope_base": int(config.rope_theta), "rotary_percentage": 1.0},
-        "rope_condense_ratio": 1 if scaling is None or adjusted != "null" else int(scaling.factor),
-        "rope_adjustments": adjusted,
-        **{"intermediate_size": config.hidden_dim, "mlp_class_name": "LLaMAMLP"},
-        **{
-            "gelu_approximate": "none",
-            "n_expert": 0,
-            "routed_scaling_factor": 1.0,
-            "scale_embeddings": "false",
-        },
-        **{"norm_1": "true", "norm_2": "true", "rope_indices": "null"},
-    } | changes
-    folder.mkdir()
-    lines = [f"{key}: {value}" for key, value in settings.items() if value is not None]
-    (folder / "model_config.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    torch.save({"model": state} if older else state, folder / "lit_model.pth")
-    return folder
 
 
 @pytest.mark.parametrize("older", [False, True])

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from oracles import make_llama, write
+from oracles import make_llama, write, write_adapter
 
 from check_model_precision import inspect
 from config import LlamaConfig
@@ -26,27 +24,6 @@ def model(tiny_config: LlamaConfig) -> Llama:
     return make_llama(tiny_config)
 
 
-def adapter(folder: Path, base: str, *, rank: int = 3, **changes: Any) -> dict[str, torch.Tensor]:
-    """Write adapters of a query and a down matrix; what these add to their matrices."""
-    settings = {"peft_type": "LORA", "base_model_name_or_path": base, "r": rank, "bias": "none"}
-    settings |= {"lora_alpha": 12, "lora_dropout": 0.1, "target_modules": ["q_proj", "down_proj"]}
-    settings |= {"modules_to_save": None, "use_dora": False, "rank_pattern": {}, "revision": None}
-    settings |= {"task_type": "CAUSAL_LM", "init_lora_weights": True, "inference_mode": True}
-    settings |= changes
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    shapes = {"self_attn.q_proj": (32, 32), "mlp.down_proj": (32, 96)}
-    tensors, added = {}, {}
-    for name, (rows, columns) in shapes.items():
-        name = f"model.layers.1.{name}"
-        a, b = torch.randn(rank, columns), torch.randn(rows, rank)
-        tensors[f"base_model.model.{name}.lora_A.weight"] = a
-        tensors[f"base_model.model.{name}.lora_B.weight"] = b
-        added[f"{name}.weight"] = b @ a
-    safetensors.save_file(tensors, folder / "adapter_model.safetensors")
-    return added
-
-
 @pytest.mark.parametrize("beside", [True, False])
 @pytest.mark.parametrize("stabilised", [True, False])
 def test_an_adapter_is_merged_into_the_model_that_it_names(
@@ -55,7 +32,7 @@ def test_an_adapter_is_merged_into_the_model_that_it_names(
     """alpha / r times B A, or with rsLoRA alpha / sqrt(r); the folder by its path, or beside."""
     write(model, "hf", tmp_path / "base")
     named = "../base" if beside else str(tmp_path / "base")
-    added = adapter(tmp_path / "adapter", named, use_rslora=stabilised)
+    added = write_adapter(tmp_path / "adapter", named, use_rslora=stabilised)
     scaling = 12 / (math.sqrt(3) if stabilised else 3)
     assert model_in(tmp_path / "adapter", "FILE") == tmp_path / "adapter"
     write(load_pretrained(tmp_path / "adapter"), "hf", tmp_path / "merged")
@@ -116,7 +93,7 @@ def test_an_adapter_that_is_more_or_less_is_refused(
     model: Llama, tmp_path: Path, changes: dict, message: str
 ):
     write(model, "hf", tmp_path / "base")
-    adapter(tmp_path / "adapter", changes.pop("base", "../base"), **({"rank": 3} | changes))
+    write_adapter(tmp_path / "adapter", changes.pop("base", "../base"), **({"rank": 3} | changes))
     with pytest.raises(UsageError, match=message) as raised:
         read_model(tmp_path / "adapter")
     assert "\n" not in str(raised.value)
@@ -129,14 +106,14 @@ def test_an_adapter_that_is_more_or_less_is_refused(
         (lambda t: t.popitem(), "is no part of a pair"),
         (lambda t: t.update({k: v[:1] for k, v in t.items() if "lora_B" in k}), "has no matrix"),
         (
-            lambda t: t.update({k.replace("layers.1", "layers.9"): t.pop(k) for k in [*t]}),
+            lambda t: t.update({k.replace("layers.0", "layers.9"): t.pop(k) for k in [*t]}),
             "has no matrix model.layers.9.*for the adapter to add to",
         ),
     ],
 )
 def test_matrices_that_do_not_fit_are_refused(model: Llama, tmp_path: Path, change, message: str):
     write(model, "hf", tmp_path / "base")
-    adapter(tmp_path / "adapter", "../base")
+    write_adapter(tmp_path / "adapter", "../base")
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = safetensors.load_file(path)
     change(tensors)
