@@ -84,7 +84,7 @@ def assert_holds(path: Path, want: dict[str, torch.Tensor]) -> None:
     assert all(torch.equal(tensor, want[name]) for name, tensor in got.items())
 
 
-# --------------------------------------------------------------------------- other programs' folders
+# --------------------------------------------------------------------- folders of other programs
 
 LITGPT_NAMES = {
     "model.embed_tokens": "transformer.wte",
