@@ -149,7 +149,8 @@ from minllama.system.files import (
 )
 from minllama.system.packages import import_optional
 from minllama.text.reading import Reading, find_text_files, sample_texts
-from tokenizer import Tokenizer, count_lost, tokenizer_bin, vocabulary_remedy
+from minllama.vocabulary.lost import count_lost
+from tokenizer import Tokenizer, tokenizer_bin, vocabulary_remedy
 
 # ---------------------------------------------------------------------------- what is in a file
 
@@ -385,7 +386,7 @@ def score(
         remedy = vocabulary_remedy(model.config.vocab_size)
         raise UsageError(f"--text: {path} has no vocabulary: {remedy}")
     result = score_text(model, tokenizer, texts, reading)
-    lost = count_lost(tokenizer, sample_texts(texts, reading))
+    lost = count_lost(tokenizer.vocabulary, sample_texts(texts, reading))
     if not args.json:
         say(f"{path} on {', '.join(args.text)}: {result.line()}", *lost.lines())
     figures = asdict(result) | {"loss": result.loss, "bits_per_byte": result.bits_per_byte}

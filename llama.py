@@ -180,8 +180,8 @@ class LlamaLayer(nn.Module):
 class Llama(nn.Module):
     """Token ids in, logits out.
 
-    `vocabulary` is the SentencePiece model of the ids, if known, and `chat_template` how dialogues
-    were written that it was trained on, if any: they travel with the weights.
+    `vocabulary` are the bytes of the vocabulary of the ids, if known, and `chat_template` how
+    dialogues were written that it was trained on, if any: they travel with the weights.
     """
 
     def __init__(self, config: LlamaConfig) -> None:

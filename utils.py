@@ -57,6 +57,9 @@ class PretrainDataset:
             )
         self.stream, self.chunk_length, self.tokenizer = stream, chunk_length, tokenizer
         self.bos_id = tokenizer and tokenizer.bos_id
+        # BOS always follows EOS: nothing to learn, and the loss would only look lower. A vocabulary
+        # with one token for both has no EOS before it, and learns where a document ends by it.
+        self.ignored_id = None if tokenizer and self.bos_id == tokenizer.eos_id else self.bos_id
 
     @classmethod
     def from_files(
@@ -104,20 +107,21 @@ class PretrainDataset:
         # that is padding has no target. So any id will do, also one that is a real token.
         tokens = pad_sequence([chunk[:-1] for chunk in chunks], True)  # (B, T)
         targets = pad_sequence([chunk[1:] for chunk in chunks], True, IGNORE_INDEX)  # (B, T)
-        if self.bos_id is not None:
-            # BOS always follows EOS: nothing to learn, and the loss would only look lower.
-            targets[targets == self.bos_id] = IGNORE_INDEX
+        if self.ignored_id is not None:
+            targets[targets == self.ignored_id] = IGNORE_INDEX
         return tokens, targets
 
     def count_targets(self, indices: Sequence[int]) -> int:
         """The targets of `batch(indices)`, without reading these chunks where that can be."""
         # So each rank knows the others' counts, by which the loss is divided, without asking them.
-        if self.bos_id is not None and self.stream.document_starts is None:
+        if self.ignored_id is not None and self.stream.document_starts is None:
             return int((self.batch(indices)[1] != IGNORE_INDEX).sum())
         starts = np.asarray(indices) * self.chunk_length
         stops = np.minimum(starts + self.chunk_length + 1, len(self.stream))
-        bos_targets = 0 if self.bos_id is None else self.stream.count_documents(starts + 1, stops)
-        return int((stops - starts - 1).sum()) - bos_targets
+        count = int((stops - starts - 1).sum())
+        if self.ignored_id is None:
+            return count
+        return count - self.stream.count_documents(starts + 1, stops)
 
 
 ORDER_VERSION = 2  # of `shuffled`, in a run's identity: 1 was a sorted table
@@ -273,7 +277,7 @@ class LabelledBatch(NamedTuple):
 
 
 class LlamaDataset:
-    """A labelled file, encoded: `ids[i]` are BOS and the tokens of `examples[i]`'s sentence.
+    """A labelled file, encoded: `ids[i]` are the tokens of `examples[i]`'s sentence behind BOS.
 
     At most `max_sentence_len` tokens are kept; `cut` is how many sentences had more. `plain` takes
     a file of sentences alone, too; `labels` are how the file writes them.
@@ -291,9 +295,11 @@ class LlamaDataset:
     ) -> None:
         self.path = path
         self.examples = read_labelled(path, labels, encoding=encoding, plain=plain)
-        sentences = tokenizer.sp_model.encode([example.sentence for example in self.examples])
-        self.ids = [[tokenizer.bos_id, *ids[:max_sentence_len]] for ids in sentences]
-        self.cut = sum(len(ids) > (max_sentence_len or len(ids)) for ids in sentences)
+        sentences = [example.sentence for example in self.examples]
+        encoded = tokenizer.encode_many(sentences, bos=True)
+        longest = max_sentence_len and max_sentence_len + tokenizer.vocabulary.adds_bos
+        self.ids = [ids[:longest] for ids in encoded]
+        self.cut = sum(len(ids) > (longest or len(ids)) for ids in encoded)
         self.lengths = np.array([len(ids) for ids in self.ids], dtype=np.int64)
 
     def __len__(self) -> int:

@@ -69,7 +69,7 @@ def test_targets_are_counted_without_reading(
     for part in (stream, *map(stream.select, cuts)):
         if len(part) < 2:
             continue
-        for tokenizer in (SimpleNamespace(bos_id=bos), None):
+        for tokenizer in (SimpleNamespace(bos_id=bos, eos_id=bos + 1), None):
             dataset = PretrainDataset(part, length, tokenizer=tokenizer)
             chosen = epoch_order(len(dataset), seed, 0)[: 1 + seed]
             counted = int((dataset.batch(chosen)[1] != IGNORE_INDEX).sum())

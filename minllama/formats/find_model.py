@@ -129,7 +129,7 @@ def find_vocabulary(model: Llama | StoredModel, path: Path, options: Options) ->
     tokenizer = own_or_given_vocabulary(model, path, given)
     if tokenizer is None:
         remedy = vocabulary_remedy(model.config.vocab_size)
-        raise UsageError(f"{path} carries no SentencePiece vocabulary: {remedy}")
+        raise UsageError(f"{path} carries no vocabulary: {remedy}")
     return tokenizer
 
 

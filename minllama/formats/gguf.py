@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -20,8 +19,9 @@ import torch
 from torch import Tensor
 
 from config import LlamaConfig
+from minllama.formats.gguf_vocabulary import rebuilt_vocabulary, vocabulary_values
 from minllama.formats.stored_model import Contents, StoredModel, check_finite, read_shape, translate
-from minllama.formats.vocabularies import check_same_ids, require_plain_bpe
+from minllama.formats.vocabularies import check_same_ids, require_exportable
 from minllama.system.errors import UsageError
 from minllama.system.files import atomic_write, write_text
 from minllama.system.packages import import_optional
@@ -207,7 +207,7 @@ def write(model: Llama, output: Path, *, dtype: str, tokenizer: Tokenizer | None
     if tokenizer is None:
         remedy = vocabulary_remedy(config.vocab_size)
         raise UsageError(f"--convert gguf: llama.cpp needs a vocabulary in the file: {remedy}")
-    require_plain_bpe(tokenizer)
+    require_exportable(tokenizer)
     if not output.name.isprintable() or {*output.name} & {*'"\\'}:
         raise UsageError(
             f"--output {output}: Ollama's {BESIDE} can hold no name with quotes, backslashes or "
@@ -235,7 +235,7 @@ def write(model: Llama, output: Path, *, dtype: str, tokenizer: Tokenizer | None
         stored = read(path)
         stored.check_read_back(path, want)
         again = Tokenizer(tokenizer_model=stored.vocabulary)
-        check_same_ids(tokenizer, lambda text: again.encode(text, True, True), str(path), eos=True)
+        check_same_ids(tokenizer, again.vocabulary.encode, str(path))
 
     with atomic_write(output, verify=verify) as file:
         write_file(package, file, metadata, {tensor_name(name): e for name, e in encoded.items()})
@@ -283,7 +283,7 @@ def write_file(
 
 def modelfile(output: Path, model: Llama, tokenizer: Tokenizer) -> str:
     """Ollama's recipe for the file: dialogues, or text in and its continuation out."""
-    bos, eos = map(tokenizer.sp_model.id_to_piece, (tokenizer.bos_id, tokenizer.eos_id))
+    bos, eos = map(tokenizer.vocabulary.name, tokenizer.vocabulary.stated_marks)
     # The recipe knows no escapes, so a piece that could end a quote is left out: Ollama stops at
     # EOS by its id, too.
     template, stops = "{{ .Prompt }}", [eos] if PLAIN.fullmatch(eos) else []
@@ -303,92 +303,3 @@ def _in_template(piece: str) -> str:
     """A piece of the vocabulary as Go's templates spell it."""
     quoted = json.dumps(piece, ensure_ascii=False)
     return piece if PLAIN.fullmatch(piece) else f"{{{{ {quoted} }}}}"
-
-
-# ---------------------------------------------------------------------------- vocabularies
-
-LARGEST_SCORE = float(np.finfo(np.float32).max)  # SentencePiece's files hold float32
-NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6  # as in SentencePiece's own files
-
-
-def vocabulary_values(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The values that describe a BPE vocabulary, whose pieces are of no other kinds than these."""
-    sp, ids = tokenizer.sp_model, range(tokenizer.n_words)
-    asked = {UNKNOWN: sp.is_unknown, CONTROL: sp.is_control, UNUSED: sp.is_unused, BYTE: sp.is_byte}
-    values = {
-        "model": "llama",  # SentencePiece's BPE
-        "pre": "default",
-        "tokens": [sp.id_to_piece(i) for i in ids],
-        "scores": [sp.get_score(i) for i in ids],
-        "token_type": [
-            next((kind for kind, is_it in asked.items() if is_it(i)), NORMAL) for i in ids
-        ],
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "unknown_token_id": sp.unk_id(),
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "add_space_prefix": True,
-    }
-    return {f"tokenizer.ggml.{key}": value for key, value in values.items()}
-
-
-def rebuilt_vocabulary(path: Path, values: dict[str, Any]) -> bytes | None:
-    """The SentencePiece model that a file's values describe; None for a vocabulary of another kind.
-
-    Pieces, scores and kinds are those of the file, so text gets the ids that it had in training.
-    Raises UsageError, naming `path`, where they do not fit together.
-    """
-    prefix = "tokenizer.ggml."
-    told = {key[len(prefix) :]: value for key, value in values.items() if key.startswith(prefix)}
-    if told.get("model") != "llama":
-        return None
-    tokens, scores, kinds = (told.get(key) for key in ("tokens", "scores", "token_type"))
-    bos, eos = told.get("bos_token_id"), told.get("eos_token_id")
-    fit = (
-        all(isinstance(column, list) for column in (tokens, scores, kinds))
-        and len(tokens) == len(scores) == len(kinds)
-        and all(type(i) is int and 0 <= i < len(tokens) for i in (bos, eos))
-        and {*map(type, tokens)} == {str}
-        and {*map(type, kinds)} == {int}
-        and {*kinds} <= {*range(1, 7)}
-        and {*map(type, scores)} <= {int, float}
-        and all(abs(score) <= LARGEST_SCORE for score in scores)  # not so of NaN
-    )
-    if not fit:
-        raise UsageError(
-            f"{path}: its tokens, scores, token types, BOS and EOS do not fit together"
-        )
-    pieces = (
-        _field(1, _field(1, token) + _field(2, float(score)) + _field(3, int(kind)))
-        for token, score, kind in zip(tokens, scores, kinds, strict=True)
-    )
-    bpe, bytes_for_the_rest = _field(3, 2), _field(35, int(BYTE in kinds))
-    trainer = bpe + bytes_for_the_rest + _field(46, tokens[bos]) + _field(47, tokens[eos])
-    dummy_prefix = _field(3, int(bool(told.get("add_space_prefix", True))))
-    normalizer = _field(1, "identity") + dummy_prefix + _field(4, 0)  # 4: trims no spaces
-    model = b"".join([*pieces, _field(2, trainer), _field(3, normalizer)])
-    try:
-        Tokenizer(tokenizer_model=model)
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
-    return model
-
-
-def _field(number: int, value: str | bytes | int | float) -> bytes:
-    """A field of a Protocol Buffers message, which SentencePiece's files are."""
-    if isinstance(value, int):
-        return _varint(number << 3) + _varint(value)
-    if isinstance(value, float):
-        return _varint(number << 3 | 5) + struct.pack("<f", value)
-    data = value.encode() if isinstance(value, str) else value
-    return _varint(number << 3 | 2) + _varint(len(data)) + data
-
-
-def _varint(number: int) -> bytes:
-    """Seven bits to a byte, the lowest first."""
-    data = bytearray()
-    while number > 127:
-        data.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*data, number])

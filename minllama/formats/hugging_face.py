@@ -5,7 +5,6 @@ A folder is untrusted: pickles in it are not read, and an index names files of i
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
@@ -15,19 +14,24 @@ import torch
 from torch import Tensor
 
 from config import LlamaConfig
+from minllama.formats.hugging_face_vocabulary import (
+    check_token_ids,
+    read_vocabulary,
+    write_json,
+    write_vocabulary,
+)
 from minllama.formats.stored_model import Contents, StoredModel, as_stored, read_shape, translate
-from minllama.formats.vocabularies import check_same_ids, merges, require_plain_bpe
 from minllama.system.errors import UsageError
 from minllama.system.files import (
     atomic_folder,
     check_regular,
     is_text,
     read_json_object,
-    read_whole,
 )
 from minllama.system.packages import import_optional
 from minllama.text.chat import ChatTemplate
-from tokenizer import MODEL_BYTES, Tokenizer
+from minllama.vocabulary.files import CONFIG as TOKENIZER_CONFIG
+from tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llama import Llama
@@ -194,11 +198,10 @@ def read(path: Path) -> StoredModel:
     table, head = tensor_name("tok_embeddings.weight"), tensor_name("output.weight")
     if config.tie_word_embeddings and table in weights:
         weights.setdefault(head, weights[table])
-    vocabulary, settings = path / "tokenizer.model", path / "tokenizer_config.json"
-    vocabulary = read_whole(vocabulary, MODEL_BYTES) if vocabulary.exists() else None
+    settings = path / TOKENIZER_CONFIG
     template = read_json_object(settings).get("chat_template") if settings.exists() else None
     template = ChatTemplate.from_jinja(template)
-    model = StoredModel(config, weights, vocabulary, template).checked(path, tensor_name)
+    model = StoredModel(config, weights, read_vocabulary(path), template).checked(path, tensor_name)
     for i in range(config.n_layers):
         for kind, heads in (("query", config.n_heads), ("key", config.n_kv_heads)):
             name = f"layers.{i}.attention.compute_{kind}.weight"
@@ -247,22 +250,16 @@ def write_files(model: Llama, folder: Path, dtype: str, tokenizer: Tokenizer | N
     path.chmod(mode)  # safetensors' own is 0600, which other users cannot read
     described = config_json(config, dtype, tokenizer)
     write_json(folder / "config.json", described)
+    ends = tokenizer.vocabulary.end_ids if tokenizer else [described["eos_token_id"]]
     ids = {key: described[key] for key in ("bos_token_id", "eos_token_id")}
+    ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     write_json(folder / "generation_config.json", ids)
     if tokenizer is not None:
-        require_plain_bpe(tokenizer)
-        (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
-        write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
-        write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, model))
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8", newline="\n")
+        write_vocabulary(tokenizer, model, folder)
 
 
 def config_json(config: LlamaConfig, dtype: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    bos, eos = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (1, 2)
+    bos, eos = tokenizer.vocabulary.stated_marks if tokenizer else (1, 2)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -275,85 +272,3 @@ def config_json(config: LlamaConfig, dtype: str, tokenizer: Tokenizer | None) ->
         "eos_token_id": eos,
         "torch_dtype": dtype,
     }
-
-
-def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The vocabulary in the `tokenizers` library's own format.
-
-    Not left to transformers' reading of tokenizer.model, which drops a leading space.
-    """
-    sp = tokenizer.sp_model
-    names = [sp.id_to_piece(i) for i in range(tokenizer.n_words)]
-    bos = names[tokenizer.bos_id]
-    special = sorted({tokenizer.bos_id, tokenizer.eos_id, sp.unk_id()})
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    piece = {"SpecialToken": {"id": bos, "type_id": 0}}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, "content": names[i], **flags, "special": True} for i in special],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": "▁"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-            ],
-        },
-        "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [piece, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [piece, *({"Sequence": {"id": which, "type_id": 0}} for which in "AB")],
-            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
-        },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": names[sp.unk_id()],
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": {name: i for i, name in enumerate(names)},
-            "merges": merges(tokenizer),
-        },
-    }
-
-
-def tokenizer_config(tokenizer: Tokenizer, model: Llama) -> dict[str, Any]:
-    piece, template = tokenizer.sp_model.id_to_piece, model.chat_template
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
-        "bos_token": piece(tokenizer.bos_id),
-        "eos_token": piece(tokenizer.eos_id),
-        "unk_token": piece(tokenizer.sp_model.unk_id()),
-        "model_max_length": model.config.max_seq_len,
-        "model_input_names": ["input_ids", "attention_mask"],  # generate() takes no others
-        "clean_up_tokenization_spaces": False,
-        # "<s>" in a text is text, as SentencePiece reads it; but a chat template has to write it.
-        "split_special_tokens": template is None,
-        **({} if template is None else {"chat_template": template.jinja()}),
-    }
-
-
-def check_token_ids(tokenizer: Tokenizer, folder: Path) -> None:
-    """Where `tokenizers` is installed, its ids of difficult texts must be ours."""
-    try:
-        from tokenizers import Tokenizer as TheirTokenizer
-    except ImportError:
-        return
-    # Not by its name, which their library looks for as UTF-8 whatever the locale.
-    theirs = TheirTokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    theirs.encode_special_tokens = True
-    check_same_ids(tokenizer, lambda text: theirs.encode(text).ids, "tokenizer.json")

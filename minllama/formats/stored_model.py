@@ -26,7 +26,7 @@ class StoredModel(NamedTuple):
 
     config: LlamaConfig
     weights: dict[str, Tensor]  # in any floating dtype
-    vocabulary: bytes | None = None  # the SentencePiece model, where the file carries one
+    vocabulary: bytes | None = None  # where the file carries one
     chat_template: ChatTemplate | None = None
 
     def checked(self, path: Path, their_name: Callable[[str], str] = str) -> StoredModel:

@@ -35,7 +35,8 @@ from minllama.text.reading import (
 )
 from minllama.text.stream import split_documents, whole_stream
 from minllama.text.token_cache import TokenCache, build_or_load
-from tokenizer import Tokenizer, count_lost
+from minllama.vocabulary.lost import count_lost
+from tokenizer import Tokenizer
 from utils import PretrainDataset, count_chunks
 
 EMBEDDED_TEXTS = ("stories-train.jsonl", "reviews-unlabelled.jsonl")
@@ -150,7 +151,7 @@ def load_texts(
     per_token = int(text_bytes.sum()) / len(whole)
     print(f"text         {len(whole):,} tokens, {per_token:.2f} bytes per token")
     print_byte_share(tokenizer.byte_fallback_share(cache.tokens[:SAMPLED_TOKENS]), files.train)
-    say(*count_lost(tokenizer, sample_texts(files.train, files.reading)).lines())
+    say(*count_lost(tokenizer.vocabulary, sample_texts(files.train, files.reading)).lines())
     if val_cache is not None:
         train, val = whole, whole_stream(val_cache)
     else:

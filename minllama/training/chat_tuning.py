@@ -182,7 +182,7 @@ def answers_to(prompts: list[list[int]], model: Llama, tokenizer: Tokenizer) -> 
         prompts,
         max_new_tokens=ANSWER_TOKENS,
         sampling=Sampling(temperature=0),
-        stop_ids=[tokenizer.eos_id],
+        stop_ids=tokenizer.vocabulary.end_ids,
     ):
         for row, token in zip(ids, step, strict=True):
             row += [] if token is None else [token]

@@ -175,7 +175,7 @@ def test_vocabularies_are_never_mixed_up():
 def test_a_model_without_a_vocabulary_needs_one_of_its_size():
     """Named, or tokenizer.model beside; of another size it is refused with both sizes."""
     path = write_bare_model(300)
-    with pytest.raises(UsageError, match=r"bare\.pt carries no SentencePiece vocabulary"):
+    with pytest.raises(UsageError, match=r"bare\.pt carries no vocabulary"):
         load(f"--pretrained_model_path {path}")
     with pytest.raises(UsageError, match="2,048 pieces .* 300"):
         Path("tokenizer.model").write_bytes(Tokenizer().model_bytes)
