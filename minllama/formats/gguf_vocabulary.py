@@ -11,7 +11,12 @@ from typing import Any
 
 from minllama.system.errors import UsageError
 from minllama.vocabulary.byte_bpe import ByteBPE, opening_processor, pack
-from minllama.vocabulary.pre_tokenizers import IGNORE_MERGES, PRE_TOKENIZERS, find_pre_tokenizer
+from minllama.vocabulary.pre_tokenizers import (
+    GPT2,
+    IGNORE_MERGES,
+    PRE_TOKENIZERS,
+    find_pre_tokenizer,
+)
 from minllama.vocabulary.sentence_piece_file import (
     BYTE,
     CONTROL,
@@ -149,7 +154,7 @@ def _byte_bpe(
         "normalizer": None,
         "pre_tokenizer": PRE_TOKENIZERS[name],
         "post_processor": opening_processor(bos, tokens.index(bos)) if adds_bos and bos else None,
-        "decoder": {"type": "ByteLevel"},
+        "decoder": GPT2 | {"add_prefix_space": True},
         "model": {
             "type": "BPE",
             "ignore_merges": name in IGNORE_MERGES,
