@@ -69,9 +69,7 @@ def test_not_a_model(data: bytes, tmp_path: Path) -> None:
         Tokenizer(tokenizer_model=tmp_path / "absent.model")
     with pytest.raises(UsageError, match="python data/download.py tokenizer"):
         Tokenizer(tokenizer_model=tmp_path / "tokenizer.model")
-    with pytest.raises(
-        UsageError, match="the folder holds no tokenizer.model and no"
-    ):
+    with pytest.raises(UsageError, match="the folder holds no tokenizer.model and no"):
         Tokenizer(tokenizer_model=tmp_path)
 
 

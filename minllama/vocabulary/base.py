@@ -57,6 +57,12 @@ class Vocabulary(ABC):
     def byte_tokens(self) -> list[int]:
         """Tokens that spell one byte of a character which has no token of its own."""
 
+    @cached_property
+    def control_pattern(self) -> re.Pattern[str]:
+        """The names of control tokens in a text, the longest first, as a group."""
+        names = sorted(self.control_tokens, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, names))})")
+
     @property
     def stated_marks(self) -> tuple[int, int]:
         """BOS and EOS as the vocabulary's file has them, which may end answers, not documents."""
