@@ -11,7 +11,7 @@ from minllama.cli.command_line import number_reader, printable
 from minllama.inference.streaming import Continuation, Writer
 from minllama.system.files import write_text
 from minllama.system.signals import StopRequest
-from minllama.text.chat import Exchange
+from minllama.text.dialogues import Exchange
 
 GREETING = "Ask something. Ctrl-C ends an answer, Ctrl-D the conversation; /help lists commands."
 HELP = """\

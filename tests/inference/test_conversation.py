@@ -18,7 +18,8 @@ from minllama.inference import streaming
 from minllama.inference.conversation import Conversation, converse
 from minllama.inference.streaming import Writer
 from minllama.system.signals import StopRequest
-from minllama.text.chat import ChatTemplate, Dialogue, read_dialogues
+from minllama.text.chat import ChatTemplate
+from minllama.text.dialogues import Dialogue, read_dialogues
 from tokenizer import Tokenizer
 
 
