@@ -20,7 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from config import IGNORE_INDEX
 from minllama.system.errors import UsageError
-from minllama.text.chat import ChatTemplate, Cuts, Dialogue, encode_dialogue
+from minllama.text.chat import ChatTemplate, Cuts, encode_dialogue
+from minllama.text.dialogues import Dialogue
 from minllama.text.labelled import UNLABELLED, read_labelled
 from minllama.text.reading import Reading, find_text_files
 from minllama.text.stream import TokenStream, splitmix64, whole_stream

@@ -16,7 +16,8 @@ from llama import Llama
 from minllama.cli.console import human_time
 from minllama.model.generation import Sampling, generate_tokens
 from minllama.system.signals import StopRequest
-from minllama.text.chat import ChatTemplate, Exchange
+from minllama.text.chat import ChatTemplate
+from minllama.text.dialogues import Exchange
 from tokenizer import Tokenizer
 
 # Where --temperature is not given: of a text that is continued, and of an answer.

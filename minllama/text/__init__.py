@@ -4,7 +4,8 @@ Knows no model. A data set of `utils.py` is what comes out.
 
     reading      finding text files, decoding them, reading them as documents
     labelled     sentences with labels and the scores of predictions
-    chat         dialogues and the template that they are written in
+    dialogues    dialogues in every form that files have them in
+    chat         the template that dialogues are written in, and their token ids
     splits       the train, dev and test files, and where predictions on them go
     encoder      documents to token ids
     token_cache  the token ids of a corpus on disk

@@ -17,7 +17,8 @@ from minllama.model.generation import Sampling, generate_tokens
 from minllama.model.lora import add_lora
 from minllama.system.errors import UsageError
 from minllama.system.files import write_text
-from minllama.text.chat import ChatTemplate, Intake, read_dialogues
+from minllama.text.chat import ChatTemplate
+from minllama.text.dialogues import Intake, read_dialogues
 from minllama.text.reading import Reading, byte_bar
 from minllama.text.splits import SplitFiles
 from minllama.training.results import print_best, print_results
