@@ -42,14 +42,9 @@ from minllama.cli.command_line import (
 from minllama.system.encodings import check_encoding
 from minllama.system.errors import UsageError
 from minllama.system.files import atomic_write
-from minllama.text.reading import (
-    READ_BYTES,
-    Block,
-    Reading,
-    download_hint,
-    find_text_files,
-    read_documents,
-)
+from minllama.text.documents import Block, read_documents
+from minllama.text.find_files import download_hint, find_text_files
+from minllama.text.reading import READ_BYTES, Reading
 from minllama.vocabulary.base import Vocabulary
 from minllama.vocabulary.files import open_vocabulary, read_vocabulary_file
 from minllama.vocabulary.sentence_piece import SPACE, SentencePiece, piece_text, sealed

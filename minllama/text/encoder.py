@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minllama.text.reading import Block
+from minllama.text.documents import Block
 from minllama.vocabulary.sentence_piece import SPACE, SentencePiece
 from tokenizer import Tokenizer
 
