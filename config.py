@@ -287,8 +287,8 @@ class Options:
     pretrained_model_path: Path | None = flag(
         None,
         "model file or folder to start from, of this or another program; unset: to pretrain from "
-        "scratch, else that of a --save_dir typed, else ./checkpoints/final-model.pt, else "
-        "./stories42M.pt, else the shipped model",
+        "scratch, else that of a --save_dir typed, else the result of the last pretraining in this "
+        "folder, else ./stories42M.pt, else the shipped model",
     )
 
     flag = section("text to pretrain on", "pretrain")

@@ -200,15 +200,16 @@ class Pretraining(NextTokenTask):
     def finish(self) -> None:
         """Write the model, show a sample, say what there is and what is next."""
         run, folder, progress = self.run, self.run.folder, self.run.progress
-        final = folder.file("final-model.pt")
+        records = deque(read_records(folder.file("metrics.jsonl")), maxlen=RECENT_STEPS)
+        val_loss = records[-1].get("val_loss") if records else None
+        overfitted = None not in (val_loss, progress.best) and val_loss > OVERFITTED * progress.best
+        result = "best-model.pt" if overfitted else "final-model.pt"
+        chosen = folder.file(result)
+        run.checkpoints.save_file(folder.file("run.json"), lambda: folder.name_result(result))
         run.checkpoints.save_weights("final-model.pt", self.weights())
         run.checkpoints.finish()
         if not run.ranks.is_main:
             return
-        records = deque(read_records(folder.file("metrics.jsonl")), maxlen=RECENT_STEPS)
-        val_loss = records[-1].get("val_loss") if records else None
-        overfitted = None not in (val_loss, progress.best) and val_loss > OVERFITTED * progress.best
-        chosen = folder.file("best-model.pt") if overfitted else final
         if overfitted:
             print(
                 f"\noverfitted from step {progress.best_step:,} on: the validation loss was best "

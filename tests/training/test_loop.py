@@ -18,6 +18,7 @@ from running import (
     assert_same,
     assert_same_run,
     command,
+    evaluate_as,
     pretrain,
     progress,
     read_ahead,
@@ -60,12 +61,6 @@ def finetune() -> str:
     model = write_model(Path.cwd())
     words = f"--option finetune --pretrained_model_path {model} {labelled} --save_dir run"
     return f"{words} --lr 0.01 --epochs 2 --dtype float32"
-
-
-def evaluate_as(patch: pytest.MonkeyPatch, *losses: float) -> None:
-    """Validate without validating: each evaluation finds the next of these losses."""
-    found = iter(losses)
-    patch.setattr(task, "evaluate_tokens", lambda *_: {"val_loss": next(found)})
 
 
 def raising(error: Exception) -> Callable[..., Any]:
