@@ -419,7 +419,9 @@ class Options:
         "JSON list of the labels' names, or an object: how files write each, and its name; unset: "
         "NAME-label-mapping.json beside --train",
     )
-    dev_out: Path | None = flag(None, "predictions on --dev; unset: named by data set and option")
+    dev_out: Path | None = flag(
+        None, "predictions on --dev; unset: in --save_dir, by data set and option"
+    )
     test_out: Path | None = flag(None, "predictions on --test; likewise")
     flag = section("labelled data (finetune, prompt)", *LABELLED, "generate")
     batch_size: int = flag(

@@ -16,8 +16,8 @@ from minllama.formats.find_model import load_model
 from minllama.model.generation import Sampling, generate_tokens
 from minllama.model.lora import add_lora
 from minllama.system.errors import UsageError
-from minllama.system.files import write_text
 from minllama.text.chat import ChatTemplate, Intake, read_dialogues
+from minllama.text.labelled import write_result
 from minllama.text.reading import Reading, byte_bar
 from minllama.text.splits import SplitFiles
 from minllama.training.results import print_best, print_results
@@ -168,7 +168,7 @@ class ChatTuning(NextTokenTask):
             print(f"  {tokenizer.decode(prompt)} {answer}".replace("\n", "\n  "))
         if self.questions:
             report_answers(self.questions, self.files, model, tokenizer, run)
-        print_results(run.folder, best, None, "generate")
+        print_results(run.folder, best, "generate")
 
 
 # ---------------------------------------------------------------------------- the answers
@@ -205,9 +205,9 @@ def report_answers(
             exact_matches += answer == question.answer
             record = {"prompt": question.text, "response": answer, "expected": question.answer}
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    write_text(files.outs["test"], "".join(lines))
     print(
         f"test: {exact_matches:,} of {len(questions):,} answers are those of "
         f"{files.paths['test']} word for word ({exact_matches / len(questions):.1%})"
     )
-    print(f"wrote {files.outs['test']}")
+    keep = "test_out" not in run.options.given
+    write_result(files.outs["test"], "".join(lines), "answers", keep=keep)

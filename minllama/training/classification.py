@@ -31,7 +31,6 @@ from minllama.text.labelled import (
     report_predictions,
     write_result,
 )
-from minllama.text.reading import first_words
 from minllama.text.splits import SplitFiles
 from minllama.training.results import print_best, print_results
 from minllama.training.run import Run
@@ -239,5 +238,4 @@ class Classification(Task):
             run.ranks.on_main(
                 functools.partial(write_result, files.mapping, text, "labels", keep=True)
             )
-        opening = first_words(self.dev_set.examples[0].sentence)
-        print_results(run.folder, best, opening, "prompt", "generate", test=files.paths["dev"])
+        print_results(run.folder, best, "prompt", test=files.paths["dev"])

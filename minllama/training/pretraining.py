@@ -222,7 +222,7 @@ class Pretraining(NextTokenTask):
         print("\na sample of what it writes:")
         print(f"{sample_text(model, self.texts.tokenizer, prompt)}\n")
         self.print_summary(records, overfitted=overfitted)
-        print_results(folder, chosen, self.opening, "generate", "finetune")
+        print_results(folder, chosen, "generate", "finetune", prompt=self.opening)
 
     def print_summary(self, records: Sequence[dict[str, Any]], *, overfitted: bool) -> None:
         """Print what was reached, by the last `records` of the run, and what would help most."""
@@ -242,5 +242,7 @@ class Pretraining(NextTokenTask):
             distinct=self.run.plan.tokens,
             train_loss=sum(losses) / max(1, len(losses)),
             val_loss=val_loss,
+            dropout=self.run.options.dropout,
+            is_timed=self.run.options.minutes is not None,
         )
         say(*advise(outcome, rose=overfitted))

@@ -274,12 +274,12 @@ def test_interrupted_and_resumed_equals_uninterrupted(stops, words, monkeypatch)
 def test_finetuning_resumes_bit_equal(finetune, words, monkeypatch):
     """The same loop as pretraining: dropout, buckets and the best epoch survive a stop."""
     assert command(f"{finetune} {words} --save_dir whole").status == 0
-    expected = Path("toy-dev-finetuning-output.txt").read_bytes()
+    expected = Path("whole/toy-dev-finetuning-output.txt").read_bytes()
     stop = stop_after(6, monkeypatch)
     assert command(f"{finetune} {words}", stop=stop).status == 130
     assert command(f"{finetune} {words} --resume auto").status == 0
     assert_same_run("whole", "run", "finetune-toy-epoch-2.pt", "finetune-toy-metrics.jsonl")
-    assert Path("toy-dev-finetuning-output.txt").read_bytes() == expected
+    assert Path("run/toy-dev-finetuning-output.txt").read_bytes() == expected
 
 
 def test_a_compiled_finetuning_says_that_it_does_not_resume_bit_for_bit(finetune, monkeypatch):

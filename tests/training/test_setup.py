@@ -486,7 +486,7 @@ def test_what_to_do_next_is_printed_as_commands(capsys):
     model.write_bytes(b"12345")
     folder = RunFolder(model.parent, "pretrain")
     folder.add_start({"files": [model.name]})
-    print_results(folder, model, "One day", "generate", "finetune")
+    print_results(folder, model, "generate", "finetune", prompt="One day")
     files, name, *lines = capsys.readouterr().out.splitlines()
     assert (files, name.split(maxsplit=2)) == ("files:", ["5", "B", str(model)])
     assert lines[0] == "next:" and len(lines) == 4
