@@ -20,6 +20,7 @@ from minllama.text.chat import ChatTemplate, Intake, read_dialogues
 from minllama.text.labelled import write_result
 from minllama.text.reading import Reading, byte_bar
 from minllama.text.splits import SplitFiles
+from minllama.training.identity import DIALOGUES, LABELLED
 from minllama.training.results import print_best, print_results
 from minllama.training.run import Run
 from minllama.training.task import NextTokenTask, trained_sizes
@@ -125,8 +126,8 @@ class ChatTuning(NextTokenTask):
         lengths = self.train_set.lengths
         self.order = batches_by_length(lengths, options.global_batch_size, options.seed)
         self.identity = {
-            "--train": fingerprint(files.paths["train"].read_bytes()),
-            "dialogues to train on (--dev, --val_fraction)": len(self.train_set),
+            LABELLED: fingerprint(files.paths["train"].read_bytes()),
+            DIALOGUES: len(self.train_set),
             "model shape": llama.config.to_model_args(),
             "--tokenizer_model": tokenizer.fingerprint,
             "--lora_rank": options.lora_rank,

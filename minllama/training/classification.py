@@ -32,6 +32,7 @@ from minllama.text.labelled import (
     write_result,
 )
 from minllama.text.splits import SplitFiles
+from minllama.training.identity import LABELLED
 from minllama.training.results import print_best, print_results
 from minllama.training.run import Run
 from minllama.training.task import Batch, Task, trained_sizes
@@ -155,7 +156,7 @@ class Classification(Task):
         lengths = self.train_set.lengths
         self.order = batches_by_length(lengths, options.global_batch_size, options.seed)
         self.identity = {
-            "--train": fingerprint(files.paths["train"].read_bytes()),
+            LABELLED: fingerprint(files.paths["train"].read_bytes()),
             "model shape": config.to_model_args(),
             "--tokenizer_model": tokenizer.fingerprint,
             "--max_sentence_len": options.max_sentence_len,

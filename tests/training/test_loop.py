@@ -408,7 +408,7 @@ def test_a_finished_run_says_that_nothing_is_left():
     """--resume auto of a run that had ended once went straight to its sample, without a word."""
     assert pretrain("--max_steps 2").status == 0
     done = command(f"{RESUME} --max_steps 2")
-    told = "nothing is left to train: the run ended after step 2; a larger --max_steps"
+    told = "again: the run ended after step 2; a larger --max_steps lets it continue"
     assert done.status == 0 and told in done.out
     assert "nothing is left" not in command(f"{RESUME} --max_steps 3").out
 
