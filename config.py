@@ -288,8 +288,8 @@ class Options:
     pretrained_model_path: Path | None = flag(
         None,
         "model file or folder to start from, of this or another program; unset: to pretrain from "
-        "scratch, else that of a --save_dir typed, else ./checkpoints/final-model.pt, else "
-        "./stories42M.pt, else the shipped model",
+        "scratch, else that of a --save_dir typed, else the result of the last pretraining in this "
+        "folder, else ./stories42M.pt, else the shipped model",
     )
 
     flag = section("text to pretrain on", "pretrain")
@@ -423,7 +423,9 @@ class Options:
         "JSON list of the labels' names, or an object: how files write each, and its name; unset: "
         "NAME-label-mapping.json beside --train",
     )
-    dev_out: Path | None = flag(None, "predictions on --dev; unset: named by data set and option")
+    dev_out: Path | None = flag(
+        None, "predictions on --dev; unset: in --save_dir, by data set and option"
+    )
     test_out: Path | None = flag(None, "predictions on --test; likewise")
     flag = section("labelled data (finetune, prompt)", *LABELLED)
     label_field: str = flag(

@@ -50,7 +50,8 @@ def progress_bar(iterable: Iterable | None = None, **settings: Any) -> tqdm:
 def training_bar(step: int, last_step: int) -> tqdm:
     """The bar of a run: what matters comes first, since a narrow terminal cuts off the end."""
     bar_format = "{remaining} left{desc} |{bar}| {n_fmt}/{total_fmt} steps"
-    return progress_bar(initial=step, total=last_step, bar_format=bar_format)
+    idle = {"disable": True} if step >= last_step else {}  # of a resumed run that had ended
+    return progress_bar(initial=step, total=last_step, bar_format=bar_format, **idle)
 
 
 def show_record(bar: tqdm, record: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 PACKAGE, BESIDE = "gguf", "Modelfile"  # Ollama's recipe
 MOST_PARTS = 4_000_000  # of a header, 200 bytes of memory each: 256,000 tokens and merges are 1.5 M
+RECIPE_LINE = 4096  # bytes read of a recipe's first line
 NAME_CHARS = 256  # of a value or a tensor
 REASON_CHARS = 200  # of what the package says of a file that it cannot read
 WRITTEN = {  # precisions that are written: the package's names for tensors and for whole files
@@ -239,7 +240,7 @@ def write(model: Llama, output: Path, *, dtype: str, tokenizer: Tokenizer | None
 
     with atomic_write(output, verify=verify) as file:
         write_file(package, file, metadata, {tensor_name(name): e for name, e in encoded.items()})
-    recipe = output.with_name(BESIDE)
+    recipe = recipe_beside(output)
     write_text(recipe, modelfile(output, model, tokenizer))
     return [output, recipe]
 
@@ -281,6 +282,20 @@ def write_file(
     writer.write_padding(file, file.tell())
 
 
+def recipe_beside(output: Path) -> Path:
+    """The path of a model's recipe: Modelfile, but NAME.Modelfile where that is another model's."""
+    recipe = output.with_name(BESIDE)
+    if not recipe.is_file():
+        return recipe
+    with recipe.open("rb") as file:
+        is_own = file.readline(RECIPE_LINE).strip() == _source(output).encode()
+    return recipe if is_own else output.with_name(f"{output.name}.{BESIDE}")
+
+
+def _source(output: Path) -> str:
+    return f'FROM "./{output.name}"' if " " in output.name else f"FROM ./{output.name}"
+
+
 def modelfile(output: Path, model: Llama, tokenizer: Tokenizer) -> str:
     """Ollama's recipe for the file: dialogues, or text in and its continuation out."""
     bos, eos = map(tokenizer.vocabulary.name, tokenizer.vocabulary.stated_marks)
@@ -291,7 +306,7 @@ def modelfile(output: Path, model: Llama, tokenizer: Tokenizer) -> str:
         template = model.chat_template.ollama(_in_template(bos), _in_template(eos))
         stops.append(model.chat_template.user)
     lines = [
-        f'FROM "./{output.name}"' if " " in output.name else f"FROM ./{output.name}",
+        _source(output),
         f'TEMPLATE """{template}"""',
         f"PARAMETER num_ctx {model.config.max_seq_len}",
         *(f'PARAMETER stop "{stop}"' for stop in stops),

@@ -360,9 +360,11 @@ def warn_of_plan(plan: TrainingPlan, available: int | None) -> None:
             f"({suited:g}): it will learn little in {plan.last_step:,} steps"
         )
     if plan.options.option == "pretrain" and plan.schedule_steps < FEW_STEPS:
+        is_timed = plan.options.minutes is not None
+        longer, chosen = ("--minutes", "") if is_timed else ("--epochs", "; --minutes chooses them")
         print(
-            f"note: {plan.schedule_steps:,} steps are few to learn in: more come from --epochs, a "
-            "smaller --pretrain_batch_size and a shorter --max_seq_len; --minutes chooses them"
+            f"note: {plan.schedule_steps:,} steps are few to learn in: more come from {longer}, a "
+            f"smaller --pretrain_batch_size and a shorter --max_seq_len{chosen}"
         )
     if plan.warmup_steps >= plan.last_step > 1:
         say(

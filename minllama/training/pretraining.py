@@ -200,15 +200,16 @@ class Pretraining(NextTokenTask):
     def finish(self) -> None:
         """Write the model, show a sample, say what there is and what is next."""
         run, folder, progress = self.run, self.run.folder, self.run.progress
-        final = folder.file("final-model.pt")
+        records = deque(read_records(folder.file("metrics.jsonl")), maxlen=RECENT_STEPS)
+        val_loss = records[-1].get("val_loss") if records else None
+        overfitted = None not in (val_loss, progress.best) and val_loss > OVERFITTED * progress.best
+        result = "best-model.pt" if overfitted else "final-model.pt"
+        chosen = folder.file(result)
+        run.checkpoints.save_file(folder.file("run.json"), lambda: folder.name_result(result))
         run.checkpoints.save_weights("final-model.pt", self.weights())
         run.checkpoints.finish()
         if not run.ranks.is_main:
             return
-        records = deque(read_records(folder.file("metrics.jsonl")), maxlen=RECENT_STEPS)
-        val_loss = records[-1].get("val_loss") if records else None
-        overfitted = None not in (val_loss, progress.best) and val_loss > OVERFITTED * progress.best
-        chosen = folder.file("best-model.pt") if overfitted else final
         if overfitted:
             print(
                 f"\noverfitted from step {progress.best_step:,} on: the validation loss was best "
@@ -221,7 +222,7 @@ class Pretraining(NextTokenTask):
         print("\na sample of what it writes:")
         print(f"{sample_text(model, self.texts.tokenizer, prompt)}\n")
         self.print_summary(records, overfitted=overfitted)
-        print_results(folder, chosen, self.opening, "generate", "finetune")
+        print_results(folder, chosen, "generate", "finetune", prompt=self.opening)
 
     def print_summary(self, records: Sequence[dict[str, Any]], *, overfitted: bool) -> None:
         """Print what was reached, by the last `records` of the run, and what would help most."""
@@ -241,5 +242,7 @@ class Pretraining(NextTokenTask):
             distinct=self.run.plan.tokens,
             train_loss=sum(losses) / max(1, len(losses)),
             val_loss=val_loss,
+            dropout=self.run.options.dropout,
+            is_timed=self.run.options.minutes is not None,
         )
         say(*advise(outcome, rose=overfitted))

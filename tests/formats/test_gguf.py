@@ -209,6 +209,22 @@ def test_a_model_is_not_named_as_its_recipe(tmp_path: Path, capsys, name: str):
     assert not [*tmp_path.iterdir()]
 
 
+def test_a_second_model_has_a_recipe_of_its_own(tmp_path: Path, capsys):
+    """`--output b.gguf` beside a.gguf was refused: "Modelfile: is there already"."""
+    for name, words in (("a", []), ("b c", []), ("a", ["--overwrite"]), ("b c", ["--overwrite"])):
+        output = tmp_path / f"{name}.gguf"
+        words = [str(SHIPPED_MODEL), "--convert", "gguf", "--output", str(output), *words]
+        assert C.main(words) == 0, capsys.readouterr().err
+    recipes = {path.name: path.read_text("utf-8") for path in tmp_path.glob("*Modelfile")}
+    assert recipes.keys() == {"Modelfile", "b c.gguf.Modelfile"}
+    assert recipes["Modelfile"].startswith("FROM ./a.gguf\n")
+    assert recipes["b c.gguf.Modelfile"].startswith('FROM "./b c.gguf"\n')
+    (tmp_path / "a.gguf").unlink()
+    words = [str(SHIPPED_MODEL), "--convert", "gguf", "--output", str(tmp_path / "a.gguf")]
+    assert C.main(words) == 2  # a recipe that may have been changed since is not replaced
+    assert "Modelfile: is there already; --overwrite" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------- written, read back
 
 
