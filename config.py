@@ -295,6 +295,9 @@ class Options:
     pretrain_data: tuple[str, ...] = flag(
         (), "files, folders or globs: .txt, .jsonl, each also .gz; unset: embedded ones", many=True
     )
+    data_weights: tuple[float, ...] = flag(
+        (), "of each of these its share of the tokens read", many=True, metavar="X", above=0
+    )
     val_data: tuple[str, ...] = flag((), "the same, held out for validation", many=True)
     flag = section("text to pretrain on", "pretrain", "finetune")
     val_fraction: float = flag(

@@ -15,7 +15,7 @@ from typing import Any
 
 from config import FLAGS
 from minllama.cli.command_line import printable, quoted
-from minllama.cli.console import EVALUATED
+from minllama.cli.console import EVALUATED, by_source
 from minllama.runs.run_folder import RunFolder
 from minllama.system.files import write_text
 
@@ -76,6 +76,7 @@ class Curves:
             for point in points:
                 self._append(point)
         scores = {name: number(record.get(name)) for name in EVALUATED}
+        scores |= {f"{name}, {source}": number(v) for name, source, v in by_source(record)}
         if any(score is not None for score in scores.values()):
             self.evaluations = thinned([*self.evaluations, place | scores], MOST_POINTS)
         if isinstance(record.get("sample"), str):
@@ -98,11 +99,13 @@ class Curves:
         for name in MEASURED:
             pairs = [point[name] for point in self.points]
             steps[name] = [number(total / count) if count else None for total, count in pairs]
-        names = (*PLACES, *EVALUATED)
+        # A figure of each source has a name that no other has: "val_loss, wiki/".
+        names = dict.fromkeys((*PLACES, *EVALUATED))
+        names |= dict.fromkeys(name for point in self.evaluations for name in point)
         return {
             "stride": self.stride,
             "steps": steps,
-            "evaluations": {name: [point[name] for point in self.evaluations] for name in names},
+            "evaluations": {n: [point.get(n) for point in self.evaluations] for n in names},
             "samples": self.samples,
         }
 

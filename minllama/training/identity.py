@@ -10,6 +10,7 @@ from minllama.system.errors import UsageError
 
 # Names of what is compared, as checkpoints have them.
 TEXT = "--pretrain_data, --tokenizer_model or how the text is read: key"
+DATA_WEIGHTS = "--data_weights"  # of a run without any it is not there
 TEXT_TOKENS = "training tokens (--val_fraction, --val_data)"
 CHUNK_ORDER = "the order of the text's chunks (of another version of this program)"
 GLOBAL_BATCH = (
