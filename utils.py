@@ -219,9 +219,9 @@ def batch_positions(n: int, batch_size: int, index: int) -> np.ndarray:
 class Mixture:
     """Which chunk is where in a run that reads several sources, each its share of the tokens.
 
-    `epoch` positions read as many tokens as all sources have together. Any positions in a row hold
-    of each source its share, to within k - 1 chunks where there are k sources. Each of a source's
-    chunks comes once before any comes again.
+    An epoch is `epoch_chunks` positions, which read as many tokens as all sources have together.
+    Any positions in a row hold of each source its share, to within k - 1 chunks where there are k
+    sources. Each of a source's chunks comes once before any comes again.
     """
 
     def __init__(self, dataset: PretrainDataset, weights: Sequence[float]) -> None:
@@ -237,7 +237,7 @@ class Mixture:
             for weight, count, size in zip(self.weights, self.chunks, inputs, strict=True)
         ]
         self.shares = [count / sum(per_token) for count in per_token]  # of the positions
-        self.epoch = math.ceil(sum(inputs) * sum(per_token))
+        self.epoch_chunks = math.ceil(sum(inputs) * sum(per_token))
         # The heaviest first: what is left for the others is then the least uneven.
         rest, self.splits = Fraction(1), []
         for source in sorted(range(len(weights)), key=lambda i: -self.shares[i]):

@@ -55,7 +55,7 @@ def training_bar(step: int, last_step: int) -> tqdm:
 
 def by_source(record: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """(name, source, value) of the figures that a record has for each source of held-out text."""
-    for name in EVALUATED:
+    for name in ("val_loss", "bits_per_byte"):
         figures = record.get(f"{name}_by_source")
         for source, value in figures.items() if isinstance(figures, dict) else ():
             yield name, source, value

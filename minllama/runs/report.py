@@ -6,6 +6,7 @@ The page is self-contained: it needs no network. Knows a run by its records and 
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import re
 import time
@@ -22,6 +23,7 @@ from minllama.system.files import write_text
 PAGE = Path(__file__).parent / "page"  # the template, and uPlot, which draws the curves
 MOST_POINTS = 2000  # of a curve
 MOST_SAMPLES, SAMPLE_LENGTH = 100, 4000  # texts, characters
+MOST_SOURCES, NAME_LENGTH = 64, 200  # figures by source of a record, characters of a source's name
 LARGEST = 1e300  # of a figure: damaged records may hold integers that no float can
 PLACES = ("step", "tokens", "elapsed")  # x axes
 MEASURED = (
@@ -76,7 +78,8 @@ class Curves:
             for point in points:
                 self._append(point)
         scores = {name: number(record.get(name)) for name in EVALUATED}
-        scores |= {f"{name}, {source}": number(v) for name, source, v in by_source(record)}
+        for name, source, value in itertools.islice(by_source(record), MOST_SOURCES):
+            scores[f"{name}, {source[:NAME_LENGTH]}"] = number(value)
         if any(score is not None for score in scores.values()):
             self.evaluations = thinned([*self.evaluations, place | scores], MOST_POINTS)
         if isinstance(record.get("sample"), str):

@@ -88,7 +88,7 @@ def plan_sizes(options: Options, config: LlamaConfig, texts: Texts) -> dict[str,
     if mixture is not None:
         rows = zip(texts.train.sources.items(), mixture.weights, options.data_weights, strict=True)
         sources = tuple(PlannedSource(*size, float(share), weight) for size, share, weight in rows)
-        sequences = mixture.epoch
+        sequences = mixture.epoch_chunks
     return {
         "config": config,
         "trainable_parameters": sum(config.parameter_counts().values()),
@@ -177,7 +177,7 @@ class Pretraining(NextTokenTask):
 
     def sequences(self, epoch: int, index: int) -> np.ndarray:
         options, mixture = self.run.options, self.mixture
-        chunks = len(self.train_set) if mixture is None else mixture.epoch
+        chunks = len(self.train_set) if mixture is None else mixture.epoch_chunks
         if mixture is None:
             return batch_indices(chunks, options.global_batch_size, options.seed, epoch, index)
         positions = batch_positions(chunks, options.global_batch_size, index) + epoch * chunks
