@@ -15,6 +15,7 @@ from minllama.machine.ranks import Ranks
 from minllama.system.errors import UsageError
 from minllama.system.signals import StopRequest
 from minllama.text.corpus import Texts, find_texts, load_texts
+from minllama.text.stream import TokenStream
 from tokenizer import Tokenizer
 from utils import PretrainDataset
 
@@ -56,8 +57,8 @@ def two_sources() -> dict[str, list[list[int]]]:
 
 @pytest.mark.parametrize("fraction", [0, 0.1, 0.3])
 def test_each_source_is_held_out_and_cut_by_itself(two_sources, fraction):
-    """By what the files hold: no document of one source is on the other's side, no chunk is of both,
-    and of each about the fraction is held out, whole documents, each trained on or held out."""
+    """By the files: no document is on the side of the other source, no chunk is of both, and of
+    each about the fraction is held out, in whole documents."""
     words = f"--pretrain_data wiki code.jsonl --data_weights 3 1 --val_fraction {fraction}"
     texts = load(words)
     assert [*texts.train.sources] == ["wiki", "code.jsonl"]
@@ -129,16 +130,12 @@ def test_dropped_duplicates_leave_the_sources_what_is_theirs(two_sources):
 
 def test_the_context_fits_the_smallest_source():
     """Where none is named; the text as a whole would have had a longer one."""
-    write("a.jsonl", [f"Fox number {n} ran home over the hill and far away." for n in range(9000)])
+    write("a.jsonl", [f"Fox number {n} ran home over the hill and far away." for n in range(900)])
     write("b.jsonl", [f"Bear {n} ate all of the {n} cakes." for n in range(40)])
-    words = (
-        "--option pretrain --cache_dir cache --schedule_steps 9999 --pretrain_data a.jsonl b.jsonl"
-    )
+    words = "--option pretrain --cache_dir cache --pretrain_data a.jsonl b.jsonl --epochs 999"
     contexts = []
     for weights in ("", "--data_weights 1 1"):
-        options = parse_options(
-            f"{words} --epochs 99 {weights}".replace("--schedule_steps 9999", "").split()
-        )
+        options = parse_options(f"{words} {weights}".split())
         files = find_texts(options)
         texts = load_texts(options, files, Tokenizer(), stop=StopRequest(), ranks=Ranks())
         contexts.append(texts.context)
@@ -163,7 +160,7 @@ def test_the_context_fits_the_smallest_source():
         ("a.jsonl s.jsonl --data_weights 1 1", "s.jsonl: its 16 tokens are too few to hold some"),
         ("a.jsonl b.jsonl --data_weights 1 1 --val_data b.jsonl", "b.jsonl: --val_data names all"),
         ("a.jsonl --data_weights 1 --val_data b.jsonl e.jsonl", "--val_data e.jsonl: empty"),
-        ("a.jsonl --data_weights 1 --val_data b.jsonl ?.jsonl", "--val_data: b.jsonl is in b.jsonl"),
+        ("a.jsonl --data_weights 1 --val_data b.jsonl ?.jsonl", "b.jsonl is in b.jsonl and again"),
     ],
 )  # fmt: skip
 def test_weights_that_cannot_be_met_are_refused(words, message):
@@ -172,13 +169,10 @@ def test_weights_that_cannot_be_met_are_refused(words, message):
         write(f"{name}.jsonl", [f"The {name} number {n} ran home." for n in range(30)])
     write("t.jsonl", ["Run"])
     write("e.jsonl", [])
-    write("s.jsonl", ["one " * 100])
-    ids = Tokenizer().encode(" one", False, False)
     text = "one" + " one" * 40
     while len(Tokenizer().encode(text, True, True)) > 16:
         text = text[:-4]
     write("s.jsonl", [text])
-    assert ids
     with pytest.raises(UsageError, match=message) as caught:
         load(f"--pretrain_data {words}")
     assert "\n" not in str(caught.value)
@@ -197,8 +191,6 @@ def test_weights_need_sources():
 @given(sizes=st.lists(st.integers(2, 60), min_size=1, max_size=4), length=st.integers(1, 12))
 def test_chunks_of_sources_are_those_of_each_alone(sizes, length):
     """By data sets of each source alone; bytes and targets add up, too."""
-    from minllama.text.stream import TokenStream
-
     tokens = np.arange(sum(sizes), dtype=np.uint16) % 200
     names = [f"source {number}" for number in range(len(sizes))]
     whole = TokenStream(tokens, np.array([0]), np.array([len(tokens)]))
