@@ -188,17 +188,15 @@ def load_texts(
     print(f"text         {len(whole):,} tokens, {per_token:.2f} bytes per token")
     print_byte_share(tokenizer.byte_fallback_share(cache.tokens[:SAMPLED_TOKENS]), files.train)
     say(*count_lost(tokenizer, sample_texts(files.train, files.reading)).lines())
-    sources = val_sources = None
+    sources = val_sources = {}
     if documents:
         train, sources, val, val_sources = split_sources(cache, documents, val_fraction, length)
-    if val_cache is not None:
-        train, val = whole, whole_stream(val_cache)
-        if documents:
-            val_sources = tokens_by_source(val_cache, files.val_sources)
-    elif not documents:
+    else:
         train, val = split_documents(cache, val_fraction, chunk_length=length, chosen=chosen)
         if val is None and val_fraction:
             print("no validation: the text is too short to hold some of it out; --val_data FILE")
+    if val_cache is not None:
+        val, val_sources = whole_stream(val_cache), tokens_by_source(val_cache, files.val_sources)
     if chosen is None:
         report_duplicates(cache, val_cache, train, val)
     if val is not None and ranks.is_main:

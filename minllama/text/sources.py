@@ -52,7 +52,7 @@ def documents_by_source(
 
 def split_sources(
     cache: TokenCache, documents: dict[str, np.ndarray], val_fraction: float, length: int
-) -> tuple[TokenStream, dict[str, int], TokenStream | None, dict[str, int] | None]:
+) -> tuple[TokenStream, dict[str, int], TokenStream | None, dict[str, int]]:
     """The text to train on and the held-out text, each with the tokens of its sources in order.
 
     Of each source about `val_fraction` is held out. Raises UsageError for one that is too small.
@@ -75,7 +75,7 @@ def split_sources(
             )
     sizes = {name: len(stream) for name, stream in train.items()}
     if not val_fraction:
-        return joined(train.values()), sizes, None, None
+        return joined(train.values()), sizes, None, {}
     val_sizes = {name: len(stream) for name, stream in val.items()}
     return joined(train.values()), sizes, joined(val.values()), val_sizes
 
