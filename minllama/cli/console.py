@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -54,6 +54,14 @@ def training_bar(step: int, last_step: int) -> tqdm:
     return progress_bar(initial=step, total=last_step, bar_format=bar_format, **idle)
 
 
+def by_source(record: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """(name, source, value) of the figures that a record has for each source of held-out text."""
+    for name in ("val_loss", "bits_per_byte"):
+        figures = record.get(f"{name}_by_source")
+        for source, value in figures.items() if isinstance(figures, dict) else ():
+            yield name, source, value
+
+
 def show_record(bar: tqdm, record: dict[str, Any]) -> None:
     """Show a step's figures on the training bar, and an evaluation's on a line of its own."""
     loss = math.nan if record["loss"] is None else record["loss"]
@@ -71,6 +79,12 @@ def show_record(bar: tqdm, record: dict[str, Any]) -> None:
     ]
     if figures:
         bar.write(f"epoch {record['epoch']}, step {record['step']:,}: {', '.join(figures)}")
+    sources: dict[str, list[str]] = {}
+    for key, source, value in by_source(record):
+        shown = "not finite" if value is None else f"{value:,.4f}"
+        sources.setdefault(source, []).append(f"{key.replace('_', ' ')} {shown}")
+    for source, shown in sources.items():
+        bar.write(f"  {source}: {', '.join(shown)}")
     if record.get("sample"):
         bar.write("  " + " ".join(record["sample"].split()))
 

@@ -23,7 +23,6 @@ from minllama.model.generation import NOT_NUMBERS
 from minllama.model.lora import add_lora, merge_lora
 from minllama.system.errors import UsageError
 from minllama.system.signals import StopRequest
-from minllama.text.documents import first_words
 from minllama.text.labelled import (
     SHOWN_LABELS,
     Scores,

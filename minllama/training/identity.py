@@ -22,6 +22,7 @@ from minllama.system.files import real_path
 # Names of what is compared, as checkpoints have them.
 TEXT = "--pretrain_data, --tokenizer_model or how the text is read: key"
 LABELLED = "--train"  # the file's fingerprint, of sentences or dialogues
+DATA_WEIGHTS = "--data_weights"  # of a run without any it is not there
 TEXT_TOKENS = "training tokens (--val_fraction, --val_data)"
 DIALOGUES = "dialogues to train on (--dev, --val_fraction)"
 FOLLOW_FROM_DATA = (TEXT, TEXT_TOKENS, LABELLED, DIALOGUES)
