@@ -8,6 +8,8 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -20,8 +22,19 @@ from torch import Tensor
 
 from config import LlamaConfig
 from minllama.formats.gguf_vocabulary import rebuilt_vocabulary, vocabulary_values
-from minllama.formats.stored_model import Contents, StoredModel, check_finite, read_shape, translate
+from minllama.formats.stored_model import (
+    Contents,
+    StoredModel,
+    architecture_for,
+    check_finite,
+    read_shape,
+    reorder_heads,
+    to_adjacent_pairs,
+    to_half_split,
+    translate,
+)
 from minllama.formats.vocabularies import check_same_ids, require_exportable
+from minllama.model.shape import RopeScaling
 from minllama.system.errors import UsageError
 from minllama.system.files import atomic_write, write_text
 from minllama.system.packages import import_optional
@@ -55,12 +68,14 @@ NAMES = {
     "attention.compute_key": "attn_k",
     "attention.compute_value": "attn_v",
     "attention.compute_output": "attn_output",
+    "attention.query_norm": "attn_q_norm",
+    "attention.key_norm": "attn_k_norm",
     "ffn_norm": "ffn_norm",
     "feed_forward.w1": "ffn_gate",
     "feed_forward.w2": "ffn_down",
     "feed_forward.w3": "ffn_up",
 }
-CONFIG = {  # keys that begin with `llama.`, and ours
+CONFIG = {  # keys that begin with the architecture, and ours
     "vocab_size": "vocab_size",
     "context_length": "max_seq_len",
     "embedding_length": "dim",
@@ -72,7 +87,16 @@ CONFIG = {  # keys that begin with `llama.`, and ours
     "rope.freq_base": "rope_theta",
 }
 PLAIN = re.compile(r"[^\s{}\"'\\\x00-\x1f\x7f-\x9f]+")  # in Ollama's recipe what needs no quotes
-HEAD_DIM = ("rope.dimension_count", "attention.key_length", "attention.value_length")
+HEAD_DIM = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+ARCHITECTURES: dict[str, dict[str, bool]] = {  # and what, by our names, their models have
+    "llama": {},
+    "qwen2": {"attention_bias": True},
+    "qwen3": {"qk_norm": True},
+}
+ROPE_FREQS = "rope_freqs.weight"  # by how much each pair is slowed down, in Llama 3's files
+OUR_SCALING = "minllama.rope_scaling"  # the numbers behind that, which llama.cpp has no keys for
+LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # those of all that Meta has published
+LLAMA_3 |= {"original_max_position_embeddings": 8192}
 
 
 def tensor_name(name: str) -> str:
@@ -166,36 +190,75 @@ def read(path: Path) -> StoredModel:
     tensors, metadata = stored["model"], stored["metadata"]
     table = tensors.get("token_embd.weight", torch.empty(0))
     config = _read_config(path, metadata, len(table), tied="output.weight" not in tensors)
+    if config.rope_scaling is None and ROPE_FREQS in tensors:
+        config = _with_rope_freqs(path, config, tensors.pop(ROPE_FREQS), metadata.get(OUR_SCALING))
     tensors.setdefault("output.weight", table)
     vocabulary = rebuilt_vocabulary(path, metadata)
     template = ChatTemplate.from_jinja(metadata.get("tokenizer.chat_template"))
-    return StoredModel(config, tensors, vocabulary, template).checked(path, tensor_name)
+    model = StoredModel(config, tensors, vocabulary, template).checked(path, tensor_name)
+    if metadata["general.architecture"] == "llama":  # whose pairs are adjacent, as here
+        return model
+    return model._replace(weights=reorder_heads(model.weights, config, to_adjacent_pairs))
 
 
 def _read_config(path: Path, values: dict[str, Any], vocab_size: int, tied: bool) -> LlamaConfig:
     """The shape that the values give; UsageError for what is not computed here."""
-    architecture = values.get("general.architecture")
-    if architecture != "llama":
-        architecture = str(architecture)[:40]
+    kind = values.get("general.architecture")
+    if kind not in [*ARCHITECTURES]:  # a list: what a file has may have no hash
         raise UsageError(
-            f"{path}: general.architecture {architecture!r} is not supported, only 'llama'"
+            f"{path}: general.architecture {str(kind)[:40]!r} is another architecture than the "
+            f"Llama here; these are read: {', '.join(ARCHITECTURES)}"
         )
     settings = {"rope.freq_base": 10000.0, "vocab_size": vocab_size}
     for key, value in values.items():
-        if key.startswith("llama."):  # 1e-05, not the 9.999999747e-06 that float32 makes of it
+        if key.startswith(f"{kind}."):  # 1e-05, not the 9.999999747e-06 that float32 makes of it
             value = float(str(np.float32(value))) if isinstance(value, float) else value
-            settings[key.removeprefix("llama.")] = value
-    for key in CONFIG:
+            settings[key.removeprefix(f"{kind}.")] = value
+    for key in (*CONFIG, *HEAD_DIM):
         if not isinstance(settings.get(key, 0), int | float):
-            raise UsageError(f"{path}: llama.{key} {str(settings[key])[:40]!r} is no number")
-    args = {ours: settings.get(key) for key, ours in CONFIG.items()}
-    config = read_shape(path, args | {"tie_word_embeddings": tied})
+            raise UsageError(f"{path}: {kind}.{key} {str(settings[key])[:40]!r} is no number")
+    args = ARCHITECTURES[kind] | {ours: settings.get(key) for key, ours in CONFIG.items()}
+    args |= {"head_dim": settings.get(HEAD_DIM[0]), "tie_word_embeddings": tied}
+    # As llama.cpp reads them: a factor is linear's unless a type says otherwise.
+    scaling = settings.pop("rope.scaling.type", "linear")
+    factor = settings.pop("rope.scaling.factor", 0) or settings.pop("rope.scale_linear", 0)
+    settings.pop("rope.scaling.original_context_length", None)  # of other types than linear
+    if scaling not in ("linear", "none"):
+        raise UsageError(f"{path}: {kind}.rope.scaling.type {str(scaling)[:40]!r} is not supported")
+    if scaling == "linear" and factor not in (0, 1):
+        args["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+    config = read_shape(path, args)
     for key, value in settings.items():
         must_be = (config.head_dim,) if key in HEAD_DIM else (0, "none")
         known = key in CONFIG or key == "tensor_data_layout"
         if not known and (not isinstance(value, int | float | str) or value not in must_be):
-            raise UsageError(f"{path}: llama.{key} {str(value)[:40]!r} is not supported")
+            raise UsageError(f"{path}: {kind}.{key} {str(value)[:40]!r} is not supported")
     return config
+
+
+def _with_rope_freqs(path: Path, config: LlamaConfig, divisors: Tensor, ours: Any) -> LlamaConfig:
+    """The shape with the scaling that gives these divisors: the file's own numbers, or Llama 3's.
+
+    Raises UsageError where neither do.
+    """
+    numbers = [{"rope_type": "llama3", "factor": divisors.max().item(), **LLAMA_3}]
+    if isinstance(ours, str):
+        with contextlib.suppress(ValueError, RecursionError):  # JSON's errors are ValueErrors
+            numbers.insert(0, json.loads(ours))
+    for each in numbers:
+        with contextlib.suppress(UsageError):
+            scaled = dataclasses.replace(config, rope_scaling=RopeScaling.from_plain(each))
+            want = rope_freqs(scaled)
+            if want.shape == divisors.shape and torch.allclose(want, divisors.float(), rtol=1e-5):
+                return scaled
+    raise UsageError(f"{path}: its {ROPE_FREQS} are not those of Llama 3, and not supported")
+
+
+def rope_freqs(config: LlamaConfig) -> Tensor:
+    """By how much each pair of a scaled shape is slowed down, (D / 2), as llama.cpp has them."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    return torch.tensor([config.rope_scaling.divisor(f) for f in frequencies.tolist()])
 
 
 # ---------------------------------------------------------------------------- writing
@@ -214,23 +277,33 @@ def write(model: Llama, output: Path, *, dtype: str, tokenizer: Tokenizer | None
             f"--output {output}: Ollama's {BESIDE} can hold no name with quotes, backslashes or "
             "control characters: give another"
         )
+    kind, scaling = architecture_for(config, "gguf"), config.rope_scaling
     metadata = {
         "general.file_type": int(package.LlamaFileType[WRITTEN[dtype][1]]),
         "general.quantization_version": package.GGML_QUANT_VERSION,
-        **{f"llama.{key}": getattr(config, ours) for key, ours in CONFIG.items()},
-        **dict.fromkeys((f"llama.{key}" for key in HEAD_DIM), config.head_dim),
+        **{f"{kind}.{key}": getattr(config, ours) for key, ours in CONFIG.items()},
+        **dict.fromkeys((f"{kind}.{key}" for key in HEAD_DIM), config.head_dim),
+        **_scaling_values(kind, scaling),
         **vocabulary_values(tokenizer),
         **({"tokenizer.chat_template": model.chat_template.jinja()} if model.chat_template else {}),
     }
+    state = model.state_dict()
+    if kind != "llama":
+        state = reorder_heads(state, config, to_half_split)
     with np.errstate(all="ignore"):  # check_finite refuses a number that is too large
-        encoded = {name: encode(package, t, dtype) for name, t in model.state_dict().items()}
+        encoded = {name: encode(package, tensor, dtype) for name, tensor in state.items()}
         want = {
-            name: torch.from_numpy(package.quants.dequantize(data, kind))
-            for name, (data, kind) in encoded.items()
+            name: torch.from_numpy(package.quants.dequantize(*part))
+            for name, part in encoded.items()
         }
+    if kind != "llama":
+        want = reorder_heads(want, config, to_adjacent_pairs)
     check_finite(model, want, dtype)
     if config.tie_word_embeddings:
         del encoded["output.weight"]
+    tensors = {tensor_name(name): part for name, part in encoded.items()}
+    if scaling is not None and scaling.rope_type == "llama3":
+        tensors[ROPE_FREQS] = encode(package, rope_freqs(config), dtype)
 
     def verify(path: Path) -> None:
         stored = read(path)
@@ -239,10 +312,21 @@ def write(model: Llama, output: Path, *, dtype: str, tokenizer: Tokenizer | None
         check_same_ids(tokenizer, again.vocabulary.encode, str(path))
 
     with atomic_write(output, verify=verify) as file:
-        write_file(package, file, metadata, {tensor_name(name): e for name, e in encoded.items()})
+        write_file(package, file, metadata, tensors, architecture=kind)
     recipe = recipe_beside(output)
     write_text(recipe, modelfile(output, model, tokenizer))
     return [output, recipe]
+
+
+def _scaling_values(kind: str, scaling: RopeScaling | None) -> dict[str, Any]:
+    if scaling is None:
+        return {}
+    if scaling.rope_type == "llama3":
+        return {OUR_SCALING: json.dumps(scaling.to_plain())}
+    return {
+        f"{kind}.rope.scaling.type": "linear",
+        f"{kind}.rope.scaling.factor": float(scaling.factor),
+    }
 
 
 def encode(package: ModuleType, tensor: Tensor, dtype: str) -> tuple[np.ndarray, Any]:
@@ -254,7 +338,7 @@ def encode(package: ModuleType, tensor: Tensor, dtype: str) -> tuple[np.ndarray,
     kind = package.GGMLQuantizationType["F32" if tensor.dim() == 1 else WRITTEN[dtype][0]]
     if tensor.shape[-1] % package.GGML_QUANT_SIZES[kind][0]:
         kind = package.GGMLQuantizationType.F16
-    return package.quants.quantize(tensor.numpy(), kind), kind
+    return package.quants.quantize(tensor.contiguous().numpy(), kind), kind
 
 
 def write_file(
@@ -262,11 +346,13 @@ def write_file(
     file: BinaryIO,
     metadata: dict[str, Any],
     tensors: dict[str, tuple[np.ndarray, Any]],
+    *,
+    architecture: str = "llama",
 ) -> None:
     """Write values, ints as uint32 and floats as float32, and tensors as `encode` makes them."""
     types = package.GGUFValueType
     kinds = {bool: types.BOOL, int: types.UINT32, float: types.FLOAT32, str: types.STRING}
-    writer = package.GGUFWriter(None, "llama")
+    writer = package.GGUFWriter(None, architecture)
     for key, value in metadata.items():
         writer.add_key_value(key, value, kinds.get(type(value), types.ARRAY))
     for name, (data, kind) in tensors.items():

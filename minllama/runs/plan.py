@@ -125,11 +125,12 @@ class TrainingPlan:
     def activation_bytes(self) -> int:
         """Activations kept for a micro-batch's backward pass, and the last states' gradient."""
         config, compute = self.config, DTYPE_BYTES[self.dtype]
-        kv_dim = config.n_kv_heads * config.head_dim
+        heads = config.query_dim + config.kv_dim
         on_gpu = self.device == "cuda"
         residual = (compute if on_gpu else 4) * config.dim
-        # Two normalised states, q, k, v and the attention's output; on a CPU another q and k.
-        attention = 4 * config.dim + 2 * kv_dim + (0 if on_gpu else config.dim + kv_dim)
+        # Two normalised states, q, k, v and the attention's output; on a CPU another q and k, and
+        # those that a norm of heads has read.
+        attention = 2 * config.dim + 2 * heads + (0 if on_gpu else heads) + config.qk_norm * heads
         layer = 2 * residual + compute * (attention + 4 * config.hidden_dim)
         if self.device == "cpu" and self.sequence_length <= max_materialized_len(
             getattr(torch, self.dtype)
@@ -268,13 +269,14 @@ class TrainingPlan:
         if self.last_step < self.schedule_steps:
             ends = f", ended after {self.last_step:,} by --max_steps"
         epochs = f"{self.schedule_steps / self.steps_per_epoch:,.4g}"
+        own_width = "" if config.query_dim == config.dim else f" of {config.head_dim}"
         moments = "moments" if self.muon_parameters else "two moments of each"
         weights = human_size(self.weights_file_bytes(options.save_dtype))
         checkpoint = human_size(self.checkpoint_bytes())
         return [
             f"model        {sum(counts.values()):,} parameters: {parts}",
-            f"             dim {config.dim}, {config.n_layers} layers, {config.n_heads} heads "
-            f"({config.n_kv_heads} key/value), vocabulary {config.vocab_size:,}, "
+            f"             dim {config.dim}, {config.n_layers} layers, {config.n_heads} heads"
+            f"{own_width} ({config.n_kv_heads} key/value), vocabulary {config.vocab_size:,}, "
             f"context {config.max_seq_len:,}",
             f"data         {self.tokens:,} tokens in {self.sequences:,} {noun} of up to "
             f"{self.sequence_length:,}",

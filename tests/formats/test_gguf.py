@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import struct
 import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from llama_cpp_server import llama_cpp, our_tokens, their_ids, their_tokens
 from oracles import assert_same_weights, make_model
 from vocabularies import vocabulary
 
@@ -40,44 +38,6 @@ def write(model: Llama, path: Path, tokenizer: Tokenizer, dtype: str = "float32"
 
 
 # ---------------------------------------------------------------------------- llama.cpp
-
-
-@contextmanager
-def llama_cpp(path: Path) -> Iterator[Callable[..., dict]]:
-    """A function that asks llama.cpp's server, which has loaded the file, on the CPU in float32."""
-    xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp: pip install xllamacpp")
-    settings = xllamacpp.CommonParams()
-    settings.model.path = str(path)
-    settings.n_ctx, settings.n_parallel, settings.n_gpu_layers = 256, 1, 0
-    settings.cpuparams.n_threads, settings.verbosity = 1, 0
-    settings.warmup = settings.fit_params = False
-    settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    server = xllamacpp.Server(settings)
-
-    def ask(what: str, **body) -> dict:
-        request = urllib.request.Request(
-            f"{server.listening_address}/{what}",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)
-
-    yield ask
-
-
-def their_ids(ask: Callable[..., dict], text: str) -> list[int]:
-    return ask("tokenize", content=text, add_special=True, parse_special=False)["tokens"]
-
-
-def their_tokens(ask: Callable[..., dict], text: str, count: int) -> list[int]:
-    options = {"temperature": 0, "return_tokens": True, "ignore_eos": True}
-    return ask("completion", prompt=text, n_predict=count, **options)["tokens"]
-
-
-def our_tokens(model: Llama, tokenizer: Tokenizer, text: str, count: int) -> list[int]:
-    ids = tokenizer.encode(text, bos=True, eos=False)
-    return model.generate(torch.tensor([ids]), count, 0.0)[0].tolist()[len(ids) :]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "q8_0"])
@@ -108,6 +68,41 @@ def test_llama_cpp_reads_grouped_queries_an_own_head_and_another_theta(tmp_path,
     model = make_model(tokenizer, tie_word_embeddings=False, **shape)
     with llama_cpp(write(model, tmp_path / "model.gguf", tokenizer)) as ask:
         assert their_tokens(ask, "A bird", 16) == our_tokens(model, tokenizer, "A bird", 16)
+
+
+PACKED = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K TQ1_0 TQ2_0 IQ1_S IQ1_M IQ2_XXS IQ2_XS"
+PACKED += " IQ2_S IQ3_XXS IQ3_S IQ4_NL IQ4_XS MXFP4 BF16 F16"
+
+
+@pytest.mark.parametrize("kind", PACKED.split())
+def test_every_type_that_the_package_widens_is_read(kind: str, tmp_path: Path):
+    """Random blocks of it, as the package widens them."""
+    kinds = gguf.GGMLQuantizationType
+    if kind not in kinds.__members__:
+        pytest.skip(f"this gguf has no {kind}")
+    size, stored = gguf.GGML_QUANT_SIZES[kinds[kind]]
+    random_bytes = np.random.default_rng(0).integers(0, 256, (256, 256 // size * stored), np.uint8)
+    floats = {"F16": np.float16}.get(kind)
+    packed = random_bytes if floats is None else random_bytes.view(floats)
+    shape = {"dim": 256, "n_heads": 4, "n_kv_heads": 4, "hidden_dim": 256, "n_layers": 1}
+    state = make_model(vocab_size=256, **shape).state_dict()
+    del state["output.weight"]
+    encoded = {
+        tensor_name(name): (t.numpy(), kinds.F32) if t.dim() == 1 else (packed, kinds[kind])
+        for name, t in state.items()
+    }
+    values = {"context_length": 40, "embedding_length": 256, "block_count": 1}
+    values |= {"feed_forward_length": 256, "attention.head_count": 4}
+    values |= {"attention.layer_norm_rms_epsilon": 1e-5}
+    with open(tmp_path / "a.gguf", "wb") as file:
+        metadata = {f"llama.{key}": value for key, value in values.items()}
+        minllama.formats.gguf.write_file(gguf, file, metadata, encoded)
+    got = load_pretrained(tmp_path / "a.gguf").state_dict()
+    with np.errstate(all="ignore"):
+        want = torch.from_numpy(gguf.quants.dequantize(packed, kinds[kind])).float()
+    for name, tensor in got.items():
+        if tensor.dim() == 2:
+            assert torch.equal(tensor.nan_to_num(), want.nan_to_num()), name
 
 
 def test_llama_cpp_gives_our_ids_with_llama_2s_vocabulary(tmp_path: Path, real_data: Path):
@@ -486,12 +481,18 @@ def huge(n: int, kind: int) -> bytes:
         (value("llama.vocab_size", 2**30), "--vocab_size"),
         (value("llama.vocab_size", 3000), r"token_embd.weight has the shape \(270, 4\)"),
         (value("llama.attention.head_count", [2] * 9999), "head_count '.2, 2, .*' is no number"),
-        (value("llama.attention.key_length", 4), "llama.attention.key_length '4' is not supported"),
+        (value("llama.attention.key_length", 4), r"attn_q.weight has the shape \(4, 4\)"),
+        (value("llama.attention.key_length", "4"), "key_length '4' is no number"),
+        (value("llama.attention.value_length", 4), "llama.attention.value_length '4' is not supp"),
+        (value("general.architecture", "gemma2"), "'gemma2' is another architecture"),
+        (value("llama.rope.scaling.factor", -2.0), "rope_scaling's factor -2.0"),
         (value("llama.rope.dimension_count", 1), "llama.rope.dimension_count '1'"),
         (value("llama.rope.scaling.type", "yarn"), "llama.rope.scaling.type 'yarn'"),
         (value("llama.expert_count", 8), "llama.expert_count '8'"),
         (value("llama.attention.sliding_window_pattern", [1, 0]), "sliding_window_pattern"),
-        (tensor("rope_freqs.weight", [1], 0, 4), "rope_freqs.weight not of a Llama"),
+        (tensor("rope_freqs.weight", [1], 0, 4), "its rope_freqs.weight are not those of Llama 3"),
+        (tensor("rope_freqs.weight", [2**20], 0, 2**22), "rope_freqs.weight are not those"),
+        (tensor("blk.0.attn_q.bias", [4], 0, 16), "blk.0.attn_q.bias not of a Llama"),
         (tensor("output_norm.weight", [5], 0, 20), r"output_norm.weight has the shape \(5,\)"),
         (tensor("blk.0.attn_q.weight", [4, 4], 24, 16), "Dequantization for I8 is not"),
         (tensor("blk.0.attn_q.weight", [4, 4], 12, 64), "is not a multiple of Q4_K block size"),

@@ -91,25 +91,32 @@ def test_hugging_face_folders_load(
         assert got.vocabulary == b"a vocabulary"
 
 
+LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA_3 |= {"original_max_position_embeddings": 8192}
 THETA = {"rope_type": "default", "rope_theta": 10000.0}
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model_type": "mistral"}, "model_type 'mistral'"),
+        ({"model_type": "gemma2"}, "model_type 'gemma2' is another architecture"),
+        ({"model_type": ["llama"]}, "model_type .'llama'. is another architecture"),
+        ({"layer_types": ["chunked_attention"] * 2}, "layer_types .*chunked_attention.* not supp"),
         ({"attention_bias": True}, "attention_bias True"),
         ({"mlp_bias": True}, "mlp_bias True"),
-        ({"head_dim": 16}, "head_dim 16 is not supported"),
+        ({"head_dim": 16}, r"q_proj.weight has the shape \(32, 32\) where .* \(64, 32\)"),
+        ({"head_dim": "8"}, "--head_dim '8'"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"quantization_config": {}}, "quantization_config"),
         ({"hidden_size": None}, "--dim None"),
         ({"num_hidden_layers": 3}, "model.layers.2.self_attn.q_proj.weight and 8 more missing"),
         ({"num_hidden_layers": 1}, "model.layers.1.* not of a Llama"),
         ({"num_hidden_layers": 900}, "layers.2.self_attn.q_proj.weight and 8081 more"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling 'linear'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling 'yarn' is not supp"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling's factor '2'"),
         ({"rope_scaling": "linear"}, "rope_scaling 'linear' is not an object"),
-        ({"rope_parameters": {**THETA, "rope_type": "llama3"}}, "rope_scaling 'llama3'"),
+        ({"rope_parameters": {**THETA, "rope_type": "llama3"}}, "rope_scaling's factor None"),
+        ({"rope_parameters": {**LLAMA_3, "low_freq_factor": 4.0}}, "not below high_freq_factor"),
         ({"rope_parameters": {**THETA, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
     ],
 )
