@@ -183,7 +183,7 @@ class Options:
         (), "files, folders, globs: .txt, .jsonl, .csv, .parquet, ...; unset: embedded", many=True
     )
     data_weights: tuple[float, ...] = flag(
-        (), "shares of the tokens read, one for each of them", many=True, metavar="X", above=0
+        (), "weight of each of these in the tokens read: 3 1", many=True, metavar="X", above=0
     )
     val_data: tuple[str, ...] = flag((), "the same, held out for validation", many=True)
     flag = section("text to pretrain on", "pretrain", "finetune")
