@@ -148,7 +148,9 @@ from minllama.system.files import (
     write_text,
 )
 from minllama.system.packages import import_optional
-from minllama.text.reading import Reading, find_text_files, sample_texts
+from minllama.text.documents import sample_texts
+from minllama.text.find_files import find_text_files
+from minllama.text.reading import Reading
 from tokenizer import Tokenizer, count_lost, tokenizer_bin, vocabulary_remedy
 
 # ---------------------------------------------------------------------------- what is in a file

@@ -45,8 +45,9 @@ from minllama.model.packing import pack_weights
 from minllama.system.errors import Interrupted, RunFailed, UsageError
 from minllama.system.files import check_writable_file, real_path, write_text
 from minllama.system.signals import LAUNCHER_REPEATS, StopRequest
+from minllama.text.find_files import find_text_files
 from minllama.text.labelled import Labels, read_labelled, report_predictions
-from minllama.text.reading import Reading, find_text_files, read_lines
+from minllama.text.reading import Reading, read_lines
 from minllama.text.splits import find_dialogue_files, find_labelled_files, find_sentences
 from minllama.training.chat_tuning import ChatTuning
 from minllama.training.classification import (
@@ -124,8 +125,8 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
         return classify(options, classifier, stop, ranks)
     files = find_labelled_files(options, "prompting")
     train = files.paths["train"]
-    texts, encoding = files.labels.texts, options.encoding
-    examples = read_labelled(train, texts, encoding=encoding) if options.shots else []
+    texts, reading = files.labels.texts, Reading.of_records(options)
+    examples = read_labelled(train, texts, reading=reading) if options.shots else []
     if options.shots > len(examples):
         raise UsageError(
             f"--shots {options.shots}: --train {train} has {len(examples)} examples to show"
@@ -145,7 +146,7 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     # Without any sentence: what `pmi` subtracts; and a question that is too long shows at once.
     base = score_labels(model, prompts, [""], "sum")
     for split, out in files.outs.items():
-        dataset = LlamaDataset(files.paths[split], tokenizer, labels=texts, encoding=encoding)
+        dataset = LlamaDataset(files.paths[split], tokenizer, labels=texts, reading=reading)
         predictions = np.zeros(len(dataset), np.int64)
         batches = dataset.length_sorted_batches(options.batch_size)
         for indices in progress_bar(batches, desc=f"prompting {split}"):

@@ -43,14 +43,9 @@ from minllama.cli.command_line import (
 from minllama.system.encodings import check_encoding
 from minllama.system.errors import UsageError
 from minllama.system.files import atomic_write, read_whole
-from minllama.text.reading import (
-    READ_BYTES,
-    Block,
-    Reading,
-    download_hint,
-    find_text_files,
-    read_documents,
-)
+from minllama.text.documents import Block, read_documents
+from minllama.text.find_files import download_hint, find_text_files
+from minllama.text.reading import READ_BYTES, Reading
 
 EMBEDDED_VOCABULARY = DATA_DIR / "stories-vocabulary.model"
 SPACE = "\u2581"  # SentencePiece's visible sign for a space

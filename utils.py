@@ -22,8 +22,9 @@ from config import IGNORE_INDEX
 from minllama.system.errors import UsageError
 from minllama.text.chat import ChatTemplate, Cuts, encode_dialogue
 from minllama.text.dialogues import Dialogue
+from minllama.text.find_files import find_text_files
 from minllama.text.labelled import UNLABELLED, read_labelled
-from minllama.text.reading import Reading, find_text_files
+from minllama.text.reading import UTF8, Reading
 from minllama.text.stream import TokenStream, splitmix64, whole_stream
 from minllama.text.token_cache import build_or_load
 from tokenizer import Tokenizer
@@ -287,11 +288,11 @@ class LlamaDataset:
         *,
         labels: Sequence[str] | None = None,
         max_sentence_len: int | None = None,
-        encoding: str = "utf-8",
+        reading: Reading = UTF8,
         plain: bool = False,
     ) -> None:
         self.path = path
-        self.examples = read_labelled(path, labels, encoding=encoding, plain=plain)
+        self.examples = read_labelled(path, labels, reading=reading, plain=plain)
         sentences = tokenizer.sp_model.encode([example.sentence for example in self.examples])
         self.ids = [[tokenizer.bos_id, *ids[:max_sentence_len]] for ids in sentences]
         self.cut = sum(len(ids) > (max_sentence_len or len(ids)) for ids in sentences)

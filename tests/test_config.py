@@ -55,7 +55,7 @@ def test_the_flags_are_exactly_these():
         global_batch_size parallel dist_timeout
         pretrain_batch_size pretrain_lr eval_interval save_interval best_model_interval
         sample_prompt sample_tokens world_size gpu
-        train dev test label_names batch_size max_sentence_len dev_out test_out
+        train dev test label_names label_field batch_size max_sentence_len dev_out test_out
         minutes schedule_steps val_tokens
         lr hidden_dropout_prob pooling skip_bad_lines freeze_backbone lora_rank early_stopping
         prompt_template label_norm shots pairs

@@ -19,7 +19,7 @@ from minllama.formats.pt_model import CONSOLIDATED, read_vocabulary
 from minllama.formats.stored_model import StoredModel, read_shape
 from minllama.machine.ranks import Ranks
 from minllama.system.errors import UsageError
-from minllama.text.reading import SHOWN_FILES, download_hint
+from minllama.text.find_files import SHOWN_FILES, download_hint
 from tokenizer import Tokenizer, vocabulary_remedy
 
 

@@ -18,8 +18,9 @@ from minllama.system.errors import UsageError
 from minllama.system.json_lines import read_objects
 from minllama.system.peek import is_json_name
 from minllama.system.signals import StopRequest
+from minllama.text.documents import read_documents
 from minllama.text.encoder import DocumentEncoder
-from minllama.text.reading import Reading, read_documents, read_lines
+from minllama.text.reading import Reading, read_lines
 from minllama.text.stream import TokenStream
 from tokenizer import Tokenizer
 from utils import PretrainDataset

@@ -2,7 +2,10 @@
 
 Knows no model. A data set of `utils.py` is what comes out.
 
-    reading      finding text files, decoding them, reading them as documents
+    find_files   the files that names, folders and globs mean
+    reading      a file's bytes as text: unpacked, decoded, in blocks or lines
+    records      files of records: JSON, CSV, parquet, Arrow
+    documents    files as documents: what a pretraining reads
     labelled     sentences with labels and the scores of predictions
     dialogues    dialogues in every form that files have them in
     chat         the template that dialogues are written in, and their token ids

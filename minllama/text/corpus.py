@@ -18,28 +18,20 @@ from minllama.cli.command_line import quoted
 from minllama.cli.console import say
 from minllama.machine.ranks import Ranks
 from minllama.system.files import real_path
-from minllama.system.peek import is_json_name
+from minllama.system.kinds import HEAD_BYTES, is_html
+from minllama.system.peek import has_records
 from minllama.system.signals import StopRequest
+from minllama.text.documents import first_words, sample_texts, seen_separator
 from minllama.text.duplicates import drop_duplicates, report_duplicates, report_near_copies
-from minllama.text.reading import (
-    BLANK_LINE,
-    SHOWN_FILES,
-    TEXT_SUFFIXES,
-    Reading,
-    find_text_files,
-    first_words,
-    is_labelled,
-    read_blocks,
-    sample_texts,
-    seen_separator,
-)
+from minllama.text.find_files import SHOWN_FILES, find_text_files, is_text_name
+from minllama.text.labelled import is_labelled
+from minllama.text.reading import BLANK_LINE, Reading, encoding_line, read_blocks
 from minllama.text.stream import split_documents, whole_stream
 from minllama.text.token_cache import TokenCache, build_or_load
 from tokenizer import Tokenizer, count_lost
 from utils import PretrainDataset, count_chunks
 
 EMBEDDED_TEXTS = ("stories-train.jsonl", "reviews-unlabelled.jsonl")
-TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 FEW_FILES = 3  # have a line each
 MIN_CONTEXT, WANTED_STEPS = 128, 1000
 SAMPLED_TOKENS = 1 << 20  # looked at to see whether the vocabulary fits the text
@@ -207,6 +199,8 @@ def without_validation(files: Sequence[Path], val_files: Sequence[Path]) -> Sequ
 
 def print_loaded(files: Sequence[Path], cache: TokenCache, reading: Reading, length: int) -> None:
     """Say how many chunks of `length` tokens the files have, and where they may be misread."""
+    if line := encoding_line(files, reading):
+        say(line)
     remarks = [_remark(path, reading, alone=len(files) == 1) for path in files[:SHOWN_FILES]]
     if len(files) > FEW_FILES:
         where = f"{len(files):,} files, {files[0]} to {files[-1]}"
@@ -222,19 +216,17 @@ def print_loaded(files: Sequence[Path], cache: TokenCache, reading: Reading, len
 
 def _remark(path: Path, reading: Reading, *, alone: bool) -> str:
     """A note on a file that may not be meant to be read as it is; else an empty string."""
-    name = path.name.lower()
     if is_labelled(path, reading) and not reading.sentences_only:
         return "labelled lines in it: --sentences_only reads the sentences alone"
-    if name.endswith(TABLE_SUFFIXES):
-        return (
-            "a table, read as plain text with all its separators: to train on one of its "
-            'columns make a .jsonl of it, a line {"text": ...} for each row'
-        )
-    if not (name.endswith(TEXT_SUFFIXES) or is_json_name(path)):
+    if has_records(path):
+        return ""
+    start = next(iter(read_blocks(path, reading)), "")
+    if is_html(start[:HEAD_BYTES].encode()):
+        return "a page of the web, read with all its markup: a text alone is learnt better"
+    if not is_text_name(path):
         return "read as plain text, markup included"
-    is_one = reading.document_separator is None and not reading.document_per_line
-    if is_one and not is_json_name(path):
-        mark = seen_separator(next(iter(read_blocks(path, reading)), ""))
+    if reading.document_separator is None and not reading.document_per_line:
+        mark = seen_separator(start)
         if mark is not None and (alone or mark != BLANK_LINE):
             parts = quoted("--document_separator", mark)
             return f"one document with {mark}s in it: {parts} if these stand between documents"

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minllama.text.reading import Block
+from minllama.text.documents import Block
 from tokenizer import SPACE, Tokenizer
 
 WORD_CACHE_SPEED = 2.5  # characters per second, relative to one thread of SentencePiece

@@ -15,6 +15,7 @@ from typing import Any
 from config import DATA_DIR, Options
 from minllama.system.errors import UsageError
 from minllama.system.files import check_writable_file, read_json, real_path
+from minllama.text.find_files import find_text_files
 from minllama.text.labelled import (
     MAX_LABELS,
     SHOWN_LABELS,
@@ -22,11 +23,12 @@ from minllama.text.labelled import (
     WHOLE,
     Labels,
     Row,
+    class_names,
     is_fit_label,
     label_rows,
     read_rows,
 )
-from minllama.text.reading import find_text_files
+from minllama.text.reading import Reading
 
 SHOWN_PAIRS = 10  # of the labels in a message
 
@@ -62,7 +64,10 @@ def find_labelled_files(options: Options, suffix: str) -> SplitFiles:
     files = _checked(options, SplitFiles(name, paths, outs, Labels([], [])))
     mapping = train.parent / f"{name}-label-mapping.json"
     given = read_label_names(options.label_names, mapping)
-    rows = read_rows(train, encoding=options.encoding)
+    reading = Reading.of_records(options)
+    if given is None and (names := class_names(train, reading)):
+        given = Labels.counted(names)
+    rows = read_rows(train, reading)
     labels = find_labels(train, rows, given, options.label_names or mapping)
     made = given is None and not labels.is_counted
     return replace(files, labels=labels, mapping=Path(mapping.name) if made else None)

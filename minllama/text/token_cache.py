@@ -23,11 +23,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from minllama.system.encodings import is_utf8
 from minllama.system.errors import TextLost, UsageError
 from minllama.system.files import READ_BYTES, atomic_write, remove_temporaries
 from minllama.system.locks import Busy, hold
+from minllama.system.peek import is_csv_name
+from minllama.text.documents import Block, read_documents
 from minllama.text.encoder import DocumentEncoder, EncodedPart
-from minllama.text.reading import Block, Reading, byte_bar, read_documents
+from minllama.text.reading import Reading, byte_bar
 from tokenizer import Tokenizer
 
 # File: header, tokens, zeros to a multiple of 8, (documents, 2) int64 of first token and bytes of
@@ -355,7 +358,11 @@ def _all_blocks(
 
 def _fields(reading: Reading) -> dict[str, Any]:
     """How text is read, as earlier versions knew it, whose caches stay in use."""
-    return {k: v for k, v in asdict(reading).items() if k != "document_separator" or v is not None}
+    fields = asdict(reading)
+    del fields["label_field"]  # of no document
+    if reading.document_separator is None:
+        del fields["document_separator"]
+    return fields
 
 
 def place_name(files: Sequence[Path], reading: Reading, *others: str) -> str:
@@ -375,8 +382,14 @@ def text_signature(
     """
     stats = [(path, _stat(path)) for path in files]
     states = [[str(p.absolute()), s.st_size, s.st_mtime_ns, s.st_ctime_ns] for p, s in stats]
+    # What earlier versions read otherwise, whose caches are not that of today: a CSV as its bytes,
+    # and all files in the encoding given.
+    otherwise = [str(p.absolute()) for p in files if is_csv_name(p)]
+    fields = _fields(reading) | ({"columns": otherwise} if otherwise else {})
+    if not is_utf8(reading.encoding):
+        fields["encodings"] = "of each file"
     vocabulary = hashlib.sha256(tokenizer.model_bytes).hexdigest() if tokenizer else None
-    return hashlib.sha256(json.dumps([states, vocabulary, _fields(reading)]).encode()).digest()
+    return hashlib.sha256(json.dumps([states, vocabulary, fields]).encode()).digest()
 
 
 def _outwait_time_stamps(files: Sequence[Path]) -> None:

@@ -23,6 +23,7 @@ from minllama.model.generation import NOT_NUMBERS
 from minllama.model.lora import add_lora, merge_lora
 from minllama.system.errors import UsageError
 from minllama.system.signals import StopRequest
+from minllama.text.documents import first_words
 from minllama.text.labelled import (
     SHOWN_LABELS,
     Scores,
@@ -31,7 +32,7 @@ from minllama.text.labelled import (
     report_predictions,
     write_result,
 )
-from minllama.text.reading import first_words
+from minllama.text.reading import Reading
 from minllama.text.splits import SplitFiles
 from minllama.training.results import print_best, print_results
 from minllama.training.run import Run
@@ -58,7 +59,7 @@ def load_splits(
             tokenizer,
             labels=files.labels.texts,
             max_sentence_len=max_tokens,
-            encoding=options.encoding,
+            reading=Reading.of_records(options),
             plain=plain,
         )
         for split, path in files.paths.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import random
@@ -242,6 +243,61 @@ def test_every_form_gives_the_ids_of_our_own(tmp_path_factory, exchanges, system
         listed.write_text(json.dumps(records, indent=1), encoding="utf-8")
         found = dataset(*read_dialogues(listed), context=4096)
         assert found.tokens.tolist() == expected.tokens.tolist(), name
+
+
+def write_csv(path: Path, records: list[dict[str, Any]]) -> None:
+    """As spreadsheets and pandas write it: cells of text, lists as JSON, nothing for null."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, records[0].keys())
+        writer.writeheader()
+        for record in records:
+            cells = {k: json.dumps(v) if isinstance(v, list) else v for k, v in record.items()}
+            writer.writerow(cells)
+
+
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3), st.none() | TEXTS)
+def test_rows_of_tables_give_the_same_ids(tmp_path_factory, exchanges, system):
+    """Parquet, whose lists of structs are lists of turns with null for what a turn lacks; CSV."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    folder = tmp_path_factory.mktemp("tables")
+    said = {"system": system} if system else {}
+    own = {"messages": turns_of(exchanges)} | said
+    expected = dataset(*read_dialogues(write_lines(folder / "own.jsonl", own)), context=4096)
+    for name, write in WRITERS.items():
+        written = write(exchanges)
+        if name == "a list" or (name.startswith("OASST") and system):
+            continue
+        records = written if isinstance(written, list) else [written | said]
+        tables = [folder / "a.parquet"]
+        parquet.write_table(pyarrow.Table.from_pylist(records), tables[0])
+        if not any(isinstance(value, dict) for value in records[0].values()):
+            tables.append(folder / "a.csv")
+            write_csv(tables[1], records)
+        for path in tables:
+            found = dataset(*read_dialogues(path), context=4096)
+            assert found.tokens.tolist() == expected.tokens.tolist(), (name, path.name)
+            assert found.is_answer.tolist() == expected.is_answer.tolist(), (name, path.name)
+
+
+def test_a_bad_row_and_a_table_of_other_things_are_named(tmp_path):
+    """By row or line; a table without the columns of any form by its columns, before it is read."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"prompt": "a", "response": "b"}, {"prompt": None, "response": "b"}]
+    turns = [{"role": "user", "content": "a", "from": None}, {"role": "poet", "content": "b"}]
+    for records, row, line, problem in (
+        (rows, ", row 2", ":3", "the text of a turn of 'user' is '"),
+        ([{"messages": turns}], ", row 1", ":2", "the role 'poet' is not one of"),
+        ([{"text": "a", "label": 1}], "", "", r"no dialogue \(has: label, text\); the forms read"),
+        ([{"messages": "a, b"}], ", row 1", ":2", "its turns are 'a, b'"),
+    ):
+        parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+        write_csv(tmp_path / "a.csv", records)
+        for name, place in (("a.parquet", row), ("a.csv", line)):
+            with pytest.raises(UsageError, match=f"{name}{place}: {problem}"):
+                list(read_dialogues(tmp_path / name))
 
 
 def test_where_two_forms_fit_the_more_specific_is_taken_and_said(tmp_path):

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from vocabularies import FRAGMENTS, OTHERS, PLAIN, corpus_lines, vocabulary
 
 from minllama.text import encoder as encoder_module
+from minllama.text.documents import Block
 from minllama.text.encoder import DocumentEncoder
-from minllama.text.reading import Block
 from tokenizer import SPACE, Tokenizer
 
 REAL = ["embedded", "llama-2"]
