@@ -547,3 +547,53 @@ def test_a_hostile_line_is_one_line_of_error(tmp_path, name):
     assert time.process_time() - started < 20
     for line in intake.lines():
         assert line.isprintable() and len(line) < len(str(path)) + 900
+
+
+ODD = (
+    None,
+    True,
+    0,
+    -1.5,
+    float("nan"),
+    "",
+    "a\x1b[2J",
+    "\ud800",
+    "[{",
+    [],
+    ["a", "b"],
+    [[]],
+    {},
+    {"role": []},
+)
+
+
+def with_odd_parts(value: Any):
+    """Copies of a value, in each of which one part of it is something else, or is not there."""
+    yield from ODD
+    if isinstance(value, dict | list):
+        for key in list(value) if isinstance(value, dict) else range(len(value)):
+            for odd in with_odd_parts(value[key]):
+                copy = value.copy()
+                copy[key] = odd
+                yield copy
+            copy = value.copy()
+            del copy[key]
+            yield copy
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_any_part_of_a_dialogue_may_be_anything(tmp_path, name):
+    """It is read, or it is told of in a line of printed characters; nothing else is raised."""
+    told = 0
+    for record in with_odd_parts(WRITERS[name](ASKED[:1])):
+        path = tmp_path / "a.json"  # a list of one, or of messages
+        is_list = name == "OASST's messages" and isinstance(record, list)
+        path.write_text(json.dumps(record if is_list else [record]), encoding="utf-8")
+        intake = Intake(skip_bad_lines=True)
+        for dialogue in read_dialogues(path, intake=intake):
+            texts = [dialogue.system, *(text for pair in dialogue.exchanges for text in pair)]
+            assert all(isinstance(text, str) for text in texts) and all(texts[1:])
+        for line in intake.lines():
+            assert line.isprintable() and len(line) < len(str(path)) + 600
+        told += bool(intake.faults)
+    assert told
