@@ -78,8 +78,7 @@ def score_text(
     blocks = (block for path in files for block in read_documents(path, reading))
     arrays = []
     for part in itertools.chain.from_iterable(DocumentEncoder(tokenizer).encode(blocks)):
-        arrays += [np.full(int(part.starts), tokenizer.bos_id), part.ids]
-        arrays += [np.full(int(part.ends), tokenizer.eos_id)]
+        arrays += tokenizer.vocabulary.document(part.ids, starts=part.starts, ends=part.ends)
     if not arrays:
         raise UsageError(f"{files[0]}: empty, there is no text to score")
     tokens = np.concatenate(arrays, dtype=np.int32)

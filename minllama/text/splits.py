@@ -73,7 +73,8 @@ def find_labelled_files(options: Options, suffix: str) -> SplitFiles:
     rows = read_rows(train, reading)
     labels = find_labels(train, rows, given, options.label_names or mapping)
     made = given is None and not labels.is_counted
-    return replace(files, labels=labels, mapping=Path(mapping.name) if made else None)
+    beside = files.outs["dev"].with_name(mapping.name)
+    return replace(files, labels=labels, mapping=beside if made else None)
 
 
 def find_labels(train: Path, rows: list[Row], given: Labels | None, mapping: Path) -> Labels:
@@ -187,11 +188,13 @@ def _embedded(*splits: str) -> dict[str, Path]:
 def _checked(options: Options, files: SplitFiles) -> SplitFiles:
     """The files with the outputs where the flags want them, and none of a split without a file.
 
+    In --save_dir, where no flag names them.
+
     Raises UsageError for a file that is not there, and for an output that could not be written, or
     is another of the files.
     """
     outs = {
-        split: getattr(options, f"{split}_out") or path
+        split: getattr(options, f"{split}_out") or options.save_dir / path
         for split, path in files.outs.items()
         if split in files.paths
     }
@@ -204,12 +207,15 @@ def _checked(options: Options, files: SplitFiles) -> SplitFiles:
         if real_path(path) in taken:
             raise UsageError(f"--{split}_out {path}: is another of the files named; give a new one")
         taken.add(real_path(path))
-        check_writable_file(path, f"--{split}_out")
+        if not options.plan:  # which leaves no folder
+            check_writable_file(path, f"--{split}_out")
     return replace(files, outs=outs)
 
 
-def data_set_name(train: Path) -> str:
-    """The name in `NAME-train.txt`, which the run's files are called by."""
+def data_set_name(train: Path | None) -> str:
+    """The name in `NAME-train.txt`, which the run's files are called by; None: the reviews."""
+    if train is None:
+        return "reviews"
     return re.sub(r"[-_.]?train$", "", _stem(train)) or _stem(train)
 
 
