@@ -1,4 +1,4 @@
-"""The model's shape, its presets, and a table of every flag of `run_llama.py`.
+"""A table of every flag of `run_llama.py`, and the presets of the model's shape.
 
 Imports neither torch nor numpy, so that `--help` and bad flags are answered at once. Knows nothing
 of tensors, files' contents or devices; what only they can tell is checked where it is first known.
@@ -28,6 +28,7 @@ from minllama.cli.command_line import (
 from minllama.cli.config_file import check_harmless, toml_words
 from minllama.cli.contradictions import LENGTHS, find_problems
 from minllama.cli.suggestions import parse_words
+from minllama.model.shape import LlamaConfig
 from minllama.system.errors import UsageError
 from minllama.system.peek import first_object, is_json_name
 
@@ -42,122 +43,7 @@ def fingerprint(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-# ---------------------------------------------------------------------------- the model's shape
-
-# Smallest and largest value of each number, which has the type of its bounds. A file may claim any
-# shape: an absurd one is refused before anything is allocated.
-SHAPE_BOUNDS: dict[str, tuple[float, float]] = {
-    "vocab_size": (1, 2**24),
-    "dim": (1, 2**17),
-    "n_layers": (1, 1000),
-    "n_heads": (1, 2**12),
-    "n_kv_heads": (1, 2**12),
-    "multiple_of": (1, 2**17),
-    "hidden_dim": (1, 2**19),  # below the two that it is derived from, which are checked first
-    "max_seq_len": (1, 2**24),
-    "dropout": (0.0, 0.99),
-    "layer_norm_eps": (0.0, 1.0),
-    "rope_theta": (1.0, 1e12),
-}
-MAX_ROTARY = 2**26  # entries of the rotary table, of 4 bytes
-
-
-@dataclass(frozen=True)
-class LlamaConfig:
-    """The shape of a Llama; its fields are the `model_args` of weights files.
-
-    Raises UsageError for an invalid shape.
-    """
-
-    vocab_size: int = 32000
-    dim: int = 512
-    n_layers: int = 8
-    n_heads: int = 8
-    n_kv_heads: int | None = None  # None: as many as n_heads (no grouped-query attention)
-    hidden_dim: int | None = None  # None: 2/3 of 4 x dim, rounded up to multiple_of
-    multiple_of: int = 32
-    max_seq_len: int = 1024
-    dropout: float = 0.0
-    layer_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    tie_word_embeddings: bool = True
-
-    def __post_init__(self) -> None:
-        set_field = object.__setattr__  # the dataclass is frozen
-        if self.n_kv_heads is None:
-            set_field(self, "n_kv_heads", self.n_heads)
-        for name, (least, most) in SHAPE_BOUNDS.items():
-            if name == "hidden_dim" and self.hidden_dim is None:
-                rounded_up = -(-int(8 * self.dim / 3) // self.multiple_of) * self.multiple_of
-                set_field(self, "hidden_dim", rounded_up)
-            value, whole = getattr(self, name), isinstance(least, int)
-            right = isinstance(value, int if whole else int | float)
-            if not right or isinstance(value, bool) or not least <= value <= most:
-                noun = "a whole number" if whole else "a number"
-                raise UsageError(f"--{name} {value!r}: must be {noun} from {least:g} to {most:g}")
-        if not isinstance(self.tie_word_embeddings, bool):
-            raise UsageError(f"tie_word_embeddings {self.tie_word_embeddings!r}: true or false")
-        heads = f"--n_heads {self.n_heads}"
-        if self.dim % self.n_heads:
-            near = self.n_heads * max(1, round(self.dim / self.n_heads))
-            raise UsageError(f"--dim {self.dim} is not divisible by {heads}; --dim {near} is")
-        if self.head_dim % 2:  # rotary embeddings rotate pairs of numbers
-            raise UsageError(f"--dim {self.dim} / {heads} = {self.head_dim}: must be even")
-        if self.n_heads % self.n_kv_heads:
-            raise UsageError(f"--n_kv_heads {self.n_kv_heads}: must be a divisor of {heads}")
-        if self.max_seq_len * self.head_dim > MAX_ROTARY:
-            raise UsageError(
-                f"--max_seq_len {self.max_seq_len} x {self.head_dim} numbers per head: the rotary "
-                f"table may have {MAX_ROTARY:,} entries"
-            )
-
-    @property
-    def head_dim(self) -> int:
-        """Width of an attention head, D in the shapes."""
-        return self.dim // self.n_heads
-
-    def to_model_args(self) -> dict[str, Any]:
-        """The plain dict that weights files carry as `model_args`."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_model_args(cls, model_args: dict[str, Any]) -> LlamaConfig:
-        """Read the `model_args` of this program, the original or llama2.c.
-
-        Unknown keys are ignored, missing ones have the default; `norm_eps` is llama2.c's name.
-        """
-        known = {field.name for field in dataclasses.fields(cls)}
-        renamed = {"norm_eps": "layer_norm_eps"}
-        named = {renamed.get(key, key): value for key, value in model_args.items()}
-        return cls(**{key: value for key, value in named.items() if key in known})
-
-    def parameter_counts(self) -> dict[str, int]:
-        """Parameters by part; a tied output head is counted as the embedding."""
-        kv_dim = self.n_kv_heads * self.head_dim
-        return {
-            "embedding": self.vocab_size * self.dim,
-            "attention": self.n_layers * (2 * self.dim * self.dim + 2 * self.dim * kv_dim),
-            "feed_forward": self.n_layers * 3 * self.dim * self.hidden_dim,
-            "norms": (2 * self.n_layers + 1) * self.dim,
-            "output": 0 if self.tie_word_embeddings else self.vocab_size * self.dim,
-        }
-
-    def block_parameters(self) -> tuple[int, int]:
-        """Parameters of the layers, and of the rest: embedding, last norm and output head."""
-        counts = self.parameter_counts()
-        around = counts["embedding"] + counts["output"] + self.dim
-        return sum(counts.values()) - around, around
-
-    def flops_per_token(self, sequence_length: int, *, logits: bool) -> float:
-        """FLOPs to train on one token: 6 per weight, and 6 L T d for attention.
-
-        As PaLM counts (Chowdhery et al. 2022, appendix B), with the causal half of the attention.
-        The embedding is a look-up and free; the output head counts where there are logits.
-        """
-        counts = self.parameter_counts()
-        weights = counts["attention"] + counts["feed_forward"]
-        weights += self.vocab_size * self.dim if logits else 0
-        return 6.0 * weights + 6.0 * self.n_layers * sequence_length * self.dim
+# ---------------------------------------------------------------------------- presets of the shape
 
 
 @dataclass(frozen=True)
@@ -289,13 +175,16 @@ class Options:
     pretrained_model_path: Path | None = flag(
         None,
         "model file or folder to start from, of this or another program; unset: to pretrain from "
-        "scratch, else that of a --save_dir typed, else ./checkpoints/final-model.pt, else "
-        "./stories42M.pt, else the shipped model",
+        "scratch, else that of a --save_dir typed, else the result of the last pretraining in this "
+        "folder, else ./stories42M.pt, else the shipped model",
     )
 
     flag = section("text to pretrain on", "pretrain")
     pretrain_data: tuple[str, ...] = flag(
         (), "files, folders, globs: .txt, .jsonl, .csv, .parquet, ...; unset: embedded", many=True
+    )
+    data_weights: tuple[float, ...] = flag(
+        (), "shares of the tokens read, one for each of them", many=True, metavar="X", above=0
     )
     val_data: tuple[str, ...] = flag((), "the same, held out for validation", many=True)
     flag = section("text to pretrain on", "pretrain", "finetune")
@@ -424,7 +313,9 @@ class Options:
         "JSON list of the labels' names, or an object: how files write each, and its name; unset: "
         "NAME-label-mapping.json beside --train",
     )
-    dev_out: Path | None = flag(None, "predictions on --dev; unset: named by data set and option")
+    dev_out: Path | None = flag(
+        None, "predictions on --dev; unset: in --save_dir, by data set and option"
+    )
     test_out: Path | None = flag(None, "predictions on --test; likewise")
     flag = section("labelled data (finetune, prompt)", *LABELLED)
     label_field: str = flag(

@@ -5,10 +5,11 @@ the weights. Knows nothing of optimizers, data sets or command lines, picks no d
 nothing. How a formula is computed fast on a CPU or a GPU is in `minllama.model`.
 
 The architecture is Llama 2's (arXiv:2307.09288): a decoder-only transformer (arXiv:1706.03762) with
-RMSNorm before each branch, rotary positions, SwiGLU, and grouped-query attention.
+RMSNorm before each branch, rotary positions, SwiGLU, and grouped-query attention. Its relatives
+have slower positions (Llama 3), biases (Qwen2) or two more norms (Qwen3), as `LlamaConfig` says.
 
 Shapes, here and in `minllama.model`: B rows (batch), T tokens, D numbers per head, H query heads,
-H_kv key/value heads, V vocabulary, S places in the cache; `dim`, H x D, is the width of the
+H_kv key/value heads, V vocabulary, S places in the cache; `dim`, mostly H x D, is the width of the
 residual stream.
 """
 
@@ -39,6 +40,7 @@ from minllama.model.kernels import (
     rotate,
     to_residual_dtype,
 )
+from minllama.model.shape import RopeScaling
 from minllama.system.errors import UsageError
 from minllama.text.chat import ChatTemplate
 
@@ -61,16 +63,23 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def rotary_table(head_dim: int, max_seq_len: int, theta: float = 10000.0) -> Tensor:
+def rotary_table(
+    head_dim: int, max_seq_len: int, theta: float = 10000.0, scaling: RopeScaling | None = None
+) -> Tensor:
     """Cosine and sine of every position's angles, (max_seq_len, 1, D / 2, 2) in float32.
 
     Position t turns pair i by t / theta^(2i / D): the first pairs fast, which tells neighbours
-    apart, the last ones so slowly that distant positions still differ.
+    apart, the last ones so slowly that distant positions still differ. `scaling` slows them down,
+    so that no angle is new to a model that reads more tokens than it was first trained on.
     """
     # Always on the CPU: the same numbers on every device.
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
     positions = torch.arange(max_seq_len, dtype=torch.float32, device="cpu")
-    angles = torch.outer(positions, 1.0 / theta**exponents)  # (max_seq_len, D / 2)
+    frequencies = 1.0 / theta**exponents  # (D / 2)
+    if scaling is not None:
+        divisors = [scaling.divisor(frequency) for frequency in frequencies.tolist()]
+        frequencies = frequencies / torch.tensor(divisors, device="cpu")
+    angles = torch.outer(positions, frequencies)  # (max_seq_len, D / 2)
     return torch.stack((angles.cos(), angles.sin()), dim=-1)[:, None]
 
 
@@ -99,11 +108,16 @@ class Attention(nn.Module):
         self.layer_id = layer_id  # the cache's entry for this layer
         self.head_dim = config.head_dim
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
-        kv_dim = config.n_kv_heads * config.head_dim
-        self.compute_query = nn.Linear(config.dim, config.dim, bias=False)
-        self.compute_key = nn.Linear(config.dim, kv_dim, bias=False)
-        self.compute_value = nn.Linear(config.dim, kv_dim, bias=False)
-        self.compute_output = nn.Linear(config.dim, config.dim, bias=False)
+        bias = config.attention_bias
+        self.compute_query = nn.Linear(config.dim, config.query_dim, bias=bias)
+        self.compute_key = nn.Linear(config.dim, config.kv_dim, bias=bias)
+        self.compute_value = nn.Linear(config.dim, config.kv_dim, bias=bias)
+        self.compute_output = nn.Linear(config.query_dim, config.dim, bias=False)
+        # Of normalised queries and keys no product can grow large (arXiv:2302.05442).
+        self.query_norm, self.key_norm = (
+            RMSNorm(config.head_dim, config.layer_norm_eps) if config.qk_norm else nn.Identity()
+            for _ in range(2)
+        )
         self.dropout = nn.Dropout(config.dropout)
 
     def heads(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,6 +126,7 @@ class Attention(nn.Module):
         query = self.compute_query(x).unflatten(-1, split)  # (B, T, H, D)
         key = self.compute_key(x).unflatten(-1, split)  # (B, T, H_kv, D)
         value = self.compute_value(x).unflatten(-1, split)  # (B, T, H_kv, D)
+        query, key = self.query_norm(query), self.key_norm(key)
         # Rotated by their positions, so q k^T depends on their distance alone. Values are what is
         # summed up, not compared: they stay as they are.
         return rotate(query, table), rotate(key, table), value
@@ -131,7 +146,7 @@ class Attention(nn.Module):
             attended = attend(query, key, value, masks)  # (B, H, T, D)
         else:
             attended = cache.attend(query, key, value)  # (B, H, T, D)
-        attended = attended.transpose(1, 2).flatten(2)  # (B, T, dim): the heads side by side
+        attended = attended.transpose(1, 2).flatten(2)  # (B, T, H x D): the heads side by side
         return self.dropout(self.compute_output(attended))
 
 
@@ -180,8 +195,8 @@ class LlamaLayer(nn.Module):
 class Llama(nn.Module):
     """Token ids in, logits out.
 
-    `vocabulary` is the SentencePiece model of the ids, if known, and `chat_template` how dialogues
-    were written that it was trained on, if any: they travel with the weights.
+    `vocabulary` are the bytes of the vocabulary of the ids, if known, and `chat_template` how
+    dialogues were written that it was trained on, if any: they travel with the weights.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -207,7 +222,9 @@ class Llama(nn.Module):
     def init_weights(self, part: nn.Module) -> None:
         """Draw a part's weights as GPT-2: normal 0.02, less where 2 n_layers branches add up."""
         for name, parameter in part.named_parameters():
-            if parameter.dim() == 1:  # the gains of norms
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 1:  # the gains of norms
                 nn.init.ones_(parameter)
             else:
                 # These two matrices end the branches that each layer adds to the residual stream.
@@ -240,7 +257,8 @@ class Llama(nn.Module):
             # A token's vector as input and as output mean the same, and the table is most of a
             # small model: sharing it saves V x dim parameters and learns better (arXiv:1608.05859).
             self.output.weight = self.tok_embeddings.weight
-        table = rotary_table(config.head_dim, config.max_seq_len, config.rope_theta)
+        shape = (config.head_dim, config.max_seq_len, config.rope_theta, config.rope_scaling)
+        table = rotary_table(*shape)
         self.rotary = table.to(self.tok_embeddings.weight.device)  # (max_seq_len, 1, D/2, 2)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Llama:

@@ -48,7 +48,12 @@ from minllama.system.signals import LAUNCHER_REPEATS, StopRequest
 from minllama.text.find_files import find_text_files
 from minllama.text.labelled import Labels, read_labelled, report_predictions
 from minllama.text.reading import Reading, read_lines
-from minllama.text.splits import find_dialogue_files, find_labelled_files, find_sentences
+from minllama.text.splits import (
+    data_set_name,
+    find_dialogue_files,
+    find_labelled_files,
+    find_sentences,
+)
 from minllama.training.chat_tuning import ChatTuning
 from minllama.training.classification import (
     POOLING_DESCRIPTION,
@@ -60,7 +65,7 @@ from minllama.training.loop import train
 from minllama.training.pretraining import Pretraining, plan_for_gpus
 from minllama.training.results import say_interrupted
 from minllama.training.run import Run
-from minllama.training.setup import make_plan, open_run
+from minllama.training.setup import make_plan, open_run, use_checkpoint_folder
 from minllama.training.task import Task
 from utils import LlamaDataset
 
@@ -78,11 +83,13 @@ def pretrain(options: Options, stop: StopRequest, ranks: Ranks) -> int:
 
 def finetune(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     """Train a pretrained model on dialogues, or a classifier on it; returns the exit status."""
+    prefix = f"finetune-{data_set_name(options.train)}"
+    options = use_checkpoint_folder(options, prefix)  # predictions go there, too
     if options.is_chat:
         files, task_class = find_dialogue_files(options), ChatTuning
     else:
         files, task_class = find_labelled_files(options, "finetuning"), Classification
-    with open_run(options, f"finetune-{files.name}", ranks=ranks, stop=stop) as run:
+    with open_run(options, prefix, ranks=ranks, stop=stop) as run:
         return run_task(run, task_class(run, files))
 
 

@@ -5,8 +5,9 @@ A module imports only from its own folder and from those listed above it:
     system      errors, files written whole or not at all, locks, signals, sizes
     cli         flags, messages, progress bars
     machine     device, GPUs, random state, several processes
+    vocabulary  token ids and their text: SentencePiece and byte-level BPE
     text        text, dialogues and labelled sentences to token ids
-    model       what makes the Llama fast, smaller or trainable in part
+    model       the Llama's shape, and what makes it fast, smaller or trainable in part
     formats     model files: each format read, written and checked
     inference   prompts, streams, conversations, scores
     runs        a run on the disk: its folder, checkpoints, metrics, report, plan

@@ -45,8 +45,9 @@ def to_hugging_face(model: Llama) -> dict[str, torch.Tensor]:
     size = config.head_dim
     for name, tensor in model.state_dict().items():
         tensor = tensor.clone()
-        for part, heads in (("query", config.n_heads), ("key", config.n_kv_heads)):
-            if f"compute_{part}" in name:
+        parts = {"compute_query": config.n_heads, "compute_key": config.n_kv_heads}
+        for part, heads in (parts | {"query_norm": 1, "key_norm": 1}).items():
+            if part in name:
                 order = [
                     head * size + pair * 2 + half
                     for head in range(heads)

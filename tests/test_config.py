@@ -47,7 +47,7 @@ def test_the_flags_are_exactly_these():
         dtype save_dtype deterministic compile
         model_size dim n_layers n_heads n_kv_heads hidden_dim max_seq_len dropout
         tokenizer_model pretrained_model_path
-        pretrain_data val_data val_fraction document_per_line document_separator
+        pretrain_data data_weights val_data val_fraction document_per_line document_separator
         text_field sentences_only dedup
         document_mask         encoding encoding_errors cache_dir
         epochs max_steps gradient_accumulation_steps optimizer lr_scheduler warmup_steps min_lr

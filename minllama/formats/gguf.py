@@ -8,9 +8,10 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import re
-import struct
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -20,8 +21,20 @@ import torch
 from torch import Tensor
 
 from config import LlamaConfig
-from minllama.formats.stored_model import Contents, StoredModel, check_finite, read_shape, translate
-from minllama.formats.vocabularies import check_same_ids, require_plain_bpe
+from minllama.formats.gguf_vocabulary import rebuilt_vocabulary, vocabulary_values
+from minllama.formats.stored_model import (
+    Contents,
+    StoredModel,
+    architecture_for,
+    check_finite,
+    read_shape,
+    reorder_heads,
+    to_adjacent_pairs,
+    to_half_split,
+    translate,
+)
+from minllama.formats.vocabularies import check_same_ids, require_exportable
+from minllama.model.shape import RopeScaling
 from minllama.system.errors import UsageError
 from minllama.system.files import atomic_write, write_text
 from minllama.system.packages import import_optional
@@ -36,6 +49,7 @@ if TYPE_CHECKING:
 
 PACKAGE, BESIDE = "gguf", "Modelfile"  # Ollama's recipe
 MOST_PARTS = 4_000_000  # of a header, 200 bytes of memory each: 256,000 tokens and merges are 1.5 M
+RECIPE_LINE = 4096  # bytes read of a recipe's first line
 NAME_CHARS = 256  # of a value or a tensor
 REASON_CHARS = 200  # of what the package says of a file that it cannot read
 WRITTEN = {  # precisions that are written: the package's names for tensors and for whole files
@@ -54,12 +68,14 @@ NAMES = {
     "attention.compute_key": "attn_k",
     "attention.compute_value": "attn_v",
     "attention.compute_output": "attn_output",
+    "attention.query_norm": "attn_q_norm",
+    "attention.key_norm": "attn_k_norm",
     "ffn_norm": "ffn_norm",
     "feed_forward.w1": "ffn_gate",
     "feed_forward.w2": "ffn_down",
     "feed_forward.w3": "ffn_up",
 }
-CONFIG = {  # keys that begin with `llama.`, and ours
+CONFIG = {  # keys that begin with the architecture, and ours
     "vocab_size": "vocab_size",
     "context_length": "max_seq_len",
     "embedding_length": "dim",
@@ -71,7 +87,16 @@ CONFIG = {  # keys that begin with `llama.`, and ours
     "rope.freq_base": "rope_theta",
 }
 PLAIN = re.compile(r"[^\s{}\"'\\\x00-\x1f\x7f-\x9f]+")  # in Ollama's recipe what needs no quotes
-HEAD_DIM = ("rope.dimension_count", "attention.key_length", "attention.value_length")
+HEAD_DIM = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+ARCHITECTURES: dict[str, dict[str, bool]] = {  # and what, by our names, their models have
+    "llama": {},
+    "qwen2": {"attention_bias": True},
+    "qwen3": {"qk_norm": True},
+}
+ROPE_FREQS = "rope_freqs.weight"  # by how much each pair is slowed down, in Llama 3's files
+OUR_SCALING = "minllama.rope_scaling"  # the numbers behind that, which llama.cpp has no keys for
+LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # those of all that Meta has published
+LLAMA_3 |= {"original_max_position_embeddings": 8192}
 
 
 def tensor_name(name: str) -> str:
@@ -165,36 +190,75 @@ def read(path: Path) -> StoredModel:
     tensors, metadata = stored["model"], stored["metadata"]
     table = tensors.get("token_embd.weight", torch.empty(0))
     config = _read_config(path, metadata, len(table), tied="output.weight" not in tensors)
+    if config.rope_scaling is None and ROPE_FREQS in tensors:
+        config = _with_rope_freqs(path, config, tensors.pop(ROPE_FREQS), metadata.get(OUR_SCALING))
     tensors.setdefault("output.weight", table)
     vocabulary = rebuilt_vocabulary(path, metadata)
     template = ChatTemplate.from_jinja(metadata.get("tokenizer.chat_template"))
-    return StoredModel(config, tensors, vocabulary, template).checked(path, tensor_name)
+    model = StoredModel(config, tensors, vocabulary, template).checked(path, tensor_name)
+    if metadata["general.architecture"] == "llama":  # whose pairs are adjacent, as here
+        return model
+    return model._replace(weights=reorder_heads(model.weights, config, to_adjacent_pairs))
 
 
 def _read_config(path: Path, values: dict[str, Any], vocab_size: int, tied: bool) -> LlamaConfig:
     """The shape that the values give; UsageError for what is not computed here."""
-    architecture = values.get("general.architecture")
-    if architecture != "llama":
-        architecture = str(architecture)[:40]
+    kind = values.get("general.architecture")
+    if kind not in [*ARCHITECTURES]:  # a list: what a file has may have no hash
         raise UsageError(
-            f"{path}: general.architecture {architecture!r} is not supported, only 'llama'"
+            f"{path}: general.architecture {str(kind)[:40]!r} is another architecture than the "
+            f"Llama here; these are read: {', '.join(ARCHITECTURES)}"
         )
     settings = {"rope.freq_base": 10000.0, "vocab_size": vocab_size}
     for key, value in values.items():
-        if key.startswith("llama."):  # 1e-05, not the 9.999999747e-06 that float32 makes of it
+        if key.startswith(f"{kind}."):  # 1e-05, not the 9.999999747e-06 that float32 makes of it
             value = float(str(np.float32(value))) if isinstance(value, float) else value
-            settings[key.removeprefix("llama.")] = value
-    for key in CONFIG:
+            settings[key.removeprefix(f"{kind}.")] = value
+    for key in (*CONFIG, *HEAD_DIM):
         if not isinstance(settings.get(key, 0), int | float):
-            raise UsageError(f"{path}: llama.{key} {str(settings[key])[:40]!r} is no number")
-    args = {ours: settings.get(key) for key, ours in CONFIG.items()}
-    config = read_shape(path, args | {"tie_word_embeddings": tied})
+            raise UsageError(f"{path}: {kind}.{key} {str(settings[key])[:40]!r} is no number")
+    args = ARCHITECTURES[kind] | {ours: settings.get(key) for key, ours in CONFIG.items()}
+    args |= {"head_dim": settings.get(HEAD_DIM[0]), "tie_word_embeddings": tied}
+    # As llama.cpp reads them: a factor is linear's unless a type says otherwise.
+    scaling = settings.pop("rope.scaling.type", "linear")
+    factor = settings.pop("rope.scaling.factor", 0) or settings.pop("rope.scale_linear", 0)
+    settings.pop("rope.scaling.original_context_length", None)  # of other types than linear
+    if scaling not in ("linear", "none"):
+        raise UsageError(f"{path}: {kind}.rope.scaling.type {str(scaling)[:40]!r} is not supported")
+    if scaling == "linear" and factor not in (0, 1):
+        args["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+    config = read_shape(path, args)
     for key, value in settings.items():
         must_be = (config.head_dim,) if key in HEAD_DIM else (0, "none")
         known = key in CONFIG or key == "tensor_data_layout"
         if not known and (not isinstance(value, int | float | str) or value not in must_be):
-            raise UsageError(f"{path}: llama.{key} {str(value)[:40]!r} is not supported")
+            raise UsageError(f"{path}: {kind}.{key} {str(value)[:40]!r} is not supported")
     return config
+
+
+def _with_rope_freqs(path: Path, config: LlamaConfig, divisors: Tensor, ours: Any) -> LlamaConfig:
+    """The shape with the scaling that gives these divisors: the file's own numbers, or Llama 3's.
+
+    Raises UsageError where neither do.
+    """
+    numbers = [{"rope_type": "llama3", "factor": divisors.max().item(), **LLAMA_3}]
+    if isinstance(ours, str):
+        with contextlib.suppress(ValueError, RecursionError):  # JSON's errors are ValueErrors
+            numbers.insert(0, json.loads(ours))
+    for each in numbers:
+        with contextlib.suppress(UsageError):
+            scaled = dataclasses.replace(config, rope_scaling=RopeScaling.from_plain(each))
+            want = rope_freqs(scaled)
+            if want.shape == divisors.shape and torch.allclose(want, divisors.float(), rtol=1e-5):
+                return scaled
+    raise UsageError(f"{path}: its {ROPE_FREQS} are not those of Llama 3, and not supported")
+
+
+def rope_freqs(config: LlamaConfig) -> Tensor:
+    """By how much each pair of a scaled shape is slowed down, (D / 2), as llama.cpp has them."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    return torch.tensor([config.rope_scaling.divisor(f) for f in frequencies.tolist()])
 
 
 # ---------------------------------------------------------------------------- writing
@@ -207,41 +271,62 @@ def write(model: Llama, output: Path, *, dtype: str, tokenizer: Tokenizer | None
     if tokenizer is None:
         remedy = vocabulary_remedy(config.vocab_size)
         raise UsageError(f"--convert gguf: llama.cpp needs a vocabulary in the file: {remedy}")
-    require_plain_bpe(tokenizer)
+    require_exportable(tokenizer)
     if not output.name.isprintable() or {*output.name} & {*'"\\'}:
         raise UsageError(
             f"--output {output}: Ollama's {BESIDE} can hold no name with quotes, backslashes or "
             "control characters: give another"
         )
+    kind, scaling = architecture_for(config, "gguf"), config.rope_scaling
     metadata = {
         "general.file_type": int(package.LlamaFileType[WRITTEN[dtype][1]]),
         "general.quantization_version": package.GGML_QUANT_VERSION,
-        **{f"llama.{key}": getattr(config, ours) for key, ours in CONFIG.items()},
-        **dict.fromkeys((f"llama.{key}" for key in HEAD_DIM), config.head_dim),
+        **{f"{kind}.{key}": getattr(config, ours) for key, ours in CONFIG.items()},
+        **dict.fromkeys((f"{kind}.{key}" for key in HEAD_DIM), config.head_dim),
+        **_scaling_values(kind, scaling),
         **vocabulary_values(tokenizer),
         **({"tokenizer.chat_template": model.chat_template.jinja()} if model.chat_template else {}),
     }
+    state = model.state_dict()
+    if kind != "llama":
+        state = reorder_heads(state, config, to_half_split)
     with np.errstate(all="ignore"):  # check_finite refuses a number that is too large
-        encoded = {name: encode(package, t, dtype) for name, t in model.state_dict().items()}
+        encoded = {name: encode(package, tensor, dtype) for name, tensor in state.items()}
         want = {
-            name: torch.from_numpy(package.quants.dequantize(data, kind))
-            for name, (data, kind) in encoded.items()
+            name: torch.from_numpy(package.quants.dequantize(*part))
+            for name, part in encoded.items()
         }
+    if kind != "llama":
+        want = reorder_heads(want, config, to_adjacent_pairs)
     check_finite(model, want, dtype)
     if config.tie_word_embeddings:
         del encoded["output.weight"]
+    tensors = {tensor_name(name): part for name, part in encoded.items()}
+    if scaling is not None and scaling.rope_type == "llama3":
+        tensors[ROPE_FREQS] = encode(package, rope_freqs(config), dtype)
 
     def verify(path: Path) -> None:
         stored = read(path)
         stored.check_read_back(path, want)
         again = Tokenizer(tokenizer_model=stored.vocabulary)
-        check_same_ids(tokenizer, lambda text: again.encode(text, True, True), str(path), eos=True)
+        check_same_ids(tokenizer, again.vocabulary.encode, str(path))
 
     with atomic_write(output, verify=verify) as file:
-        write_file(package, file, metadata, {tensor_name(name): e for name, e in encoded.items()})
-    recipe = output.with_name(BESIDE)
+        write_file(package, file, metadata, tensors, architecture=kind)
+    recipe = recipe_beside(output)
     write_text(recipe, modelfile(output, model, tokenizer))
     return [output, recipe]
+
+
+def _scaling_values(kind: str, scaling: RopeScaling | None) -> dict[str, Any]:
+    if scaling is None:
+        return {}
+    if scaling.rope_type == "llama3":
+        return {OUR_SCALING: json.dumps(scaling.to_plain())}
+    return {
+        f"{kind}.rope.scaling.type": "linear",
+        f"{kind}.rope.scaling.factor": float(scaling.factor),
+    }
 
 
 def encode(package: ModuleType, tensor: Tensor, dtype: str) -> tuple[np.ndarray, Any]:
@@ -253,7 +338,7 @@ def encode(package: ModuleType, tensor: Tensor, dtype: str) -> tuple[np.ndarray,
     kind = package.GGMLQuantizationType["F32" if tensor.dim() == 1 else WRITTEN[dtype][0]]
     if tensor.shape[-1] % package.GGML_QUANT_SIZES[kind][0]:
         kind = package.GGMLQuantizationType.F16
-    return package.quants.quantize(tensor.numpy(), kind), kind
+    return package.quants.quantize(tensor.contiguous().numpy(), kind), kind
 
 
 def write_file(
@@ -261,11 +346,13 @@ def write_file(
     file: BinaryIO,
     metadata: dict[str, Any],
     tensors: dict[str, tuple[np.ndarray, Any]],
+    *,
+    architecture: str = "llama",
 ) -> None:
     """Write values, ints as uint32 and floats as float32, and tensors as `encode` makes them."""
     types = package.GGUFValueType
     kinds = {bool: types.BOOL, int: types.UINT32, float: types.FLOAT32, str: types.STRING}
-    writer = package.GGUFWriter(None, "llama")
+    writer = package.GGUFWriter(None, architecture)
     for key, value in metadata.items():
         writer.add_key_value(key, value, kinds.get(type(value), types.ARRAY))
     for name, (data, kind) in tensors.items():
@@ -281,9 +368,23 @@ def write_file(
     writer.write_padding(file, file.tell())
 
 
+def recipe_beside(output: Path) -> Path:
+    """The path of a model's recipe: Modelfile, but NAME.Modelfile where that is another model's."""
+    recipe = output.with_name(BESIDE)
+    if not recipe.is_file():
+        return recipe
+    with recipe.open("rb") as file:
+        is_own = file.readline(RECIPE_LINE).strip() == _source(output).encode()
+    return recipe if is_own else output.with_name(f"{output.name}.{BESIDE}")
+
+
+def _source(output: Path) -> str:
+    return f'FROM "./{output.name}"' if " " in output.name else f"FROM ./{output.name}"
+
+
 def modelfile(output: Path, model: Llama, tokenizer: Tokenizer) -> str:
     """Ollama's recipe for the file: dialogues, or text in and its continuation out."""
-    bos, eos = map(tokenizer.sp_model.id_to_piece, (tokenizer.bos_id, tokenizer.eos_id))
+    bos, eos = map(tokenizer.vocabulary.name, tokenizer.vocabulary.stated_marks)
     # The recipe knows no escapes, so a piece that could end a quote is left out: Ollama stops at
     # EOS by its id, too.
     template, stops = "{{ .Prompt }}", [eos] if PLAIN.fullmatch(eos) else []
@@ -291,7 +392,7 @@ def modelfile(output: Path, model: Llama, tokenizer: Tokenizer) -> str:
         template = model.chat_template.ollama(_in_template(bos), _in_template(eos))
         stops.append(model.chat_template.user)
     lines = [
-        f'FROM "./{output.name}"' if " " in output.name else f"FROM ./{output.name}",
+        _source(output),
         f'TEMPLATE """{template}"""',
         f"PARAMETER num_ctx {model.config.max_seq_len}",
         *(f'PARAMETER stop "{stop}"' for stop in stops),
@@ -303,92 +404,3 @@ def _in_template(piece: str) -> str:
     """A piece of the vocabulary as Go's templates spell it."""
     quoted = json.dumps(piece, ensure_ascii=False)
     return piece if PLAIN.fullmatch(piece) else f"{{{{ {quoted} }}}}"
-
-
-# ---------------------------------------------------------------------------- vocabularies
-
-LARGEST_SCORE = float(np.finfo(np.float32).max)  # SentencePiece's files hold float32
-NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6  # as in SentencePiece's own files
-
-
-def vocabulary_values(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The values that describe a BPE vocabulary, whose pieces are of no other kinds than these."""
-    sp, ids = tokenizer.sp_model, range(tokenizer.n_words)
-    asked = {UNKNOWN: sp.is_unknown, CONTROL: sp.is_control, UNUSED: sp.is_unused, BYTE: sp.is_byte}
-    values = {
-        "model": "llama",  # SentencePiece's BPE
-        "pre": "default",
-        "tokens": [sp.id_to_piece(i) for i in ids],
-        "scores": [sp.get_score(i) for i in ids],
-        "token_type": [
-            next((kind for kind, is_it in asked.items() if is_it(i)), NORMAL) for i in ids
-        ],
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "unknown_token_id": sp.unk_id(),
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "add_space_prefix": True,
-    }
-    return {f"tokenizer.ggml.{key}": value for key, value in values.items()}
-
-
-def rebuilt_vocabulary(path: Path, values: dict[str, Any]) -> bytes | None:
-    """The SentencePiece model that a file's values describe; None for a vocabulary of another kind.
-
-    Pieces, scores and kinds are those of the file, so text gets the ids that it had in training.
-    Raises UsageError, naming `path`, where they do not fit together.
-    """
-    prefix = "tokenizer.ggml."
-    told = {key[len(prefix) :]: value for key, value in values.items() if key.startswith(prefix)}
-    if told.get("model") != "llama":
-        return None
-    tokens, scores, kinds = (told.get(key) for key in ("tokens", "scores", "token_type"))
-    bos, eos = told.get("bos_token_id"), told.get("eos_token_id")
-    fit = (
-        all(isinstance(column, list) for column in (tokens, scores, kinds))
-        and len(tokens) == len(scores) == len(kinds)
-        and all(type(i) is int and 0 <= i < len(tokens) for i in (bos, eos))
-        and {*map(type, tokens)} == {str}
-        and {*map(type, kinds)} == {int}
-        and {*kinds} <= {*range(1, 7)}
-        and {*map(type, scores)} <= {int, float}
-        and all(abs(score) <= LARGEST_SCORE for score in scores)  # not so of NaN
-    )
-    if not fit:
-        raise UsageError(
-            f"{path}: its tokens, scores, token types, BOS and EOS do not fit together"
-        )
-    pieces = (
-        _field(1, _field(1, token) + _field(2, float(score)) + _field(3, int(kind)))
-        for token, score, kind in zip(tokens, scores, kinds, strict=True)
-    )
-    bpe, bytes_for_the_rest = _field(3, 2), _field(35, int(BYTE in kinds))
-    trainer = bpe + bytes_for_the_rest + _field(46, tokens[bos]) + _field(47, tokens[eos])
-    dummy_prefix = _field(3, int(bool(told.get("add_space_prefix", True))))
-    normalizer = _field(1, "identity") + dummy_prefix + _field(4, 0)  # 4: trims no spaces
-    model = b"".join([*pieces, _field(2, trainer), _field(3, normalizer)])
-    try:
-        Tokenizer(tokenizer_model=model)
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
-    return model
-
-
-def _field(number: int, value: str | bytes | int | float) -> bytes:
-    """A field of a Protocol Buffers message, which SentencePiece's files are."""
-    if isinstance(value, int):
-        return _varint(number << 3) + _varint(value)
-    if isinstance(value, float):
-        return _varint(number << 3 | 5) + struct.pack("<f", value)
-    data = value.encode() if isinstance(value, str) else value
-    return _varint(number << 3 | 2) + _varint(len(data)) + data
-
-
-def _varint(number: int) -> bytes:
-    """Seven bits to a byte, the lowest first."""
-    data = bytearray()
-    while number > 127:
-        data.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*data, number])

@@ -1,13 +1,16 @@
 """Folders of Hugging Face's `transformers`: config.json, safetensors, the tokenizer's files.
 
+Llama and those of its relatives that compute the same but for what `LlamaConfig` has: Mistral in a
+context no longer than its window, Qwen2, Qwen3.
+
 A folder is untrusted: pickles in it are not read, and an index names files of its own folder only.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,19 +18,35 @@ import torch
 from torch import Tensor
 
 from config import LlamaConfig
-from minllama.formats.stored_model import Contents, StoredModel, as_stored, read_shape, translate
-from minllama.formats.vocabularies import check_same_ids, merges, require_plain_bpe
+from minllama.formats.hugging_face_vocabulary import (
+    check_token_ids,
+    read_vocabulary,
+    write_json,
+    write_vocabulary,
+)
+from minllama.formats.stored_model import (
+    Contents,
+    StoredModel,
+    architecture_for,
+    as_stored,
+    read_shape,
+    reorder_heads,
+    to_adjacent_pairs,
+    to_half_split,
+    translate,
+)
+from minllama.model.shape import SCALING_BOUNDS
 from minllama.system.errors import UsageError
 from minllama.system.files import (
     atomic_folder,
     check_regular,
     is_text,
     read_json_object,
-    read_whole,
 )
 from minllama.system.packages import import_optional
 from minllama.text.chat import ChatTemplate
-from tokenizer import MODEL_BYTES, Tokenizer
+from minllama.vocabulary.files import CONFIG as TOKENIZER_CONFIG
+from tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llama import Llama
@@ -51,6 +70,8 @@ NAMES = {
     "attention.compute_key": "self_attn.k_proj",
     "attention.compute_value": "self_attn.v_proj",
     "attention.compute_output": "self_attn.o_proj",
+    "attention.query_norm": "self_attn.q_norm",
+    "attention.key_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
     "feed_forward.w1": "mlp.gate_proj",
     "feed_forward.w2": "mlp.down_proj",
@@ -67,23 +88,25 @@ CONFIG = {  # config.json's keys, in the order they are written in, and ours
     "max_position_embeddings": "max_seq_len",
     "rms_norm_eps": "layer_norm_eps",
 }
-# What would compute something else than the Llama here does, unless it is this.
+# The architectures by model_type, and what they have where config.json does not say: values of
+# theirs, and, by our names, what all models of it have.
+LLAMA_2 = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
+QWEN = {"max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "num_key_value_heads": 32}
+ARCHITECTURES: dict[str, tuple[dict[str, Any], dict[str, bool]]] = {
+    "llama": (LLAMA_2, {}),
+    "mistral": (LLAMA_2 | {"num_key_value_heads": 8, "sliding_window": 4096}, {}),
+    "qwen2": (QWEN, {"attention_bias": True}),
+    "qwen3": (QWEN | {"head_dim": 128}, {"qk_norm": True}),
+}
+CLASSES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # of those that are written
+# What would compute something else than the Llama here does, unless it is this. A bias of their
+# attention is one of its output, too; Qwen2's, which it has without a word, is not.
 ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
 
 def tensor_name(name: str) -> str:
     """What `transformers` calls our tensor of this name."""
     return translate(name, NAMES, "model.layers")
-
-
-def to_half_split(weight: Tensor, n_heads: int) -> Tensor:
-    """Rows of a query or key matrix as `transformers` rotates them: i paired with i + D/2."""
-    return weight.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-
-
-def to_adjacent_pairs(weight: Tensor, n_heads: int) -> Tensor:
-    """The inverse of to_half_split: 2i paired with 2i + 1."""
-    return weight.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 # ---------------------------------------------------------------------------- reading
@@ -125,28 +148,55 @@ def _rope(file: Path, theirs: dict[str, Any]) -> dict[str, Any]:
 
 def _read_config(path: Path) -> LlamaConfig:
     file, theirs = path / "config.json", read_json_object(path / "config.json")
-    rope = _rope(file, theirs)
+    kind = theirs.get("model_type")
+    if kind not in [*ARCHITECTURES]:  # a list: what a file has may have no hash
+        raise UsageError(
+            f"{file}: model_type {kind!r} is another architecture than the Llama here; these are "
+            f"read: {', '.join(ARCHITECTURES)}"
+        )
+    defaults, has = ARCHITECTURES[kind]
+    theirs, rope = defaults | theirs, _rope(file, theirs)
     required = {  # else the model would compute something else than the Llama here: value, only
-        "model_type": (theirs.get("model_type"), "llama"),
         **{key: (theirs.get(key, only), only) for key, only in ONLY.items()},
         "quantization_config": (theirs.get("quantization_config"), None),
-        "rope_scaling": (rope.get("rope_type", "default"), "default"),
         "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), 1.0),
     }
     for key, (value, must_be) in required.items():
         if value != must_be:
             raise UsageError(f"{file}: {key} {value!r} is not supported, only {must_be!r}")
-    theirs = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6} | theirs  # their defaults
-    args = {ours: theirs.get(key) for key, ours in CONFIG.items()}
+    args = has | {ours: theirs.get(key) for key, ours in CONFIG.items()}
     args["rope_theta"] = rope.get("rope_theta", 10000.0)
+    args["rope_scaling"] = _rope_scaling(rope)
     args["tie_word_embeddings"] = theirs.get("tie_word_embeddings", False)
-    config = read_shape(file, args)
-    if theirs.get("head_dim") not in (None, config.head_dim):
-        raise UsageError(
-            f"{file}: head_dim {theirs['head_dim']} is not supported, only hidden_size / "
-            f"num_attention_heads = {config.head_dim}"
-        )
-    return config
+    args["max_seq_len"] = _context(file, kind, theirs)
+    return read_shape(file, args)
+
+
+def _rope_scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
+    """What of the settings scales positions; LlamaConfig refuses kinds that it does not know."""
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return None
+    names = ("factor", *(SCALING_BOUNDS if kind == "llama3" else ()))
+    return {"rope_type": kind} | {name: rope.get(name) for name in names}
+
+
+def _context(file: Path, kind: str, theirs: dict[str, Any]) -> Any:
+    """The context; within a sliding window attention is the plain one, so it ends there."""
+    context, window = theirs["max_position_embeddings"], theirs.get("sliding_window")
+    types = theirs.get("layer_types") or []
+    other = [name for name in types if name not in ("full_attention", "sliding_attention")]
+    if not isinstance(types, list) or other:
+        raise UsageError(f"{file}: layer_types {str(other or types)[:40]} are not supported")
+    slides = kind == "mistral" or (kind != "llama" and theirs.get("use_sliding_window"))
+    if not (slides and isinstance(window, int) and isinstance(context, int) and window < context):
+        return context
+    print(
+        f"note: {file}: the context is cut from {context:,} to {window:,} tokens, its sliding "
+        "window, within which the model is a Llama",
+        file=sys.stderr,
+    )
+    return window
 
 
 def read_safetensors(folder: Path) -> dict[str, Tensor]:
@@ -194,16 +244,11 @@ def read(path: Path) -> StoredModel:
     table, head = tensor_name("tok_embeddings.weight"), tensor_name("output.weight")
     if config.tie_word_embeddings and table in weights:
         weights.setdefault(head, weights[table])
-    vocabulary, settings = path / "tokenizer.model", path / "tokenizer_config.json"
-    vocabulary = read_whole(vocabulary, MODEL_BYTES) if vocabulary.exists() else None
+    settings = path / TOKENIZER_CONFIG
     template = read_json_object(settings).get("chat_template") if settings.exists() else None
     template = ChatTemplate.from_jinja(template)
-    model = StoredModel(config, weights, vocabulary, template).checked(path, tensor_name)
-    for i in range(config.n_layers):
-        for kind, heads in (("query", config.n_heads), ("key", config.n_kv_heads)):
-            name = f"layers.{i}.attention.compute_{kind}.weight"
-            model.weights[name] = to_adjacent_pairs(model.weights[name], heads)
-    return model
+    model = StoredModel(config, weights, read_vocabulary(path), template).checked(path, tensor_name)
+    return model._replace(weights=reorder_heads(model.weights, config, to_adjacent_pairs))
 
 
 def contents(path: Path) -> Contents:
@@ -230,10 +275,7 @@ def write_files(model: Llama, folder: Path, dtype: str, tokenizer: Tokenizer | N
     """Fill an existing empty folder."""
     save_file = import_optional("safetensors.torch", "--convert hf").save_file
     config, state = model.config, {}
-    heads = {"query": config.n_heads, "key": config.n_kv_heads}
-    for name, tensor in model.state_dict().items():
-        kind = name.split(".")[-2].removeprefix("compute_")
-        tensor = to_half_split(tensor, heads[kind]) if kind in heads else tensor
+    for name, tensor in reorder_heads(model.state_dict(), config, to_half_split).items():
         if name != "output.weight" or not config.tie_word_embeddings:
             state[tensor_name(name)] = tensor.to(getattr(torch, dtype)).contiguous()
     path = folder / WEIGHTS
@@ -247,113 +289,29 @@ def write_files(model: Llama, folder: Path, dtype: str, tokenizer: Tokenizer | N
     path.chmod(mode)  # safetensors' own is 0600, which other users cannot read
     described = config_json(config, dtype, tokenizer)
     write_json(folder / "config.json", described)
+    ends = tokenizer.vocabulary.end_ids if tokenizer else [described["eos_token_id"]]
     ids = {key: described[key] for key in ("bos_token_id", "eos_token_id")}
+    ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     write_json(folder / "generation_config.json", ids)
     if tokenizer is not None:
-        require_plain_bpe(tokenizer)
-        (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
-        write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
-        write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, model))
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8", newline="\n")
+        write_vocabulary(tokenizer, model, folder)
 
 
 def config_json(config: LlamaConfig, dtype: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    bos, eos = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (1, 2)
+    bos, eos = tokenizer.vocabulary.stated_marks if tokenizer else (1, 2)
+    kind = architecture_for(config, "hf")
+    scaling = {} if config.rope_scaling is None else config.rope_scaling.to_plain()
+    rope = {"rope_type": "default", **scaling, "rope_theta": config.rope_theta}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [f"{CLASSES[kind]}ForCausalLM"],
+        "model_type": kind,
         **ONLY,
         **{key: getattr(config, ours) for key, ours in CONFIG.items()},
-        "rope_theta": config.rope_theta,  # where transformers 4 looks; 5 looks one line below
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_theta": config.rope_theta,  # where transformers 4 looks, and at rope_scaling
+        **({"rope_scaling": scaling} if scaling else {}),
+        "rope_parameters": rope,  # where transformers 5 looks
         "tie_word_embeddings": config.tie_word_embeddings,
         "bos_token_id": bos,
         "eos_token_id": eos,
         "torch_dtype": dtype,
     }
-
-
-def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The vocabulary in the `tokenizers` library's own format.
-
-    Not left to transformers' reading of tokenizer.model, which drops a leading space.
-    """
-    sp = tokenizer.sp_model
-    names = [sp.id_to_piece(i) for i in range(tokenizer.n_words)]
-    bos = names[tokenizer.bos_id]
-    special = sorted({tokenizer.bos_id, tokenizer.eos_id, sp.unk_id()})
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    piece = {"SpecialToken": {"id": bos, "type_id": 0}}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, "content": names[i], **flags, "special": True} for i in special],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": "▁"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-            ],
-        },
-        "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [piece, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [piece, *({"Sequence": {"id": which, "type_id": 0}} for which in "AB")],
-            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
-        },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": names[sp.unk_id()],
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": {name: i for i, name in enumerate(names)},
-            "merges": merges(tokenizer),
-        },
-    }
-
-
-def tokenizer_config(tokenizer: Tokenizer, model: Llama) -> dict[str, Any]:
-    piece, template = tokenizer.sp_model.id_to_piece, model.chat_template
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
-        "bos_token": piece(tokenizer.bos_id),
-        "eos_token": piece(tokenizer.eos_id),
-        "unk_token": piece(tokenizer.sp_model.unk_id()),
-        "model_max_length": model.config.max_seq_len,
-        "model_input_names": ["input_ids", "attention_mask"],  # generate() takes no others
-        "clean_up_tokenization_spaces": False,
-        # "<s>" in a text is text, as SentencePiece reads it; but a chat template has to write it.
-        "split_special_tokens": template is None,
-        **({} if template is None else {"chat_template": template.jinja()}),
-    }
-
-
-def check_token_ids(tokenizer: Tokenizer, folder: Path) -> None:
-    """Where `tokenizers` is installed, its ids of difficult texts must be ours."""
-    try:
-        from tokenizers import Tokenizer as TheirTokenizer
-    except ImportError:
-        return
-    # Not by its name, which their library looks for as UTF-8 whatever the locale.
-    theirs = TheirTokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    theirs.encode_special_tokens = True
-    check_same_ids(tokenizer, lambda text: theirs.encode(text).ids, "tokenizer.json")

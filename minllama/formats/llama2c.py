@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from config import LlamaConfig
-from minllama.formats.stored_model import Contents, StoredModel, parameter_shapes, read_shape
+from minllama.formats.stored_model import (
+    Contents,
+    StoredModel,
+    architecture_for,
+    parameter_shapes,
+    read_shape,
+)
 from minllama.system.errors import UsageError
 from minllama.system.files import atomic_write, open_regular
 from tokenizer import Tokenizer, export_tokenizer_bin
@@ -129,6 +135,7 @@ def contents(path: Path) -> Contents:
 
 def write(model: Llama, output: Path, *, dtype: str, tokenizer: Tokenizer | None) -> list[Path]:
     """Write version 0 in float32 or version 2 in int8, the vocabulary beside it; both paths."""
+    architecture_for(model.config, "bin")
     for name, only in (("layer_norm_eps", 1e-5), ("rope_theta", 10000.0)):  # built into run.c
         value = getattr(model.config, name)
         if value != only:

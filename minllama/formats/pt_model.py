@@ -6,20 +6,21 @@ before them. Meta's are a folder: consolidated.00.pth, and params.json with the 
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from config import fingerprint
+from config import LlamaConfig, fingerprint
 from minllama.formats.llama2c import ATTENTION_NAMES
 from minllama.formats.pt_file import is_pt, load_pt, write_sealed
 from minllama.formats.stored_model import Contents, StoredModel, as_stored, read_shape, same_bits
 from minllama.system.errors import UsageError
-from minllama.system.files import atomic_write, is_text, open_regular, read_json_object, read_whole
+from minllama.system.files import atomic_write, is_text, open_regular, read_json_object
 from minllama.text.chat import ChatTemplate
-from tokenizer import MODEL_BYTES
+from minllama.vocabulary.files import read_vocabulary_file
 
 if TYPE_CHECKING:
     from llama import Llama
@@ -30,6 +31,7 @@ CLASSIFIER_KEYS = ("classifier_head", "label_names", "label_texts", "pooling")
 ADAPTERS = ".lora_"  # in the names of a LoRA finetuning's own tensors
 WRAPPERS = ("_orig_mod.", "module.", "llama.", "model.")  # compiled, DDP, a classifier, Lightning
 ROTARY = ("freqs_cos", "freqs_sin", "freqs_cis", "rope.freqs", "rotary_emb.inv_freq")
+SHAPE_NAMES = {"norm_eps", *(field.name for field in dataclasses.fields(LlamaConfig))}
 CONSOLIDATED, PARAMS = "consolidated.00.pth", "params.json"  # Meta's
 
 
@@ -55,15 +57,30 @@ def _file(path: Path) -> Path:
 def _load(path: Path, *, verify: bool = True) -> dict[str, Any]:
     """All that a file holds, with the shape under 'model_args' from where other programs put it."""
     payload, params = load_pt(path, verify=verify), path.with_name(PARAMS)
-    args = payload.get("hyper_parameters")  # Lightning's
-    args = args.get("model_args", args) if isinstance(args, dict) else None
+    args = payload.get("hyper_parameters")  # Lightning's: the shape, alone or among others
+    if isinstance(args, dict):
+        args = args.get("model_args", {name: args[name] for name in args.keys() & SHAPE_NAMES})
+    else:
+        args = None
     if path.suffix == ".pth" and params.exists():
         if len(list(path.parent.glob("consolidated.*.pth"))) > 1:
             raise UsageError(f"{path.parent}: holds a model in several parts; one is read")
         args = {"max_seq_len": 2048} | read_json_object(params)  # Llama 1's, for it does not say
-        if args.get("use_scaled_rope"):
-            raise UsageError(f"{params}: use_scaled_rope is not supported, only unscaled positions")
+        if args.pop("use_scaled_rope", False):
+            args |= {"rope_scaling": meta_rope_scaling(args), "max_seq_len": 131_072}
     return payload if "model_args" in payload or args is None else payload | {"model_args": args}
+
+
+def meta_rope_scaling(params: dict[str, Any]) -> dict[str, Any]:
+    """What `use_scaled_rope` stands for in a params.json of Meta's, which has no numbers of it.
+
+    Llama 3.1 and 3.3 slow down by 8; the two models of 3.2 without pictures, known by their width,
+    by 32.
+    """
+    factor = 32.0 if params.get("dim") in (2048, 3072) else 8.0
+    numbers = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    original = {"original_max_position_embeddings": 8192}
+    return {"rope_type": "llama3", "factor": factor, **numbers, **original}
 
 
 def read(path: Path, *, without_adapters: bool = False) -> StoredModel:
@@ -98,7 +115,7 @@ def read(path: Path, *, without_adapters: bool = False) -> StoredModel:
     config = read_shape(path, args, **_seen_shape(weights))
     vocabulary, template = read_vocabulary(path, payload), None
     if path.name == CONSOLIDATED and (beside := path.with_name("tokenizer.model")).exists():
-        vocabulary = read_whole(beside, MODEL_BYTES)
+        vocabulary = read_vocabulary_file(beside)
     if "chat_template" in payload:
         template = ChatTemplate.from_stored(payload["chat_template"], path)
     return StoredModel(config, weights, vocabulary, template).checked(path)

@@ -21,12 +21,37 @@ if TYPE_CHECKING:
 REAL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+# What a shape may have beyond Llama 2's, by the names of `extras`, and how an error calls it.
+EXTRAS = {
+    "head_dim": "heads that are not dim / n_heads wide",
+    "linear": "rope_scaling linear",
+    "llama3": "rope_scaling llama3",
+    "attention_bias": "biases of queries, keys and values",
+    "qk_norm": "norms of queries and keys",
+}
+# What of that each format can hold, by its names of the architectures. A .pt file holds all. A
+# switch that a format cannot hold is refused: without it another model would be read back.
+HOLDS: dict[str, dict[str, set[str]]] = {
+    "bin": {"llama2.c": set()},
+    "hf": {
+        "llama": {"head_dim", "linear", "llama3"},
+        "qwen2": {"head_dim", "linear", "llama3", "attention_bias"},
+        "qwen3": {"head_dim", "linear", "llama3", "qk_norm"},
+    },
+    "gguf": {  # llama.cpp has llama3's positions, the tensor rope_freqs, for the first alone
+        "llama": {"head_dim", "linear", "llama3"},
+        "qwen2": {"head_dim", "linear", "attention_bias"},
+        "qwen3": {"head_dim", "linear", "qk_norm"},
+    },
+}
+
+
 class StoredModel(NamedTuple):
     """A model as a file holds it: exactly the tensors of its config, under our names."""
 
     config: LlamaConfig
     weights: dict[str, Tensor]  # in any floating dtype
-    vocabulary: bytes | None = None  # the SentencePiece model, where the file carries one
+    vocabulary: bytes | None = None  # where the file carries one
     chat_template: ChatTemplate | None = None
 
     def checked(self, path: Path, their_name: Callable[[str], str] = str) -> StoredModel:
@@ -77,6 +102,30 @@ class Contents(NamedTuple):
     adapters: bool = False  # of a LoRA finetuning's checkpoint, among the tensors
 
 
+def extras(config: LlamaConfig) -> list[str]:
+    """What of EXTRAS a shape has."""
+    scaling = config.rope_scaling and config.rope_scaling.rope_type
+    has = {name: getattr(config, name) for name in ("attention_bias", "qk_norm")}
+    has |= {"head_dim": config.query_dim != config.dim, scaling: True}
+    return [name for name in EXTRAS if has.get(name)]
+
+
+def architecture_for(config: LlamaConfig, target: str) -> str:
+    """The first architecture of a format of HOLDS that has all that the shape has.
+
+    Raises UsageError, which names what none has.
+    """
+    needed = extras(config)
+    for name, held in HOLDS[target].items():
+        if held.issuperset(needed):
+            return name
+    has = " together with ".join(EXTRAS[name] for name in needed)
+    raise UsageError(
+        f"--convert {target}: the model has {has}, which {' or '.join(HOLDS[target])} in this "
+        "format cannot hold: --convert pt can, and hf most"
+    )
+
+
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same to the bit, which torch.equal cannot say of all dtypes."""
     if one.dtype != other.dtype or one.shape != other.shape:
@@ -103,32 +152,59 @@ def read_shape(path: Path, args: Any, **defaults: Any) -> LlamaConfig:
 
 def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor, in the model's order, a tied head under both names."""
-    dim, hidden, kv_dim = config.dim, config.hidden_dim, config.n_kv_heads * config.head_dim
-    in_layer = {
-        "attention.compute_query": (dim, dim),
-        "attention.compute_key": (kv_dim, dim),
-        "attention.compute_value": (kv_dim, dim),
-        "attention.compute_output": (dim, dim),
-        "feed_forward.w1": (hidden, dim),
-        "feed_forward.w2": (dim, hidden),
-        "feed_forward.w3": (hidden, dim),
-        "attention_norm": (dim,),
-        "ffn_norm": (dim,),
+    dim, hidden, query_dim, kv_dim = config.dim, config.hidden_dim, config.query_dim, config.kv_dim
+    in_layer = {}
+    for kind, width in (("query", query_dim), ("key", kv_dim), ("value", kv_dim)):
+        in_layer[f"attention.compute_{kind}.weight"] = (width, dim)
+        if config.attention_bias:
+            in_layer[f"attention.compute_{kind}.bias"] = (width,)
+    in_layer["attention.compute_output.weight"] = (dim, query_dim)
+    if config.qk_norm:
+        in_layer["attention.query_norm.weight"] = (config.head_dim,)
+        in_layer["attention.key_norm.weight"] = (config.head_dim,)
+    in_layer |= {
+        "feed_forward.w1.weight": (hidden, dim),
+        "feed_forward.w2.weight": (dim, hidden),
+        "feed_forward.w3.weight": (hidden, dim),
+        "attention_norm.weight": (dim,),
+        "ffn_norm.weight": (dim,),
     }
     shapes = {"tok_embeddings.weight": (config.vocab_size, dim)}
     for layer in range(config.n_layers):
-        for name, shape in in_layer.items():
-            shapes[f"layers.{layer}.{name}.weight"] = shape
+        shapes |= {f"layers.{layer}.{name}": shape for name, shape in in_layer.items()}
     return shapes | {"norm.weight": (dim,), "output.weight": (config.vocab_size, dim)}
 
 
 def translate(name: str, parts: dict[str, str], layers: str) -> str:
     """Another program's name of our tensor, by its names of the parts and of the list of layers."""
-    stem = name.removesuffix(".weight")
+    stem, _, kind = name.rpartition(".")  # kind: weight or bias
     if not stem.startswith("layers."):
-        return f"{parts[stem]}.weight"
+        return f"{parts[stem]}.{kind}"
     _, layer, part = stem.split(".", 2)
-    return f"{layers}.{layer}.{parts[part]}.weight"
+    return f"{layers}.{layer}.{parts[part]}.{kind}"
+
+
+def to_half_split(rows: Tensor, n_heads: int) -> Tensor:
+    """Rows of queries or keys as `transformers` rotates them: i paired with i + D/2."""
+    return rows.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def to_adjacent_pairs(rows: Tensor, n_heads: int) -> Tensor:
+    """The inverse of to_half_split: 2i paired with 2i + 1."""
+    return rows.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def reorder_heads(
+    weights: dict[str, Tensor], config: LlamaConfig, order: Callable[[Tensor, int], Tensor]
+) -> dict[str, Tensor]:
+    """Our tensors, with the rows of queries and keys, their biases and their norms reordered."""
+    heads = {"compute_query": config.n_heads, "compute_key": config.n_kv_heads}
+    heads |= {"query_norm": 1, "key_norm": 1}  # one norm for all heads
+    parts = {name: name.split(".")[-2] for name in weights}
+    return {
+        name: order(tensor, heads[parts[name]]) if parts[name] in heads else tensor
+        for name, tensor in weights.items()
+    }
 
 
 # ---------------------------------------------------------------------------- writing

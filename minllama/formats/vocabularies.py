@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from minllama.system.errors import UsageError
+from minllama.vocabulary.sentence_piece import SentencePiece
 from tokenizer import Tokenizer
 
 SAMPLES = [
@@ -25,18 +26,21 @@ SAMPLES = [
 ]
 
 
-def check_same_ids(
-    tokenizer: Tokenizer, encode: Callable[[str], list[int]], name: str, *, eos: bool = False
-) -> None:
-    """UsageError if what was written as `name` gives difficult texts other ids, with BOS first."""
+def check_same_ids(tokenizer: Tokenizer, encode: Callable[[str], list[int]], name: str) -> None:
+    """UsageError if what was written as `name` gives difficult texts other ids."""
     for text in SAMPLES:
-        if encode(text) != tokenizer.encode(text, bos=True, eos=eos):
+        if encode(text) != tokenizer.vocabulary.encode(text):
             raise UsageError(f"self-check: {name} gives other ids for {text!r}")
 
 
-def require_plain_bpe(tokenizer: Tokenizer) -> None:
-    """The exported rules are those of Llama vocabularies: BPE over unchanged text."""
-    if not tokenizer.is_plain_bpe:
+def require_exportable(tokenizer: Tokenizer) -> None:
+    """UsageError for a vocabulary whose rules the other programs' formats do not have.
+
+    Byte-level BPE is their own; of SentencePiece they have Llama's: BPE over unchanged text.
+    """
+    if not isinstance(tokenizer.vocabulary, SentencePiece):
+        return
+    if not tokenizer.vocabulary.is_plain_bpe:
         raise UsageError(
             f"vocabulary {tokenizer.fingerprint}: only BPE vocabularies that leave the text as it "
             "is, as tokenizer.py trains them, can be exported"

@@ -163,7 +163,7 @@ class Writer:
         steps = generate_steps(
             sampling=Sampling(temperature, options.top_k, options.top_p, options.min_p, penalty),
             seeds=seeds,
-            stop_ids=[self.tokenizer.eos_id],
+            stop_ids=self.tokenizer.vocabulary.end_ids,
             should_stop=lambda: stop.requested,
         )
         if prefix is not None:
@@ -198,7 +198,7 @@ def sample_text(
         max_new_tokens=min(tokens, max(1, model.config.max_seq_len - len(prompt_ids))),
         sampling=Sampling(PROMPT_TEMPERATURE),
         seeds=[0],
-        stop_ids=[tokenizer.eos_id],
+        stop_ids=tokenizer.vocabulary.end_ids,
         should_stop=should_stop,
     )
     ids = [token for (token,) in steps if token is not None]

@@ -16,13 +16,14 @@ from llama import Llama
 class LoRALinear(nn.Linear):
     """A frozen linear layer plus a trained product of two thin matrices (arXiv:2106.09685).
 
-    y = W x + alpha / rank * B A x; B starts at zero, so training starts at W.
+    y = W x + alpha / rank * B A x; B starts at zero, so training starts at W. A bias stays as it
+    is, as frozen as W.
     """
 
     def __init__(self, linear: nn.Linear, *, rank: int, alpha: float) -> None:
         nn.Module.__init__(self)  # not nn.Linear's: the weight is there already
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, None
+        self.weight, self.bias = linear.weight, linear.bias
         self.scaling = alpha / rank
         self.lora_a = nn.Parameter(self.weight.new_empty(rank, linear.in_features))
         self.lora_b = nn.Parameter(self.weight.new_zeros(linear.out_features, rank))
@@ -30,14 +31,14 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         thin = F.linear(x, self.lora_a) * self.scaling  # (..., rank)
-        return F.linear(x, self.weight) + F.linear(thin, self.lora_b)
+        return F.linear(x, self.weight, self.bias) + F.linear(thin, self.lora_b)
 
     def merged(self) -> nn.Linear:
         """The ordinary layer that computes the same."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         with torch.no_grad():
             self.weight += self.scaling * (self.lora_b @ self.lora_a)
-        linear.weight = self.weight
+        linear.weight, linear.bias = self.weight, self.bias
         return linear
 
 

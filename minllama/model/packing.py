@@ -41,10 +41,11 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
 class PackedLinear(nn.Module):
     """A linear layer for generation, its weight (out, in) stored as float32, bfloat16 or int8.
 
-    int8 has a scale for each output, its largest weight / 127. Results are float32.
+    int8 has a scale for each output, its largest weight / 127. The bias, if there is one, and
+    results are float32.
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> None:
         super().__init__()
         weight, scale, ones = weight.detach(), None, None
         if dtype == torch.int8:
@@ -54,6 +55,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("weight", weight.to(dtype).contiguous())
         self.register_buffer("scale", scale)
         self.register_buffer("ones", ones)
+        self.register_buffer("bias", None if bias is None else bias.detach().float())
         self.reordered = False
 
     def reorder(self) -> None:
@@ -82,7 +84,8 @@ class PackedLinear(nn.Module):
         else:
             product = F.linear(rows.to(weight.dtype), weight)
         product = product.float().view(*x.shape[:-1], -1)
-        return product * self.scale if in_int8 else product
+        product = product * self.scale if in_int8 else product
+        return product if self.bias is None else product + self.bias
 
 
 # ---------------------------------------------------------------------------- parts of the Llama
@@ -111,11 +114,15 @@ class PackedAttention(Attention):
             dtype, plain.compute_query, plain.compute_key, plain.compute_value
         )
         self.compute_output = pack(dtype, plain.compute_output)
+        self.query_norm, self.key_norm = plain.query_norm, plain.key_norm
         self.dropout = plain.dropout
 
     def heads(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads = self.compute_heads(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 H_kv, D)
         turned, value = heads.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), 2)
+        if not isinstance(self.query_norm, nn.Identity):
+            query, key = turned.split((self.n_heads, self.n_kv_heads), 2)
+            turned = torch.cat((self.query_norm(query), self.key_norm(key)), 2)
         query, key = rotate(turned, table).split((self.n_heads, self.n_kv_heads), 2)
         return query, key, value
 
@@ -139,7 +146,9 @@ class PackedFeedForward(FeedForward):
 def pack(dtype: torch.dtype, *linears: nn.Linear | nn.Embedding) -> PackedLinear:
     """The matrices of layers that read the same input as one, (sum of outputs, in)."""
     weights = [linear.weight for linear in linears]
-    return PackedLinear(torch.cat(weights) if len(weights) > 1 else weights[0], dtype)
+    biases = [linear.bias for linear in linears if getattr(linear, "bias", None) is not None]
+    bias = torch.cat(biases) if biases else None  # of all of them, or of none
+    return PackedLinear(torch.cat(weights) if len(weights) > 1 else weights[0], dtype, bias)
 
 
 def pack_weights(

@@ -19,12 +19,12 @@ CSV_SUFFIXES = (".csv", ".tsv")
 
 def is_json_name(path: Path) -> bool:
     """Whether a file is JSON by its name."""
-    return uncompressed_name(path).endswith(JSON_SUFFIXES)
+    return uncompressed_name(path).lower().endswith(JSON_SUFFIXES)
 
 
 def is_csv_name(path: Path) -> bool:
     """Whether a file is a table of text by its name, whose first line names the columns."""
-    return uncompressed_name(path).endswith(CSV_SUFFIXES)
+    return uncompressed_name(path).lower().endswith(CSV_SUFFIXES)
 
 
 def is_table(path: Path) -> bool:

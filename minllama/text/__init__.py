@@ -13,6 +13,7 @@ Knows no model. A data set of `utils.py` is what comes out.
     encoder      documents to token ids
     token_cache  the token ids of a corpus on disk
     stream       tokens as a stream, and what is held out of it
+    sources      several sources of a text, by which it is weighed and measured
     duplicates   documents that are there more than once
     corpus       the text of a pretraining, held out and cut
     vocabulary   which vocabulary a pretraining takes

@@ -222,7 +222,6 @@ def build_or_load(
 
     def build() -> None:
         encoder, file_documents = DocumentEncoder(tokenizer, threads=threads), []
-        marks = np.array([[tokenizer.bos_id], [tokenizer.eos_id]], encoder.dtype)
         _outwait_time_stamps(files)
         try:
             remove_temporaries(cache_dir, r".*\.tokens", older_than=86400)
@@ -232,7 +231,7 @@ def build_or_load(
                 byte_bar("tokenizing", sum(_stat(text).st_size for text in files)) as bar,
             ):
                 batches = encoder.encode(_all_blocks(files, reading, bar.update, file_documents))
-                _write_cache(file, table, batches, file_documents, marks, signature, check_stop)
+                _write_cache(file, table, batches, file_documents, encoder, signature, check_stop)
                 if not any(file_documents):
                     others = " and the others" if len(files) > 1 else ""
                     raise UsageError(f"{files[0]}{others}: empty, there is no text to train on")
@@ -284,15 +283,14 @@ def _write_cache(
     table: BinaryIO,
     batches: Iterable[list[EncodedPart]],
     file_documents: list[int],
-    marks: np.ndarray,
+    encoder: DocumentEncoder,
     signature: bytes,
     check_stop: Callable[[], None],
 ) -> None:
     """Stream a cache's tokens into a file, then its tables and header.
 
     `table` is a temporary file for the documents' rows, which follow the tokens: of a corpus with a
-    document per line they are gigabytes. `file_documents` grows with the `batches`; `marks` are BOS
-    and EOS, (2, 1), in the dtype of the tokens.
+    document per line they are gigabytes. `file_documents` grows with the `batches` of the encoder.
     """
     digest, n_tokens = hashlib.sha256(), 0
     start, utf8_bytes, fingerprint = 0, 0, hashlib.blake2b()  # of the document being written
@@ -311,16 +309,15 @@ def _write_cache(
         arrays = []
         for part in parts:
             if part.starts:
-                arrays.append(marks[0])
                 start, utf8_bytes, fingerprint = n_tokens, 0, hashlib.blake2b(digest_size=16)
-            arrays.append(part.ids)
+            marked = encoder.vocabulary.document(part.ids, starts=part.starts, ends=part.ends)
+            arrays += marked
             utf8_bytes += part.utf8_bytes
             fingerprint.update(part.ids.tobytes())
             if part.ends:
-                arrays.append(marks[1])
                 table.write(ROW.pack(start, utf8_bytes, fingerprint.digest()))
-            n_tokens += part.starts + len(part.ids) + part.ends
-        write(np.concatenate(arrays, dtype=marks.dtype).tobytes())
+            n_tokens += sum(map(len, marked))
+        write(np.concatenate(arrays, dtype=encoder.dtype).tobytes())
         check_stop()
     write(bytes(-file.tell() % 8))
     file_starts = []  # in tokens, and the end
@@ -333,7 +330,16 @@ def _write_cache(
     key, digest = digest.digest(), hashlib.sha256()
     write_columns(slice(2, 4))
     counts = (n_tokens, sum(file_documents), len(file_documents))
-    fields = (MAGIC, CACHE_VERSION, marks.itemsize, *counts, key, digest.digest(), signature, 0)
+    fields = (
+        MAGIC,
+        CACHE_VERSION,
+        encoder.dtype.itemsize,
+        *counts,
+        key,
+        digest.digest(),
+        signature,
+        0,
+    )
     header = HEADER.pack(*fields)[:-4]
     file.seek(0)
     file.write(header + zlib.crc32(header).to_bytes(4, "little"))

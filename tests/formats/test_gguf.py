@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import struct
 import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from llama_cpp_server import llama_cpp, our_tokens, their_ids, their_tokens
 from oracles import assert_same_weights, make_model
 from vocabularies import vocabulary
 
@@ -39,44 +38,6 @@ def write(model: Llama, path: Path, tokenizer: Tokenizer, dtype: str = "float32"
 
 
 # ---------------------------------------------------------------------------- llama.cpp
-
-
-@contextmanager
-def llama_cpp(path: Path) -> Iterator[Callable[..., dict]]:
-    """A function that asks llama.cpp's server, which has loaded the file, on the CPU in float32."""
-    xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp: pip install xllamacpp")
-    settings = xllamacpp.CommonParams()
-    settings.model.path = str(path)
-    settings.n_ctx, settings.n_parallel, settings.n_gpu_layers = 256, 1, 0
-    settings.cpuparams.n_threads, settings.verbosity = 1, 0
-    settings.warmup = settings.fit_params = False
-    settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    server = xllamacpp.Server(settings)
-
-    def ask(what: str, **body) -> dict:
-        request = urllib.request.Request(
-            f"{server.listening_address}/{what}",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)
-
-    yield ask
-
-
-def their_ids(ask: Callable[..., dict], text: str) -> list[int]:
-    return ask("tokenize", content=text, add_special=True, parse_special=False)["tokens"]
-
-
-def their_tokens(ask: Callable[..., dict], text: str, count: int) -> list[int]:
-    options = {"temperature": 0, "return_tokens": True, "ignore_eos": True}
-    return ask("completion", prompt=text, n_predict=count, **options)["tokens"]
-
-
-def our_tokens(model: Llama, tokenizer: Tokenizer, text: str, count: int) -> list[int]:
-    ids = tokenizer.encode(text, bos=True, eos=False)
-    return model.generate(torch.tensor([ids]), count, 0.0)[0].tolist()[len(ids) :]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "q8_0"])
@@ -107,6 +68,41 @@ def test_llama_cpp_reads_grouped_queries_an_own_head_and_another_theta(tmp_path,
     model = make_model(tokenizer, tie_word_embeddings=False, **shape)
     with llama_cpp(write(model, tmp_path / "model.gguf", tokenizer)) as ask:
         assert their_tokens(ask, "A bird", 16) == our_tokens(model, tokenizer, "A bird", 16)
+
+
+PACKED = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K TQ1_0 TQ2_0 IQ1_S IQ1_M IQ2_XXS IQ2_XS"
+PACKED += " IQ2_S IQ3_XXS IQ3_S IQ4_NL IQ4_XS MXFP4 BF16 F16"
+
+
+@pytest.mark.parametrize("kind", PACKED.split())
+def test_every_type_that_the_package_widens_is_read(kind: str, tmp_path: Path):
+    """Random blocks of it, as the package widens them."""
+    kinds = gguf.GGMLQuantizationType
+    if kind not in kinds.__members__:
+        pytest.skip(f"this gguf has no {kind}")
+    size, stored = gguf.GGML_QUANT_SIZES[kinds[kind]]
+    random_bytes = np.random.default_rng(0).integers(0, 256, (256, 256 // size * stored), np.uint8)
+    floats = {"F16": np.float16}.get(kind)
+    packed = random_bytes if floats is None else random_bytes.view(floats)
+    shape = {"dim": 256, "n_heads": 4, "n_kv_heads": 4, "hidden_dim": 256, "n_layers": 1}
+    state = make_model(vocab_size=256, **shape).state_dict()
+    del state["output.weight"]
+    encoded = {
+        tensor_name(name): (t.numpy(), kinds.F32) if t.dim() == 1 else (packed, kinds[kind])
+        for name, t in state.items()
+    }
+    values = {"context_length": 40, "embedding_length": 256, "block_count": 1}
+    values |= {"feed_forward_length": 256, "attention.head_count": 4}
+    values |= {"attention.layer_norm_rms_epsilon": 1e-5}
+    with open(tmp_path / "a.gguf", "wb") as file:
+        metadata = {f"llama.{key}": value for key, value in values.items()}
+        minllama.formats.gguf.write_file(gguf, file, metadata, encoded)
+    got = load_pretrained(tmp_path / "a.gguf").state_dict()
+    with np.errstate(all="ignore"):
+        want = torch.from_numpy(gguf.quants.dequantize(packed, kinds[kind])).float()
+    for name, tensor in got.items():
+        if tensor.dim() == 2:
+            assert torch.equal(tensor.nan_to_num(), want.nan_to_num()), name
 
 
 def test_llama_cpp_gives_our_ids_with_llama_2s_vocabulary(tmp_path: Path, real_data: Path):
@@ -178,8 +174,8 @@ def test_a_vocabulary_writes_no_directives_into_ollamas_recipe(
 ):
     """An EOS piece that closes the quote and begins a line wrote `ADAPTER ...` into the Modelfile
     beside a converted model, which Ollama obeys."""
-    piece = Tokenizer.__new__(Tokenizer)
-    piece.sp_model, piece.bos_id, piece.eos_id = Pieces(["<s>", eos]), 0, 1
+    named = SimpleNamespace(name=["<s>", eos].__getitem__, stated_marks=(0, 1))
+    piece = SimpleNamespace(vocabulary=named)  # as far as a recipe asks it
     model = make_model()
     model.chat_template = ChatTemplate() if chat else None
     recipe = minllama.formats.gguf.modelfile(tmp_path / "a b.gguf", model, piece)
@@ -187,13 +183,6 @@ def test_a_vocabulary_writes_no_directives_into_ollamas_recipe(
     assert directives(recipe) == ["FROM", "TEMPLATE", "PARAMETER", *stops]
     assert recipe.startswith('FROM "./a b.gguf"\n')
     assert "{{ .Evil }}" not in recipe.replace('"{{ .Evil }}"', "")  # in Go's quotes
-
-
-class Pieces:
-    """A vocabulary, as far as a recipe asks it."""
-
-    def __init__(self, pieces: list[str]) -> None:
-        self.id_to_piece = pieces.__getitem__
 
 
 @pytest.mark.parametrize("name", ["a\nADAPTER x", 'a".gguf', "a\\b.gguf"])
@@ -215,6 +204,22 @@ def test_a_model_is_not_named_as_its_recipe(tmp_path: Path, capsys, name: str):
     assert not [*tmp_path.iterdir()]
 
 
+def test_a_second_model_has_a_recipe_of_its_own(tmp_path: Path, capsys):
+    """`--output b.gguf` beside a.gguf was refused: "Modelfile: is there already"."""
+    for name, words in (("a", []), ("b c", []), ("a", ["--overwrite"]), ("b c", ["--overwrite"])):
+        output = tmp_path / f"{name}.gguf"
+        words = [str(SHIPPED_MODEL), "--convert", "gguf", "--output", str(output), *words]
+        assert C.main(words) == 0, capsys.readouterr().err
+    recipes = {path.name: path.read_text("utf-8") for path in tmp_path.glob("*Modelfile")}
+    assert recipes.keys() == {"Modelfile", "b c.gguf.Modelfile"}
+    assert recipes["Modelfile"].startswith("FROM ./a.gguf\n")
+    assert recipes["b c.gguf.Modelfile"].startswith('FROM "./b c.gguf"\n')
+    (tmp_path / "a.gguf").unlink()
+    words = [str(SHIPPED_MODEL), "--convert", "gguf", "--output", str(tmp_path / "a.gguf")]
+    assert C.main(words) == 2  # a recipe that may have been changed since is not replaced
+    assert "Modelfile: is there already; --overwrite" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------- written, read back
 
 
@@ -229,7 +234,7 @@ def test_float32_is_exact_and_every_setting_comes_back(tmp_path: Path, tokenizer
     assert [same.sp_model.get_score(i) for i in range(50)] == [
         tokenizer.sp_model.get_score(i) for i in range(50)
     ]
-    assert same.is_plain_bpe and same.pad_id == tokenizer.pad_id
+    assert same.vocabulary.is_plain_bpe and same.pad_id == tokenizer.pad_id
     text = "".join(random.Random(0).choices("abc the .,\n  \u2581é你🙂<s>0x", k=3000))
     assert same.encode(text, bos=True, eos=True) == tokenizer.encode(text, bos=True, eos=True)
 
@@ -421,7 +426,7 @@ def test_a_file_made_by_hand_loads(tmp_path: Path):
         model.config.layer_norm_eps == 1e-5 and model.output.weight is model.tok_embeddings.weight
     )
     assert Tokenizer(tokenizer_model=model.vocabulary).decode([260, 261]) == "bc"
-    crafted.values["tokenizer.ggml.model"] = "gpt2"  # cannot be rebuilt: to be named by the user
+    crafted.values["tokenizer.ggml.model"] = "bert"  # of no Llama: to be named by the user
     assert load_pretrained(crafted.write(tmp_path / "a.gguf")).vocabulary is None
 
 
@@ -476,12 +481,18 @@ def huge(n: int, kind: int) -> bytes:
         (value("llama.vocab_size", 2**30), "--vocab_size"),
         (value("llama.vocab_size", 3000), r"token_embd.weight has the shape \(270, 4\)"),
         (value("llama.attention.head_count", [2] * 9999), "head_count '.2, 2, .*' is no number"),
-        (value("llama.attention.key_length", 4), "llama.attention.key_length '4' is not supported"),
+        (value("llama.attention.key_length", 4), r"attn_q.weight has the shape \(4, 4\)"),
+        (value("llama.attention.key_length", "4"), "key_length '4' is no number"),
+        (value("llama.attention.value_length", 4), "llama.attention.value_length '4' is not supp"),
+        (value("general.architecture", "gemma2"), "'gemma2' is another architecture"),
+        (value("llama.rope.scaling.factor", -2.0), "rope_scaling's factor -2.0"),
         (value("llama.rope.dimension_count", 1), "llama.rope.dimension_count '1'"),
         (value("llama.rope.scaling.type", "yarn"), "llama.rope.scaling.type 'yarn'"),
         (value("llama.expert_count", 8), "llama.expert_count '8'"),
         (value("llama.attention.sliding_window_pattern", [1, 0]), "sliding_window_pattern"),
-        (tensor("rope_freqs.weight", [1], 0, 4), "rope_freqs.weight not of a Llama"),
+        (tensor("rope_freqs.weight", [1], 0, 4), "its rope_freqs.weight are not those of Llama 3"),
+        (tensor("rope_freqs.weight", [2**20], 0, 2**22), "rope_freqs.weight are not those"),
+        (tensor("blk.0.attn_q.bias", [4], 0, 16), "blk.0.attn_q.bias not of a Llama"),
         (tensor("output_norm.weight", [5], 0, 20), r"output_norm.weight has the shape \(5,\)"),
         (tensor("blk.0.attn_q.weight", [4, 4], 24, 16), "Dequantization for I8 is not"),
         (tensor("blk.0.attn_q.weight", [4, 4], 12, 64), "is not a multiple of Q4_K block size"),

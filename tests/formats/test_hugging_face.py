@@ -21,14 +21,15 @@ from oracles import (
 )
 
 import check_model_precision
-import minllama.formats.hugging_face as H
+import minllama.formats.hugging_face_vocabulary as V
 from config import LlamaConfig
 from llama import Llama, load_pretrained
 from minllama.formats.hugging_face import tensor_name
 from minllama.formats.model_file import read_contents, read_model
 from minllama.formats.vocabularies import SAMPLES
 from minllama.system.errors import UsageError
-from tokenizer import MODEL_BYTES, Tokenizer
+from minllama.vocabulary.base import MODEL_BYTES
+from tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -90,25 +91,32 @@ def test_hugging_face_folders_load(
         assert got.vocabulary == b"a vocabulary"
 
 
+LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA_3 |= {"original_max_position_embeddings": 8192}
 THETA = {"rope_type": "default", "rope_theta": 10000.0}
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model_type": "mistral"}, "model_type 'mistral'"),
+        ({"model_type": "gemma2"}, "model_type 'gemma2' is another architecture"),
+        ({"model_type": ["llama"]}, "model_type .'llama'. is another architecture"),
+        ({"layer_types": ["chunked_attention"] * 2}, "layer_types .*chunked_attention.* not supp"),
         ({"attention_bias": True}, "attention_bias True"),
         ({"mlp_bias": True}, "mlp_bias True"),
-        ({"head_dim": 16}, "head_dim 16 is not supported"),
+        ({"head_dim": 16}, r"q_proj.weight has the shape \(32, 32\) where .* \(64, 32\)"),
+        ({"head_dim": "8"}, "--head_dim '8'"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"quantization_config": {}}, "quantization_config"),
         ({"hidden_size": None}, "--dim None"),
         ({"num_hidden_layers": 3}, "model.layers.2.self_attn.q_proj.weight and 8 more missing"),
         ({"num_hidden_layers": 1}, "model.layers.1.* not of a Llama"),
         ({"num_hidden_layers": 900}, "layers.2.self_attn.q_proj.weight and 8081 more"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling 'linear'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling 'yarn' is not supp"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling's factor '2'"),
         ({"rope_scaling": "linear"}, "rope_scaling 'linear' is not an object"),
-        ({"rope_parameters": {**THETA, "rope_type": "llama3"}}, "rope_scaling 'llama3'"),
+        ({"rope_parameters": {**THETA, "rope_type": "llama3"}}, "rope_scaling's factor None"),
+        ({"rope_parameters": {**LLAMA_3, "low_freq_factor": 4.0}}, "not below high_freq_factor"),
         ({"rope_parameters": {**THETA, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
     ],
 )
@@ -284,7 +292,7 @@ ALPHABET = st.one_of(
 def exported(ours: Tokenizer):
     """Our vocabulary in the `tokenizers` library, which takes special names in a text as text."""
     tokenizers = pytest.importorskip("tokenizers")
-    theirs = tokenizers.Tokenizer.from_str(json.dumps(H.tokenizer_json(ours)))
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(V.tokenizer_json(ours)))
     theirs.encode_special_tokens = True
     return theirs
 
@@ -314,9 +322,9 @@ def test_another_tokenizer_json_than_ours_is_found_before_it_is_published(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch
 ):
     pytest.importorskip("tokenizers")
-    content = H.tokenizer_json(tokenizer)
+    content = V.tokenizer_json(tokenizer)
     content["model"]["merges"] = content["model"]["merges"][:100]
-    monkeypatch.setattr(H, "tokenizer_json", lambda tokenizer: content)
+    monkeypatch.setattr(V, "tokenizer_json", lambda tokenizer: content)
     with pytest.raises(UsageError, match="self-check: tokenizer.json gives other ids for 'Once"):
         write(make_model(tokenizer), "hf", tmp_path / "hf", tokenizer=tokenizer)
     assert list(tmp_path.iterdir()) == []

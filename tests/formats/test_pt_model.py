@@ -18,6 +18,7 @@ from oracles import (
 
 from config import LlamaConfig
 from llama import Llama, load_pretrained, model_payload
+from minllama.formats import pt_model
 from minllama.formats.find_model import model_in
 from minllama.formats.model_file import read_contents, read_model
 from minllama.system.errors import UsageError
@@ -135,10 +136,34 @@ def test_a_folder_of_metas(tiny_config: LlamaConfig, tmp_path: Path):
         read_model(folder)
 
 
-def test_a_folder_of_metas_that_would_compute_something_else(model: Llama, tmp_path: Path):
-    """Llama 3.1's positions are scaled."""
-    with pytest.raises(UsageError, match="use_scaled_rope is not supported"):
-        read_model(meta_folder(tmp_path / "meta", model, use_scaled_rope=True))
+@pytest.mark.parametrize("dim, factor", [(32, 8.0), (2048, 32.0)])
+def test_a_folder_of_metas_with_slower_positions(dim: int, factor: float):
+    """Llama 3.1's params.json says that positions are scaled, and not how."""
+    scaling = pt_model.meta_rope_scaling({"dim": dim, "use_scaled_rope": True})
+    numbers = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    numbers |= {"original_max_position_embeddings": 8192}
+    assert scaling == {"rope_type": "llama3", "factor": factor, **numbers}
+
+
+def test_a_folder_of_metas_has_the_positions_that_it_names(tiny_config, tmp_path: Path):
+    model = make_llama(dataclasses.replace(tiny_config, tie_word_embeddings=False))
+    got = read_model(meta_folder(tmp_path / "meta", model, use_scaled_rope=True)).config
+    assert got.max_seq_len == 131_072 and got.rope_scaling.factor == 8
+
+
+@pytest.mark.parametrize("key, value", [("activation", "gelu"), ("n_experts", 8), ("moe_args", {})])
+def test_a_field_that_may_change_what_is_computed_is_refused(model, tmp_path, key, value):
+    """A file with another activation loaded as SiLU, and was exported as "read back and equal"."""
+    payload = model_payload(model)
+    payload["model_args"][key] = value
+    with pytest.raises(UsageError, match=f"a.pt: invalid Llama shape: {key} .* is not known to"):
+        read_model(save(tmp_path / "a.pt", **payload))
+
+
+def test_fields_that_are_off_or_change_nothing_are_passed_over(model: Llama, tmp_path: Path):
+    payload = model_payload(model)
+    payload["model_args"] |= {"n_experts": 0, "window": None, "use_cache": True, "moe": False}
+    assert_same_weights(load_pretrained(save(tmp_path / "a.pt", **payload)), model)
 
 
 @pytest.mark.parametrize("key", [None, "model_args"])

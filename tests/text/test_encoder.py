@@ -130,9 +130,9 @@ def test_which_vocabularies_let_a_document_be_cut(name: str) -> None:
     """Exactness must not come from never cutting, nor speed from cutting where ids change."""
     encoder = DocumentEncoder(vocabulary(name), threads=1, part_chars=100)
     sizes = part_sizes(encoder, " ".join(corpus_lines()), 64)
-    assert encoder.has_safe_cuts == (name not in OTHERS)
-    assert (len(sizes) > 100 and max(sizes) < 400) == encoder.has_safe_cuts
-    assert (len(sizes) == 1) == (not encoder.has_safe_cuts)
+    assert encoder.looks_up == (name not in OTHERS)
+    assert (len(sizes) > 100 and max(sizes) < 400) == encoder.looks_up
+    assert (len(sizes) == 1) == (not encoder.looks_up)
 
 
 def test_a_text_without_a_cut_is_read_in_linear_time() -> None:

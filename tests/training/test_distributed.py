@@ -112,8 +112,13 @@ def test_machines_with_caches_of_their_own_train_what_one_process_trains(count):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_rank_0_alone_reads_the_model_to_go_on_from(parallel):
-    """Each rank had the whole of it in memory, as many times as the machine has GPUs."""
-    model = write_model(Path(), dim=16, n_kv_heads=1)
+    """Each rank had the whole of it in memory, as many times as the machine has GPUs.
+
+    The model has all that a shape may have beyond Llama 2's.
+    """
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    shape = {"head_dim": 10, "attention_bias": True, "qk_norm": True, "rope_scaling": scaling}
+    model = write_model(Path(), dim=16, n_kv_heads=1, **shape)
     line = f"--epochs 1 --checkpoint_interval 0 --pretrained_model_path {model}"
     alone = command(pretraining("alone", line))
     assert alone.status == 0, alone.error
