@@ -7,7 +7,6 @@ templates and vocabularies: `chat` makes text and token ids of a `Dialogue`.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import json
 import math
@@ -23,7 +22,7 @@ from minllama.system.errors import UsageError
 from minllama.system.json_lines import read_values
 from minllama.system.peek import first_object, is_csv_name, is_table
 from minllama.text.reading import UTF8, Reading, read_lines
-from minllama.text.records import place, read_records
+from minllama.text.records import places, read_records
 
 Exchange = tuple[str, str]  # a question and its answer
 Record = dict[str, Any]  # an object of a file, or a row of a table
@@ -102,7 +101,7 @@ def read_dialogues(
     All lines are read before UsageError `file:line: ...` is raised for those that are none; what is
     left out is counted in the `intake`.
     """
-    intake, place_of = intake or Intake(), functools.partial(place, path)
+    intake, place_of = intake or Intake(), places(path)
     if is_table(path) or is_csv_name(path):
         records = read_records(path, reading, on_bytes, columns=_columns(path))
     else:
