@@ -20,6 +20,7 @@ from torch import Tensor
 from config import LlamaConfig
 from minllama.formats.hugging_face_vocabulary import (
     check_token_ids,
+    read_template,
     read_vocabulary,
     write_json,
     write_vocabulary,
@@ -44,8 +45,6 @@ from minllama.system.files import (
     read_json_object,
 )
 from minllama.system.packages import import_optional
-from minllama.text.chat import ChatTemplate
-from minllama.vocabulary.files import CONFIG as TOKENIZER_CONFIG
 from tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -244,10 +243,8 @@ def read(path: Path) -> StoredModel:
     table, head = tensor_name("tok_embeddings.weight"), tensor_name("output.weight")
     if config.tie_word_embeddings and table in weights:
         weights.setdefault(head, weights[table])
-    settings = path / TOKENIZER_CONFIG
-    template = read_json_object(settings).get("chat_template") if settings.exists() else None
-    template = ChatTemplate.from_jinja(template)
-    model = StoredModel(config, weights, read_vocabulary(path), template).checked(path, tensor_name)
+    vocabulary, template = read_vocabulary(path), read_template(path)
+    model = StoredModel(config, weights, vocabulary, template).checked(path, tensor_name)
     return model._replace(weights=reorder_heads(model.weights, config, to_adjacent_pairs))
 
 

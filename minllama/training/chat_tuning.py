@@ -16,7 +16,7 @@ from minllama.formats.find_model import load_model
 from minllama.model.generation import Sampling, generate_tokens
 from minllama.model.lora import add_lora
 from minllama.system.errors import UsageError
-from minllama.text.chat import ChatTemplate
+from minllama.text.chat import ChatTemplate, Template
 from minllama.text.dialogues import Intake, read_dialogues
 from minllama.text.labelled import write_result
 from minllama.text.reading import Reading, byte_bar
@@ -87,7 +87,7 @@ class Question(NamedTuple):
 
 
 def read_questions(
-    path: Path | None, options: Options, template: ChatTemplate, tokenizer: Tokenizer
+    path: Path | None, options: Options, template: Template, tokenizer: Tokenizer
 ) -> list[Question]:
     """Every question of the dialogues in a file, in order; none without a file."""
     if path is None:
