@@ -25,7 +25,7 @@ def test_a_damaged_gzip_file_is_about_nothing(at: int, tmp_path: Path) -> None:
 
 
 def test_a_table_that_cannot_be_read_is_told_of(tmp_path: Path, monkeypatch) -> None:
-    """Of dialogues in one that was cut off, or without pyarrow, it was said that --dev is missing."""
+    """Of dialogues in one that was cut off it was said that --dev is missing."""
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "a.parquet"
