@@ -93,7 +93,8 @@ SHAPE_FLAGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim")  # besi
 MAX_CONTEXT = 1024  # where --max_seq_len is not given, as in the original
 TRAINING = ("pretrain", "finetune")
 LABELLED = ("finetune", "prompt")
-DIALOGUE_FIELDS = {"conversations", "messages", "prompt", "instruction", "question"}  # of tables
+DIALOGUE_FIELDS = {"conversations", "messages", "conversation", "chosen", "message_id"}  # of tables
+DIALOGUE_FIELDS |= {"prompt", "instruction", "question", "input"}
 EVERY = ("pretrain", "finetune", "prompt", "generate")
 
 
