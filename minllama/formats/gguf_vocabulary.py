@@ -26,14 +26,22 @@ from minllama.vocabulary.sentence_piece_file import (
     USER_DEFINED,
     build_model,
 )
+from minllama.vocabulary.symbols import find_overlap
 from tokenizer import Tokenizer
 
 PREFIX = "tokenizer.ggml."
 
 
 def vocabulary_values(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The values that describe a vocabulary."""
+    """The values that describe a vocabulary; UsageError where llama.cpp would read it wrongly."""
     vocabulary = tokenizer.vocabulary
+    overlap = find_overlap([*vocabulary.added_tokens])
+    if overlap is not None:
+        raise UsageError(
+            f"vocabulary {tokenizer.fingerprint}: its symbols {overlap[0]!r} and {overlap[1]!r} "
+            "may overlap in a text, which is read from the left; llama.cpp looks for one after the "
+            "other, and would give other ids"
+        )
     describe = _byte_bpe_values if isinstance(vocabulary, ByteBPE) else _sentence_piece_values
     bos, eos = vocabulary.stated_marks
     values = {
@@ -50,10 +58,13 @@ def vocabulary_values(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _sentence_piece_values(vocabulary: Any) -> dict[str, Any]:
     sp, ids = vocabulary.processor, range(vocabulary.size)
+    symbols = {} if vocabulary.opening_space else {i: s for s, i in vocabulary.added_tokens.items()}
     asked = {UNKNOWN: sp.is_unknown, CONTROL: sp.is_control, UNUSED: sp.is_unused, BYTE: sp.is_byte}
+    asked[USER_DEFINED] = symbols.__contains__
     return {
         "model": "llama",
         "pre": "default",
+        "tokens": [symbols.get(i, vocabulary.name(i)) for i in ids],
         "scores": [sp.get_score(i) for i in ids],
         "token_type": [
             next((kind for kind, is_it in asked.items() if is_it(i)), NORMAL) for i in ids

@@ -62,17 +62,24 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """
     vocabulary = tokenizer.vocabulary
     names = [vocabulary.name(i) for i in range(vocabulary.size)]
-    special = sorted({tokenizer.bos_id, tokenizer.eos_id, vocabulary.unknown_id})
+    special = {tokenizer.bos_id, tokenizer.eos_id, vocabulary.unknown_id}
+    symbols = {} if vocabulary.opening_space else vocabulary.added_tokens
+    for symbol, token in symbols.items():
+        names[token] = symbol
+    added = sorted({*special, *symbols.values()})
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, "content": names[i], **flags, "special": True} for i in special],
+        "added_tokens": [
+            {"id": i, "content": names[i], **flags, "special": i in special} for i in added
+        ],
         "normalizer": {
             "type": "Sequence",
             "normalizers": [
-                {"type": "Prepend", "prepend": "▁"},
+                *([{"type": "Prepend", "prepend": "▁"}] if vocabulary.opening_space else []),
                 {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
             ],
         },
@@ -84,7 +91,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
                 {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
                 {"type": "ByteFallback"},
                 {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+                *([strip] if vocabulary.opening_space else []),
             ],
         },
         "model": {
