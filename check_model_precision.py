@@ -129,7 +129,7 @@ from torch import Tensor
 from config import SHIPPED_MODEL
 from llama import load_pretrained
 from minllama.cli.console import human_size, say
-from minllama.formats import hugging_face, llama2c, pt_model
+from minllama.formats import gguf, hugging_face, llama2c, pt_model
 from minllama.formats.export import export
 from minllama.formats.find_model import model_in, own_or_given_vocabulary
 from minllama.formats.model_file import format_named, read_contents, read_model
@@ -148,8 +148,11 @@ from minllama.system.files import (
     write_text,
 )
 from minllama.system.packages import import_optional
-from minllama.text.reading import Reading, find_text_files, sample_texts
-from tokenizer import Tokenizer, count_lost, tokenizer_bin, vocabulary_remedy
+from minllama.text.documents import sample_texts
+from minllama.text.find_files import find_text_files
+from minllama.text.reading import Reading
+from minllama.vocabulary.lost import count_lost
+from tokenizer import Tokenizer, tokenizer_bin, vocabulary_remedy
 
 # ---------------------------------------------------------------------------- what is in a file
 
@@ -327,8 +330,11 @@ def convert(path: Path, args: argparse.Namespace) -> list[Path]:
     if tokenizer is not None:
         model.vocabulary = tokenizer.model_bytes
         beside = format_named(args.convert).BESIDE
-        if beside and not holds_vocabulary(args.output.with_name(beside), tokenizer):
-            check_output(path, args.convert, args.output.with_name(beside), args.overwrite)
+        file = beside and args.output.with_name(beside)
+        if beside == gguf.BESIDE:
+            file = gguf.recipe_beside(args.output)
+        if file and not holds_vocabulary(file, tokenizer):
+            check_output(path, args.convert, file, args.overwrite)
     stored = read_contents(path).values
     extra = {key: stored[key] for key in pt_model.CLASSIFIER_KEYS if key in stored}
     options = {"dtype": args.save_dtype, "tokenizer": tokenizer, "extra": extra}
@@ -386,7 +392,7 @@ def score(
         remedy = vocabulary_remedy(model.config.vocab_size)
         raise UsageError(f"--text: {path} has no vocabulary: {remedy}")
     result = score_text(model, tokenizer, texts, reading)
-    lost = count_lost(tokenizer, sample_texts(texts, reading))
+    lost = count_lost(tokenizer.vocabulary, sample_texts(texts, reading))
     if not args.json:
         say(f"{path} on {', '.join(args.text)}: {result.line()}", *lost.lines())
     figures = asdict(result) | {"loss": result.loss, "bits_per_byte": result.bits_per_byte}

@@ -93,6 +93,8 @@ SHAPE_FLAGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim")  # besi
 MAX_CONTEXT = 1024  # where --max_seq_len is not given, as in the original
 TRAINING = ("pretrain", "finetune")
 LABELLED = ("finetune", "prompt")
+DIALOGUE_FIELDS = {"conversations", "messages", "conversation", "chosen", "message_id"}  # of tables
+DIALOGUE_FIELDS |= {"prompt", "instruction", "question", "input"}
 EVERY = ("pretrain", "finetune", "prompt", "generate")
 
 
@@ -173,13 +175,16 @@ class Options:
     pretrained_model_path: Path | None = flag(
         None,
         "model file or folder to start from, of this or another program; unset: to pretrain from "
-        "scratch, else that of a --save_dir typed, else ./checkpoints/final-model.pt, else "
-        "./stories42M.pt, else the shipped model",
+        "scratch, else that of a --save_dir typed, else the result of the last pretraining in this "
+        "folder, else ./stories42M.pt, else the shipped model",
     )
 
     flag = section("text to pretrain on", "pretrain")
     pretrain_data: tuple[str, ...] = flag(
-        (), "files, folders or globs: .txt, .jsonl, each also .gz; unset: embedded ones", many=True
+        (), "files, folders, globs: .txt, .jsonl, .csv, .parquet, ...; unset: embedded", many=True
+    )
+    data_weights: tuple[float, ...] = flag(
+        (), "weight of each of these in the tokens read: 3 1", many=True, metavar="X", above=0
     )
     val_data: tuple[str, ...] = flag((), "the same, held out for validation", many=True)
     flag = section("text to pretrain on", "pretrain", "finetune")
@@ -194,7 +199,6 @@ class Options:
         "what stands between the documents of a text file, such as <|endoftext|>; or the two words "
         "'blank line'",
     )
-    text_field: str = flag("text", "field of a .jsonl line that holds the text; a.b goes deeper")
     sentences_only: bool = flag(False, "of `label ||| sentence` files read only the sentences")
     encoding_errors: Literal["strict", "replace"] = flag(
         "strict", "bytes that are not in --encoding: stop and name the line, or put U+FFFD"
@@ -204,6 +208,10 @@ class Options:
     )
     document_mask: bool = flag(
         False, "where a chunk holds several documents, attend to the token's own alone"
+    )
+    flag = section("text to pretrain on", "pretrain", *LABELLED)
+    text_field: str = flag(
+        "text", "field of a .jsonl line, or column of a table, that is the text; a.b goes deeper"
     )
     flag = section("text to pretrain on", "pretrain", on_resume="typed")
     cache_dir: Path = flag(Path("token_cache"), "folder of the tokenized text")
@@ -296,7 +304,7 @@ class Options:
 
     flag = section("labelled data (finetune, prompt)", *LABELLED, on_resume="typed")
     train: Path | None = flag(
-        None, "`label ||| sentence`, .csv or .jsonl; or .jsonl chats; unset: reviews"
+        None, "`label ||| sentence`, .csv, .jsonl or .parquet; or chats; unset: reviews"
     )
     dev: Path | None = flag(None, "the same, to choose the best epoch by")
     test: Path | None = flag(None, "the same, for the last figures")
@@ -305,8 +313,14 @@ class Options:
         "JSON list of the labels' names, or an object: how files write each, and its name; unset: "
         "NAME-label-mapping.json beside --train",
     )
-    dev_out: Path | None = flag(None, "predictions on --dev; unset: named by data set and option")
+    dev_out: Path | None = flag(
+        None, "predictions on --dev; unset: in --save_dir, by data set and option"
+    )
     test_out: Path | None = flag(None, "predictions on --test; likewise")
+    flag = section("labelled data (finetune, prompt)", *LABELLED)
+    label_field: str = flag(
+        "label", "field or column that is the label, a number or a name; --text_field the sentence"
+    )
     flag = section("labelled data (finetune, prompt)", *LABELLED, "generate")
     batch_size: int = flag(
         8, "sentences or prompts per batch", at_least=1, instead="pretrain_batch_size"
@@ -510,10 +524,12 @@ class Options:
     @property
     def is_chat(self) -> bool:
         """Whether this finetunes on dialogues, which are JSON, and not on labelled sentences."""
-        if self.option != "finetune" or self.train is None or not is_json_name(self.train):
+        if self.option != "finetune" or self.train is None or "label_field" in self.given:
             return False
         fields = first_object(self.train).keys()
-        return not ("label" in fields and {"text", "sentence"} & fields)
+        if not is_json_name(self.train) and not fields & DIALOGUE_FIELDS:
+            return False
+        return not ("label" in fields and {"text", "sentence", self.text_field} & fields)
 
     def decay(self) -> float:
         """The weight decay: as given, else 0.1 to pretrain and 0 to finetune."""

@@ -42,7 +42,7 @@ from minllama.model.kernels import (
 )
 from minllama.model.shape import RopeScaling
 from minllama.system.errors import UsageError
-from minllama.text.chat import ChatTemplate
+from minllama.text.chat import Template
 
 # ---------------------------------------------------------------------------- parts
 
@@ -195,15 +195,15 @@ class LlamaLayer(nn.Module):
 class Llama(nn.Module):
     """Token ids in, logits out.
 
-    `vocabulary` is the SentencePiece model of the ids, if known, and `chat_template` how dialogues
-    were written that it was trained on, if any: they travel with the weights.
+    `vocabulary` are the bytes of the vocabulary of the ids, if known, and `chat_template` how
+    dialogues were written that it was trained on, if any: they travel with the weights.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
         self.vocabulary: bytes | None = None
-        self.chat_template: ChatTemplate | None = None
+        self.chat_template: Template | None = None
         self.activation_checkpointing = False  # recompute each layer in backward: memory for time
         device = torch.get_default_device()
         with torch.device("meta"):  # neither memory nor random numbers for what torch would draw

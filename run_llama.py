@@ -45,9 +45,15 @@ from minllama.model.packing import pack_weights
 from minllama.system.errors import Interrupted, RunFailed, UsageError
 from minllama.system.files import check_writable_file, real_path, write_text
 from minllama.system.signals import LAUNCHER_REPEATS, StopRequest
+from minllama.text.find_files import find_text_files
 from minllama.text.labelled import Labels, read_labelled, report_predictions
-from minllama.text.reading import Reading, find_text_files, read_lines
-from minllama.text.splits import find_dialogue_files, find_labelled_files, find_sentences
+from minllama.text.reading import Reading, read_lines
+from minllama.text.splits import (
+    data_set_name,
+    find_dialogue_files,
+    find_labelled_files,
+    find_sentences,
+)
 from minllama.training.chat_tuning import ChatTuning
 from minllama.training.classification import (
     POOLING_DESCRIPTION,
@@ -59,7 +65,7 @@ from minllama.training.loop import train
 from minllama.training.pretraining import Pretraining, plan_for_gpus
 from minllama.training.results import say_interrupted
 from minllama.training.run import Run
-from minllama.training.setup import make_plan, open_run
+from minllama.training.setup import make_plan, open_run, use_checkpoint_folder
 from minllama.training.task import Task
 from utils import LlamaDataset
 
@@ -77,11 +83,13 @@ def pretrain(options: Options, stop: StopRequest, ranks: Ranks) -> int:
 
 def finetune(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     """Train a pretrained model on dialogues, or a classifier on it; returns the exit status."""
+    prefix = f"finetune-{data_set_name(options.train)}"
+    options = use_checkpoint_folder(options, prefix)  # predictions go there, too
     if options.is_chat:
         files, task_class = find_dialogue_files(options), ChatTuning
     else:
         files, task_class = find_labelled_files(options, "finetuning"), Classification
-    with open_run(options, f"finetune-{files.name}", ranks=ranks, stop=stop) as run:
+    with open_run(options, prefix, ranks=ranks, stop=stop) as run:
         return run_task(run, task_class(run, files))
 
 
@@ -124,8 +132,8 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
         return classify(options, classifier, stop, ranks)
     files = find_labelled_files(options, "prompting")
     train = files.paths["train"]
-    texts, encoding = files.labels.texts, options.encoding
-    examples = read_labelled(train, texts, encoding=encoding) if options.shots else []
+    texts, reading = files.labels.texts, Reading.of_records(options)
+    examples = read_labelled(train, texts, reading=reading) if options.shots else []
     if options.shots > len(examples):
         raise UsageError(
             f"--shots {options.shots}: --train {train} has {len(examples)} examples to show"
@@ -145,7 +153,7 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     # Without any sentence: what `pmi` subtracts; and a question that is too long shows at once.
     base = score_labels(model, prompts, [""], "sum")
     for split, out in files.outs.items():
-        dataset = LlamaDataset(files.paths[split], tokenizer, labels=texts, encoding=encoding)
+        dataset = LlamaDataset(files.paths[split], tokenizer, labels=texts, reading=reading)
         predictions = np.zeros(len(dataset), np.int64)
         batches = dataset.length_sorted_batches(options.batch_size)
         for indices in progress_bar(batches, desc=f"prompting {split}"):

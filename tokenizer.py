@@ -1,8 +1,9 @@
-"""The tokenizer: text to token ids and back by SentencePiece, and the training of a vocabulary.
+"""The tokenizer: text to token ids and back, and the training of a vocabulary.
 
 Knows nothing of tensors, models or caches. As a command it trains and exports vocabularies:
 
     python tokenizer.py train --input story.txt more/ --vocab_size 4096 --output my.model
+    python tokenizer.py train --input story.txt --kind byte-bpe --output my-tokenizer.json
     python tokenizer.py export --tokenizer_model my.model --output tokenizer.bin
 """
 
@@ -14,20 +15,12 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main, Ctrl-C ends it without a traceback
 
 import argparse
-import collections
-import hashlib
-import io
-import math
 import random
-import re
 import struct
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, wait
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -42,153 +35,105 @@ from minllama.cli.command_line import (
 )
 from minllama.system.encodings import check_encoding
 from minllama.system.errors import UsageError
-from minllama.system.files import atomic_write, read_whole
-from minllama.text.reading import (
-    READ_BYTES,
-    Block,
-    Reading,
-    download_hint,
-    find_text_files,
-    read_documents,
+from minllama.system.files import atomic_write
+from minllama.text.documents import Block, read_documents
+from minllama.text.find_files import download_hint, find_text_files
+from minllama.text.reading import READ_BYTES, Reading
+from minllama.vocabulary.base import Vocabulary
+from minllama.vocabulary.files import open_vocabulary, read_vocabulary_file
+from minllama.vocabulary.sentence_piece import SentencePiece, piece_text, sealed
+from minllama.vocabulary.symbols import read_symbols
+from minllama.vocabulary.training import (
+    CHARS,
+    KINDS,
+    SENTENCE_CHARS,
+    Wanted,
+    reserved_names,
+    train_on,
 )
 
 EMBEDDED_VOCABULARY = DATA_DIR / "stories-vocabulary.model"
-SPACE = "\u2581"  # SentencePiece's visible sign for a space
-# Begins a vocabulary made here; 64 hex digits follow, the SHA-256 of the rest. To SentencePiece it
-# is a field (number 1000, of 80 bytes) that it does not know and passes over.
-SEAL = b"\xc2\x3e\x50minllama sha256 "
-MODEL_BYTES = 64 << 20  # a vocabulary file is at most some megabytes
 
 # ---------------------------------------------------------------------------- the tokenizer
 
 
 class Tokenizer:
-    """A SentencePiece vocabulary, from a file, from its bytes, or the embedded one.
+    """A vocabulary, from a file or a folder, from a model file's bytes, or the embedded one.
 
-    `max_len` cuts what `encode` returns, before BOS and EOS. Raises UsageError naming a file that
-    is missing or holds no SentencePiece model.
+    `max_len` cuts what `encode` returns, before BOS and EOS; a vocabulary may stand in its place.
+    Raises UsageError naming a file that is missing or holds no vocabulary.
     """
 
     def __init__(
-        self, max_len: int | None = None, tokenizer_model: str | Path | bytes | None = None
+        self,
+        max_len: int | None = None,
+        tokenizer_model: str | Path | bytes | None = None,
     ) -> None:
+        if isinstance(max_len, str | Path | bytes):
+            max_len, tokenizer_model = None, max_len
         given = EMBEDDED_VOCABULARY if tokenizer_model is None else tokenizer_model
         self.max_len = max_len
         self.model_bytes = given if isinstance(given, bytes) else _read_model(Path(given))
         name = "the vocabulary" if isinstance(given, bytes) else str(given)
-        self.sp_model = _load_model(self.model_bytes, name)
+        self.vocabulary: Vocabulary = open_vocabulary(self.model_bytes, name)
         self.fingerprint = fingerprint(self.model_bytes)
-        self.n_words: int = self.sp_model.vocab_size()
-        self.bos_id: int = self.sp_model.bos_id()
-        self.eos_id: int = self.sp_model.eos_id()
-        if min(self.bos_id, self.eos_id) < 0:
-            raise UsageError(f"{name}: has no BOS or no EOS token, which mark documents here")
-        zero = self.sp_model.piece_to_id("<0x00>")  # the original pads with this byte token
-        self.pad_id: int = zero if self.sp_model.is_byte(zero) else 0
+        self.n_words: int = self.vocabulary.size
+        self.bos_id: int = self.vocabulary.bos_id
+        self.eos_id: int = self.vocabulary.eos_id
+
+    @property
+    def sp_model(self) -> sentencepiece.SentencePieceProcessor:
+        """SentencePiece's own object; UsageError for a vocabulary of another kind."""
+        if not isinstance(self.vocabulary, SentencePiece):
+            raise UsageError(f"vocabulary {self.fingerprint}: is {self.vocabulary.kind}")
+        return self.vocabulary.processor
+
+    @cached_property
+    def pad_id(self) -> int:
+        """The token of the byte 0, which the original pads with; 0 where there is none."""
+        texts = self.vocabulary.token_texts
+        return texts.index(b"\0") if b"\0" in texts else 0
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
         """Token ids of `s`, cut to `max_len`, with BOS and EOS as asked.
 
-        Bytes of a command line that are no UTF-8, which Python reads as surrogates, become `?`.
+        A vocabulary whose prompts have no BOS puts it before an empty text alone: something has to
+        be there. Bytes of a command line that are no UTF-8, which Python reads as surrogates,
+        become `?`.
         """
-        ids = self.sp_model.encode(s.encode("utf-8", "replace").decode())[: self.max_len]
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+        ids = self.vocabulary.encode(s.encode("utf-8", "replace").decode())[: self.max_len]
+        return self._opening(bos, ids) + ids + [self.eos_id] * eos
+
+    def encode_many(self, texts: Sequence[str], bos: bool) -> list[list[int]]:
+        """Token ids of each text, as those of `encode` without EOS."""
+        arrays = self.vocabulary.encode_many(texts)
+        encoded = (array[: self.max_len].tolist() for array in arrays)
+        return [self._opening(bos, ids) + ids for ids in encoded]
+
+    def _opening(self, bos: bool, ids: list[int]) -> list[int]:
+        return [self.bos_id] * (bos and (self.vocabulary.adds_bos or not ids))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; BOS and EOS have none."""
-        return self.sp_model.decode([int(i) for i in ids])
-
-    @cached_property
-    def is_plain_bpe(self) -> bool:
-        """Whether this is BPE over unchanged text, as Llama's vocabularies are.
-
-        Only of such a vocabulary it is known how a text may be cut and which merges it has.
-        SentencePiece has no call for it, so this goes by signs: an identity normaliser is named in
-        the file, and BPE's scores are ranks, where a unigram's are logarithms.
-        """
-        sp = self.sp_model
-        return (
-            b"\n\x08identity" in self.model_bytes
-            and sp.normalize(" a  \ufb01 ") == "\u2581\u2581a\u2581\u2581\ufb01\u2581"
-            and all(sp.get_score(i).is_integer() for i in range(self.n_words))
-            and sp.is_byte(sp.piece_to_id("<0x00>"))
-        )
+        return self.vocabulary.decode([int(i) for i in ids])
 
     def token_byte_lengths(self, *, opening: bool = False) -> np.ndarray:
         """(n_words,) int64: bytes of UTF-8 that each token spells; 0 for BOS, EOS and unknown.
 
         `opening`: as a text's first token, without the space that is put before every text.
         """
-        texts = self.token_texts()
-        if opening and self.sp_model.normalize("a").startswith(SPACE):
+        texts = self.vocabulary.token_texts
+        if opening and self.vocabulary.opening_space:
             texts = [text.removeprefix(b" ") for text in texts]
         return np.array([len(text) for text in texts], np.int64)
-
-    def token_texts(self) -> list[bytes]:
-        """The UTF-8 that each token spells; nothing for BOS, EOS and unknown."""
-        sp, texts = self.sp_model, [b""] * self.n_words
-        for i in range(self.n_words):
-            if sp.is_byte(i):
-                texts[i] = bytes([int(sp.id_to_piece(i)[3:5], 16)])
-            elif not sp.is_control(i) and not sp.is_unknown(i):
-                texts[i] = _piece_text(sp.id_to_piece(i))
-        return texts
 
     def byte_fallback_share(self, tokens: np.ndarray) -> float:
         """The share of the bytes of these tokens' text that are byte tokens, from 0 to 1.
 
-        They stand for characters that the vocabulary has no piece for. A newline's does not count:
-        SentencePiece learns from lines, so no vocabulary has another for it.
+        They stand for characters that the vocabulary has no piece for.
         """
         sizes = np.bincount(tokens, minlength=self.n_words) * self.token_byte_lengths()
-        newline = self.sp_model.piece_to_id("<0x0A>")
-        fallback = [self.sp_model.is_byte(i) and i != newline for i in range(self.n_words)]
-        return float(sizes[fallback].sum() / max(1, sizes.sum()))
-
-
-class Lost(NamedTuple):
-    """What of a text does not come back from a vocabulary's tokens."""
-
-    tokens: int
-    unknown: int  # of these tokens, which stand for any characters
-    characters: int
-    lost: collections.Counter[str]  # of these characters
-
-    @property
-    def spoils_bits_per_byte(self) -> bool:
-        """Whether the tokens spell less than the text; a space for SPACE is as good as that."""
-        return self.unknown > 0 or any(self.lost.keys() - {SPACE})
-
-    def lines(self) -> list[str]:
-        """What to say of it, if anything."""
-        lost, lines = self.lost - collections.Counter({SPACE: self.lost[SPACE]}), []
-        if self.lost[SPACE]:
-            lines += [
-                f"note: {SPACE} (U+2581), SentencePiece's sign for a space, is read as a space"
-            ]
-        if self.spoils_bits_per_byte:
-            newlines_first = sorted(lost.items(), key=lambda item: (item[0] != "\n", -item[1]))
-            counts = [f"{character!r} {count:,}" for character, count in newlines_first[:5]]
-            counts += ["..."] if len(lost) > 5 else []
-            lines.append(
-                f"warning: the vocabulary loses some of the text: {self.unknown / self.tokens:.1%} "
-                f"of its tokens are <unk>, and {lost.total():,} of {self.characters:,} characters "
-                f"do not come back ({', '.join(counts)}). Bits per byte are of what does, and do "
-                "not compare with another vocabulary's; tokenizer.py train makes one without loss"
-            )
-        return lines
-
-
-def count_lost(tokenizer: Tokenizer, texts: Iterable[str]) -> Lost:
-    """Try a vocabulary on texts: encoded, decoded, and the characters counted."""
-    tokens = unknown = characters = 0
-    lost: collections.Counter[str] = collections.Counter()
-    for text in texts:
-        ids = tokenizer.encode(text, bos=False, eos=False)
-        tokens, characters = tokens + len(ids), characters + len(text)
-        unknown += sum(map(tokenizer.sp_model.is_unknown, ids))
-        lost += collections.Counter(text) - collections.Counter(tokenizer.decode(ids))
-    return Lost(max(1, tokens), unknown, characters, lost)
+        return float(sizes[self.vocabulary.byte_tokens].sum() / max(1, sizes.sum()))
 
 
 def vocabulary_remedy(size: int) -> str:
@@ -199,168 +144,69 @@ def vocabulary_remedy(size: int) -> str:
     return remedy
 
 
-def _piece_text(piece: str) -> bytes:
-    return piece.replace(SPACE, " ").encode()
-
-
 def _read_model(path: Path) -> bytes:
     if not path.exists():
         raise UsageError(f"--tokenizer_model {path}: no such file{download_hint(path)}")
     try:
-        return read_whole(path, MODEL_BYTES)
+        return read_vocabulary_file(path)
     except UsageError as error:
         raise UsageError(f"--tokenizer_model {error}") from None
-
-
-def sealed(data: bytes) -> bytes:
-    """A SentencePiece model behind its checksum."""
-    return SEAL + hashlib.sha256(data).hexdigest().encode() + data
-
-
-def _load_model(data: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
-    # A damaged seal is one too. Vocabularies that were not made here have none.
-    like_a_seal = sum(a == b for a, b in zip(data, SEAL, strict=False))
-    if like_a_seal > len(SEAL) // 2 and data != sealed(data[len(SEAL) + 64 :]):
-        raise UsageError(f"{name} is damaged: its bytes do not match its SHA-256")
-    processor = sentencepiece.SentencePieceProcessor()
-    try:
-        processor.LoadFromSerializedProto(data)
-        if processor.vocab_size() < 1:
-            raise ValueError("no pieces")
-        # One damaged byte may leave a piece that is not UTF-8.
-        processor.id_to_piece(list(range(processor.vocab_size())))
-    except (RuntimeError, ValueError, TypeError, OSError):
-        raise UsageError(f"{name}: not a SentencePiece model ({len(data):,} bytes)") from None
-    return processor
 
 
 # ---------------------------------------------------------------------------- training one
 
 TRAINING_BYTES = 64 << 20  # of text, sampled evenly from the inputs: bounds memory and time
-SENTENCE_CHARS = 4096  # SentencePiece drops longer sentences than its limit; these stay below
-META_PIECES = 3 + 256  # unknown, BOS and EOS, and one for each byte
-LARGEST_FITTING = 32000  # pieces, as Llama-2's
-# Of an alphabet every character gets a piece, of a script of thousands only the usual ones: the
-# rare ones would fill the vocabulary and hardly ever be trained.
-ALPHABET, COVERAGE, COVERAGE_OF_THOUSANDS = 1000, 0.9995, 0.99
 
 
 def train_vocabulary(
     inputs: Sequence[Path],
     output: Path,
     *,
-    vocab_size: int | None = None,
+    kind: str = "sentencepiece",
+    vocab_size: int | str | None = None,
     character_coverage: float | None = None,
+    symbols: Sequence[str] = (),
     reading: Reading | None = None,
     max_bytes: int = TRAINING_BYTES,
     seal: bool = True,
     check_stop: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train a byte-fallback BPE vocabulary with Llama-2's conventions and publish it at `output`.
+    """Train a vocabulary and publish it at `output`; `minllama/vocabulary/training.py` tells how.
 
-    With a `seal` the file carries a checksum, which SentencePiece passes over. `vocab_size` and
-    `character_coverage` are by default what suits the text (see `fit_vocabulary`). The same inputs
-    and options give the same bytes: the file holds no path and no date. At most `max_bytes` of text
-    are used, sampled evenly. Raises UsageError, naming the largest (or the smallest) size that
-    works, when `vocab_size` does not fit the corpus, and what `check_stop` raises, which is called
-    several times a second.
+    Of kind "sentencepiece" it is BPE with byte tokens and Llama 2's conventions; with a `seal` the
+    file carries a checksum, which SentencePiece passes over. Of kind "byte-bpe" it is Llama 3's, in
+    a tokenizer.json. `vocab_size` and `character_coverage` are by default what suits the text (see
+    `fit_vocabulary`); "chars" is one token for every character. `symbols` are one token wherever
+    they stand. The same inputs and options give the same bytes: the file holds no path and no date.
+    At most `max_bytes` of text are used, sampled evenly. Raises UsageError, naming the largest (or
+    the smallest) size that works, when `vocab_size` does not fit the corpus, and what `check_stop`
+    raises, which is called several times a second.
     """
+    wanted = Wanted(kind, vocab_size, character_coverage, symbols)
+    wanted.check()
     # A .gz unpacks to about four times its size.
     sizes = [path.stat().st_size * (4 if path.suffix.lower() == ".gz" else 1) for path in inputs]
     share = min(1.0, max_bytes / max(1, sum(sizes)))
-    sentences = _sample_sentences(inputs, reading or Reading(), share, max_bytes)
-    if not sentences:
+    cut = _lines if kind == "sentencepiece" else _stretches
+    sentences = _sample(inputs, reading or Reading(), cut, share, max_bytes)
+    if not any(map(str.strip, sentences)):
         raise UsageError(f"{', '.join(map(str, inputs))}: no text to train a vocabulary on")
-    fitting, coverage = fit_vocabulary(sentences, share, coverage=character_coverage)
-    spaces = len(sentences) + sum(sentence.count(" ") for sentence in sentences)
-    # Of a text with few spaces their sign is rare enough to be dropped, and would then be spelt.
-    is_rare = spaces < (1 - coverage) * (len(sentences) + sum(map(len, sentences)))
-    model = io.BytesIO()
-    try:
-        _run_in_thread(
-            sentencepiece.SentencePieceTrainer.train,
-            check_stop,
-            sentence_iterator=iter(sentences),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size or fitting,
-            hard_vocab_limit=vocab_size is not None,
-            character_coverage=coverage,
-            byte_fallback=True,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            normalization_rule_name="identity",
-            add_dummy_prefix=True,
-            remove_extra_whitespaces=False,
-            split_digits=True,
-            allow_whitespace_only_pieces=True,
-            max_sentence_length=8 * SENTENCE_CHARS,
-            num_threads=16,  # part of the file: a fixed number keeps it the same on all machines
-            minloglevel=2,
-            **({"required_chars": SPACE} if is_rare else {}),
-        )
-    except RuntimeError as error:
-        problem = f"SentencePiece could not train ({error})"
-        if largest := re.search(r"value <= (\d+)", str(error)):
-            problem = f"too large: this text gives at most {largest[1]}"
-        elif least := re.search(r"\d+ vs (\d+)", str(error)):  # its characters and 256 bytes
-            problem = f"too small: at least {least[1]}, or a lower --character_coverage"
-        raise UsageError(f"--vocab_size {vocab_size}: {problem}") from None
-    _write(output, sealed(model.getvalue()) if seal else model.getvalue())
+    content = train_on(sentences, share, wanted, check_stop)
+    _write(output, sealed(content) if seal and kind == "sentencepiece" else content)
 
 
-def _run_in_thread(
-    work: Callable[..., None], check_stop: Callable[[], None], **settings: Any
-) -> None:
-    """Do work that hears no signal, and leave it to itself where `check_stop` raises."""
-    outcome: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            outcome.set_result(work(**settings))
-        except Exception as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()  # which does not hold up the process's end
-    while not wait([outcome], timeout=0.1).done:
-        check_stop()
-    outcome.result()
-
-
-def fit_vocabulary(
-    sentences: Sequence[str], share: float, *, coverage: float | None = None
-) -> tuple[int, float]:
-    """The size of a vocabulary that suits a text, and the share of its characters to have pieces.
-
-    `sentences` are the `share` of the text that was sampled. The size is that of bytes and
-    characters, which must be there, and of merges, twice the square root of the text's bytes: each
-    piece has to occur often enough to be learnt (measured in `benchmarks/README.md`).
-    """
-    counts: collections.Counter[str] = collections.Counter()
-    for sentence in sentences:
-        counts.update(sentence)
-    by_count = np.array(sorted(counts.values(), reverse=True))
-    covered = np.cumsum(by_count) / by_count.sum()
-    if coverage is None:
-        many = np.searchsorted(covered, COVERAGE) > ALPHABET
-        coverage = COVERAGE_OF_THOUSANDS if many else COVERAGE
-    characters = int(np.searchsorted(covered, coverage)) + 1
-    text_bytes = sum(len(sentence.encode()) for sentence in sentences) / share
-    least = META_PIECES + characters
-    size = max(least, min(LARGEST_FITTING, least + round(2 * math.sqrt(text_bytes))))
-    return -(-size // 64) * 64, coverage  # of whole 64s, which matrices on a GPU are fastest in
-
-
-def _sample_sentences(
-    inputs: Sequence[Path], reading: Reading, share: float, max_bytes: int
+def _sample(
+    inputs: Sequence[Path],
+    reading: Reading,
+    cut: Callable[[Iterable[Block]], Iterator[str]],
+    share: float,
+    max_bytes: int,
 ) -> list[str]:
-    """Lines of the inputs, each kept with the probability `share`, of about `max_bytes` in all."""
+    """What is cut from the inputs, kept with the probability `share`, about `max_bytes` in all."""
     rng, kept = random.Random(0), []
     room = max_bytes * 5 // 4  # ends the sampling where a .gz unpacks to more than was estimated
     for path in inputs:
-        for sentence in _sentences(read_documents(path, reading)):
+        for sentence in cut(read_documents(path, reading)):
             if share < 1 and rng.random() >= share:
                 continue
             room -= len(sentence.encode())
@@ -370,7 +216,7 @@ def _sample_sentences(
     return kept
 
 
-def _sentences(blocks: Iterable[Block]) -> Iterator[str]:
+def _lines(blocks: Iterable[Block]) -> Iterator[str]:
     """The lines of documents, long ones cut, at a space where there is one."""
     held = ""
     for block in blocks:
@@ -387,6 +233,19 @@ def _sentences(blocks: Iterable[Block]) -> Iterator[str]:
                 yield line
 
 
+def _stretches(blocks: Iterable[Block]) -> Iterator[str]:
+    """The text of documents with its line ends, cut at a space where there is one."""
+    for block in blocks:
+        text, start = block.text, 0
+        while len(text) - start > SENTENCE_CHARS:
+            cut = text.rfind(" ", start + 1, start + SENTENCE_CHARS)
+            cut = cut if cut > 0 else start + SENTENCE_CHARS
+            yield text[start:cut]
+            start = cut
+        if start < len(text):
+            yield text[start:]
+
+
 # ---------------------------------------------------------------------------- llama2.c's format
 
 
@@ -395,11 +254,29 @@ def tokenizer_bin(tokenizer: Tokenizer) -> bytes:
 
     Little-endian: uint32 longest token in bytes; per token float32 score, int32 length, bytes.
     Byte tokens keep their name `<0x0A>`, which llama2.c parses; BOS and EOS are set in newlines.
+    Raises UsageError for a vocabulary that run.c, in which Llama's ids are built in, reads wrongly.
     """
-    sp = tokenizer.sp_model
+    vocabulary = tokenizer.vocabulary
+    if vocabulary.added_tokens:
+        raise UsageError(
+            f"vocabulary {tokenizer.fingerprint}: has symbols of its own "
+            f"({next(iter(vocabulary.added_tokens))!r}), which llama2.c does not look for in a text"
+        )
+    if not isinstance(vocabulary, SentencePiece) or not vocabulary.is_plain_bpe:
+        raise UsageError(
+            f"vocabulary {tokenizer.fingerprint}: llama2.c knows only SentencePiece's BPE over "
+            "unchanged text with a space before it, as tokenizer.py trains it"
+        )
+    sp = vocabulary.processor
+    ids = (tokenizer.bos_id, tokenizer.eos_id, sp.piece_to_id("<0x00>"))
+    if ids != (1, 2, 3):
+        raise UsageError(
+            f"vocabulary {tokenizer.fingerprint}: BOS, EOS and <0x00> are the tokens "
+            f"{', '.join(map(str, ids))}; llama2.c knows them only as 1, 2 and 3"
+        )
     named = {tokenizer.bos_id: "\n<s>\n", tokenizer.eos_id: "\n</s>\n"}
     names = [named.get(i, sp.id_to_piece(i)) for i in range(tokenizer.n_words)]
-    tokens = [_piece_text(name) for name in names]
+    tokens = [piece_text(name) for name in names]
     data = bytearray(struct.pack("<I", max(map(len, tokens))))
     for i, token in enumerate(tokens):
         data += struct.pack("<fi", sp.get_score(i), len(token)) + token
@@ -425,11 +302,27 @@ def _write(path: Path, data: bytes | bytearray) -> None:
 def _build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="tokenizer.py", description="Train or export a vocabulary.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
-    train = commands.add_parser("train", help="train a SentencePiece vocabulary on text")
+    train = commands.add_parser("train", help="train a vocabulary on text")
     train.add_argument("--input", nargs="+", required=True, help="text files, folders, globs")
     train.add_argument("--output", type=read_path, required=True, help="the model file to write")
-    size, share = number_reader(int, at_least=1), number_reader(float, at_least=0.98, at_most=1)
-    train.add_argument("--vocab_size", type=size, help="tokens; unset: what suits the text")
+    train.add_argument(
+        "--kind",
+        choices=KINDS,
+        default=KINDS[0],
+        help="sentencepiece: BPE with byte tokens, as Llama 2's; byte-bpe: byte-level BPE, as "
+        "Llama 3's, in a tokenizer.json (default: %(default)s)",
+    )
+    train.add_argument(
+        "--vocab_size",
+        type=_read_size,
+        help=f"tokens; {CHARS}: one for every character; unset: what suits the text",
+    )
+    train.add_argument(
+        "--symbols",
+        type=read_path,
+        help="file of own symbols, one a line, each one token wherever it stands in a text",
+    )
+    share = number_reader(float, at_least=0.98, at_most=1)
     train.add_argument(  # within SentencePiece's own limits
         "--character_coverage",
         type=share,
@@ -447,6 +340,11 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _read_size(text: str) -> int | str:
+    """A `type` for argparse: a number of tokens, or CHARS."""
+    return text if text == CHARS else number_reader(int, at_least=1)(text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0, or 2 after one line about bad input."""
     try:
@@ -455,9 +353,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"--output {args.output}: is there already; --overwrite replaces it")
         if args.command == "train":
             check_encoding(args.encoding)
+            names = reserved_names(args.kind)
             train_vocabulary(
                 find_text_files(args.input, flag="--input"),
                 args.output,
+                kind=args.kind,
+                symbols=read_symbols(args.symbols, names) if args.symbols else (),
                 vocab_size=args.vocab_size,
                 character_coverage=args.character_coverage,
                 reading=Reading.from_flags(args),

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +22,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from config import IGNORE_INDEX
 from minllama.system.errors import UsageError
-from minllama.text.chat import ChatTemplate, Cuts, Dialogue, encode_dialogue
+from minllama.text.chat import Cuts, Template, encode_dialogue
+from minllama.text.dialogues import Dialogue
+from minllama.text.find_files import find_text_files
 from minllama.text.labelled import UNLABELLED, read_labelled
-from minllama.text.reading import Reading, find_text_files
+from minllama.text.reading import UTF8, Reading
 from minllama.text.stream import TokenStream, splitmix64, whole_stream
 from minllama.text.token_cache import build_or_load
 from tokenizer import Tokenizer
@@ -41,12 +45,18 @@ class PretrainDataset:
     """A token stream cut into chunks of `chunk_length` inputs; the last one may be short.
 
     Chunk i predicts tokens i*T+1 .. (i+1)*T from tokens i*T .. (i+1)*T-1: the length cuts the
-    stream and never truncates the text. A document's BOS, which only `tokenizer` knows, is no
-    target. Raises UsageError for fewer than two tokens.
+    stream and never truncates the text. Where it is of several `sources`, each by its name and
+    tokens, these are cut one by one, and numbered on. A document's BOS, which only `tokenizer`
+    knows, is no target. Raises UsageError for fewer than two tokens.
     """
 
     def __init__(
-        self, stream: TokenStream, chunk_length: int, *, tokenizer: Tokenizer | None = None
+        self,
+        stream: TokenStream,
+        chunk_length: int,
+        *,
+        tokenizer: Tokenizer | None = None,
+        sources: dict[str, int] | None = None,
     ) -> None:
         if chunk_length < 1:
             raise UsageError(f"--max_seq_len {chunk_length}: must be at least 1")
@@ -57,6 +67,15 @@ class PretrainDataset:
             )
         self.stream, self.chunk_length, self.tokenizer = stream, chunk_length, tokenizer
         self.bos_id = tokenizer and tokenizer.bos_id
+        # BOS always follows EOS: nothing to learn, and the loss would only look lower. A vocabulary
+        # with one token for both has no EOS before it, and learns where a document ends by it.
+        self.ignored_id = None if tokenizer and self.bos_id == tokenizer.eos_id else self.bos_id
+        self.sources = sources or {"": len(stream)}
+        sizes = np.array([*self.sources.values()])
+        self.source_stops = np.cumsum(sizes)  # in the stream
+        self.source_starts = self.source_stops - sizes
+        self.source_chunks = [count_chunks(size, chunk_length) for size in sizes.tolist()]
+        self.first_chunks = np.concatenate([[0], np.cumsum(self.source_chunks)])  # of each source
 
     @classmethod
     def from_files(
@@ -73,13 +92,38 @@ class PretrainDataset:
         return cls(whole_stream(cache), chunk_length, tokenizer=tokenizer)
 
     def __len__(self) -> int:
-        return count_chunks(len(self.stream), self.chunk_length)
+        return int(self.first_chunks[-1])
+
+    def cut(self, chunk_length: int, most: int | None = None) -> PretrainDataset:
+        """This text in other chunks; of each source its beginning, `most` tokens of all."""
+        whole = len(self.stream)
+        most = min(whole, most or whole)
+        sizes = {n: max(min(2, size), size * most // whole) for n, size in self.sources.items()}
+        starts = self.source_starts.tolist()
+        kept = [(start, start + n) for start, n in zip(starts, sizes.values(), strict=True)]
+        stream = self.stream if most == whole else self.stream.select(kept)
+        return PretrainDataset(stream, chunk_length, tokenizer=self.tokenizer, sources=sizes)
+
+    @functools.cached_property
+    def by_source(self) -> dict[str, PretrainDataset]:
+        """Each source's chunks as a data set of their own, by its name."""
+        if len(self.sources) == 1:
+            return {name: self for name in self.sources}
+        spans = zip(self.source_starts.tolist(), self.source_stops.tolist(), strict=True)
+        streams = [self.stream.select([span]) for span in spans]
+        alone = functools.partial(PretrainDataset, chunk_length=self.chunk_length)
+        return {
+            name: alone(stream, tokenizer=self.tokenizer, sources={name: len(stream)})
+            for name, stream in zip(self.sources, streams, strict=True)
+        }
 
     @functools.cached_property
     def utf8_bytes(self) -> int | None:
         """Bytes of the text that the targets spell, for bits per byte; None without a tokenizer."""
         if self.tokenizer is None:
             return None
+        if len(self.sources) > 1:
+            return sum(part.utf8_bytes for part in self.by_source.values())
         inside, opening = (self.tokenizer.token_byte_lengths(opening=o) for o in (False, True))
         total, last = 0, len(self.stream) - 1
         for start in range(0, last, READ_TOKENS):  # a stream may be larger than memory
@@ -88,14 +132,22 @@ class PretrainDataset:
             total += int(lengths.sum())
         return total
 
+    def bounds(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(starts, stops) in the stream of these chunks, each with the target after its last."""
+        # Chunks overlap by one token: the last target of one is the first input of the next, so
+        # every token but a source's first is predicted exactly once.
+        indices = np.asarray(indices)
+        source = np.searchsorted(self.first_chunks, indices, side="right") - 1
+        starts = self.source_starts[source]
+        starts = starts + (indices - self.first_chunks[source]) * self.chunk_length
+        return starts, np.minimum(starts + self.chunk_length + 1, self.source_stops[source])
+
     def chunk(self, index: int) -> np.ndarray:
         """Inputs and the target after the last, (up to chunk_length + 1,)."""
         if not 0 <= index < len(self):
             raise IndexError(f"chunk {index} of {len(self)}")
-        # Chunks overlap by one token: the last target of one is the first input of the next, so
-        # every token but the stream's first is predicted exactly once.
-        start = index * self.chunk_length
-        return self.stream.read(start, min(start + self.chunk_length + 1, len(self.stream)))
+        start, stop = self.bounds([index])
+        return self.stream.read(int(start[0]), int(stop[0]))
 
     def batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens, targets), both (B, T) int64, T the longest's; IGNORE_INDEX pads targets."""
@@ -104,20 +156,20 @@ class PretrainDataset:
         # that is padding has no target. So any id will do, also one that is a real token.
         tokens = pad_sequence([chunk[:-1] for chunk in chunks], True)  # (B, T)
         targets = pad_sequence([chunk[1:] for chunk in chunks], True, IGNORE_INDEX)  # (B, T)
-        if self.bos_id is not None:
-            # BOS always follows EOS: nothing to learn, and the loss would only look lower.
-            targets[targets == self.bos_id] = IGNORE_INDEX
+        if self.ignored_id is not None:
+            targets[targets == self.ignored_id] = IGNORE_INDEX
         return tokens, targets
 
     def count_targets(self, indices: Sequence[int]) -> int:
         """The targets of `batch(indices)`, without reading these chunks where that can be."""
         # So each rank knows the others' counts, by which the loss is divided, without asking them.
-        if self.bos_id is not None and self.stream.document_starts is None:
+        if self.ignored_id is not None and self.stream.document_starts is None:
             return int((self.batch(indices)[1] != IGNORE_INDEX).sum())
-        starts = np.asarray(indices) * self.chunk_length
-        stops = np.minimum(starts + self.chunk_length + 1, len(self.stream))
-        bos_targets = 0 if self.bos_id is None else self.stream.count_documents(starts + 1, stops)
-        return int((stops - starts - 1).sum()) - bos_targets
+        starts, stops = self.bounds(indices)
+        count = int((stops - starts - 1).sum())
+        if self.ignored_id is None:
+            return count
+        return count - self.stream.count_documents(starts + 1, stops)
 
 
 ORDER_VERSION = 2  # of `shuffled`, in a run's identity: 1 was a sorted table
@@ -159,10 +211,70 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 def batch_indices(n: int, batch_size: int, seed: int, epoch: int, index: int) -> np.ndarray:
     """Chunk numbers of batch `index` of an epoch, (up to batch_size,) int64; the last is short."""
+    return shuffled(batch_positions(n, batch_size, index), n, seed, epoch)
+
+
+def batch_positions(n: int, batch_size: int, index: int) -> np.ndarray:
+    """Which of an epoch's n positions batch `index` has, (up to batch_size,) int64."""
     first = index * batch_size
     if not 0 <= first < n:
         raise IndexError(f"batch {index} of {-(-n // batch_size)}")
-    return shuffled(np.arange(first, min(first + batch_size, n)), n, seed, epoch)
+    return np.arange(first, min(first + batch_size, n))
+
+
+class Mixture:
+    """Which chunk is where in a run that reads several sources, each its share of the tokens.
+
+    An epoch is `epoch_chunks` positions, which read as many tokens as all sources have together.
+    Any positions in a row hold of each source its share, to within k - 1 chunks where there are k
+    sources. Each of a source's chunks comes once before any comes again.
+    """
+
+    def __init__(self, dataset: PretrainDataset, weights: Sequence[float]) -> None:
+        """`weights`, one for each source of the data set, are in proportion to the tokens read."""
+        self.chunks, self.first_chunks = dataset.source_chunks, dataset.first_chunks.tolist()
+        # Exact: a rounding that another machine does not share would be another order.
+        given = [Fraction(weight) for weight in weights]
+        self.weights = [weight / sum(given) for weight in given]
+        inputs = [size - 1 for size in dataset.sources.values()]
+        # A source whose last chunk is short needs more chunks for as many tokens.
+        per_token = [
+            weight * count / size
+            for weight, count, size in zip(self.weights, self.chunks, inputs, strict=True)
+        ]
+        self.shares = [count / sum(per_token) for count in per_token]  # of the positions
+        self.epoch_chunks = math.ceil(sum(inputs) * sum(per_token))
+        # The heaviest first: what is left for the others is then the least uneven.
+        rest, self.splits = Fraction(1), []
+        for source in sorted(range(len(weights)), key=lambda i: -self.shares[i]):
+            ratio = self.shares[source] / rest  # of the last one 1
+            self.splits.append((source, ratio.numerator, ratio.denominator))
+            rest -= self.shares[source]
+
+    def draw(self, position: int) -> tuple[int, int]:
+        """(source, how many chunks of it come before) at a position of the run, counted from 0."""
+        for source, share, whole in self.splits:
+            # Of the first n positions that are left it has n times its share, rounded.
+            before = (2 * position * share + whole) // (2 * whole)
+            if (2 * (position + 1) * share + whole) // (2 * whole) > before:
+                return source, before
+            position -= before
+        raise AssertionError("the last source takes what is left")
+
+    def chunks_at(self, positions: Sequence[int], seed: int) -> np.ndarray:
+        """The numbers of the chunks at these positions, int64: a function of these and the seed."""
+        # Never to change, as `shuffled`, which orders each pass over a source.
+        places: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for at, position in enumerate(positions):
+            source, number = self.draw(int(position))
+            epoch, index = divmod(number, self.chunks[source])
+            places.setdefault((source, epoch), []).append((at, index))
+        found = np.empty(len(positions), np.int64)
+        for (source, epoch), chosen in places.items():
+            at, index = np.array(chosen).T
+            order = shuffled(index, self.chunks[source], seed + (source << 32), epoch)
+            found[at] = self.first_chunks[source] + order
+        return found
 
 
 # ---------------------------------------------------------------------------- dialogues
@@ -180,7 +292,7 @@ class ChatDataset:
         self,
         dialogues: Iterable[Dialogue],
         tokenizer: Tokenizer,
-        template: ChatTemplate,
+        template: Template,
         context: int,
     ) -> None:
         tokens, is_answer, stops = array("i"), bytearray(), array("q")
@@ -273,7 +385,7 @@ class LabelledBatch(NamedTuple):
 
 
 class LlamaDataset:
-    """A labelled file, encoded: `ids[i]` are BOS and the tokens of `examples[i]`'s sentence.
+    """A labelled file, encoded: `ids[i]` are the tokens of `examples[i]`'s sentence behind BOS.
 
     At most `max_sentence_len` tokens are kept; `cut` is how many sentences had more. `plain` takes
     a file of sentences alone, too; `labels` are how the file writes them.
@@ -286,14 +398,16 @@ class LlamaDataset:
         *,
         labels: Sequence[str] | None = None,
         max_sentence_len: int | None = None,
-        encoding: str = "utf-8",
+        reading: Reading = UTF8,
         plain: bool = False,
     ) -> None:
         self.path = path
-        self.examples = read_labelled(path, labels, encoding=encoding, plain=plain)
-        sentences = tokenizer.sp_model.encode([example.sentence for example in self.examples])
-        self.ids = [[tokenizer.bos_id, *ids[:max_sentence_len]] for ids in sentences]
-        self.cut = sum(len(ids) > (max_sentence_len or len(ids)) for ids in sentences)
+        self.examples = read_labelled(path, labels, reading=reading, plain=plain)
+        sentences = [example.sentence for example in self.examples]
+        encoded = tokenizer.encode_many(sentences, bos=True)
+        longest = max_sentence_len and max_sentence_len + tokenizer.vocabulary.adds_bos
+        self.ids = [ids[:longest] for ids in encoded]
+        self.cut = sum(len(ids) > (longest or len(ids)) for ids in encoded)
         self.lengths = np.array([len(ids) for ids in self.ids], dtype=np.int64)
 
     def __len__(self) -> int:

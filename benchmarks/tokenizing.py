@@ -28,7 +28,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from minllama.text.reading import Reading, read_documents  # noqa: E402
+from minllama.text.documents import read_documents  # noqa: E402
+from minllama.text.reading import Reading  # noqa: E402
 from minllama.text.token_cache import TokenCache, build_or_load  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 

@@ -5,6 +5,7 @@ A module imports only from its own folder and from those listed above it:
     system      errors, files written whole or not at all, locks, signals, sizes
     cli         flags, messages, progress bars
     machine     device, GPUs, random state, several processes
+    vocabulary  token ids and their text: SentencePiece and byte-level BPE
     text        text, dialogues and labelled sentences to token ids
     model       the Llama's shape, and what makes it fast, smaller or trainable in part
     formats     model files: each format read, written and checked

@@ -21,7 +21,7 @@ from minllama.formats.pt_file import save_pt
 from minllama.inference import streaming
 from minllama.runs.checkpoints import load_checkpoint
 from minllama.system.signals import StopRequest
-from minllama.training import loop, pretraining
+from minllama.training import loop, pretraining, task
 from minllama.training.loop import Prefetch
 from tokenizer import EMBEDDED_VOCABULARY, Tokenizer
 
@@ -82,6 +82,12 @@ def stop_after(step: int, patch: pytest.MonkeyPatch) -> StopRequest:
 
     patch.setattr(loop, "optimizer_step", optimizer_step)
     return stop
+
+
+def evaluate_as(patch: pytest.MonkeyPatch, *losses: float) -> None:
+    """Validate without validating: each evaluation finds the next of these losses."""
+    found = iter(losses)
+    patch.setattr(task, "evaluate_tokens", lambda *_: {"val_loss": next(found)})
 
 
 def read_ahead(patch: pytest.MonkeyPatch) -> None:

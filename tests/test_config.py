@@ -47,7 +47,7 @@ def test_the_flags_are_exactly_these():
         dtype save_dtype deterministic compile
         model_size dim n_layers n_heads n_kv_heads hidden_dim max_seq_len dropout
         tokenizer_model pretrained_model_path
-        pretrain_data val_data val_fraction document_per_line document_separator
+        pretrain_data data_weights val_data val_fraction document_per_line document_separator
         text_field sentences_only dedup
         document_mask         encoding encoding_errors cache_dir
         epochs max_steps gradient_accumulation_steps optimizer lr_scheduler warmup_steps min_lr
@@ -55,7 +55,7 @@ def test_the_flags_are_exactly_these():
         global_batch_size parallel dist_timeout
         pretrain_batch_size pretrain_lr eval_interval save_interval best_model_interval
         sample_prompt sample_tokens world_size gpu
-        train dev test label_names batch_size max_sentence_len dev_out test_out
+        train dev test label_names label_field batch_size max_sentence_len dev_out test_out
         minutes schedule_steps val_tokens
         lr hidden_dropout_prob pooling skip_bad_lines freeze_backbone lora_rank early_stopping
         prompt_template label_norm shots pairs
@@ -614,10 +614,13 @@ def test_where_a_run_is_and_ends_is_typed_anew():
 def test_a_stored_option_that_could_not_have_been_typed_is_refused():
     """A damaged or made-up checkpoint."""
     options = parse_options("--option pretrain --resume auto".split())
-    for name, value in (("epochs", 0), ("dtype", "int8"), ("pretrain_data", "x"), ("seed", None)):
+    stored = [("epochs", 0), ("dtype", "int8"), ("pretrain_data", "x"), ("seed", None)]
+    weights = (3.0, [3.0, 0.0], ["x"], [True], [[1]])
+    for name, value in stored + [("data_weights", value) for value in weights]:
         with pytest.raises(UsageError, match=f"the checkpoint's --{name} is"):
             options.resumed({name: value})
     assert options.resumed({"of another version": 1}) == options
+    assert options.resumed({"data_weights": [3, 0.5]}).data_weights == (3.0, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ TOP = {
     "check_model_precision", "config", "llama", "optimizer", "run_llama", "tokenizer", "utils",
 }  # fmt: skip
 # A module of a folder imports from its own and from the folders before it.
-FOLDERS = "system cli machine text model formats inference runs training".split()
+FOLDERS = "system cli machine vocabulary text model formats inference runs training".split()
 LONGEST, LONGEST_OF_SOME = 600, dict.fromkeys(("run_llama", "llama", "config"), 750)
 MOST_NAMES = 12
 

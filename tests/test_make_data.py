@@ -23,7 +23,7 @@ import make_data  # noqa: E402  (this and what it imports are in data/, found by
 from grammar import Dice, expand, polish, read_grammar  # noqa: E402
 from stories import ANIMAL_BOYS, ANIMAL_GIRLS, BOYS, GIRLS, Cast, make_stories  # noqa: E402
 
-from minllama.text.chat import read_dialogues  # noqa: E402
+from minllama.text.dialogues import read_dialogues  # noqa: E402
 
 
 @pytest.fixture(scope="module")

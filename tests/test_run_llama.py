@@ -333,7 +333,7 @@ def test_finetuning_learns_and_writes_predictions(finetune, model, mode):
         assert word in done.out
     assert records("run/finetune-toy-metrics.jsonl")[-1]["dev_accuracy"] is not None
     for split in ("dev", "test"):
-        written = Path(f"toy-{split}-finetuning-output.txt").read_text(encoding="utf-8")
+        written = Path(f"run/toy-{split}-finetuning-output.txt").read_text(encoding="utf-8")
         given = Path(f"toy-{split}.txt").read_text(encoding="utf-8")
         pairs = [[line.split(" ||| ") for line in text.splitlines()] for text in (written, given)]
         assert [line[1] for line in pairs[0]] == [line[1] for line in pairs[1]]
@@ -355,7 +355,7 @@ def test_a_test_file_without_labels_gets_predictions_alone(finetune):
     done = command(f"{finetune} --epochs 1")
     assert done.status == 0
     assert "test: unlabelled" in done.out and "test accuracy" not in done.out
-    assert len(Path("toy-test-finetuning-output.txt").read_text("utf-8").splitlines()) == 9
+    assert len(Path("run/toy-test-finetuning-output.txt").read_text("utf-8").splitlines()) == 9
 
 
 def test_a_finetuning_checkpoint_is_a_model_file(finetune):
@@ -409,9 +409,9 @@ def test_interrupted_while_predicting_the_model_is_kept(finetune, monkeypatch):
         patch.setattr(run_llama.Classification, "load_weights", load_weights)
         done = command(f"{finetune} --epochs 1", stop=stop)
     assert done.status == 130 and "--resume auto" in done.out
-    assert not Path("toy-dev-finetuning-output.txt").exists()
+    assert not Path("run/toy-dev-finetuning-output.txt").exists()
     assert command(f"{finetune} --epochs 1 --resume auto").status == 0
-    assert Path("toy-dev-finetuning-output.txt").is_file()
+    assert Path("run/toy-dev-finetuning-output.txt").is_file()
 
 
 # ---------------------------------------------------------------------------- prompt
@@ -421,11 +421,12 @@ def test_prompting_writes_predictions_and_figures(model, labelled):
     """In the files' order, on dev and test; nothing is trained."""
     done = command(f"--option prompt --pretrained_model_path {model} {labelled}")
     assert done.status == 0 and "dev accuracy" in done.out and "test accuracy" in done.out
-    lines = Path("toy-dev-prompting-output.txt").read_text(encoding="utf-8").splitlines()
+    written = Path("checkpoints/toy-dev-prompting-output.txt")
+    lines = written.read_text(encoding="utf-8").splitlines()
     given = Path("toy-dev.txt").read_text(encoding="utf-8").splitlines()
     assert [line.split(" ||| ")[1] for line in lines] == [s.split(" ||| ")[1] for s in given]
     assert {line.split(" ||| ")[0] for line in lines} <= {"0", "1", "2"}
-    assert not Path("checkpoints").exists()
+    assert {path.suffix for path in Path("checkpoints").iterdir()} == {".txt"}
 
 
 def test_predictions_never_replace_an_input(model, labelled):
@@ -482,7 +483,7 @@ def test_interrupted_prompting_leaves_no_half_file(model, labelled):
     words = f"--option prompt --pretrained_model_path {model} {labelled}"
     done = command(words, stop=StopRequest(signal_number=signal.SIGINT))
     assert done.status == 130 and "nothing to save" in done.error
-    assert not Path("toy-dev-prompting-output.txt").exists()
+    assert not Path("checkpoints/toy-dev-prompting-output.txt").exists()
 
 
 # ---------------------------------------------------------------------------- generate

@@ -23,8 +23,9 @@ from minllama.runs.checkpoints import load_checkpoint
 from minllama.runs.run_folder import RunFolder
 from minllama.system import signals
 from minllama.system.errors import UsageError
+from minllama.text.documents import read_documents
 from minllama.text.labelled import read_labelled
-from minllama.text.reading import Reading, read_documents
+from minllama.text.reading import Reading
 from minllama.training import setup
 
 

@@ -20,10 +20,10 @@ from vocabularies import FRAGMENTS, OTHERS, PLAIN, corpus_lines, train, vocabula
 
 from minllama.system.errors import Interrupted, UsageError
 from minllama.text.reading import Reading
+from minllama.vocabulary.lost import count_lost
+from minllama.vocabulary.sentence_piece import SPACE
 from tokenizer import (
-    SPACE,
     Tokenizer,
-    count_lost,
     export_tokenizer_bin,
     main,
     train_vocabulary,
@@ -69,7 +69,7 @@ def test_not_a_model(data: bytes, tmp_path: Path) -> None:
         Tokenizer(tokenizer_model=tmp_path / "absent.model")
     with pytest.raises(UsageError, match="python data/download.py tokenizer"):
         Tokenizer(tokenizer_model=tmp_path / "tokenizer.model")
-    with pytest.raises(UsageError, match="is a folder"):
+    with pytest.raises(UsageError, match="the folder holds no tokenizer.model and no"):
         Tokenizer(tokenizer_model=tmp_path)
 
 
@@ -101,7 +101,7 @@ def test_what_is_plain_bpe(name: str) -> None:
     """BPE with byte tokens over unchanged text and a space in front; nothing else may pass."""
     # Of these, though they are, no text can be cut.
     bpe_anyway = {"spaces-inside-pieces", "newlines-in-a-piece", "space-in-a-symbol"}
-    assert vocabulary(name).is_plain_bpe == (name not in OTHERS or name in bpe_anyway)
+    assert vocabulary(name).vocabulary.is_plain_bpe == (name not in OTHERS or name in bpe_anyway)
 
 
 @pytest.mark.parametrize("name", ["ours", "embedded", "llama-2"])
@@ -115,7 +115,7 @@ def test_token_byte_lengths_sum_to_the_text(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["ours", "embedded", "no-dummy-prefix", "unigram-identity"])
 def test_a_vocabulary_that_loses_nothing_is_not_complained_of(name: str) -> None:
-    lost = count_lost(vocabulary(name), corpus_lines())
+    lost = count_lost(vocabulary(name).vocabulary, corpus_lines())
     assert (lost.unknown, lost.lost.total(), lost.lines()) == (0, 0, [])
 
 
@@ -123,7 +123,7 @@ def test_what_a_vocabulary_loses_is_counted() -> None:
     """One without byte tokens lost every newline and 6 % of the tokens unsaid, and its bits per
     byte looked better for it; a real U+2581 came back as a space, unsaid as well."""
     text = "the cat\nsat 1934\n"
-    lost = count_lost(vocabulary("no-byte-fallback"), [text])
+    lost = count_lost(vocabulary("no-byte-fallback").vocabulary, [text])
     pieces = vocabulary("no-byte-fallback").sp_model.encode(text, out_type=str)
     alphabet = {*"".join(map(vocabulary("no-byte-fallback").sp_model.id_to_piece, range(3, 150)))}
     missing = [character for character in text.replace(" ", SPACE) if character not in alphabet]
@@ -134,9 +134,9 @@ def test_what_a_vocabulary_loses_is_counted() -> None:
     assert f"{unknown / len(pieces):.1%} of its tokens are <unk>" in line
     assert f"{len(missing)} of {len(text)} characters do not come back ('\\n' 2" in line
     assert "do not compare" in line and lost.spoils_bits_per_byte
-    lost = count_lost(vocabulary("nfkc"), ["\ufb01t"])
+    lost = count_lost(vocabulary("nfkc").vocabulary, ["\ufb01t"])
     assert lost.unknown == 0 and lost.lost == Counter("\ufb01") and lost.spoils_bits_per_byte
-    lost = count_lost(vocabulary("embedded"), [f"{SPACE}\u2582\u2583"])
+    lost = count_lost(vocabulary("embedded").vocabulary, [f"{SPACE}\u2582\u2583"])
     assert "U+2581" in "".join(lost.lines()) and not lost.spoils_bits_per_byte
 
 
@@ -204,7 +204,7 @@ def test_training_is_reproducible_and_names_no_path(corpus_file: Path, tmp_path:
     assert str(tmp_path).encode() not in model and b"corpus" not in model
     tokenizer = Tokenizer(tokenizer_model=model)
     assert (tokenizer.n_words, tokenizer.bos_id, tokenizer.eos_id) == (400, 1, 2)
-    assert tokenizer.sp_model.is_byte(tokenizer.pad_id) and tokenizer.is_plain_bpe
+    assert tokenizer.sp_model.is_byte(tokenizer.pad_id) and tokenizer.vocabulary.is_plain_bpe
     text = "the cat\n\nsat  on 1934 mats 😀\n"
     assert tokenizer.decode(tokenizer.encode(text, True, True)) == text
     assert not list(tmp_path.glob(".*"))  # no temporary file is left

@@ -20,6 +20,7 @@ from tokenizer import Tokenizer
 from utils import (
     IGNORE_INDEX,
     LlamaDataset,
+    Mixture,
     PretrainDataset,
     batch_indices,
     bucketed_batches,
@@ -69,7 +70,7 @@ def test_targets_are_counted_without_reading(
     for part in (stream, *map(stream.select, cuts)):
         if len(part) < 2:
             continue
-        for tokenizer in (SimpleNamespace(bos_id=bos), None):
+        for tokenizer in (SimpleNamespace(bos_id=bos, eos_id=bos + 1), None):
             dataset = PretrainDataset(part, length, tokenizer=tokenizer)
             chosen = epoch_order(len(dataset), seed, 0)[: 1 + seed]
             counted = int((dataset.batch(chosen)[1] != IGNORE_INDEX).sum())
@@ -224,6 +225,94 @@ def test_bucketing_saves_padding() -> None:
     padded = sum(lengths[batch].max() * len(batch) for batch in batches)
     assert padded < 1.1 * lengths.sum()
     assert not np.array_equal(batches[0], bucketed_batches(lengths, 16, 0, 1)[0])
+
+
+# ---------------------------------------------------------------------------- weighted sources
+
+
+def mixture_of(sizes: list[int], weights: list[float], length: int) -> Mixture:
+    """The order of sources of so many tokens each."""
+    sources = {str(number): size for number, size in enumerate(sizes)}
+    return Mixture(PretrainDataset(stream_of(sum(sizes)), length, sources=sources), weights)
+
+
+def sources_of(numbers: np.ndarray, sizes: list[int], length: int) -> np.ndarray:
+    """Which source each chunk is of."""
+    chunks = [count_chunks(size, length) for size in sizes]
+    return np.searchsorted(np.cumsum(chunks), numbers, side="right")
+
+
+some_sources = st.lists(
+    st.tuples(st.integers(2, 90), st.floats(0.05, 20)), min_size=1, max_size=5
+)  # tokens and weight
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(some_sources, st.integers(1, 12), st.integers(0, 2**63 - 1), st.integers(0, 5000))
+def test_any_positions_hold_of_each_source_its_share(sources, length, seed, first) -> None:
+    """By counting in every window of 200 positions; shares by hand, of tokens: a source whose last
+    chunk is short has more of the chunks than of the tokens."""
+    sizes, weights = map(list, zip(*sources, strict=True))
+    per_chunk = [(size - 1) / count_chunks(size, length) for size in sizes]
+    shares = np.array(weights) / per_chunk
+    shares /= shares.sum()
+    mixture = mixture_of(sizes, weights, length)
+    found = sources_of(mixture.chunks_at(range(first, first + 200), seed), sizes, length)
+    counts = np.cumsum(found[:, None] == range(len(sizes)), axis=0)
+    excess = np.concatenate([[0 * shares], counts]) - np.arange(201)[:, None] * shares
+    # The farthest that any window is off: from the lowest to the highest before it or after it.
+    assert (excess.max(axis=0) - excess.min(axis=0)).max() <= len(sizes) - 1 + 1e-6
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(some_sources, st.integers(1, 12), st.integers(0, 2**63 - 1))
+def test_each_pass_over_a_source_has_every_chunk_once(sources, length, seed) -> None:
+    """And positions asked for one by one, in any pieces, hold the same."""
+    sizes, weights = map(list, zip(*sources, strict=True))
+    mixture = mixture_of(sizes, weights, length)
+    numbers = mixture.chunks_at(range(600), seed)
+    found = sources_of(numbers, sizes, length)
+    first = 0
+    for source, size in enumerate(sizes):
+        count, own = count_chunks(size, length), numbers[found == source]
+        for start in range(0, len(own) - count + 1, count):
+            assert sorted(own[start : start + count] - first) == list(range(count))
+        first += count
+    pieces = [mixture.chunks_at(range(at, min(600, at + 7)), seed) for at in range(0, 600, 7)]
+    assert np.concatenate(pieces).tolist() == numbers.tolist()
+    assert mixture.chunks_at([599], seed).tolist() == numbers[-1:].tolist()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(some_sources, st.integers(1, 12))
+def test_weights_are_shares_of_the_tokens(sources, length) -> None:
+    """By adding up the tokens of ten epochs, each of which has as many as all sources have."""
+    sizes, weights = map(list, zip(*sources, strict=True))
+    mixture = mixture_of(sizes, weights, length)
+    sources = {str(number): size for number, size in enumerate(sizes)}
+    dataset = PretrainDataset(stream_of(sum(sizes)), length, sources=sources)
+    numbers = mixture.chunks_at(range(10 * mixture.epoch_chunks), 1)
+    tokens = np.array([len(dataset.chunk(number)) - 1 for number in numbers])
+    read = np.bincount(sources_of(numbers, sizes, length), tokens, len(sizes))
+    expected = 10 * (sum(sizes) - len(sizes)) * np.array(weights) / sum(weights)
+    # Of ten chunks that end an epoch, k - 1 more or fewer, and one that is short.
+    assert np.abs(read - expected).max() <= (10 + len(sizes)) * length
+
+
+def test_one_weighted_source_is_read_as_without_weights() -> None:
+    """Whatever the weight: the order of its chunks is that of every run."""
+    mixture = mixture_of([233], [0.3], 10)
+    assert mixture.epoch_chunks == count_chunks(233, 10) == 24
+    expected = [shuffled(np.arange(24), 24, 1337, epoch) for epoch in range(3)]
+    assert mixture.chunks_at(range(72), 1337).tolist() == np.concatenate(expected).tolist()
+
+
+def test_the_order_of_weighted_chunks_is_for_ever() -> None:
+    """A resumed run reads what the uninterrupted one would have: literal numbers, any version."""
+    mixture = mixture_of([41, 25, 30], [3, 1, 0.1], 8)
+    order = mixture.chunks_at(range(24), 1337).tolist()
+    assert order == [3, 7, 1, 4, 2, 6, 0, 4, 1, 5, 2, 3, 5, 0, 3, 2, 7, 4, 1, 0, 9, 2, 0, 3]
+    assert mixture.chunks_at(range(10**12, 10**12 + 4), 1337).tolist() == [2, 4, 6, 0]
 
 
 # ---------------------------------------------------------------------------- labelled sentences

@@ -145,7 +145,10 @@ def read_stored(field: dataclasses.Field, value: Any, *, where: str = "the check
         return None
     if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
         return value
-    if typing.get_origin(kind) is tuple and isinstance(value, list):
+    if kind == tuple[float, ...] and isinstance(value, list):
+        with contextlib.suppress(argparse.ArgumentTypeError):
+            return tuple(map(number_reader(float, **field.metadata["bounds"]), map(repr, value)))
+    elif typing.get_origin(kind) is tuple and isinstance(value, list):
         if all(isinstance(item, str) and not UNTYPABLE.search(item) for item in value):
             return tuple(value)
     elif kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
@@ -171,8 +174,10 @@ def add_flag(group: Any, field: dataclasses.Field, *, shown: bool = True) -> Non
         settings["choices"] = typing.get_args(kind)
     elif typing.get_origin(kind) is tuple:
         settings |= {"nargs": "+"} if metadata["many"] else {"action": "append"}
+        numeric = typing.get_args(kind)[0] is float
+        read = number_reader(float, **metadata["bounds"]) if numeric else read_words
         # Without a default, to which argparse would append.
-        settings |= {"metavar": metadata["metavar"] or "PATH", "default": None, "type": read_words}
+        settings |= {"metavar": metadata["metavar"] or "PATH", "default": None, "type": read}
     else:
         numeric = kind in (int, float)
         words = {int: "N", float: "X", Path: "PATH", str: "TEXT"}

@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -50,7 +50,16 @@ def progress_bar(iterable: Iterable | None = None, **settings: Any) -> tqdm:
 def training_bar(step: int, last_step: int) -> tqdm:
     """The bar of a run: what matters comes first, since a narrow terminal cuts off the end."""
     bar_format = "{remaining} left{desc} |{bar}| {n_fmt}/{total_fmt} steps"
-    return progress_bar(initial=step, total=last_step, bar_format=bar_format)
+    idle = {"disable": True} if step >= last_step else {}  # of a resumed run that had ended
+    return progress_bar(initial=step, total=last_step, bar_format=bar_format, **idle)
+
+
+def by_source(record: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """(name, source, value) of the figures that a record has for each source of held-out text."""
+    for name in ("val_loss", "bits_per_byte"):
+        figures = record.get(f"{name}_by_source")
+        for source, value in figures.items() if isinstance(figures, dict) else ():
+            yield name, source, value
 
 
 def show_record(bar: tqdm, record: dict[str, Any]) -> None:
@@ -70,6 +79,12 @@ def show_record(bar: tqdm, record: dict[str, Any]) -> None:
     ]
     if figures:
         bar.write(f"epoch {record['epoch']}, step {record['step']:,}: {', '.join(figures)}")
+    sources: dict[str, list[str]] = {}
+    for key, source, value in by_source(record):
+        shown = "not finite" if value is None else f"{value:,.4f}"
+        sources.setdefault(source, []).append(f"{key.replace('_', ' ')} {shown}")
+    for source, shown in sources.items():
+        bar.write(f"  {source}: {', '.join(shown)}")
     if record.get("sample"):
         bar.write("  " + " ".join(record["sample"].split()))
 

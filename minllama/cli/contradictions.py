@@ -41,6 +41,15 @@ def find_problems(options: Options) -> Iterator[str]:
         yield "--tensorboard needs another package: pip install tensorboard"
     if options.tensorboard and not is_text(options.save_dir):
         yield f"--tensorboard: --save_dir {options.save_dir} is no UTF-8, which TensorBoard needs"
+    if options.option == "pretrain" and options.data_weights:
+        weights, sources = options.data_weights, len(options.pretrain_data)
+        # On a resume the checkpoint has the sources, where they are not typed.
+        if len(weights) != sources and (sources or not options.resume):
+            yield (
+                f"--data_weights {' '.join(map('{:g}'.format, weights))}: the number of weights is "
+                f"{len(weights)} and --pretrain_data names {sources or 'no'} sources: give each "
+                "file, folder or glob there its weight"
+            )
     for name in ("plan", "resume", "profile"):
         if name in options.given and not trains:
             yield f"--{name} is for --option pretrain and finetune, which train; leave it out"

@@ -9,7 +9,9 @@ hostile files: they run no code, and check sizes before they allocate.
     pt_model      models in .pt files, of this program, the original and llama2.c
     llama2c       llama2.c's .bin files
     gguf          llama.cpp's and Ollama's files
+    gguf_vocabulary  the vocabulary in them
     hugging_face  the folders of `transformers`
+    hugging_face_vocabulary  tokenizer.json and what is beside it
     litgpt        the folders of litgpt
     peft          adapters to a folder of `transformers`
     model_file    the table of formats; reading any of them

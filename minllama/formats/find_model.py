@@ -20,7 +20,8 @@ from minllama.formats.pt_model import CONSOLIDATED, read_vocabulary
 from minllama.formats.stored_model import StoredModel, read_shape
 from minllama.machine.ranks import Ranks
 from minllama.system.errors import UsageError
-from minllama.text.reading import SHOWN_FILES, download_hint
+from minllama.system.files import read_json_object
+from minllama.text.find_files import SHOWN_FILES, download_hint
 from tokenizer import Tokenizer, vocabulary_remedy
 
 
@@ -46,6 +47,9 @@ def find_model(options: Options) -> Path:
         file = model_in(path, "--pretrained_model_path")
         if file != path:
             print(f"--pretrained_model_path {path} is a folder: using {file}")
+        elif file.name == MODELS[0] and (pretraining_result(file.parent) or file) != file:
+            better = pretraining_result(file.parent)
+            print(f"note: {file} is the end of a run that was overfitted; its result is {better}")
         return file
     if options.interactive and options.option == "generate":
         chat_model = newest_chat_model(run)
@@ -58,16 +62,42 @@ def find_model(options: Options) -> Path:
         file = pretrained_in(run) or model_in(run, "--save_dir")
         print(f"--pretrained_model_path is not given: using --save_dir's {file}")
         return file
-    defaults = (Path("checkpoints/final-model.pt"), Path("stories42M.pt"), SHIPPED_MODEL)
-    path = next((path for path in defaults if path.exists()), SHIPPED_MODEL)
-    print(f"--pretrained_model_path is not given: using {path}")
+    path, *earlier = finished_pretrainings()[::-1] or [Path("stories42M.pt")]
+    path = path if path.exists() else SHIPPED_MODEL
+    last = f", of the last pretraining here; before it came {_listed(earlier)}" if earlier else ""
+    print(f"--pretrained_model_path is not given: using {path}{last}")
     return path
+
+
+# Of a pretraining. Which is its result, the last or the one before it was overfitted, its run.json
+# says; of runs that do not, it is the first of these.
+MODELS = ("final-model.pt", "best-model.pt")
+
+
+def pretraining_result(folder: Path) -> Path | None:
+    """The model that the record of a pretraining in this folder names as its result, if any."""
+    with contextlib.suppress(UsageError):
+        name = read_json_object(folder / "run.json").get("result")
+        if name in MODELS and (folder / name).is_file():
+            return folder / name
+    return None
 
 
 def pretrained_in(folder: Path) -> Path | None:
     """The model that a pretraining left in its folder, if it did."""
-    models = (folder / "final-model.pt", folder / "best-model.pt")
-    return next((path for path in models if path.is_file()), None)
+    models = (folder / name for name in MODELS)
+    return pretraining_result(folder) or next((path for path in models if path.is_file()), None)
+
+
+def finished_pretrainings() -> list[Path]:
+    """The results of the pretrainings that ended in this folder, or two levels below; last last."""
+    records = [path for depth in ("", "*/", "*/*/") for path in Path().glob(f"{depth}run.json")]
+    folders = {path.parent for path in records} | {Path("checkpoints")}
+    ended = {}
+    for final in (folder / MODELS[0] for folder in sorted(folders)):
+        with contextlib.suppress(OSError):  # of a run without one, or that is being removed
+            ended[final] = final.stat().st_mtime
+    return [pretraining_result(path.parent) or path for path in sorted(ended, key=ended.get)]
 
 
 def newest_chat_model(folder: Path) -> Path | None:
@@ -83,7 +113,8 @@ def newest_chat_model(folder: Path) -> Path | None:
 def model_in(path: Path, flag: str) -> Path:
     """A model file, a Hugging Face folder, or the model file in a run's folder.
 
-    Of a run's folder that is final-model.pt, else the one best-model.pt, else the one checkpoint.
+    Of a run's folder that is the result of its pretraining, else final-model.pt, else the one
+    best-model.pt, else the one checkpoint.
     Raises UsageError that names `flag` and what there is instead.
     """
     if not path.exists():
@@ -97,6 +128,8 @@ def model_in(path: Path, flag: str) -> Path:
         raise UsageError(f"{flag} {path}: the folder holds no model{_models_nearby(path)}")
     final = [file for file in files if file.name == "final-model.pt"]
     best = [file for file in files if file.name.endswith("best-model.pt")]
+    if result := pretraining_result(path):
+        return result
     models = final or best or files
     if len(models) != 1:
         raise UsageError(f"{flag} {path}: is a folder; name one of {_listed(models)}")
@@ -131,7 +164,7 @@ def find_vocabulary(model: Llama | StoredModel, path: Path, options: Options) ->
     tokenizer = own_or_given_vocabulary(model, path, given)
     if tokenizer is None:
         remedy = vocabulary_remedy(model.config.vocab_size)
-        raise UsageError(f"{path} carries no SentencePiece vocabulary: {remedy}")
+        raise UsageError(f"{path} carries no vocabulary: {remedy}")
     return tokenizer
 
 

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import json
 import re
-import struct
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from config import LlamaConfig
+from minllama.formats.gguf_vocabulary import rebuilt_vocabulary, vocabulary_values
 from minllama.formats.stored_model import (
     Contents,
     StoredModel,
@@ -33,12 +33,13 @@ from minllama.formats.stored_model import (
     to_half_split,
     translate,
 )
-from minllama.formats.vocabularies import check_same_ids, require_plain_bpe
+from minllama.formats.vocabularies import check_same_ids, require_exportable
 from minllama.model.shape import RopeScaling
 from minllama.system.errors import UsageError
 from minllama.system.files import atomic_write, write_text
 from minllama.system.packages import import_optional
-from minllama.text.chat import ChatTemplate
+from minllama.text.chat import ChatTemplate, template_of_jinja
+from minllama.text.jinja_template import JinjaTemplate
 from tokenizer import Tokenizer, vocabulary_remedy
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 PACKAGE, BESIDE = "gguf", "Modelfile"  # Ollama's recipe
 MOST_PARTS = 4_000_000  # of a header, 200 bytes of memory each: 256,000 tokens and merges are 1.5 M
+RECIPE_LINE = 4096  # bytes read of a recipe's first line
 NAME_CHARS = 256  # of a value or a tensor
 REASON_CHARS = 200  # of what the package says of a file that it cannot read
 WRITTEN = {  # precisions that are written: the package's names for tensors and for whole files
@@ -193,7 +195,7 @@ def read(path: Path) -> StoredModel:
         config = _with_rope_freqs(path, config, tensors.pop(ROPE_FREQS), metadata.get(OUR_SCALING))
     tensors.setdefault("output.weight", table)
     vocabulary = rebuilt_vocabulary(path, metadata)
-    template = ChatTemplate.from_jinja(metadata.get("tokenizer.chat_template"))
+    template = template_of_jinja(metadata.get("tokenizer.chat_template"))
     model = StoredModel(config, tensors, vocabulary, template).checked(path, tensor_name)
     if metadata["general.architecture"] == "llama":  # whose pairs are adjacent, as here
         return model
@@ -271,7 +273,7 @@ def write(model: Llama, output: Path, *, dtype: str, tokenizer: Tokenizer | None
     if tokenizer is None:
         remedy = vocabulary_remedy(config.vocab_size)
         raise UsageError(f"--convert gguf: llama.cpp needs a vocabulary in the file: {remedy}")
-    require_plain_bpe(tokenizer)
+    require_exportable(tokenizer)
     if not output.name.isprintable() or {*output.name} & {*'"\\'}:
         raise UsageError(
             f"--output {output}: Ollama's {BESIDE} can hold no name with quotes, backslashes or "
@@ -309,11 +311,11 @@ def write(model: Llama, output: Path, *, dtype: str, tokenizer: Tokenizer | None
         stored = read(path)
         stored.check_read_back(path, want)
         again = Tokenizer(tokenizer_model=stored.vocabulary)
-        check_same_ids(tokenizer, lambda text: again.encode(text, True, True), str(path), eos=True)
+        check_same_ids(tokenizer, again.vocabulary.encode, str(path))
 
     with atomic_write(output, verify=verify) as file:
         write_file(package, file, metadata, tensors, architecture=kind)
-    recipe = output.with_name(BESIDE)
+    recipe = recipe_beside(output)
     write_text(recipe, modelfile(output, model, tokenizer))
     return [output, recipe]
 
@@ -368,18 +370,33 @@ def write_file(
     writer.write_padding(file, file.tell())
 
 
+def recipe_beside(output: Path) -> Path:
+    """The path of a model's recipe: Modelfile, but NAME.Modelfile where that is another model's."""
+    recipe = output.with_name(BESIDE)
+    if not recipe.is_file():
+        return recipe
+    with recipe.open("rb") as file:
+        is_own = file.readline(RECIPE_LINE).strip() == _source(output).encode()
+    return recipe if is_own else output.with_name(f"{output.name}.{BESIDE}")
+
+
+def _source(output: Path) -> str:
+    return f'FROM "./{output.name}"' if " " in output.name else f"FROM ./{output.name}"
+
+
 def modelfile(output: Path, model: Llama, tokenizer: Tokenizer) -> str:
     """Ollama's recipe for the file: dialogues, or text in and its continuation out."""
-    bos, eos = map(tokenizer.sp_model.id_to_piece, (tokenizer.bos_id, tokenizer.eos_id))
+    bos, eos = map(tokenizer.vocabulary.name, tokenizer.vocabulary.stated_marks)
     # The recipe knows no escapes, so a piece that could end a quote is left out: Ollama stops at
     # EOS by its id, too.
     template, stops = "{{ .Prompt }}", [eos] if PLAIN.fullmatch(eos) else []
-    if model.chat_template is not None:
+    if isinstance(model.chat_template, ChatTemplate):
         template = model.chat_template.ollama(_in_template(bos), _in_template(eos))
         stops.append(model.chat_template.user)
     lines = [
-        f'FROM "./{output.name}"' if " " in output.name else f"FROM ./{output.name}",
-        f'TEMPLATE """{template}"""',
+        _source(output),
+        # Another program's template is in the file, where Ollama finds it.
+        *([] if isinstance(model.chat_template, JinjaTemplate) else [f'TEMPLATE """{template}"""']),
         f"PARAMETER num_ctx {model.config.max_seq_len}",
         *(f'PARAMETER stop "{stop}"' for stop in stops),
     ]
@@ -390,92 +407,3 @@ def _in_template(piece: str) -> str:
     """A piece of the vocabulary as Go's templates spell it."""
     quoted = json.dumps(piece, ensure_ascii=False)
     return piece if PLAIN.fullmatch(piece) else f"{{{{ {quoted} }}}}"
-
-
-# ---------------------------------------------------------------------------- vocabularies
-
-LARGEST_SCORE = float(np.finfo(np.float32).max)  # SentencePiece's files hold float32
-NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6  # as in SentencePiece's own files
-
-
-def vocabulary_values(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The values that describe a BPE vocabulary, whose pieces are of no other kinds than these."""
-    sp, ids = tokenizer.sp_model, range(tokenizer.n_words)
-    asked = {UNKNOWN: sp.is_unknown, CONTROL: sp.is_control, UNUSED: sp.is_unused, BYTE: sp.is_byte}
-    values = {
-        "model": "llama",  # SentencePiece's BPE
-        "pre": "default",
-        "tokens": [sp.id_to_piece(i) for i in ids],
-        "scores": [sp.get_score(i) for i in ids],
-        "token_type": [
-            next((kind for kind, is_it in asked.items() if is_it(i)), NORMAL) for i in ids
-        ],
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "unknown_token_id": sp.unk_id(),
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "add_space_prefix": True,
-    }
-    return {f"tokenizer.ggml.{key}": value for key, value in values.items()}
-
-
-def rebuilt_vocabulary(path: Path, values: dict[str, Any]) -> bytes | None:
-    """The SentencePiece model that a file's values describe; None for a vocabulary of another kind.
-
-    Pieces, scores and kinds are those of the file, so text gets the ids that it had in training.
-    Raises UsageError, naming `path`, where they do not fit together.
-    """
-    prefix = "tokenizer.ggml."
-    told = {key[len(prefix) :]: value for key, value in values.items() if key.startswith(prefix)}
-    if told.get("model") != "llama":
-        return None
-    tokens, scores, kinds = (told.get(key) for key in ("tokens", "scores", "token_type"))
-    bos, eos = told.get("bos_token_id"), told.get("eos_token_id")
-    fit = (
-        all(isinstance(column, list) for column in (tokens, scores, kinds))
-        and len(tokens) == len(scores) == len(kinds)
-        and all(type(i) is int and 0 <= i < len(tokens) for i in (bos, eos))
-        and {*map(type, tokens)} == {str}
-        and {*map(type, kinds)} == {int}
-        and {*kinds} <= {*range(1, 7)}
-        and {*map(type, scores)} <= {int, float}
-        and all(abs(score) <= LARGEST_SCORE for score in scores)  # not so of NaN
-    )
-    if not fit:
-        raise UsageError(
-            f"{path}: its tokens, scores, token types, BOS and EOS do not fit together"
-        )
-    pieces = (
-        _field(1, _field(1, token) + _field(2, float(score)) + _field(3, int(kind)))
-        for token, score, kind in zip(tokens, scores, kinds, strict=True)
-    )
-    bpe, bytes_for_the_rest = _field(3, 2), _field(35, int(BYTE in kinds))
-    trainer = bpe + bytes_for_the_rest + _field(46, tokens[bos]) + _field(47, tokens[eos])
-    dummy_prefix = _field(3, int(bool(told.get("add_space_prefix", True))))
-    normalizer = _field(1, "identity") + dummy_prefix + _field(4, 0)  # 4: trims no spaces
-    model = b"".join([*pieces, _field(2, trainer), _field(3, normalizer)])
-    try:
-        Tokenizer(tokenizer_model=model)
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
-    return model
-
-
-def _field(number: int, value: str | bytes | int | float) -> bytes:
-    """A field of a Protocol Buffers message, which SentencePiece's files are."""
-    if isinstance(value, int):
-        return _varint(number << 3) + _varint(value)
-    if isinstance(value, float):
-        return _varint(number << 3 | 5) + struct.pack("<f", value)
-    data = value.encode() if isinstance(value, str) else value
-    return _varint(number << 3 | 2) + _varint(len(data)) + data
-
-
-def _varint(number: int) -> bytes:
-    """Seven bits to a byte, the lowest first."""
-    data = bytearray()
-    while number > 127:
-        data.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*data, number])

@@ -9,7 +9,6 @@ A folder is untrusted: a pickle in it runs no code, and an index names files of 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import sys
@@ -20,6 +19,13 @@ import torch
 from torch import Tensor
 
 from config import LlamaConfig
+from minllama.formats.hugging_face_vocabulary import (
+    check_token_ids,
+    read_template,
+    read_vocabulary,
+    write_json,
+    write_vocabulary,
+)
 from minllama.formats.pt_file import load_pt
 from minllama.formats.pt_model import Classifier
 from minllama.formats.stored_model import (
@@ -33,7 +39,6 @@ from minllama.formats.stored_model import (
     to_half_split,
     translate,
 )
-from minllama.formats.vocabularies import check_same_ids, merges, require_plain_bpe
 from minllama.model.shape import SCALING_BOUNDS
 from minllama.system.errors import UsageError
 from minllama.system.files import (
@@ -41,11 +46,9 @@ from minllama.system.files import (
     check_regular,
     is_text,
     read_json_object,
-    read_whole,
 )
 from minllama.system.packages import import_optional
-from minllama.text.chat import ChatTemplate
-from tokenizer import MODEL_BYTES, Tokenizer
+from tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llama import Llama
@@ -252,10 +255,7 @@ def read(path: Path, *, low_rank: dict[str, tuple[Tensor, Tensor]] | None = None
         if name not in weights or weights[name].shape != (len(b), a.shape[1]):
             raise UsageError(f"{path}: has no matrix {name[:80]} for the adapter to add to")
         weights[name] = weights[name].float() + b @ a
-    vocabulary, settings = path / "tokenizer.model", path / "tokenizer_config.json"
-    vocabulary = read_whole(vocabulary, MODEL_BYTES) if vocabulary.exists() else None
-    template = read_json_object(settings).get("chat_template") if settings.exists() else None
-    template = ChatTemplate.from_jinja(template)
+    vocabulary, template = read_vocabulary(path), read_template(path)
     model = StoredModel(config, weights, vocabulary, template).checked(path, tensor_name)
     return model._replace(weights=reorder_heads(model.weights, config, to_adjacent_pairs))
 
@@ -377,18 +377,12 @@ def write_files(
     path.chmod(mode)  # safetensors' own is 0600, which other users cannot read
     described = config_json(config, dtype, tokenizer, classifier)
     write_json(folder / "config.json", described)
+    ends = tokenizer.vocabulary.end_ids if tokenizer else [described["eos_token_id"]]
     ids = {key: described[key] for key in ("bos_token_id", "eos_token_id")}
+    ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     write_json(folder / "generation_config.json", ids)
     if tokenizer is not None:
-        require_plain_bpe(tokenizer)
-        (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
-        write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
-        write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, model))
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8", newline="\n")
+        write_vocabulary(tokenizer, model, folder)
 
 
 def config_json(
@@ -397,7 +391,7 @@ def config_json(
     tokenizer: Tokenizer | None,
     classifier: Classifier | None = None,
 ) -> dict[str, Any]:
-    bos, eos = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (1, 2)
+    bos, eos = tokenizer.vocabulary.stated_marks if tokenizer else (1, 2)
     kind = architecture_for(config, "hf")
     scaling = {} if config.rope_scaling is None else config.rope_scaling.to_plain()
     rope = {"rope_type": "default", **scaling, "rope_theta": config.rope_theta}
@@ -419,85 +413,3 @@ def config_json(
         "eos_token_id": eos,
         "torch_dtype": dtype,
     }
-
-
-def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The vocabulary in the `tokenizers` library's own format.
-
-    Not left to transformers' reading of tokenizer.model, which drops a leading space.
-    """
-    sp = tokenizer.sp_model
-    names = [sp.id_to_piece(i) for i in range(tokenizer.n_words)]
-    bos = names[tokenizer.bos_id]
-    special = sorted({tokenizer.bos_id, tokenizer.eos_id, sp.unk_id()})
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    piece = {"SpecialToken": {"id": bos, "type_id": 0}}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, "content": names[i], **flags, "special": True} for i in special],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": "▁"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-            ],
-        },
-        "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [piece, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [piece, *({"Sequence": {"id": which, "type_id": 0}} for which in "AB")],
-            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
-        },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": names[sp.unk_id()],
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": {name: i for i, name in enumerate(names)},
-            "merges": merges(tokenizer),
-        },
-    }
-
-
-def tokenizer_config(tokenizer: Tokenizer, model: Llama) -> dict[str, Any]:
-    piece, template = tokenizer.sp_model.id_to_piece, model.chat_template
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
-        "bos_token": piece(tokenizer.bos_id),
-        "eos_token": piece(tokenizer.eos_id),
-        "unk_token": piece(tokenizer.sp_model.unk_id()),
-        "model_max_length": model.config.max_seq_len,
-        "model_input_names": ["input_ids", "attention_mask"],  # generate() takes no others
-        "clean_up_tokenization_spaces": False,
-        # "<s>" in a text is text, as SentencePiece reads it; but a chat template has to write it.
-        "split_special_tokens": template is None,
-        **({} if template is None else {"chat_template": template.jinja()}),
-    }
-
-
-def check_token_ids(tokenizer: Tokenizer, folder: Path) -> None:
-    """Where `tokenizers` is installed, its ids of difficult texts must be ours."""
-    try:
-        from tokenizers import Tokenizer as TheirTokenizer
-    except ImportError:
-        return
-    # Not by its name, which their library looks for as UTF-8 whatever the locale.
-    theirs = TheirTokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    theirs.encode_special_tokens = True
-    check_same_ids(tokenizer, lambda text: theirs.encode(text).ids, "tokenizer.json")

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from config import LlamaConfig
+from minllama.formats.hugging_face_vocabulary import read_vocabulary
 from minllama.formats.pt_file import load_pt
 from minllama.formats.stored_model import (
     Contents,
@@ -24,7 +25,6 @@ from minllama.formats.stored_model import (
 )
 from minllama.system.errors import UsageError
 from minllama.system.files import read_whole
-from tokenizer import MODEL_BYTES
 
 WEIGHTS, SHAPE = "lit_model.pth", "model_config.yaml"
 SHAPE_BYTES = 100_000
@@ -104,8 +104,7 @@ def read(path: Path) -> StoredModel:
         weights.setdefault(head, weights[table])
         tied = same_bits(weights[table], weights[head])
         config = read_shape(shape, config.to_model_args() | {"tie_word_embeddings": tied})
-    vocabulary = path.with_name("tokenizer.model")
-    vocabulary = read_whole(vocabulary, MODEL_BYTES) if vocabulary.exists() else None
+    vocabulary = read_vocabulary(path.parent)
     model = StoredModel(config, weights, vocabulary).checked(path, tensor_name)
     return model._replace(weights=reorder_heads(model.weights, config, to_adjacent_pairs))
 

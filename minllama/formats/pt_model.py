@@ -18,9 +18,9 @@ from minllama.formats.llama2c import ATTENTION_NAMES
 from minllama.formats.pt_file import is_pt, load_pt, write_sealed
 from minllama.formats.stored_model import Contents, StoredModel, as_stored, read_shape, same_bits
 from minllama.system.errors import UsageError
-from minllama.system.files import atomic_write, is_text, open_regular, read_json_object, read_whole
-from minllama.text.chat import ChatTemplate
-from tokenizer import MODEL_BYTES
+from minllama.system.files import atomic_write, is_text, open_regular, read_json_object
+from minllama.text.chat import template_from_stored
+from minllama.vocabulary.files import read_vocabulary_file
 
 if TYPE_CHECKING:
     from llama import Llama
@@ -117,9 +117,9 @@ def read(path: Path, *, without_adapters: bool = False) -> StoredModel:
     config = read_shape(path, args, **_seen_shape(weights))
     vocabulary, template = read_vocabulary(path, payload), None
     if path.name == CONSOLIDATED and (beside := path.with_name("tokenizer.model")).exists():
-        vocabulary = read_whole(beside, MODEL_BYTES)
+        vocabulary = read_vocabulary_file(beside)
     if "chat_template" in payload:
-        template = ChatTemplate.from_stored(payload["chat_template"], path)
+        template = template_from_stored(payload["chat_template"], path)
     return StoredModel(config, weights, vocabulary, template).checked(path)
 
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import importlib
+import io
 import json
 import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from minllama.cli.command_line import number_reader, printable
+from config import DATA_DIR
+from minllama.cli.command_line import number_reader, printable, quoted
 from minllama.inference.streaming import Continuation, Writer
 from minllama.system.files import write_text
 from minllama.system.signals import StopRequest
-from minllama.text.chat import Exchange
+from minllama.text.dialogues import Exchange
 
 GREETING = "Ask something. Ctrl-C ends an answer, Ctrl-D the conversation; /help lists commands."
 HELP = """\
@@ -26,20 +33,58 @@ def converse(writer: Writer, temperature: float) -> int:
 
     Returns the exit status, at the end of input or when Ctrl-C ends it.
     """
+    writer.stop.restore()  # each answer has a StopRequest of its own
     if writer.template is not None:
         return Conversation(writer, temperature).run()
-    writer.stop.restore()  # Ctrl-C at a prompt should end the program at once
-    print(
-        "This model continues texts. To converse: python run_llama.py --option finetune --train "
-        "data/chat-train.jsonl"
-    )
-    while True:
-        try:
-            text = input("> ")
-        except EOFError:
-            print()
-            return 0
-        writer.continue_texts([text], temperature)
+    train = DATA_DIR / "chat-train.jsonl"
+    words = ["python", sys.argv[0], "--option", "finetune"]
+    if "pretrained_model_path" in writer.options.given:
+        words += ["--pretrained_model_path", writer.options.pretrained_model_path]
+    here = Path.cwd()
+    words += ["--train", train.relative_to(here) if train.is_relative_to(here) else train]
+    print(f"This model continues texts. To converse: {quoted(*words)}")
+    typed = TypedLines()
+    for line in typed:
+        with StopRequest(silent=True).listening() as stop:
+            dataclasses.replace(writer, stop=stop).continue_texts([line], temperature)
+        if stop.requested and stop.signal_number != signal.SIGINT:
+            return stop.exit_status
+    return typed.status
+
+
+class TypedLines:
+    """What is typed, line by line: to the end of input, or to the second Ctrl-C in a row."""
+
+    def __init__(self) -> None:
+        self.status = 0  # the exit status when they have ended
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            with contextlib.suppress(ImportError):  # Windows' console edits lines by itself
+                importlib.import_module("readline")  # from here on input() edits, with a history
+        if isinstance(sys.stdin, io.TextIOWrapper):  # else one strange byte would end it all
+            sys.stdin.reconfigure(errors="surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        warned = False
+        while True:
+            try:
+                line = input("> ")
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                if warned:
+                    print()
+                    self.status = 130
+                    return
+                print("\n(Ctrl-C once more, or Ctrl-D, ends the conversation)")
+                warned = True
+                continue
+            warned = False
+            whole = line.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            if whole != line:
+                told = f"note: not in {sys.stdin.encoding}, the terminal's encoding: {whole}"
+                print(told, file=sys.stderr)
+            yield whole
 
 
 class Conversation:
@@ -52,31 +97,15 @@ class Conversation:
         self.asked = 0  # questions, whose number seeds the answer
 
     def run(self) -> int:
-        """Converse until the input ends; returns the exit status.
-
-        Ctrl-C ends an answer; where none is being given, the second one in a row ends it all.
-        """
-        self.writer.stop.restore()  # each answer has a StopRequest of its own
+        """Converse until the input ends; returns the exit status. Ctrl-C ends an answer."""
         print(GREETING)
-        warned = False
-        while True:
-            try:
-                line = input("> ").strip()
-            except EOFError:
-                print()
-                return 0
-            except KeyboardInterrupt:
-                if warned:
-                    print()
-                    return 130
-                print("\n(Ctrl-C once more, or Ctrl-D, ends the conversation)")
-                warned = True
-                continue
-            warned = False
+        typed = TypedLines()
+        for line in map(str.strip, typed):
             if line.startswith("/"):
                 print(self.command(line))
             elif line and (status := self.ask(line)):
                 return status
+        return typed.status
 
     def ask(self, question: str) -> int:
         """Answer a question; returns the exit status to end the conversation with, else 0."""
@@ -136,6 +165,8 @@ class Conversation:
     def _save(self, name: str) -> str:
         if not name:
             return "/save needs FILE"
+        if not self.history:
+            return "(nothing has been said that could be saved)"
         path = Path(name)
         turns = [
             {"role": role, "content": text}

@@ -16,7 +16,8 @@ from llama import Llama
 from minllama.cli.console import human_time
 from minllama.model.generation import Sampling, generate_tokens
 from minllama.system.signals import StopRequest
-from minllama.text.chat import ChatTemplate, Exchange
+from minllama.text.chat import Template
+from minllama.text.dialogues import Exchange
 from tokenizer import Tokenizer
 
 # Where --temperature is not given: of a text that is continued, and of an answer.
@@ -79,7 +80,7 @@ class Writer:
     options: Options
     stop: StopRequest
     step: Callable[..., torch.Tensor] | None = None  # a compiled decode step
-    template: ChatTemplate | None = None  # of a chat model, whose prompts are questions to answer
+    template: Template | None = None  # of a chat model, whose prompts are questions to answer
 
     def continue_texts(
         self,
@@ -127,7 +128,7 @@ class Writer:
         if template is None:
             return Continuation(tokenizer.encode(text, True, False), tokenizer, stops)
         ids = template.prompt_ids(tokenizer, text, history)
-        return Continuation(ids, tokenizer, [*stops, template.next_question], is_answer=True)
+        return Continuation(ids, tokenizer, [*stops, *template.stops], is_answer=True)
 
     def write(
         self,
@@ -162,7 +163,7 @@ class Writer:
         steps = generate_steps(
             sampling=Sampling(temperature, options.top_k, options.top_p, options.min_p, penalty),
             seeds=seeds,
-            stop_ids=[self.tokenizer.eos_id],
+            stop_ids=self.tokenizer.vocabulary.end_ids,
             should_stop=lambda: stop.requested,
         )
         if prefix is not None:
@@ -197,7 +198,7 @@ def sample_text(
         max_new_tokens=min(tokens, max(1, model.config.max_seq_len - len(prompt_ids))),
         sampling=Sampling(PROMPT_TEMPERATURE),
         seeds=[0],
-        stop_ids=[tokenizer.eos_id],
+        stop_ids=tokenizer.vocabulary.end_ids,
         should_stop=should_stop,
     )
     ids = [token for (token,) in steps if token is not None]

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 GAP = 0.15  # overfitted: a training loss below the validation loss by this share of it
 FEW, MANY = 10, 100  # tokens per parameter; compute-optimal is about 20 (Hoffmann et al., 2022)
+DROPOUT = 0.2  # against overfitting
 REREAD = 4  # epochs up to which repeated text is worth about as much as new (Muennighoff, 2023)
 
 
@@ -20,6 +21,8 @@ class Outcome:
     distinct: int  # tokens of the text
     train_loss: float  # mean of the last steps
     val_loss: float | None
+    dropout: float = 0.0  # that it was trained with
+    is_timed: bool = False  # --minutes chose its steps
 
     @property
     def epochs(self) -> float:
@@ -39,14 +42,19 @@ def advise(outcome: Outcome, *, rose: bool) -> list[str]:
     losses = f"training loss {outcome.train_loss:.2f}"
     if outcome.val_loss is not None:
         losses += f", validation loss {outcome.val_loss:.2f}"
+    training = "more --minutes" if outcome.is_timed else "more training (--epochs or --minutes)"
+    drops_enough = outcome.dropout >= DROPOUT
     if rose:
-        help_ = "more text; else fewer epochs, a smaller model or --dropout 0.2"
+        fewer = "" if outcome.is_timed else "fewer epochs or "
+        dropout = "" if drops_enough else f", or --dropout {DROPOUT}"
+        help_ = f"more text; else {fewer}a smaller model{dropout}"
     elif outcome.is_overfitted and outcome.epochs > 2:
-        help_ = "more text: the model is overfitted to its own; then --dropout 0.2"
+        dropout = "" if drops_enough else f"; then --dropout {DROPOUT}"
+        help_ = f"more text: the model is overfitted to its own{dropout}"
     elif outcome.epochs > REREAD:
         help_ = f"more text: it has read its own {outcome.epochs:.0f} times"
     elif per_parameter < FEW:
-        help_ = "more training (--minutes, --epochs): it has seen little for its size"
+        help_ = f"{training}: it has seen little for its size"
     elif per_parameter > MANY:
         help_ = "a larger model (--dim, --n_layers): this one has read much for its size"
     else:

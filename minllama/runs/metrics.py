@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
+from minllama.cli.console import by_source
 from minllama.runs.report import Curves, describe_run, number, page, write_report
 from minllama.runs.run_folder import RunFolder
 from minllama.system.errors import UsageError
@@ -203,6 +204,9 @@ class Metrics:
             for name, board_name in BOARD_NAMES.items():
                 if record.get(name) is not None:
                     self.board.add_scalar(board_name, record[name], record["step"])
+            for name, source, value in by_source(record):
+                if value is not None:
+                    self.board.add_scalar(f"{BOARD_NAMES[name]}/{source}", value, record["step"])
             if "sample" in record:
                 self.board.add_text("sample", record["sample"], record["step"])
 
@@ -256,8 +260,10 @@ def is_sound(record: Any) -> bool:
     return all(figure is None or number(figure) is not None for figure in figures)
 
 
-def finite_or_none(value: float) -> float | None:
-    """The value as JSON can hold it, which has no NaN."""
+def finite_or_none(value: float | dict[str, float]) -> float | dict | None:
+    """The value, or each in a dict, as JSON can hold it, which has no NaN."""
+    if isinstance(value, dict):
+        return {name: finite_or_none(item) for name, item in value.items()}
     return value if math.isfinite(value) else None
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -14,6 +15,7 @@ from config import CONTINUED_LR, DTYPE_BYTES, LlamaConfig, Options, recommended_
 from minllama.cli.console import human_size, human_time, say
 from minllama.machine.gpus import Gpu
 from minllama.model.kernels import chunk_rows_for, max_materialized_len
+from minllama.runs.advice import REREAD
 
 # Of a process without a model: Python, torch and its kernels, and on a GPU the CUDA context.
 PROCESS_BYTES = {"cpu": 400 * 10**6, "cuda": 500 * 10**6, "mps": 400 * 10**6}
@@ -47,6 +49,15 @@ def micro_batches(global_batch_size: int, micro_batch_size: int, world_size: int
     return max(1, global_batch_size // (micro_batch_size * world_size))
 
 
+class PlannedSource(NamedTuple):
+    """A source of the text with --data_weights."""
+
+    name: str
+    tokens: int  # to train on
+    share: float  # of the tokens read
+    weight: float  # as given
+
+
 @dataclass(frozen=True)
 class TrainingPlan:
     """What a training run will do and need. Memory is in bytes, of one process."""
@@ -62,6 +73,7 @@ class TrainingPlan:
     tokens: int  # in all sequences
     sequence_length: int  # of the longest sequence
     logits_width: int  # logits per target: the vocabulary's size, or the number of labels
+    sources: tuple[PlannedSource, ...] = ()  # with --data_weights
 
     @property
     def accumulation_steps(self) -> int:
@@ -94,6 +106,21 @@ class TrainingPlan:
     def micro_tokens(self) -> int:
         """Tokens of a micro-batch in which all sequences are the longest."""
         return self.options.micro_batch_size * self.sequence_length
+
+    def source_reads(self) -> list[float]:
+        """How often the run reads each source."""
+        read = self.tokens * self.last_step / self.steps_per_epoch
+        return [read * source.share / source.tokens for source in self.sources]
+
+    def source_lines(self) -> list[str]:
+        """A line for each source: its tokens, its share of what is read, how often it is read."""
+        lines = [
+            f"{source.name}: {source.tokens:,} tokens, {source.share:.1%} of those read: "
+            f"{reads:,.3g} times"
+            for source, reads in zip(self.sources, self.source_reads(), strict=True)
+        ]
+        labels = ["sources", *[""] * len(lines)]
+        return [f"{label:<13}{line}" for label, line in zip(labels, lines, strict=False)]
 
     def activation_bytes(self) -> int:
         """Activations kept for a micro-batch's backward pass, and the last states' gradient."""
@@ -253,6 +280,7 @@ class TrainingPlan:
             f"context {config.max_seq_len:,}",
             f"data         {self.tokens:,} tokens in {self.sequences:,} {noun} of up to "
             f"{self.sequence_length:,}",
+            *self.source_lines(),
             f"steps        {self.steps_per_epoch:,} per epoch x {epochs} epochs = "
             f"{self.schedule_steps:,}, of {options.global_batch_size:,} {noun} "
             f"({options.micro_batch_size} x {self.accumulation_steps} accumulated{processes}); "
@@ -362,10 +390,13 @@ def warn_of_plan(plan: TrainingPlan, available: int | None) -> None:
             f"({suited:g}): it will learn little in {plan.last_step:,} steps"
         )
     if plan.options.option == "pretrain" and plan.schedule_steps < FEW_STEPS:
+        is_timed = plan.options.minutes is not None
+        longer, chosen = ("--minutes", "") if is_timed else ("--epochs", "; --minutes chooses them")
         print(
-            f"note: {plan.schedule_steps:,} steps are few to learn in: more come from --epochs, a "
-            "smaller --pretrain_batch_size and a shorter --max_seq_len; --minutes chooses them"
+            f"note: {plan.schedule_steps:,} steps are few to learn in: more come from {longer}, a "
+            f"smaller --pretrain_batch_size and a shorter --max_seq_len{chosen}"
         )
+    warn_of_sources(plan)
     if plan.warmup_steps >= plan.last_step > 1:
         say(
             f"warning: warmup takes {plan.warmup_steps:,} steps (--warmup_steps) and the run ends "
@@ -376,3 +407,19 @@ def warn_of_plan(plan: TrainingPlan, available: int | None) -> None:
             f"note: a step takes up to {plan.options.global_batch_size:,} sequences and there are "
             f"{plan.sequences:,}: each epoch is one step on all of them"
         )
+
+
+def warn_of_sources(plan: TrainingPlan) -> None:
+    """Print which source is learnt by heart while another is hardly read, if one is."""
+    reads = plan.source_reads()
+    most, least = max(reads, default=0), min(reads, default=0)
+    if most <= REREAD * max(1.0, least):
+        return
+    often, seldom = plan.sources[reads.index(most)], plan.sources[reads.index(least)]
+    weight = often.weight * REREAD * least / most
+    say(
+        f"warning: {often.name} is read {most:,.3g} times and {seldom.name} {least:,.3g}: what is "
+        f"read more than {REREAD} times is worth less each time, and learnt by heart. Its weight "
+        f"{weight:.2g} instead of {often.weight:g} makes it {REREAD} times as often as the other; "
+        "fewer --epochs read all less often"
+    )

@@ -6,6 +6,7 @@ The page is self-contained: it needs no network. Knows a run by its records and 
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import re
 import time
@@ -15,13 +16,14 @@ from typing import Any
 
 from config import FLAGS
 from minllama.cli.command_line import printable, quoted
-from minllama.cli.console import EVALUATED
+from minllama.cli.console import EVALUATED, by_source
 from minllama.runs.run_folder import RunFolder
 from minllama.system.files import write_text
 
 PAGE = Path(__file__).parent / "page"  # the template, and uPlot, which draws the curves
 MOST_POINTS = 2000  # of a curve
 MOST_SAMPLES, SAMPLE_LENGTH = 100, 4000  # texts, characters
+MOST_SOURCES, NAME_LENGTH = 64, 200  # figures by source of a record, characters of a source's name
 LARGEST = 1e300  # of a figure: damaged records may hold integers that no float can
 PLACES = ("step", "tokens", "elapsed")  # x axes
 MEASURED = (
@@ -76,6 +78,8 @@ class Curves:
             for point in points:
                 self._append(point)
         scores = {name: number(record.get(name)) for name in EVALUATED}
+        for name, source, value in itertools.islice(by_source(record), MOST_SOURCES):
+            scores[f"{name}, {source[:NAME_LENGTH]}"] = number(value)
         if any(score is not None for score in scores.values()):
             self.evaluations = thinned([*self.evaluations, place | scores], MOST_POINTS)
         if isinstance(record.get("sample"), str):
@@ -98,11 +102,13 @@ class Curves:
         for name in MEASURED:
             pairs = [point[name] for point in self.points]
             steps[name] = [number(total / count) if count else None for total, count in pairs]
-        names = (*PLACES, *EVALUATED)
+        # A figure of each source has a name that no other has: "val_loss, wiki/".
+        names = dict.fromkeys((*PLACES, *EVALUATED))
+        names |= dict.fromkeys(name for point in self.evaluations for name in point)
         return {
             "stride": self.stride,
             "steps": steps,
-            "evaluations": {name: [point[name] for point in self.evaluations] for name in names},
+            "evaluations": {n: [point.get(n) for point in self.evaluations] for n in names},
             "samples": self.samples,
         }
 

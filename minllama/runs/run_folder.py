@@ -221,15 +221,27 @@ class RunFolder:
         if not starts and path.exists():
             replace(path, path.with_name(f"{path.name}.damaged"))
             print(f"note: {path} was damaged; it is kept as {path.name}.damaged")
-        write_text(path, json.dumps({"starts": [*starts, record]}, indent=2) + "\n")
+        self._write_record({"starts": [*starts, record]})
+
+    def name_result(self, name: str) -> None:
+        """Say in run.json which of its models is the run's result: later commands take that one."""
+        self._write_record({"result": self.file(name).name})
 
     def starts(self) -> list[dict[str, Any]]:
         """The starts in run.json; none where there is no such file, or it is damaged."""
+        return self._record().get("starts", [])
+
+    def _record(self) -> dict[str, Any]:
         with contextlib.suppress(UsageError):
-            starts = read_json_object(self.file("run.json")).get("starts")
+            record = read_json_object(self.file("run.json"))
+            starts = record.get("starts")
             if isinstance(starts, list) and all(isinstance(start, dict) for start in starts):
-                return starts
-        return []
+                return record
+        return {}
+
+    def _write_record(self, changes: dict[str, Any]) -> None:
+        content = json.dumps(self._record() | changes, indent=2)
+        write_text(self.file("run.json"), content + "\n")
 
     def repeating_words(self) -> list[str]:
         """The command, from --option on, that repeats the run's first start in a new folder.

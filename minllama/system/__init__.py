@@ -7,7 +7,10 @@ Knows nothing of models, text or flags; imports neither torch nor any other fold
     locks       files that one process at a time holds
     signals     Ctrl-C and the like as a flag that loops read
     encodings   which encoding a text may have
+    kinds       what a file is that is no text, by its first bytes
+    unpacking   .gz, .bz2, .xz and .zst as the bytes in them
+    tables      parquet and Arrow as rows
     json_lines  JSON objects, one per line or in a list
-    peek        what a JSON file is about, by its first object
+    peek        what a file of records is about, by its first one
     packages    what only some uses need, and what to install for them
 """

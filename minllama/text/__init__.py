@@ -2,13 +2,19 @@
 
 Knows no model. A data set of `utils.py` is what comes out.
 
-    reading      finding text files, decoding them, reading them as documents
+    find_files   the files that names, folders and globs mean
+    reading      a file's bytes as text: unpacked, decoded, in blocks or lines
+    records      files of records: JSON, CSV, parquet, Arrow
+    documents    files as documents: what a pretraining reads
     labelled     sentences with labels and the scores of predictions
-    chat         dialogues and the template that they are written in
+    dialogues    dialogues in every form that files have them in
+    jinja_template  other programs' chat templates, in a sandbox
+    chat         the template that dialogues are written in, and their token ids
     splits       the train, dev and test files, and where predictions on them go
     encoder      documents to token ids
     token_cache  the token ids of a corpus on disk
     stream       tokens as a stream, and what is held out of it
+    sources      several sources of a text, by which it is weighed and measured
     duplicates   documents that are there more than once
     corpus       the text of a pretraining, held out and cut
     vocabulary   which vocabulary a pretraining takes

@@ -17,29 +17,29 @@ from config import DATA_DIR, MAX_CONTEXT, Options, fingerprint
 from minllama.cli.command_line import quoted
 from minllama.cli.console import say
 from minllama.machine.ranks import Ranks
+from minllama.system.errors import UsageError
 from minllama.system.files import real_path
-from minllama.system.peek import is_json_name
+from minllama.system.kinds import HEAD_BYTES, is_html
+from minllama.system.peek import has_records
 from minllama.system.signals import StopRequest
+from minllama.text.documents import first_words, sample_texts, seen_separator
 from minllama.text.duplicates import drop_duplicates, report_duplicates, report_near_copies
-from minllama.text.reading import (
-    BLANK_LINE,
-    SHOWN_FILES,
-    TEXT_SUFFIXES,
-    Reading,
-    find_text_files,
-    first_words,
-    is_labelled,
-    read_blocks,
-    sample_texts,
-    seen_separator,
+from minllama.text.find_files import SHOWN_FILES, find_text_files, is_text_name
+from minllama.text.labelled import is_labelled
+from minllama.text.reading import BLANK_LINE, Reading, encoding_line, read_blocks
+from minllama.text.sources import (
+    documents_by_source,
+    files_by_argument,
+    split_sources,
+    tokens_by_source,
 )
 from minllama.text.stream import split_documents, whole_stream
 from minllama.text.token_cache import TokenCache, build_or_load
-from tokenizer import Tokenizer, count_lost
+from minllama.vocabulary.lost import count_lost
+from tokenizer import Tokenizer
 from utils import PretrainDataset, count_chunks
 
 EMBEDDED_TEXTS = ("stories-train.jsonl", "reviews-unlabelled.jsonl")
-TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 FEW_FILES = 3  # have a line each
 MIN_CONTEXT, WANTED_STEPS = 128, 1000
 SAMPLED_TOKENS = 1 << 20  # looked at to see whether the vocabulary fits the text
@@ -54,6 +54,9 @@ class TextFiles(NamedTuple):
     train: Sequence[Path]
     val: Sequence[Path]  # none: a share of the text is held out
     reading: Reading
+    # With --data_weights: the number of its files, in order, by the argument that names them.
+    sources: dict[str, int] = {}
+    val_sources: dict[str, int] = {}  # of --val_data
 
 
 @dataclass(frozen=True)
@@ -70,19 +73,15 @@ class Texts:
 
     def locate(self, chunk: int) -> str:
         """Where a training chunk is in the files, and how it begins."""
-        start, stream = chunk * self.context, self.train.stream
+        stream, start = self.train.stream, int(self.train.bounds([chunk])[0][0])
         file, token = self.cache.place(stream.locate(start))
         text = self.tokenizer.decode(stream.read(start, min(start + 8, len(stream))).tolist())
         return f"{self.files[file]}, token {token:,} ({text!r})"
 
     def cut(self, context: int, val_tokens: int) -> Texts:
         """These texts in chunks of `context`, with at most `val_tokens` of the held-out one."""
-        val = self.val
-        if val is not None:
-            stream = val.stream.select([(0, val_tokens)])
-            val = PretrainDataset(stream, context, tokenizer=self.tokenizer)
-        train = PretrainDataset(self.train.stream, context, tokenizer=self.tokenizer)
-        return dataclasses.replace(self, train=train, val=val, context=context)
+        val = self.val and self.val.cut(context, val_tokens)
+        return dataclasses.replace(self, train=self.train.cut(context), val=val, context=context)
 
     def opening(self) -> str:
         """The first words of the held-out text, or of all where none is held out."""
@@ -101,10 +100,35 @@ def find_texts(options: Options) -> TextFiles:
         patterns = tuple(str(DATA_DIR / name) for name in EMBEDDED_TEXTS)
         if not val_data and options.val_fraction:
             val_data = (str(DATA_DIR / "stories-val.jsonl"),)
+    reading = Reading.from_flags(options)
+    if options.data_weights:
+        return find_sources(options, reading)
     files = find_text_files(patterns, flag="--pretrain_data")
     val_files = find_text_files(val_data, flag="--val_data") if val_data else []
     files = without_validation(files, val_files)
-    return TextFiles(files, val_files, Reading.from_flags(options))
+    return TextFiles(files, val_files, reading)
+
+
+def find_sources(options: Options, reading: Reading) -> TextFiles:
+    """The files where each argument of --pretrain_data is a source by itself.
+
+    Raises UsageError for a file in two of them, and for a source that has none of its own.
+    """
+    if not options.pretrain_data:
+        raise UsageError("--data_weights weighs the sources that --pretrain_data names: name them")
+    sources = files_by_argument(options.pretrain_data, "--pretrain_data")
+    val_sources = files_by_argument(options.val_data, "--val_data")
+    val_files = [*itertools.chain(*val_sources.values())]
+    files = without_validation([*itertools.chain(*sources.values())], val_files)
+    trained = {*files}
+    counts = {name: len(trained.intersection(paths)) for name, paths in sources.items()}
+    for name, count in counts.items():
+        if not count:
+            raise UsageError(
+                f"--pretrain_data {name}: --val_data names all of it: nothing is left to train on"
+            )
+    val_counts = {name: len(paths) for name, paths in val_sources.items()}
+    return TextFiles(files, val_files, reading, counts, val_counts)
 
 
 def load_texts(
@@ -138,8 +162,14 @@ def load_texts(
 
     cache, val_cache = load(files.train), load(files.val) if files.val else None
     chosen = drop_duplicates(cache, val_cache) if options.dedup else None
+    documents = documents_by_source(cache, files.sources, chosen)
     whole = whole_stream(cache, chosen)
     val_fraction = 0.0 if files.val else options.val_fraction
+    if documents:
+        smallest = min(len(whole_stream(cache, of)) for of in documents.values())
+        least = smallest * max(0.25, 1 - 2 * val_fraction)  # twice that may be held out of it
+        while longest > max(MIN_CONTEXT, least):
+            longest //= 2
     length = options.max_seq_len or longest
     if options.max_seq_len is None and options.minutes is None:
         length = fit_context(options, round(len(whole) * (1 - val_fraction)), longest)
@@ -150,13 +180,16 @@ def load_texts(
     per_token = int(text_bytes.sum()) / len(whole)
     print(f"text         {len(whole):,} tokens, {per_token:.2f} bytes per token")
     print_byte_share(tokenizer.byte_fallback_share(cache.tokens[:SAMPLED_TOKENS]), files.train)
-    say(*count_lost(tokenizer, sample_texts(files.train, files.reading)).lines())
-    if val_cache is not None:
-        train, val = whole, whole_stream(val_cache)
+    say(*count_lost(tokenizer.vocabulary, sample_texts(files.train, files.reading)).lines())
+    sources = val_sources = {}
+    if documents:
+        train, sources, val, val_sources = split_sources(cache, documents, val_fraction, length)
     else:
         train, val = split_documents(cache, val_fraction, chunk_length=length, chosen=chosen)
         if val is None and val_fraction:
             print("no validation: the text is too short to hold some of it out; --val_data FILE")
+    if val_cache is not None:
+        val, val_sources = whole_stream(val_cache), tokens_by_source(val_cache, files.val_sources)
     if chosen is None:
         report_duplicates(cache, val_cache, train, val)
     if val is not None and ranks.is_main:
@@ -171,8 +204,9 @@ def load_texts(
     if chosen is not None and not chosen.all():
         key = fingerprint(cache.key + np.packbits(chosen).tobytes())
     cut = functools.partial(PretrainDataset, chunk_length=length, tokenizer=tokenizer)
-    val_set = None if val is None else cut(val)
-    return Texts(cut(train), val_set, tokenizer, length, key, cache, files.train)
+    val_set = None if val is None else cut(val, sources=val_sources)
+    train_set = cut(train, sources=sources)
+    return Texts(train_set, val_set, tokenizer, length, key, cache, files.train)
 
 
 def fit_context(options: Options, tokens: int, longest: int) -> int:
@@ -207,6 +241,8 @@ def without_validation(files: Sequence[Path], val_files: Sequence[Path]) -> Sequ
 
 def print_loaded(files: Sequence[Path], cache: TokenCache, reading: Reading, length: int) -> None:
     """Say how many chunks of `length` tokens the files have, and where they may be misread."""
+    if line := encoding_line(files, reading):
+        say(line)
     remarks = [_remark(path, reading, alone=len(files) == 1) for path in files[:SHOWN_FILES]]
     if len(files) > FEW_FILES:
         where = f"{len(files):,} files, {files[0]} to {files[-1]}"
@@ -222,19 +258,17 @@ def print_loaded(files: Sequence[Path], cache: TokenCache, reading: Reading, len
 
 def _remark(path: Path, reading: Reading, *, alone: bool) -> str:
     """A note on a file that may not be meant to be read as it is; else an empty string."""
-    name = path.name.lower()
     if is_labelled(path, reading) and not reading.sentences_only:
         return "labelled lines in it: --sentences_only reads the sentences alone"
-    if name.endswith(TABLE_SUFFIXES):
-        return (
-            "a table, read as plain text with all its separators: to train on one of its "
-            'columns make a .jsonl of it, a line {"text": ...} for each row'
-        )
-    if not (name.endswith(TEXT_SUFFIXES) or is_json_name(path)):
+    if has_records(path):
+        return ""
+    start = next(iter(read_blocks(path, reading)), "")
+    if is_html(start[:HEAD_BYTES].encode()):
+        return "a page of the web, read with all its markup: a text alone is learnt better"
+    if not is_text_name(path):
         return "read as plain text, markup included"
-    is_one = reading.document_separator is None and not reading.document_per_line
-    if is_one and not is_json_name(path):
-        mark = seen_separator(next(iter(read_blocks(path, reading)), ""))
+    if reading.document_separator is None and not reading.document_per_line:
+        mark = seen_separator(start)
         if mark is not None and (alone or mark != BLANK_LINE):
             parts = quoted("--document_separator", mark)
             return f"one document with {mark}s in it: {parts} if these stand between documents"

@@ -146,7 +146,7 @@ class _Letters:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.bos_id = tokenizer.bos_id
-        texts = [b"".join(text.split()) for text in tokenizer.token_texts()]
+        texts = [b"".join(text.split()) for text in tokenizer.vocabulary.token_texts]
         self.sizes = np.array([len(text) for text in texts])
         self.starts = np.cumsum(self.sizes) - self.sizes
         self.bytes = np.frombuffer(b"".join(texts), np.uint8)

@@ -6,7 +6,6 @@ So a document may be far larger than memory. Knows nothing of tensors, chunks or
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -14,15 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minllama.text.reading import Block
-from tokenizer import SPACE, Tokenizer
+from minllama.text.documents import Block
+from minllama.vocabulary.sentence_piece import SPACE
+from tokenizer import Tokenizer
 
 WORD_CACHE_SPEED = 2.5  # characters per second, relative to one thread of SentencePiece
 WORD_CACHE_ENTRIES = 1 << 19
 WORD_CACHE_CHARS = 64  # a longer word is hardly ever repeated
-# Where a text may be cut: before a newline, and at a single space, which the right part gets back
-# as the space that SentencePiece puts before every text.
-CUT = re.compile(rf"\n|(?<=[^ {SPACE}]) (?=[^ {SPACE}])")
 
 
 class EncodedPart(NamedTuple):
@@ -36,18 +33,18 @@ class EncodedPart(NamedTuple):
 
 class _Part(NamedTuple):
     text: str
-    cut_at: str  # the character before it at which the document was cut: "", "\n" or " "
-    ends: bool  # the document's last part
+    dropped: str  # the space before it at which the document was cut, else ""
+    starts: bool  # the document's first part
+    ends: bool  # and its last
 
 
 class DocumentEncoder:
     """Streams documents into ids, exactly those of encoding each document whole.
 
-    BPE merges neighbours only into pieces of the vocabulary. Where no piece joins a newline to
-    anything or holds a space behind another character, a text can be cut at newlines and words
-    without changing its ids; then one thread looks up what each word encodes to, and the others
-    run SentencePiece, which releases the GIL, on the rest of each batch. With any other vocabulary
-    a document is encoded whole.
+    Where it is known that a text can be cut without changing its ids (`Vocabulary.cut`), long
+    documents are; with SentencePiece's of Llama 2's kind one thread then looks up what each word
+    encodes to, and the others run it, which releases the GIL, on the rest of each batch. With any
+    other vocabulary a document is encoded whole.
     """
 
     def __init__(
@@ -58,16 +55,14 @@ class DocumentEncoder:
         part_chars: int = 1 << 16,  # longer documents are cut into parts of about this many
         batch_chars: int = 1 << 21,  # encoded at a time: work for the threads, little memory
     ) -> None:
-        sp = self.sp_model = tokenizer.sp_model
+        vocabulary = self.vocabulary = tokenizer.vocabulary
         self.threads = threads or os.cpu_count() or 1
         self.part_chars, self.batch_chars = part_chars, batch_chars
         self.dtype = np.dtype("<u2" if tokenizer.n_words <= 1 << 16 else "<u4")
-        pieces = [sp.id_to_piece(i) for i in range(tokenizer.n_words) if not sp.is_byte(i)]
-        self.has_safe_cuts = tokenizer.is_plain_bpe and not any(
-            ("\n" in piece and piece != "\n") or SPACE in piece.lstrip(SPACE) for piece in pieces
-        )
-        self.newline_id = (sp.encode("\n") or [0])[-1]
-        self.prefix_length = len(sp.encode("\n")) - 1  # ids of the space put before every text
+        self.looks_up = vocabulary.cut is not None and vocabulary.opening_space  # SentencePiece's
+        self.newline_id = (vocabulary.encode("\n") or [0])[-1]
+        # Ids of the space put before every text, which no part but the first has.
+        self.prefix_length = len(vocabulary.encode("\n")) - 1 if self.looks_up else 0
         self.words: dict[str, bytes] = {}  # to their ids' bytes, so that a text's can be joined
 
     def encode(self, blocks: Iterable[Block]) -> Iterator[list[EncodedPart]]:
@@ -84,30 +79,30 @@ class DocumentEncoder:
                 yield self._encode_batch(batch, helper)
 
     def _parts(self, blocks: Iterable[Block]) -> Iterator[_Part]:
-        pending, size, enough, cut_at = [], 0, self.part_chars, ""
+        pending, size, enough = [], 0, self.part_chars
+        dropped, starts, cut_at = "", True, self.vocabulary.cut
         for block in blocks:
             pending.append(block.text)
             size += len(block.text)
             if size < enough and not block.ends:
                 continue
             text, start = "".join(pending), 0
-            while self.has_safe_cuts and len(text) - start > self.part_chars:
-                cut = CUT.search(text, start + self.part_chars)
+            while cut_at is not None and len(text) - start > self.part_chars:
+                cut = cut_at.search(text, start + self.part_chars)
                 if cut is None:
                     break
-                yield _Part(text[start : cut.start()], cut_at, False)
-                cut_at = cut[0]
-                start = cut.start() if cut_at == "\n" else cut.end()
+                yield _Part(text[start : cut.start()], dropped, starts, ends=False)
+                dropped, starts, start = cut[0], False, cut.end()
             text = text[start:]
             if block.ends:
-                yield _Part(text, cut_at, True)
-                text, cut_at = "", ""
+                yield _Part(text, dropped, starts, ends=True)
+                text, dropped, starts = "", "", True
             pending, size = [text], len(text)
             enough = 2 * max(self.part_chars, size)  # doubling: a text without cuts stays linear
 
     def _encode_batch(self, parts: list[_Part], helper: ThreadPoolExecutor) -> list[EncodedPart]:
         looked_up = 0
-        if self.has_safe_cuts:  # both take equally long if each gets as much as it is fast
+        if self.looks_up:  # both take equally long if each gets as much as it is fast
             share = WORD_CACHE_SPEED / (WORD_CACHE_SPEED + self.threads - 1)
             ends = np.cumsum([len(part.text) + 1 for part in parts])
             looked_up = int(np.searchsorted(ends, share * ends[-1], side="right"))
@@ -115,22 +110,22 @@ class DocumentEncoder:
         arrays = self._look_up(parts[:looked_up]) + rest.result()
         encoded = []
         for part, ids in zip(parts, arrays, strict=True):
-            size = len(part.text.encode()) + (part.cut_at == " ")  # with the space it was cut at
-            encoded.append(EncodedPart(ids, size, not part.cut_at, part.ends))
+            size = len((part.dropped + part.text).encode())
+            encoded.append(EncodedPart(ids, size, part.starts, part.ends))
         return encoded
 
     def _encode_parts(self, parts: list[_Part]) -> list[np.ndarray]:
-        threads = max(1, self.threads - self.has_safe_cuts)
-        encoded = _encode_many(self.sp_model, [part.text for part in parts], threads)
+        threads = max(1, self.threads - self.looks_up)
+        encoded = self.vocabulary.encode_many([part.text for part in parts], threads)
         return [
-            ids[self.prefix_length if part.cut_at == "\n" else 0 :].astype(self.dtype)
+            ids[0 if part.starts or part.dropped else self.prefix_length :].astype(self.dtype)
             for part, ids in zip(parts, encoded, strict=True)
         ]
 
     def _look_up(self, parts: list[_Part]) -> list[np.ndarray]:
         if not parts:
             return []
-        texts = [part.text if part.cut_at == "\n" else f" {part.text}" for part in parts]
+        texts = [f" {part.text}" if part.starts or part.dropped else part.text for part in parts]
         words = _split_words("\n".join(texts))  # as one text: of documents there may be many
         missing = list(set(words).difference(self.words))
         self._learn(missing)
@@ -149,7 +144,7 @@ class DocumentEncoder:
         newline = np.array(self.newline_id, self.dtype).tobytes()
         groups = [words[i :: 4 * self.threads] for i in range(min(len(words), 4 * self.threads))]
         texts = ["".join(w if w[:1] == "\n" else f"\n {w}" for w in group) for group in groups]
-        encoded = _encode_many(self.sp_model, texts, self.threads)
+        encoded = self.vocabulary.encode_many(texts, self.threads)
         for group, ids in zip(groups, encoded, strict=True):
             lines = _split_at(ids.astype(self.dtype), np.flatnonzero(ids == self.newline_id))[1:]
             for word, line in zip(group, lines, strict=True):
@@ -171,9 +166,3 @@ def _split_at(ids: np.ndarray, places: np.ndarray) -> list[np.ndarray]:
     """What is between the ids at these places, which belong to no part."""
     edges = [-1, *places.tolist(), len(ids)]
     return [ids[start + 1 : stop] for start, stop in pairwise(edges)]
-
-
-def _encode_many(sp_model, texts: list[str], threads: int) -> list[np.ndarray]:
-    if hasattr(sp_model, "EncodeAsNumpy"):  # since 0.2.2: no Python object per token
-        return sp_model.encode(texts, num_threads=threads, return_type="numpy")
-    return [np.array(ids, np.int32) for ids in sp_model.encode(texts, num_threads=threads)]

@@ -5,7 +5,6 @@ Knows nothing of vocabularies or models: predictions come as numbers.
 
 from __future__ import annotations
 
-import csv
 import itertools
 import re
 from collections import Counter
@@ -18,9 +17,10 @@ import numpy as np
 
 from minllama.system.errors import UsageError
 from minllama.system.files import replace, write_text
-from minllama.system.json_lines import read_objects
-from minllama.system.peek import is_json_name
-from minllama.text.reading import Reading, read_lines, split_labelled
+from minllama.system.peek import has_records, is_csv_name, is_table
+from minllama.system.tables import open_table
+from minllama.text.reading import UTF8, Reading, read_blocks, read_lines
+from minllama.text.records import field_of, places, read_records
 
 UNLABELLED = -1  # the label of a sentence without one, in files and in batches
 NEARLY_ALL = 0.9  # of a split's predictions: so many alike say little of the model
@@ -29,7 +29,8 @@ LONGEST_LABEL = 100
 SHOWN_LABELS = 30  # of a confusion matrix; of more labels the commonest confusions are shown
 SHOWN_CONFUSIONS = 10
 WHOLE = re.compile(r"(-?[0-9]{1,9})(\.0+)?")  # pandas writes 1.0 where a label is missing
-TEXT_FIELDS = ("text", "sentence")  # of JSON objects and CSV columns, beside "label"
+TEXT_FIELDS = ("text", "sentence")  # of records, where no other is named
+LABELLED_LINE = re.compile(r"[^|\n]{0,100}\|\|\|\s")  # a number, a word or nothing first
 
 
 # ---------------------------------------------------------------------------- files
@@ -69,23 +70,43 @@ class Row(NamedTuple):
     sentence: str
 
 
-def read_rows(path: Path, *, encoding: str = "utf-8", plain: bool = False) -> list[Row]:
-    """The sentences of a file, in order: `label ||| sentence` lines, JSON objects or CSV.
+def is_labelled(path: Path, reading: Reading = UTF8) -> bool:
+    """Whether the first lines all read `label ||| sentence`, the format of labelled files."""
+    if is_table(path):
+        return False
+    start = next(iter(read_blocks(path, reading)), "")  # a line may be as long as the file
+    lines = start.split("\n")
+    lines = [line for line in lines[:-1] or lines if line.strip()][:20]  # the last may be cut
+    return bool(lines) and all(map(LABELLED_LINE.match, lines))
 
-    Objects and columns are `text` (or `sentence`) and `label`. `plain` takes a file without any
-    ` ||| `, too: each line is a sentence. Raises UsageError `file:line: ...` for anything else, and
-    for an empty file.
+
+def split_labelled(path: Path, number: int, line: str) -> tuple[str, str]:
+    """(label, sentence) of a line `label ||| sentence`, both as written, stripped.
+
+    Raises UsageError `file:line: ...` where there is no ` ||| ` or no sentence.
     """
-    lines = read_lines(path, Reading(encoding=encoding))
-    if is_json_name(path):
-        rows = [_row_of(record, f"{path}:{n}") for n, record in read_objects(lines, path)]
+    label, bar, sentence = f" {line}".partition(" ||| ")
+    if not bar:
+        raise UsageError(f"{path}:{number}: no ` ||| `; a line reads `label ||| sentence`")
+    if not sentence.strip():
+        raise UsageError(f"{path}:{number}: no sentence after ` ||| `")
+    return label.strip(), sentence.strip()
+
+
+def read_rows(path: Path, reading: Reading = UTF8, *, plain: bool = False) -> list[Row]:
+    """The sentences of a file, in order: `label ||| sentence` lines, or records.
+
+    Of records, which are JSON objects or rows of CSV, parquet and Arrow, the reading says which
+    fields are meant; `sentence` is as good as `text`. `plain` takes a file without any ` ||| `,
+    too: each line is a sentence. Raises UsageError `file:line: ...` for anything else, and for an
+    empty file.
+    """
+    if has_records(path) and not (is_csv_name(path) and is_labelled(path, reading)):
+        rows = list(_rows_of_records(path, reading))
     else:
+        lines = read_lines(path, reading)
         filled = [(number, line) for number, line in lines if line.strip()]
-        bars = any("|||" in line for _, line in filled)
-        is_table = path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
-        if is_table and not (filled and "|||" in filled[0][1]):
-            rows = list(_table_rows(path, [line for _, line in filled]))
-        elif plain and not bars:
+        if plain and not any("|||" in line for _, line in filled):
             rows = [Row(f"{path}:{number}", "", line.strip()) for number, line in filled]
         else:
             rows = [Row(f"{path}:{n}", *split_labelled(path, n, line)) for n, line in filled]
@@ -94,12 +115,26 @@ def read_rows(path: Path, *, encoding: str = "utf-8", plain: bool = False) -> li
     return [row._replace(label=_plain_label(row.label, row.where)) for row in rows]
 
 
-def _row_of(record: dict[str, Any], where: str) -> Row:
-    sentence = next((record[name] for name in TEXT_FIELDS if name in record), None)
-    label = record.get("label")
+def _rows_of_records(path: Path, reading: Reading) -> Iterator[Row]:
+    is_usual = reading.text_field == TEXT_FIELDS[0]
+    names = TEXT_FIELDS if is_usual else (reading.text_field,)
+    fields = {*names, reading.label_field}
+    columns = fields | {name.split(".")[0] for name in fields}
+    place = places(path)
+    for number, record in read_records(path, reading, columns=columns):
+        yield _row_of(record, names, reading.label_field, place(number))
+
+
+def _row_of(record: dict[str, Any], names: Sequence[str], label_field: str, where: str) -> Row:
+    found = (field_of(record, name) for name in names)
+    sentence = next((value for value in found if value is not None), None)
+    label = field_of(record, label_field)
+    has = ", ".join(sorted(record)[:8]) or "nothing"
     if not isinstance(sentence, str) or not sentence.strip():
-        has = ", ".join(sorted(record)[:8]) or "nothing"
-        raise UsageError(f'{where}: no sentence in "text" (has: {has})')
+        remedy = "--text_field names another"
+        raise UsageError(f'{where}: no sentence in "{names[0]}" (has: {has}); {remedy}')
+    if label_field not in record and label is None and label_field != Reading.label_field:
+        raise UsageError(f"{where}: no --label_field {label_field} (has: {has})")
     if not isinstance(label, str | int | float | None):
         raise UsageError(f"{where}: label {str(label)[:40]!r} is not a number or a word")
     # Predictions are written a line each.
@@ -107,24 +142,11 @@ def _row_of(record: dict[str, Any], where: str) -> Row:
     return Row(where, text.strip(), re.sub(r"\s*[\r\n]+\s*", " ", sentence.strip()))
 
 
-def _table_rows(path: Path, lines: list[str]) -> Iterator[Row]:
-    """The rows of a CSV or TSV, whose first line names the columns."""
-    head = lines[0] if lines else ""
-    delimiter = max(",;\t", key=head.count)
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL  # as GLUE's files
-    reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, quoting=quoting)
-    try:
-        columns = [name.strip().lower() for name in next(reader, [])]
-        if not {*TEXT_FIELDS} & {*columns}:
-            raise UsageError(
-                f"{path}:1: the columns are {', '.join(columns)[:60]!r}; the first line is to name "
-                "them, `text` and `label`"
-            )
-        for number, cells in enumerate(reader, start=2):
-            record = dict(zip(columns, cells, strict=False))
-            yield _row_of(record, f"{path}, row {number}")
-    except csv.Error as error:
-        raise UsageError(f"{path}: no CSV ({error})") from None
+def class_names(path: Path, reading: Reading) -> list[str] | None:
+    """The names of the labels that a table has as numbers from 0; None where it has none."""
+    names = open_table(path).class_names.get(reading.label_field, []) if is_table(path) else []
+    fit = 2 <= len({*names}) == len(names) <= MAX_LABELS and all(map(is_fit_label, names))
+    return names if fit else None
 
 
 def _plain_label(text: str, where: str) -> str:
@@ -144,7 +166,7 @@ def read_labelled(
     path: Path,
     labels: Sequence[str] | None = None,
     *,
-    encoding: str = "utf-8",
+    reading: Reading = UTF8,
     plain: bool = False,
 ) -> list[LabelledExample]:
     """The sentences of a file with the numbers of their labels; see `read_rows`.
@@ -152,7 +174,7 @@ def read_labelled(
     `labels` are how the file writes them, by default 0 to MAX_LABELS - 1; -1, or none, means
     unlabelled. Raises UsageError `file:line: ...` for another one.
     """
-    rows = read_rows(path, encoding=encoding, plain=plain)
+    rows = read_rows(path, reading, plain=plain)
     return label_rows(rows, labels or [str(number) for number in range(MAX_LABELS)])
 
 

@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from config import DATA_DIR, Options
+from minllama.cli.console import say
 from minllama.system.errors import UsageError
 from minllama.system.files import check_writable_file, read_json, real_path
+from minllama.system.peek import has_records
+from minllama.system.unpacking import uncompressed_name
+from minllama.text.find_files import find_text_files
 from minllama.text.labelled import (
     MAX_LABELS,
     SHOWN_LABELS,
@@ -22,11 +26,12 @@ from minllama.text.labelled import (
     WHOLE,
     Labels,
     Row,
+    class_names,
     is_fit_label,
     label_rows,
     read_rows,
 )
-from minllama.text.reading import find_text_files
+from minllama.text.reading import Reading, encoding_line
 
 SHOWN_PAIRS = 10  # of the labels in a message
 
@@ -62,10 +67,14 @@ def find_labelled_files(options: Options, suffix: str) -> SplitFiles:
     files = _checked(options, SplitFiles(name, paths, outs, Labels([], [])))
     mapping = train.parent / f"{name}-label-mapping.json"
     given = read_label_names(options.label_names, mapping)
-    rows = read_rows(train, encoding=options.encoding)
+    reading = Reading.of_records(options)
+    if given is None and (names := class_names(train, reading)):
+        given = Labels.counted(names)
+    rows = read_rows(train, reading)
     labels = find_labels(train, rows, given, options.label_names or mapping)
     made = given is None and not labels.is_counted
-    return replace(files, labels=labels, mapping=Path(mapping.name) if made else None)
+    beside = files.outs["dev"].with_name(mapping.name)
+    return replace(files, labels=labels, mapping=beside if made else None)
 
 
 def find_labels(train: Path, rows: list[Row], given: Labels | None, mapping: Path) -> Labels:
@@ -77,6 +86,8 @@ def find_labels(train: Path, rows: list[Row], given: Labels | None, mapping: Pat
     unlabelled = {"", str(UNLABELLED)} - {*(given.texts if given else ())}
     if unlabelled & counts.keys():
         hint = "" if "" in counts else f"; if it is one, name it in {mapping}"
+        if "" in counts and has_records(train):
+            hint = "; --label_field names the field or column of the label"
         raise UsageError(
             f"--train {train}: has lines without a label, which cannot be learnt from{hint}"
         )
@@ -177,32 +188,39 @@ def _embedded(*splits: str) -> dict[str, Path]:
 def _checked(options: Options, files: SplitFiles) -> SplitFiles:
     """The files with the outputs where the flags want them, and none of a split without a file.
 
+    In --save_dir, where no flag names them.
+
     Raises UsageError for a file that is not there, and for an output that could not be written, or
     is another of the files.
     """
     outs = {
-        split: getattr(options, f"{split}_out") or path
+        split: getattr(options, f"{split}_out") or options.save_dir / path
         for split, path in files.outs.items()
         if split in files.paths
     }
     for split, path in files.paths.items():
         find_text_files([path], flag=f"--{split}")
+    if line := encoding_line([*files.paths.values()], Reading.of_records(options)):
+        say(line)
     taken = {real_path(path) for path in files.paths.values()}
     for split, path in outs.items():
         if real_path(path) in taken:
             raise UsageError(f"--{split}_out {path}: is another of the files named; give a new one")
         taken.add(real_path(path))
-        check_writable_file(path, f"--{split}_out")
+        if options.option != "finetune" or not options.plan:  # which leaves no folder
+            check_writable_file(path, f"--{split}_out")
     return replace(files, outs=outs)
 
 
-def data_set_name(train: Path) -> str:
-    """The name in `NAME-train.txt`, which the run's files are called by."""
+def data_set_name(train: Path | None) -> str:
+    """The name in `NAME-train.txt`, which the run's files are called by; None: the reviews."""
+    if train is None:
+        return "reviews"
     return re.sub(r"[-_.]?train$", "", _stem(train)) or _stem(train)
 
 
 def _stem(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz")).stem
+    return Path(uncompressed_name(path)).stem
 
 
 def read_label_names(given: Path | None, beside: Path) -> Labels | None:

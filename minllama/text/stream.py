@@ -85,6 +85,14 @@ class TokenStream:
         return np.searchsorted(self.offsets, position, side="right") - 1
 
 
+def joined(streams: Iterable[TokenStream]) -> TokenStream:
+    """Streams of the same tokens as one, one after the other."""
+    streams = [*streams]
+    starts = np.concatenate([stream.starts for stream in streams])
+    stops = np.concatenate([stream.stops for stream in streams])
+    return TokenStream(streams[0].tokens, starts, stops, streams[0].document_starts)
+
+
 def documents_in(cache: TokenCache, stream: TokenStream) -> np.ndarray:
     """(documents,) bool: those of the cache of which the stream has at least a part."""
     at = np.searchsorted(stream.stops, cache.document_starts, side="right")

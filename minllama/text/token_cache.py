@@ -23,11 +23,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from minllama.system.encodings import is_utf8
 from minllama.system.errors import TextLost, UsageError
 from minllama.system.files import READ_BYTES, atomic_write, remove_temporaries
 from minllama.system.locks import Busy, hold
+from minllama.system.peek import is_csv_name
+from minllama.text.documents import Block, read_documents
 from minllama.text.encoder import DocumentEncoder, EncodedPart
-from minllama.text.reading import Block, Reading, byte_bar, read_documents
+from minllama.text.reading import Reading, byte_bar
 from tokenizer import Tokenizer
 
 # File: header, tokens, zeros to a multiple of 8, (documents, 2) int64 of first token and bytes of
@@ -219,7 +222,6 @@ def build_or_load(
 
     def build() -> None:
         encoder, file_documents = DocumentEncoder(tokenizer, threads=threads), []
-        marks = np.array([[tokenizer.bos_id], [tokenizer.eos_id]], encoder.dtype)
         _outwait_time_stamps(files)
         try:
             remove_temporaries(cache_dir, r".*\.tokens", older_than=86400)
@@ -229,7 +231,7 @@ def build_or_load(
                 byte_bar("tokenizing", sum(_stat(text).st_size for text in files)) as bar,
             ):
                 batches = encoder.encode(_all_blocks(files, reading, bar.update, file_documents))
-                _write_cache(file, table, batches, file_documents, marks, signature, check_stop)
+                _write_cache(file, table, batches, file_documents, encoder, signature, check_stop)
                 if not any(file_documents):
                     others = " and the others" if len(files) > 1 else ""
                     raise UsageError(f"{files[0]}{others}: empty, there is no text to train on")
@@ -281,15 +283,14 @@ def _write_cache(
     table: BinaryIO,
     batches: Iterable[list[EncodedPart]],
     file_documents: list[int],
-    marks: np.ndarray,
+    encoder: DocumentEncoder,
     signature: bytes,
     check_stop: Callable[[], None],
 ) -> None:
     """Stream a cache's tokens into a file, then its tables and header.
 
     `table` is a temporary file for the documents' rows, which follow the tokens: of a corpus with a
-    document per line they are gigabytes. `file_documents` grows with the `batches`; `marks` are BOS
-    and EOS, (2, 1), in the dtype of the tokens.
+    document per line they are gigabytes. `file_documents` grows with the `batches` of the encoder.
     """
     digest, n_tokens = hashlib.sha256(), 0
     start, utf8_bytes, fingerprint = 0, 0, hashlib.blake2b()  # of the document being written
@@ -308,16 +309,15 @@ def _write_cache(
         arrays = []
         for part in parts:
             if part.starts:
-                arrays.append(marks[0])
                 start, utf8_bytes, fingerprint = n_tokens, 0, hashlib.blake2b(digest_size=16)
-            arrays.append(part.ids)
+            marked = encoder.vocabulary.document(part.ids, starts=part.starts, ends=part.ends)
+            arrays += marked
             utf8_bytes += part.utf8_bytes
             fingerprint.update(part.ids.tobytes())
             if part.ends:
-                arrays.append(marks[1])
                 table.write(ROW.pack(start, utf8_bytes, fingerprint.digest()))
-            n_tokens += part.starts + len(part.ids) + part.ends
-        write(np.concatenate(arrays, dtype=marks.dtype).tobytes())
+            n_tokens += sum(map(len, marked))
+        write(np.concatenate(arrays, dtype=encoder.dtype).tobytes())
         check_stop()
     write(bytes(-file.tell() % 8))
     file_starts = []  # in tokens, and the end
@@ -330,7 +330,16 @@ def _write_cache(
     key, digest = digest.digest(), hashlib.sha256()
     write_columns(slice(2, 4))
     counts = (n_tokens, sum(file_documents), len(file_documents))
-    fields = (MAGIC, CACHE_VERSION, marks.itemsize, *counts, key, digest.digest(), signature, 0)
+    fields = (
+        MAGIC,
+        CACHE_VERSION,
+        encoder.dtype.itemsize,
+        *counts,
+        key,
+        digest.digest(),
+        signature,
+        0,
+    )
     header = HEADER.pack(*fields)[:-4]
     file.seek(0)
     file.write(header + zlib.crc32(header).to_bytes(4, "little"))
@@ -355,7 +364,11 @@ def _all_blocks(
 
 def _fields(reading: Reading) -> dict[str, Any]:
     """How text is read, as earlier versions knew it, whose caches stay in use."""
-    return {k: v for k, v in asdict(reading).items() if k != "document_separator" or v is not None}
+    fields = asdict(reading)
+    del fields["label_field"]  # of no document
+    if reading.document_separator is None:
+        del fields["document_separator"]
+    return fields
 
 
 def place_name(files: Sequence[Path], reading: Reading, *others: str) -> str:
@@ -375,8 +388,14 @@ def text_signature(
     """
     stats = [(path, _stat(path)) for path in files]
     states = [[str(p.absolute()), s.st_size, s.st_mtime_ns, s.st_ctime_ns] for p, s in stats]
+    # What earlier versions read otherwise, whose caches are not that of today: a CSV as its bytes,
+    # and all files in the encoding given.
+    otherwise = [str(p.absolute()) for p in files if is_csv_name(p)]
+    fields = _fields(reading) | ({"columns": otherwise} if otherwise else {})
+    if not is_utf8(reading.encoding):
+        fields["encodings"] = "of each file"
     vocabulary = hashlib.sha256(tokenizer.model_bytes).hexdigest() if tokenizer else None
-    return hashlib.sha256(json.dumps([states, vocabulary, _fields(reading)]).encode()).digest()
+    return hashlib.sha256(json.dumps([states, vocabulary, fields]).encode()).digest()
 
 
 def _outwait_time_stamps(files: Sequence[Path]) -> None:

@@ -16,10 +16,13 @@ from minllama.formats.find_model import load_model
 from minllama.model.generation import Sampling, generate_tokens
 from minllama.model.lora import add_lora
 from minllama.system.errors import UsageError
-from minllama.system.files import write_text
-from minllama.text.chat import ChatTemplate, Intake, read_dialogues
+from minllama.text.chat import ChatTemplate, Template
+from minllama.text.dialogues import Intake, read_dialogues
+from minllama.text.labelled import write_result
 from minllama.text.reading import Reading, byte_bar
+from minllama.text.records import places
 from minllama.text.splits import SplitFiles
+from minllama.training.identity import DIALOGUES, LABELLED
 from minllama.training.results import print_best, print_results
 from minllama.training.run import Run
 from minllama.training.task import NextTokenTask, trained_sizes
@@ -84,7 +87,7 @@ class Question(NamedTuple):
 
 
 def read_questions(
-    path: Path | None, options: Options, template: ChatTemplate, tokenizer: Tokenizer
+    path: Path | None, options: Options, template: Template, tokenizer: Tokenizer
 ) -> list[Question]:
     """Every question of the dialogues in a file, in order; none without a file."""
     if path is None:
@@ -125,8 +128,8 @@ class ChatTuning(NextTokenTask):
         lengths = self.train_set.lengths
         self.order = batches_by_length(lengths, options.global_batch_size, options.seed)
         self.identity = {
-            "--train": fingerprint(files.paths["train"].read_bytes()),
-            "dialogues to train on (--dev, --val_fraction)": len(self.train_set),
+            LABELLED: fingerprint(files.paths["train"].read_bytes()),
+            DIALOGUES: len(self.train_set),
             "model shape": llama.config.to_model_args(),
             "--tokenizer_model": tokenizer.fingerprint,
             "--lora_rank": options.lora_rank,
@@ -151,7 +154,7 @@ class ChatTuning(NextTokenTask):
 
     def locate(self, number: int) -> str:
         line, dialogue = self.train_set.lines[number], self.train_set.numbers[number]
-        return f"{self.files.paths['train']}:{line} (dialogue {dialogue:,})"
+        return f"{places(self.files.paths['train'])(line)} (dialogue {dialogue:,})"
 
     def finish(self) -> None:
         """Show what the best model answers, and how many of its answers match exactly."""
@@ -168,7 +171,7 @@ class ChatTuning(NextTokenTask):
             print(f"  {tokenizer.decode(prompt)} {answer}".replace("\n", "\n  "))
         if self.questions:
             report_answers(self.questions, self.files, model, tokenizer, run)
-        print_results(run.folder, best, None, "generate")
+        print_results(run.folder, best, "generate")
 
 
 # ---------------------------------------------------------------------------- the answers
@@ -182,7 +185,7 @@ def answers_to(prompts: list[list[int]], model: Llama, tokenizer: Tokenizer) -> 
         prompts,
         max_new_tokens=ANSWER_TOKENS,
         sampling=Sampling(temperature=0),
-        stop_ids=[tokenizer.eos_id],
+        stop_ids=tokenizer.vocabulary.end_ids,
     ):
         for row, token in zip(ids, step, strict=True):
             row += [] if token is None else [token]
@@ -205,9 +208,9 @@ def report_answers(
             exact_matches += answer == question.answer
             record = {"prompt": question.text, "response": answer, "expected": question.answer}
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    write_text(files.outs["test"], "".join(lines))
     print(
         f"test: {exact_matches:,} of {len(questions):,} answers are those of "
         f"{files.paths['test']} word for word ({exact_matches / len(questions):.1%})"
     )
-    print(f"wrote {files.outs['test']}")
+    keep = "test_out" not in run.options.given
+    write_result(files.outs["test"], "".join(lines), "answers", keep=keep)

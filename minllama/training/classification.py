@@ -31,8 +31,9 @@ from minllama.text.labelled import (
     report_predictions,
     write_result,
 )
-from minllama.text.reading import first_words
+from minllama.text.reading import Reading
 from minllama.text.splits import SplitFiles
+from minllama.training.identity import LABELLED
 from minllama.training.results import print_best, print_results
 from minllama.training.run import Run
 from minllama.training.task import Batch, Task, trained_sizes
@@ -58,7 +59,7 @@ def load_splits(
             tokenizer,
             labels=files.labels.texts,
             max_sentence_len=max_tokens,
-            encoding=options.encoding,
+            reading=Reading.of_records(options),
             plain=plain,
         )
         for split, path in files.paths.items()
@@ -156,7 +157,7 @@ class Classification(Task):
         lengths = self.train_set.lengths
         self.order = batches_by_length(lengths, options.global_batch_size, options.seed)
         self.identity = {
-            "--train": fingerprint(files.paths["train"].read_bytes()),
+            LABELLED: fingerprint(files.paths["train"].read_bytes()),
             "model shape": config.to_model_args(),
             "--tokenizer_model": tokenizer.fingerprint,
             "--max_sentence_len": options.max_sentence_len,
@@ -239,5 +240,4 @@ class Classification(Task):
             run.ranks.on_main(
                 functools.partial(write_result, files.mapping, text, "labels", keep=True)
             )
-        opening = first_words(self.dev_set.examples[0].sentence)
-        print_results(run.folder, best, opening, "prompt", "generate", test=files.paths["dev"])
+        print_results(run.folder, best, "prompt", test=files.paths["dev"])

@@ -25,17 +25,17 @@ from minllama.machine.ranks import Ranks
 from minllama.machine.sharding import is_sharded, load_state
 from minllama.runs.advice import Outcome, advise
 from minllama.runs.metrics import read_records
-from minllama.runs.plan import Cluster, TrainingPlan, warn_of_plan
+from minllama.runs.plan import Cluster, PlannedSource, TrainingPlan, warn_of_plan
 from minllama.system.errors import UsageError
 from minllama.system.signals import StopRequest
 from minllama.text.corpus import Texts, find_texts, load_texts
 from minllama.text.vocabulary import choose_vocabulary
 from minllama.training.fitting import TIMED_CONTEXT, fit_to_time
-from minllama.training.identity import CHUNK_ORDER, TEXT, TEXT_TOKENS
+from minllama.training.identity import CHUNK_ORDER, DATA_WEIGHTS, TEXT, TEXT_TOKENS
 from minllama.training.results import print_results
 from minllama.training.run import Run
 from minllama.training.task import NextTokenTask
-from utils import ORDER_VERSION, batch_indices
+from utils import ORDER_VERSION, Mixture, batch_indices, batch_positions
 
 RECENT_STEPS = 20  # whose mean is the training loss at the end
 FEW_DOCUMENTS = 100
@@ -77,16 +77,27 @@ def prepare_pretraining(
     return options, config, texts, start
 
 
+def mixture_of(options: Options, texts: Texts) -> Mixture | None:
+    """The order of several sources' chunks with --data_weights."""
+    return Mixture(texts.train, options.data_weights) if options.data_weights else None
+
+
 def plan_sizes(options: Options, config: LlamaConfig, texts: Texts) -> dict[str, Any]:
     """What the plan of a pretraining has to know of its model and text."""
+    sequences, sources, mixture = len(texts.train), (), mixture_of(options, texts)
+    if mixture is not None:
+        rows = zip(texts.train.sources.items(), mixture.weights, options.data_weights, strict=True)
+        sources = tuple(PlannedSource(*size, float(share), weight) for size, share, weight in rows)
+        sequences = mixture.epoch_chunks
     return {
         "config": config,
         "trainable_parameters": sum(config.parameter_counts().values()),
         "muon_parameters": options.muon_parameters(config),
-        "sequences": len(texts.train),
+        "sequences": sequences,
         "tokens": len(texts.train.stream),
         "sequence_length": options.max_seq_len,
         "logits_width": config.vocab_size,
+        "sources": sources,
     }
 
 
@@ -130,6 +141,10 @@ class Pretraining(NextTokenTask):
             STARTING_WEIGHTS: self.start and self.start.weights,
             CHUNK_ORDER: ORDER_VERSION,
         }
+        self.mixture = mixture_of(options, texts)
+        if self.mixture is not None:
+            self.identity[DATA_WEIGHTS] = " ".join(map(repr, options.data_weights))
+            self.identity[TEXT_TOKENS] = [*texts.train.sources.values()]
         self.sizes = plan_sizes(options, self.config, texts)
 
     def build(self) -> None:
@@ -161,8 +176,12 @@ class Pretraining(NextTokenTask):
         )
 
     def sequences(self, epoch: int, index: int) -> np.ndarray:
-        options, chunks = self.run.options, len(self.train_set)
-        return batch_indices(chunks, options.global_batch_size, options.seed, epoch, index)
+        options, mixture = self.run.options, self.mixture
+        chunks = len(self.train_set) if mixture is None else mixture.epoch_chunks
+        if mixture is None:
+            return batch_indices(chunks, options.global_batch_size, options.seed, epoch, index)
+        positions = batch_positions(chunks, options.global_batch_size, index) + epoch * chunks
+        return mixture.chunks_at(positions, options.seed)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         # An epoch's short last batch is not worth another half minute of compiling; parts of a
@@ -200,15 +219,16 @@ class Pretraining(NextTokenTask):
     def finish(self) -> None:
         """Write the model, show a sample, say what there is and what is next."""
         run, folder, progress = self.run, self.run.folder, self.run.progress
-        final = folder.file("final-model.pt")
+        records = deque(read_records(folder.file("metrics.jsonl")), maxlen=RECENT_STEPS)
+        val_loss = records[-1].get("val_loss") if records else None
+        overfitted = None not in (val_loss, progress.best) and val_loss > OVERFITTED * progress.best
+        result = "best-model.pt" if overfitted else "final-model.pt"
+        chosen = folder.file(result)
+        run.checkpoints.save_file(folder.file("run.json"), lambda: folder.name_result(result))
         run.checkpoints.save_weights("final-model.pt", self.weights())
         run.checkpoints.finish()
         if not run.ranks.is_main:
             return
-        records = deque(read_records(folder.file("metrics.jsonl")), maxlen=RECENT_STEPS)
-        val_loss = records[-1].get("val_loss") if records else None
-        overfitted = None not in (val_loss, progress.best) and val_loss > OVERFITTED * progress.best
-        chosen = folder.file("best-model.pt") if overfitted else final
         if overfitted:
             print(
                 f"\noverfitted from step {progress.best_step:,} on: the validation loss was best "
@@ -221,7 +241,7 @@ class Pretraining(NextTokenTask):
         print("\na sample of what it writes:")
         print(f"{sample_text(model, self.texts.tokenizer, prompt)}\n")
         self.print_summary(records, overfitted=overfitted)
-        print_results(folder, chosen, self.opening, "generate", "finetune")
+        print_results(folder, chosen, "generate", "finetune", prompt=self.opening)
 
     def print_summary(self, records: Sequence[dict[str, Any]], *, overfitted: bool) -> None:
         """Print what was reached, by the last `records` of the run, and what would help most."""
@@ -241,5 +261,7 @@ class Pretraining(NextTokenTask):
             distinct=self.run.plan.tokens,
             train_loss=sum(losses) / max(1, len(losses)),
             val_loss=val_loss,
+            dropout=self.run.options.dropout,
+            is_timed=self.run.options.minutes is not None,
         )
         say(*advise(outcome, rose=overfitted))

@@ -39,12 +39,16 @@ def print_best(run: Run) -> Path:
 
 
 def print_results(
-    folder: RunFolder, model: Path, prompt: str | None, *options: str, test: Path | None = None
+    folder: RunFolder,
+    model: Path,
+    *options: str,
+    prompt: str | None = None,
+    test: Path | None = None,
 ) -> None:
     """Print the run's files with their sizes, and the commands that its new model is for.
 
-    `prompt` is a text to continue, None for a model to converse with; `test` is a file of sentences
-    that a classifier can be applied to.
+    These are the `options`. `prompt` is a text to continue, None for a model to converse with;
+    `test` is a file of sentences that a classifier can be applied to.
     """
     print("files:")
     for path in folder.own_files():

@@ -45,6 +45,7 @@ from minllama.runs.telemetry import environment
 from minllama.system.errors import TextLost, UsageError
 from minllama.system.signals import StopRequest
 from minllama.training.deadline import FINISHING, MAX_EPOCHS, WRITE_RATE, Deadline, Pace
+from minllama.training.identity import command_to_train_on
 from optimizer import make_optimizer
 
 if TYPE_CHECKING:
@@ -209,13 +210,13 @@ class Run:
         elif self.plan.last_step < self.plan.schedule_steps:
             remedy = "a larger --max_steps lets it continue"
         elif self.deadline is not None:
-            final = self.folder.file("final-model.pt")
-            remedy = f"--pretrained_model_path {final} and another --save_dir train its model on"
+            command = command_to_train_on(self.options, self.folder)
+            remedy = f"its minutes are over. This trains its model on:\n  {command}"
         elif self.options.schedule_steps is not None:
             remedy = "a larger --schedule_steps lets it continue"
         print(
-            f"nothing is left to train: the run ended after step {self.progress.step:,}; {remedy}. "
-            "Its last files are written again"
+            "nothing is left to train, and the last files are written again: the run ended after "
+            f"step {self.progress.step:,}; {remedy}"
         )
 
     # ------------------------------------------------------------------------ its state

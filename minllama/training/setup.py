@@ -175,7 +175,7 @@ def make_plan(run: Run, task: Task) -> None:
         "--optimizer": options.optimizer,
     }
     if run.checkpoint is not None:
-        check_identity(run.checkpoint["identity"], run.identity, run.folder)
+        check_identity(run.checkpoint, run.identity, options=options, folder=run.folder)
     run.plan = plan = TrainingPlan(options, ranks.world_size, device.type, dtype, **task.sizes)
     ranks.on_main(lambda: print_plan(plan, device, run.folder))
     if options.option == "pretrain":

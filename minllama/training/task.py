@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -174,7 +174,7 @@ class Task(ABC):
         """The sum of the losses of a micro-batch's targets, (), on its inputs."""
 
     @abstractmethod
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, Any]:
         """Metrics, the goal among them; empty without data. Every rank must call this."""
 
     def sample(self) -> str | None:
@@ -240,7 +240,7 @@ class NextTokenTask(Task):
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         return self.compiled(tokens, targets)[0]
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, Any]:
         if self.val_set is None:
             return {}
         return evaluate_tokens(self.next_token_loss, self.val_set, self.run)
@@ -248,11 +248,29 @@ class NextTokenTask(Task):
 
 def evaluate_tokens(
     next_token_loss: NextTokenLoss, dataset: TokenDataset, run: Run
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Loss in nats per token, perplexity and bits per byte over all of `dataset`.
 
-    Every rank must call this. The ranks share the batches and add up their losses in the batches'
-    order, so the sum does not depend on how many they are. Raises Interrupted when asked to stop.
+    Of a text of several sources that is the mean over the tokens of all of them together, and the
+    loss and bits per byte of each come with it. Every rank must call this. Raises Interrupted when
+    asked to stop.
+    """
+    if isinstance(dataset, ChatDataset) or len(dataset.sources) == 1:
+        return score_tokens(next_token_loss, dataset, run).metrics()
+    scores = {
+        name: score_tokens(next_token_loss, part, run) for name, part in dataset.by_source.items()
+    }
+    total = TextScore(*map(sum, zip(*map(astuple, scores.values()), strict=True)))
+    losses = {name: score.loss for name, score in scores.items()}
+    bits = {name: score.bits_per_byte for name, score in scores.items()}
+    return total.metrics() | {"val_loss_by_source": losses, "bits_per_byte_by_source": bits}
+
+
+def score_tokens(next_token_loss: NextTokenLoss, dataset: TokenDataset, run: Run) -> TextScore:
+    """How well the model predicts all of `dataset`.
+
+    The ranks share the batches and add up their losses in the batches' order, so the sum does not
+    depend on how many they are.
     """
     ranks, size = run.ranks, run.options.micro_batch_size
     sums = np.zeros((2, -(-len(dataset) // size)))  # (2, batches): summed loss, target count
@@ -270,4 +288,4 @@ def evaluate_tokens(
     for (number, is_own), loss in zip(numbers, torch.stack(losses).tolist(), strict=True):
         sums[0, number] = loss if is_own else 0
     loss_sum, targets = (sum(row) for row in ranks.sum_array(sums).tolist())
-    return TextScore(loss_sum, targets, dataset.utf8_bytes or 0).metrics()
+    return TextScore(loss_sum, targets, dataset.utf8_bytes or 0)

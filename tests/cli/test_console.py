@@ -54,6 +54,16 @@ def in_terminal(columns: int, program: str) -> str:
     return shown.decode().replace("\r\n", "\n")
 
 
+def test_a_run_that_had_ended_has_no_bar():
+    """Resumed, it showed one without any figures, twice: `? left |...| 383/383 steps`."""
+    program = "from minllama.cli.console import training_bar; training_bar({}, 9).close()"
+    environment = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"}
+    for step in (8, 9):
+        words = [sys.executable, "-c", program.format(step)]
+        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, check=True)
+        assert (b"left" in done.stderr) == (step < 9)
+
+
 needs_pty = pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals are of Unix")
 
 

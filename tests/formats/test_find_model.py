@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from config import SHIPPED_MODEL, parse_options
 from llama import Llama, load_pretrained, model_payload
 from minllama.formats.find_model import find_model, load_model
 from minllama.formats.pt_file import STATE_FILE, save_pt
+from minllama.runs.run_folder import RunFolder
 from minllama.system.errors import UsageError
 from tokenizer import Tokenizer, train_vocabulary
 
@@ -79,6 +81,54 @@ def test_a_runs_folder_means_its_model(capsys):
     Path("run/pretrain-epoch-4.pt").touch()
     with pytest.raises(UsageError, match="name one of .*pretrain-epoch-3.pt"):
         find_model(options)
+
+
+def end_pretraining(folder: str, result: str = "final-model.pt", *, at: int) -> Path:
+    """What a pretraining that ended `at` this second leaves; returns its result."""
+    run = RunFolder(Path(folder), "pretrain")
+    run.add_start({})
+    run.name_result(result)
+    for name in ("final-model.pt", "best-model.pt"):
+        (run.path / name).touch()
+        os.utime(run.path / name, (at, at))
+    return run.path / result
+
+
+@pytest.mark.parametrize("words", ["--save_dir run", "--pretrained_model_path run", ""])
+def test_what_the_run_named_as_its_result_is_used(words, capsys):
+    """Of an overfitted run `--save_dir run` took the model of perplexity 10,516, not 103.93."""
+    best = end_pretraining("run", "best-model.pt", at=1)
+    assert find_model(parse_options(words.split())) == best
+    assert str(best) in capsys.readouterr().out
+    Path("run/run.json").write_text('{"starts": [], "result": ["../secret.pt"]}', encoding="utf-8")
+    assert find_model(parse_options(words.split())) == Path("run/final-model.pt")
+    end_pretraining("run", "best-model.pt", at=1).unlink()
+    assert find_model(parse_options(words.split())) == Path("run/final-model.pt")
+
+
+def test_the_end_of_an_overfitted_run_may_be_named(capsys):
+    """It is what was typed; that the run has a better one is said."""
+    best = end_pretraining("run", "best-model.pt", at=1)
+    final = Path("run/final-model.pt")
+    assert find_model(parse_options(f"--pretrained_model_path {final}".split())) == final
+    assert f"overfitted; its result is {best}" in capsys.readouterr().out
+    assert find_model(parse_options(f"--pretrained_model_path {best}".split())) == best
+    assert not capsys.readouterr().out
+
+
+def test_the_last_pretraining_is_preferred(capsys):
+    """120 dialogues were taught to an older English model, not to the Chinese one just made."""
+    ended = [("zh", 20), ("checkpoints", 10), ("runs/a", 30), (".", 15), ("a/b/c", 99)]
+    models = {folder: end_pretraining(folder, at=at) for folder, at in ended}
+    Path("unfinished").mkdir()
+    RunFolder(Path("unfinished"), "pretrain").add_start({})
+    Path("unfinished/best-model.pt").touch()
+    assert find_model(parse_options([])) == models["runs/a"]
+    out = capsys.readouterr().out
+    assert f"using {models['runs/a']}, of the last pretraining here; before it came" in out
+    assert out.index(str(models["zh"])) < out.index(str(models["checkpoints"]))
+    models["runs/a"].unlink()
+    assert find_model(parse_options([])) == models["zh"]
 
 
 @pytest.mark.parametrize("option", ["generate", "prompt", "finetune"])
@@ -176,7 +226,7 @@ def test_vocabularies_are_never_mixed_up():
 def test_a_model_without_a_vocabulary_needs_one_of_its_size():
     """Named, or tokenizer.model beside; of another size it is refused with both sizes."""
     path = write_bare_model(300)
-    with pytest.raises(UsageError, match=r"bare\.pt carries no SentencePiece vocabulary"):
+    with pytest.raises(UsageError, match=r"bare\.pt carries no vocabulary"):
         load(f"--pretrained_model_path {path}")
     with pytest.raises(UsageError, match="2,048 pieces .* 300"):
         Path("tokenizer.model").write_bytes(Tokenizer().model_bytes)

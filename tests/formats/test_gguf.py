@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -173,8 +174,8 @@ def test_a_vocabulary_writes_no_directives_into_ollamas_recipe(
 ):
     """An EOS piece that closes the quote and begins a line wrote `ADAPTER ...` into the Modelfile
     beside a converted model, which Ollama obeys."""
-    piece = Tokenizer.__new__(Tokenizer)
-    piece.sp_model, piece.bos_id, piece.eos_id = Pieces(["<s>", eos]), 0, 1
+    named = SimpleNamespace(name=["<s>", eos].__getitem__, stated_marks=(0, 1))
+    piece = SimpleNamespace(vocabulary=named)  # as far as a recipe asks it
     model = make_model()
     model.chat_template = ChatTemplate() if chat else None
     recipe = minllama.formats.gguf.modelfile(tmp_path / "a b.gguf", model, piece)
@@ -182,13 +183,6 @@ def test_a_vocabulary_writes_no_directives_into_ollamas_recipe(
     assert directives(recipe) == ["FROM", "TEMPLATE", "PARAMETER", *stops]
     assert recipe.startswith('FROM "./a b.gguf"\n')
     assert "{{ .Evil }}" not in recipe.replace('"{{ .Evil }}"', "")  # in Go's quotes
-
-
-class Pieces:
-    """A vocabulary, as far as a recipe asks it."""
-
-    def __init__(self, pieces: list[str]) -> None:
-        self.id_to_piece = pieces.__getitem__
 
 
 @pytest.mark.parametrize("name", ["a\nADAPTER x", 'a".gguf', "a\\b.gguf"])
@@ -210,6 +204,22 @@ def test_a_model_is_not_named_as_its_recipe(tmp_path: Path, capsys, name: str):
     assert not [*tmp_path.iterdir()]
 
 
+def test_a_second_model_has_a_recipe_of_its_own(tmp_path: Path, capsys):
+    """`--output b.gguf` beside a.gguf was refused: "Modelfile: is there already"."""
+    for name, words in (("a", []), ("b c", []), ("a", ["--overwrite"]), ("b c", ["--overwrite"])):
+        output = tmp_path / f"{name}.gguf"
+        words = [str(SHIPPED_MODEL), "--convert", "gguf", "--output", str(output), *words]
+        assert C.main(words) == 0, capsys.readouterr().err
+    recipes = {path.name: path.read_text("utf-8") for path in tmp_path.glob("*Modelfile")}
+    assert recipes.keys() == {"Modelfile", "b c.gguf.Modelfile"}
+    assert recipes["Modelfile"].startswith("FROM ./a.gguf\n")
+    assert recipes["b c.gguf.Modelfile"].startswith('FROM "./b c.gguf"\n')
+    (tmp_path / "a.gguf").unlink()
+    words = [str(SHIPPED_MODEL), "--convert", "gguf", "--output", str(tmp_path / "a.gguf")]
+    assert C.main(words) == 2  # a recipe that may have been changed since is not replaced
+    assert "Modelfile: is there already; --overwrite" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------- written, read back
 
 
@@ -224,7 +234,7 @@ def test_float32_is_exact_and_every_setting_comes_back(tmp_path: Path, tokenizer
     assert [same.sp_model.get_score(i) for i in range(50)] == [
         tokenizer.sp_model.get_score(i) for i in range(50)
     ]
-    assert same.is_plain_bpe and same.pad_id == tokenizer.pad_id
+    assert same.vocabulary.is_plain_bpe and same.pad_id == tokenizer.pad_id
     text = "".join(random.Random(0).choices("abc the .,\n  \u2581é你🙂<s>0x", k=3000))
     assert same.encode(text, bos=True, eos=True) == tokenizer.encode(text, bos=True, eos=True)
 
@@ -416,7 +426,7 @@ def test_a_file_made_by_hand_loads(tmp_path: Path):
         model.config.layer_norm_eps == 1e-5 and model.output.weight is model.tok_embeddings.weight
     )
     assert Tokenizer(tokenizer_model=model.vocabulary).decode([260, 261]) == "bc"
-    crafted.values["tokenizer.ggml.model"] = "gpt2"  # cannot be rebuilt: to be named by the user
+    crafted.values["tokenizer.ggml.model"] = "bert"  # of no Llama: to be named by the user
     assert load_pretrained(crafted.write(tmp_path / "a.gguf")).vocabulary is None
 
 

@@ -21,14 +21,15 @@ from oracles import (
 )
 
 import check_model_precision
-import minllama.formats.hugging_face as H
+import minllama.formats.hugging_face_vocabulary as V
 from config import LlamaConfig
 from llama import Llama, load_pretrained
 from minllama.formats.hugging_face import tensor_name
 from minllama.formats.model_file import read_contents, read_model
 from minllama.formats.vocabularies import SAMPLES
 from minllama.system.errors import UsageError
-from tokenizer import MODEL_BYTES, Tokenizer
+from minllama.vocabulary.base import MODEL_BYTES
+from tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -371,7 +372,7 @@ ALPHABET = st.one_of(
 def exported(ours: Tokenizer):
     """Our vocabulary in the `tokenizers` library, which takes special names in a text as text."""
     tokenizers = pytest.importorskip("tokenizers")
-    theirs = tokenizers.Tokenizer.from_str(json.dumps(H.tokenizer_json(ours)))
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(V.tokenizer_json(ours)))
     theirs.encode_special_tokens = True
     return theirs
 
@@ -401,9 +402,9 @@ def test_another_tokenizer_json_than_ours_is_found_before_it_is_published(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch
 ):
     pytest.importorskip("tokenizers")
-    content = H.tokenizer_json(tokenizer)
+    content = V.tokenizer_json(tokenizer)
     content["model"]["merges"] = content["model"]["merges"][:100]
-    monkeypatch.setattr(H, "tokenizer_json", lambda tokenizer: content)
+    monkeypatch.setattr(V, "tokenizer_json", lambda tokenizer: content)
     with pytest.raises(UsageError, match="self-check: tokenizer.json gives other ids for 'Once"):
         write(make_model(tokenizer), "hf", tmp_path / "hf", tokenizer=tokenizer)
     assert list(tmp_path.iterdir()) == []

@@ -5,7 +5,13 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import json
+import os
+import select
+import shlex
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,7 +24,8 @@ from minllama.inference import streaming
 from minllama.inference.conversation import Conversation, converse
 from minllama.inference.streaming import Writer
 from minllama.system.signals import StopRequest
-from minllama.text.chat import ChatTemplate, Dialogue, read_dialogues
+from minllama.text.chat import ChatTemplate
+from minllama.text.dialogues import Dialogue, read_dialogues
 from tokenizer import Tokenizer
 
 
@@ -184,10 +191,18 @@ def test_commands_say_what_they_did(hold, capsys):
     """And what is wrong with them, without ending anything."""
     Path("there.jsonl").write_text("", encoding="utf-8")
     conversation, _ = hold(
-        ["/help", "/temperature 0.7", "/temperature hot", "/temperature", "/temperature -1"]
-        + ["/save", "/save there.jsonl", "/save there.jsonl/x", "/exit"]
+        [
+            "Where?",
+            "/help",
+            "/temperature 0.7",
+            "/temperature hot",
+            "/temperature",
+            "/temperature -1",
+        ]
+        + ["/save", "/save there.jsonl", "/save there.jsonl/x", "/exit"],
+        ["Here."],
     )
-    said = capsys.readouterr().out.split("> ")[1:]
+    said = capsys.readouterr().out.split("> ")[2:]
     assert conversation.temperature == 0.7
     assert "/reset" in said[0] and "/save FILE" in said[0] and "(temperature 0.7)" in said[1]
     assert "'hot' is not a number" in said[2] and "'' is not a number" in said[3]
@@ -199,7 +214,7 @@ def test_commands_say_what_they_did(hold, capsys):
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b", "folder/" * 2000 + "x"])
 def test_a_name_that_no_file_can_have_does_not_end_the_conversation(hold, capsys, name):
     """It was a traceback, and what was said was lost."""
-    hold([f"/save {name}", "/reset"])
+    hold(["Where?", f"/save {name}", "/reset"], ["Here."])
     said = capsys.readouterr().out
     assert "/save " in said and "(a new conversation)" in said and "Traceback" not in said
 
@@ -213,20 +228,101 @@ def test_a_saved_conversation_can_be_trained_on(hold, capsys):
     assert "“" in Path("a file.jsonl").read_text(encoding="utf-8")
 
 
+def test_a_conversation_of_nothing_is_not_saved(hold, capsys):
+    """After /reset it wrote a line of no turns, which --train refuses."""
+    hold(["/save a.jsonl", "Where?", "/reset", "/save a.jsonl"], ["Here."])
+    assert capsys.readouterr().out.count("(nothing has been said that could be saved)") == 2
+    assert not Path("a.jsonl").exists()
+
+
+def test_bytes_that_are_not_the_terminals_encoding_end_nothing(hold, capsys):
+    """They were a traceback; half a surrogate pair of a Windows console could not be saved."""
+    conversation, _ = hold(["b\udce4r?", "\ud83d?", "/save a.jsonl"], ["Here.", "There."])
+    assert [question for question, _ in conversation.history] == ["b\ufffdr?", "\ufffd?"]
+    assert capsys.readouterr().err.count("note: not in ") == 2
+    assert [each.exchanges for each in read_dialogues(Path("a.jsonl"))] == [conversation.history]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no pseudo-terminals")
+def test_a_line_is_edited_at_a_terminal(empty_folder):
+    """Ctrl-A, the arrow that brings the last line back, a byte of Latin-1, Ctrl-D."""
+    pytest.importorskip("readline")
+    program = (
+        "from minllama.inference.conversation import TypedLines\n"
+        "from minllama.cli.command_line import protect_output\n"
+        "protect_output()\n"
+        "for line in TypedLines(): print(f'<{line}>', flush=True)"
+    )
+    master, slave = os.openpty()
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), slave)
+    env = os.environ | {"PYTHONUTF8": "1", "TERM": "xterm"}
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], **streams, cwd=root, env=env, start_new_session=True
+    )
+    os.close(slave)
+    for typed, expected in (
+        (b"", b"> "),
+        (b"world\x01hello \r", b"<hello world>\r\n> "),
+        (b"\x1b[A!\r", b"<hello world!>\r\n> "),
+        (b"b\xe4r\r", b"r>\r\n> "),  # readline itself drops what is no character
+        (b"\x04", b"\r\n"),
+    ):
+        os.write(master, typed)
+        shown, deadline = b"", time.monotonic() + 60
+        while expected not in shown and time.monotonic() < deadline:
+            if select.select([master], [], [], 1)[0]:
+                shown += os.read(master, 1000)
+        assert expected in shown
+    assert process.wait(timeout=60) == 0
+    os.close(master)
+
+
 # ---------------------------------------------------------------------------- other models
 
 
+def type_lines(monkeypatch, *lines: str | type) -> None:
+    """Have these typed, or raised, and then the end of input."""
+    typed = iter(lines)
+
+    def type_line(prompt: str) -> str:
+        entered = next(typed, EOFError)
+        if isinstance(entered, type):
+            raise entered
+        return entered
+
+    monkeypatch.setattr(builtins, "input", type_line)
+
+
 def test_a_model_without_a_template_continues_texts(tokenizer, monkeypatch, capsys):
-    """As it always did; and the way to a conversation is shown."""
-    lines = iter(["Once", ""])
-    monkeypatch.setattr(builtins, "input", lambda prompt: next(lines))
+    """As it always did; and the way to a conversation is shown, by a file that is there."""
+    type_lines(monkeypatch, "Once", "")
     torch.manual_seed(0)
-    plain = writer(tokenizer, "--max_new_tokens 3", chat=False)
-    plain = dataclasses.replace(plain, step=None)
-    with pytest.raises(StopIteration):
-        converse(plain, 0.0)
-    out = capsys.readouterr().out
-    assert "--train data/chat-train.jsonl" in out and "\nOnce" in out
+    plain = writer(tokenizer, "--max_new_tokens 3 --pretrained_model_path own.pt", chat=False)
+    assert converse(plain, 0.0) == 0
+    first, *rest = capsys.readouterr().out.splitlines()
+    command = shlex.split(first)
+    assert Path(command[-1]).is_file() and rest[0].startswith("Once")
+    assert command[-4:-1] == ["--pretrained_model_path", "own.pt", "--train"]
+
+
+def test_ctrl_c_ends_a_text_of_a_model_without_a_template(tokenizer, monkeypatch, capsys):
+    """It ended the program; at the prompt it is the second in a row that does."""
+    model = Model(tokenizer, ["upon ! a time", "there"])
+    monkeypatch.setattr(streaming, "generate_tokens", model.generate_tokens)
+    plain = writer(tokenizer, chat=False)
+    type_lines(monkeypatch, "Once", KeyboardInterrupt, "And", KeyboardInterrupt, KeyboardInterrupt)
+    assert converse(plain, 0.0) == 130
+    assert capsys.readouterr().out.splitlines()[1:-3] == [
+        "Once upon !",
+        "",
+        "(Ctrl-C once more, or Ctrl-D, ends the conversation)",
+        "And there",
+    ]
+    monkeypatch.setattr(Model, "sends", signal.SIGTERM)
+    model.answers = iter(["!"])
+    type_lines(monkeypatch, "Once", "And")
+    assert converse(plain, 0.0) == 143 and model.prompts[-1] == "Once"
 
 
 def test_a_prompt_for_a_chat_model_is_a_question(tokenizer, monkeypatch, capsys):

@@ -125,7 +125,9 @@ def test_what_a_label_has_without_a_sentence_is_subtracted(tmp_path, monkeypatch
         for norm in ("", "--label_norm sum"):
             words = f"--option prompt --pretrained_model_path {model} {labelled} {norm}"
             assert command(words).status == 0
-            found.append(Path("toy-dev-prompting-output.txt").read_text(encoding="utf-8"))
+            found.append(
+                Path("checkpoints/toy-dev-prompting-output.txt").read_text(encoding="utf-8")
+            )
     pmi, _, favoured_pmi, favoured_sum = found
     assert favoured_pmi == pmi
     assert {line[0] for line in favoured_sum.splitlines()} == {"0"}
@@ -140,7 +142,7 @@ def test_prompting_does_not_depend_on_the_batch_size(tmp_path, norm):
         words = f"--option prompt --pretrained_model_path {model} {labelled}"
         done = command(f"{words} --batch_size {size} --label_norm {norm} --shots 1")
         assert done.status == 0
-        outputs.add(Path("toy-dev-prompting-output.txt").read_bytes())
+        outputs.add(Path("checkpoints/toy-dev-prompting-output.txt").read_bytes())
     assert len(outputs) == 1
 
 
@@ -153,7 +155,7 @@ def test_a_classifier_is_applied_without_a_finetuning():
     words = f"{toy} --pretrained_model_path {model} --save_dir run --max_steps 4 --lr 0.01"
     words += " --pooling mean"  # as the file says from then on
     assert command(f"--option finetune {words}").status == 0
-    tuned = Path("toy-test-finetuning-output.txt").read_text(encoding="utf-8")
+    tuned = Path("run/toy-test-finetuning-output.txt").read_text(encoding="utf-8")
     test = Path("toy-test.txt").read_text(encoding="utf-8")
     sentences = [line.partition(" ||| ")[2] for line in test.splitlines()]
     Path("new.txt").write_text("\n".join(sentences), encoding="utf-8")
@@ -162,7 +164,7 @@ def test_a_classifier_is_applied_without_a_finetuning():
         assert done.status == 0, done.error
         assert "fine-tuned to tell awful, average, excellent from the mean" in done.error
         assert ("accuracy " in done.out) == (file == "toy-test")
-        assert Path(f"{file}-prompting-output.txt").read_text(encoding="utf-8") == tuned
+        assert Path(f"run/{file}-prompting-output.txt").read_text(encoding="utf-8") == tuned
     asked = f"--option prompt {toy} --save_dir run --label_norm token"  # a flag of prompting
     assert "fine-tuned" not in command(asked).error
     done = command("--option prompt --save_dir run")
@@ -183,16 +185,16 @@ def test_a_classifier_of_words_answers_in_words():
     files = "--train films-train.jsonl --dev films-dev.csv --max_steps 2 --lr 0.01"
     done = command(f"--option finetune {files} --pretrained_model_path {model} --save_dir run")
     assert done.status == 0 and "labels       words of --train" in done.out, done.error
-    tuned = Path("films-dev-finetuning-output.txt").read_text(encoding="utf-8")
+    tuned = Path("run/films-dev-finetuning-output.txt").read_text(encoding="utf-8")
     found = [line.split(" ||| ") for line in tuned.splitlines()]
     assert {label for label, _ in found} <= {*words} and [s for _, s in found] == [
         s for _, s in rows
     ]
-    mapping = json.loads(Path("films-label-mapping.json").read_text(encoding="utf-8"))
+    mapping = json.loads(Path("run/films-label-mapping.json").read_text(encoding="utf-8"))
     assert mapping == {word: word for word in sorted(words)}
     done = command("--option prompt --save_dir run --dev films-dev.csv")
     assert done.status == 0 and "accuracy " in done.out, done.error
-    assert Path("films-dev-prompting-output.txt").read_text(encoding="utf-8") == tuned
+    assert Path("run/films-dev-prompting-output.txt").read_text(encoding="utf-8") == tuned
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ USUAL = Outcome(
     "change, rose, most",
     [
         ({}, False, "more text and more training together"),
-        ({"tokens": 10**6}, False, "more training (--minutes, --epochs)"),
+        ({"tokens": 10**6}, False, "more training (--epochs or --minutes)"),
         ({"distinct": 10**6, "train_loss": 2.0}, False, "more text: the model is overfitted"),
         ({"tokens": 12 * 10**5, "distinct": 10**5}, False, "more text: it has read its own 12"),
         ({"tokens": 200 * 10**6, "distinct": 10**8}, False, "a larger model"),
@@ -36,3 +36,25 @@ def test_what_would_help_most_follows_from_the_figures(change, rose, most):
     assert help_.startswith(f"what would help most: {most}")
     assert f"{outcome.epochs:.3g} times" in figures
     assert ("validation loss" in figures) == (outcome.val_loss is not None)
+
+
+OVERFITTED = {"distinct": 10**6, "train_loss": 1.0, "val_loss": 4.0}
+
+
+@pytest.mark.parametrize(
+    "change, rose, words",
+    [
+        (OVERFITTED, True, ["fewer epochs or a smaller model, or --dropout 0.2"]),
+        (OVERFITTED | {"dropout": 0.2}, True, ["fewer epochs or a smaller model"]),
+        (OVERFITTED | {"is_timed": True}, True, ["else a smaller model, or --dropout 0.2"]),
+        (OVERFITTED, False, ["overfitted to its own; then --dropout 0.2"]),
+        (OVERFITTED | {"dropout": 0.3}, False, ["overfitted to its own"]),
+        ({"tokens": 10**6, "is_timed": True}, False, ["more --minutes: it has seen little"]),
+    ],
+)
+def test_what_the_run_had_is_not_proposed(change, rose, words):
+    """`then --dropout 0.2` was said after a run with it, and --minutes where that was typed."""
+    help_ = advise(dataclasses.replace(USUAL, **change), rose=rose)[1]
+    assert all(word in help_ for word in words)
+    assert ("--dropout" in help_) == (not change.get("dropout") and "train_loss" in change)
+    assert not (change.get("is_timed") and "epochs" in help_)

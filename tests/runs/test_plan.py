@@ -11,7 +11,7 @@ from config import PRESETS, LlamaConfig, parse_options
 from minllama.cli.console import human_size
 from minllama.machine.gpus import Gpu
 from minllama.runs import plan as plans
-from minllama.runs.plan import Cluster, TrainingPlan, warn_of_plan
+from minllama.runs.plan import Cluster, PlannedSource, TrainingPlan, warn_of_plan
 
 
 def plan_of(**changes) -> TrainingPlan:
@@ -24,6 +24,7 @@ def plan_of(**changes) -> TrainingPlan:
         "tokens": 254_455,
         "sequence_length": 1024,
         "logits_width": 32000,
+        "sources": (),
         "world_size": 1,
         "dtype": "float32",
         "device": "cpu",
@@ -52,6 +53,22 @@ def test_steps_of_a_run():
     assert plan_of(gradient_accumulation_steps=4, world_size=2).options.global_batch_size == 64
     assert plan_of(warmup_steps=10).warmup_steps == 10
     assert plan_of(max_steps=10**6).last_step == 3200
+
+
+def test_a_source_is_read_by_its_share(capsys):
+    """By hand: half of a run's tokens, from a hundredth of the text, is that 50 times an epoch."""
+    sources = (PlannedSource("wiki", 990_000, 0.5, 1.0), PlannedSource("code", 10_000, 0.5, 1.0))
+    plan = plan_of(tokens=1_000_000, sequences=1000, sources=sources, epochs=2)
+    reads = plan.source_reads()
+    assert reads == pytest.approx([1_000_000 / 990_000, 100])
+    lines = plan.lines(None)
+    assert lines[3] == "sources      wiki: 990,000 tokens, 50.0% of those read: 1.01 times"
+    assert lines[4] == "             code: 10,000 tokens, 50.0% of those read: 100 times"
+    warn_of_plan(plan, None)
+    assert "code is read 100 times and wiki 1.01" in capsys.readouterr().out
+    warn_of_plan(changed(plan, max_steps=5), None)  # 4 times of one, 0.04 of the other
+    assert "is read" not in capsys.readouterr().out
+    assert plan_of().source_lines() == plan_of().source_reads() == []
 
 
 def test_muon_keeps_one_number_where_adamw_keeps_two():

@@ -113,6 +113,17 @@ def test_a_record_that_holds_no_numbers_is_no_point():
         assert not found["samples"]
 
 
+@pytest.mark.parametrize("figures", [None, 3, "x", [1], {"a": "x"}, {"a": [1]}, {"a": math.nan}])
+def test_figures_by_source_may_hold_anything(figures):
+    """Of a damaged record; names that are endless, or too many, are cut."""
+    curves = Curves([record(1, val_loss=2.0, val_loss_by_source=figures)])
+    columns = curves.to_plain()["evaluations"]
+    assert columns["val_loss"] == [2.0] and columns.get("val_loss, a") in (None, [None])
+    many = {f"{number:09}" * 1000: 1.0 for number in range(1000)}
+    columns = Curves([record(1, val_loss_by_source=many)]).to_plain()["evaluations"]
+    assert len(columns) < 100 and max(map(len, columns)) < 300
+
+
 def test_starts_may_hold_anything():
     """run.json, too: what is not as it should be is left out."""
     for strange in (None, 7, "a", [1], {"option": ["x"]}, {"environment": {"command": 7}}):
@@ -226,6 +237,31 @@ def test_the_page_of_a_run_is_drawn_and_tells_its_values(tmp_path, view, monkeyp
     phone = view(folder.path / "report.html", width=360)
     assert phone.evaluate("document.documentElement.scrollWidth") == 360
     assert phone.locator(".u-over").first.bounding_box()["width"] > 200
+
+
+def test_the_page_draws_what_was_held_out_by_source(tmp_path, view):
+    """A curve for each source, whatever its name; another run may have others, or none."""
+    folders = [write_run(tmp_path / name, 20) for name in ("one", "two")]
+    names, runs = ["wiki/", f"code, {HOSTILE}"], []
+    for folder, own in zip(folders, (names, names[:1]), strict=True):
+        curves = Curves()
+        for step in range(1, 21):
+            figures = {name: step / 10 + place for place, name in enumerate(own)}
+            curves.add(record(step, val_loss=2.0, val_loss_by_source=figures))
+        runs.append(describe_run(folder.name, curves, []))
+    path = tmp_path / "page.html"
+    path.write_text(
+        page("one", [runs[0] | {"state": "finished", "last_step": 20}]), encoding="utf-8"
+    )
+    shown = view(path)
+    titles = shown.locator(".chart h3").all_inner_texts()
+    assert titles[:2] == ["loss", "validation loss by source"] and len(titles) == 6
+    assert hover(shown, 1, 1)["wiki/"] == "2"
+    assert hover(shown, 1, 1)[names[1]] == "3"
+    text = shown.locator("body").inner_text()
+    assert "validation loss, wiki/" in text and "2, best 0.1" in text
+    path.write_text(page("both", runs), encoding="utf-8")
+    assert hover(view(path), 1, 1)["two: wiki/"] == "2"
 
 
 def test_two_runs_laid_over_each_other(tmp_path, view, capsys):

@@ -1,9 +1,7 @@
-"""Dialogues: read from every form, set as text, cut to a context, with the answers as targets."""
+"""Dialogues: set as text, cut to a context, with the answers as targets."""
 
 from __future__ import annotations
 
-import gzip
-import json
 from pathlib import Path
 
 import numpy as np
@@ -19,208 +17,17 @@ from minllama.formats.export import export
 from minllama.formats.pt_file import save_pt
 from minllama.model.kernels import linear_cross_entropy
 from minllama.system.errors import UsageError
-from minllama.text.chat import ChatTemplate, Cuts, Dialogue, Intake, encode_dialogue, read_dialogues
-from minllama.text.reading import Reading
+from minllama.text.chat import ChatTemplate, Cuts, encode_dialogue
+from minllama.text.dialogues import Dialogue
 from tokenizer import Tokenizer
 from utils import ChatDataset
 
 ASKED = [("Where does a fox live?", "In a den."), ("And a bear?", "In a cave.")]
 SPOKEN = Dialogue(ASKED, "Be brief.")
-TURNS = [text for exchange in ASKED for text in exchange]
 
 
 def dataset(*dialogues: Dialogue, context: int = 256) -> ChatDataset:
     return ChatDataset(dialogues, Tokenizer(), ChatTemplate(), context)
-
-
-# ---------------------------------------------------------------------------- files
-
-
-def said(role: str, text: str, first: str, second: str) -> list[dict[str, str]]:
-    """The dialogue in the words of one of the forms."""
-    names = [first, second] * 2
-    return [{role: name, text: turn} for name, turn in zip(names, TURNS, strict=True)]
-
-
-FORMS = {
-    "minimind": {"conversations": said("role", "content", "user", "assistant")},
-    "sharegpt": {"id": "7", "conversations": said("from", "value", "human", "gpt")},
-    "openai": {"messages": said("role", "content", "user", "assistant")},
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
-def test_every_form_is_read_alike(tmp_path, form, name):
-    """Two dialogues, blank lines between them and CRLF; the second has a system text."""
-    (key, turns) = list(FORMS[form].items())[-1]
-    speaker, text = turns[0]
-    system = [{speaker: "system", text: "Be brief. "}]
-    lines = [FORMS[form], {key: [*system, *turns]}]
-    content = "\ufeff" + "\r\n\r\n".join(map(json.dumps, lines))
-    path = tmp_path / name
-    path.write_bytes(gzip.compress(content.encode()) if name.endswith("gz") else content.encode())
-    assert [*read_dialogues(path)] == [Dialogue(ASKED, "", 1), Dialogue(ASKED, "Be brief.", 3)]
-
-
-def test_a_prompt_and_its_response_are_a_dialogue(tmp_path):
-    """And a last question that nobody answered is left out."""
-    path = tmp_path / "a.jsonl"
-    asked = {"role": "user", "content": "And a mole?"}
-    both = [{"prompt": " 狐狸住在哪里？\n", "response": "洞里。", "source": 3}]
-    both += [{"conversations": [*FORMS["minimind"]["conversations"], asked]}]
-    path.write_text("\n".join(map(json.dumps, both)), encoding="utf-8")
-    assert [each.exchanges for each in read_dialogues(path)] == [
-        [("狐狸住在哪里？", "洞里。")],
-        ASKED,
-    ]
-
-
-def test_alpacas_fields_are_a_dialogue(tmp_path):
-    """As most of the Chinese sets have it, with LLaMA-Factory's `system` and `history`."""
-    path = tmp_path / "a.jsonl"
-    lines = [
-        {"instruction": "翻译成英文", "input": "狐狸", "output": "fox"},
-        {"instruction": "Say hi.", "input": "", "output": "Hi.", "system": "Be brief."},
-        {"instruction": "And now?", "output": "Yes.", "history": [["Is it day?", "No."]]},
-        {"prompt": "Hi", "completion": " Ho"},
-        {"conversations": FORMS["minimind"]["conversations"], "system": "Be brief."},
-    ]
-    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    one_list = tmp_path / "a.json"
-    one_list.write_text(json.dumps(lines, indent=2, ensure_ascii=False), encoding="utf-8")
-    of_list = [(each.exchanges, each.system) for each in read_dialogues(one_list)]
-    assert of_list == [(each.exchanges, each.system) for each in read_dialogues(path)]
-    assert [*read_dialogues(path)] == [
-        Dialogue([("翻译成英文\n狐狸", "fox")], "", 1),
-        Dialogue([("Say hi.", "Hi.")], "Be brief.", 2),
-        Dialogue([("Is it day?", "No."), ("And now?", "Yes.")], "", 3),
-        Dialogue([("Hi", "Ho")], "", 4),
-        Dialogue(ASKED, "Be brief.", 5),
-    ]
-
-
-BAD = {
-    "{": "not JSON",
-    "[" * 100_000: "not JSON",
-    '{"prompt": ' + "1" * 5000 + ', "response": "b"}': "not JSON",
-    '"hello"': "not a JSON object",
-    "[]": r"its turns are '\[\]'",
-    '["a"]': "not a JSON object",
-    "[": "not JSON",
-    '{"instruction": "a", "output": "b", "history": 5}': "its history is no list of",
-    '{"instruction": "a", "output": "b", "history": ["ab"]}': "its history is no list of",
-    '{"instruction": "a", "output": "b", "history": [["a", "b", "c"]]}': "its history is no list",
-    '{"instruction": "a", "output": "b", "history": [["a", 3]]}': "'assistant' is '3'",
-    '{"instruction": null, "input": "a", "output": "b"}': "the text of a turn of 'user' is 'None'",
-    '{"prompt": "a", "response": "b", "system": 3}': "the text of a turn of 'system' is '3'",
-    "{}": r"no dialogue \(has: nothing\); a line is",
-    '{"text": "Once"}': r"no dialogue \(has: text\)",
-    '{"prompt": "a"}': r"\(has: prompt\)",
-    '{"prompt": 3, "response": "b"}': "the text of a turn of 'user' is '3'",
-    '{"prompt": "a", "response": "\\ud800"}': "half a surrogate pair",
-    '{"conversations": {"a": 1}}': "its turns are",
-    '{"conversations": []}': "its turns are",
-    '{"conversations": ["hello"]}': "the turn 'hello' is not an object",
-    '{"conversations": [{"role": "bard", "content": "x"}]}': "the role 'bard' is not one of human,",
-    '{"conversations": [{"role": null, "content": "x"}]}': "the role 'None'",
-    '{"messages": [{"from": "human", "value": null}]}': "a turn of 'human' is 'None'",
-    '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}': "a turn of 'user' is ''",
-    '{"messages": [{"from": "human", "value": "x"}, {"from": "system", "value": "y"}]}': (
-        "a turn of 'system' behind others"
-    ),
-}
-
-
-@pytest.mark.parametrize("line", BAD, ids=range(len(BAD)))
-def test_a_bad_line_is_named(tmp_path, line):
-    """By file and line, with what is wrong in few words and what to do, and no traceback."""
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"prompt": "a", "response": "b"}\n' + line, encoding="utf-8")
-    with pytest.raises(UsageError, match=BAD[line]) as error:
-        list(read_dialogues(path))
-    fault, remedy = str(error.value).split("\n")
-    assert fault.startswith(f"{path}:2: ") and len(fault) < 400
-    assert remedy.endswith("1 of 2 dialogues are bad; --skip_bad_lines trains on the others")
-    intake = Intake(skip_bad_lines=True)
-    assert [each.line for each in read_dialogues(path, intake=intake)] == [1]
-    assert intake.lines() == [f"  left out: {fault}"]
-
-
-def test_all_lines_are_read_before_one_of_them_ends_it(tmp_path):
-    """Of many bad lines the first ended it, and the next one showed after its repair.
-
-    All are counted by their kind, the first of each is told of, and none of them is in the way of
-    the others, if that is asked for.
-    """
-    good, role = (
-        '{"prompt": "a", "response": "b"}',
-        '{"messages": [{"role": "%s", "content": "x"}]}',
-    )
-    lines = [good, "{", good, role % "bard", "nonsense", role % "poet", good, '{"text": "x"}']
-    path = tmp_path / "a.jsonl"
-    for order in (lines, [lines[1], lines[0], *lines[2:]]):  # the first line may be bad, too
-        path.write_text("\n".join(order), encoding="utf-8")
-        with pytest.raises(UsageError) as error:
-            list(read_dialogues(path))
-        told = str(error.value).split("\n")
-        places = [order.index("{") + 1, 4, 8]
-        assert [line.split(": ")[0] for line in told] == [f"{path}:{n}" for n in places] + [
-            str(path)
-        ]
-        assert told[0].endswith("(and 1 more like it)") and told[1].endswith("(and 1 more like it)")
-        assert "5 of 8 dialogues are bad" in told[-1]
-        intake = Intake(skip_bad_lines=True)
-        assert len([*read_dialogues(path, intake=intake)]) == 3 == len(intake.lines())
-
-
-def test_dialogues_as_people_have_them(tmp_path):
-    """A list of turns a line, roles that repeat or begin wrongly, tools, null, and parts.
-
-    Each ended the reading of all, or was no dialogue.
-    """
-
-    def turn(role, content):
-        return {"role": role, "content": content}
-
-    ask, answer = turn("user", "Where?"), turn("assistant", "Here.")
-    parts = [
-        {"type": "text", "text": "Look:"},
-        {"type": "image_url"},
-        {"type": "text", "text": "x"},
-    ]
-    call = turn("assistant", None) | {"tool_calls": [{"id": 1}]}
-    cases = [
-        ([ask, answer], [("Where?", "Here.")], ""),
-        ([turn("developer", "Be brief."), ask, answer], [("Where?", "Here.")], "Be brief."),
-        ([ask, turn("user", "Who?"), answer, turn("assistant", "Now.")],
-         [("Where?\nWho?", "Here.\nNow.")], ""),
-        ([turn("assistant", "Hello!"), ask, answer], [("Where?", "Here.")], ""),
-        ([ask, call, turn("tool", "{}"), turn("function", "7"), answer], [("Where?", "Here.")], ""),
-        ([turn("user", parts), answer], [("Look:\nx", "Here.")], ""),
-        ([turn("user", "Why?"), turn("assistant", " "), ask, answer], [("Where?", "Here.")], ""),
-    ]  # fmt: skip
-    lines = [case[0] for case in cases] + [{"question": "Q", "answer": "A"}]
-    lines += [{"instruction": "x", "input": "", "output": ""}]  # as 28 of Alpaca's are
-    lists, objects = tmp_path / "lists.jsonl", tmp_path / "objects.jsonl"
-    lists.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    wrapped = [line if isinstance(line, dict) else {"messages": line} for line in lines]
-    objects.write_text("\n".join(map(json.dumps, wrapped)), encoding="utf-8")
-    one = tmp_path / "one.json"
-    one.write_text(json.dumps(wrapped), encoding="utf-8")
-    expected = [case[1:] for case in cases] + [([("Q", "A")], "")]
-    for path in (lists, objects, one):
-        intake = Intake()
-        read = [*read_dialogues(path, intake=intake)]
-        assert [(each.exchanges, each.system) for each in read] == expected
-        assert dataset(*read).dialogues == len(expected)
-        assert sorted(intake.lines()) == [
-            "  1 parts of the kind 'image_url' were left out",
-            "  1 turns of an assistant that began were left out",
-            "  2 questions without an answer were left out",
-            "  2 turns of tools and functions were left out",
-            "  2 turns were joined with the one before, of the same role",
-        ]
 
 
 # ---------------------------------------------------------------------------- the template
@@ -385,11 +192,3 @@ def test_held_out_dialogues_are_whole_and_the_same_every_time():
     assert in_one_line.split(0.1)[1].numbers.tolist() == held_out.lines.tolist()
     assert train.batch([0])[0].shape[1] == train.lengths[0]
     assert dataset(SPOKEN).split(0.5)[1] is None and data.split(0)[1] is None
-
-
-def test_a_dialogue_that_says_where_it_is_from_is_no_turn(tmp_path):
-    """A list of them in one line was taken for one dialogue, of a role `reddit`."""
-    turns = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me."}]
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps(3 * [{"from": "reddit", "conversations": turns}]), encoding="utf-8")
-    assert len(list(read_dialogues(path, Reading()))) == 3

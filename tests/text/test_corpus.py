@@ -18,6 +18,7 @@ from minllama.system.signals import StopRequest
 from minllama.text import corpus
 from minllama.text.corpus import Texts, find_texts, load_texts
 from minllama.text.labelled import read_labelled
+from minllama.text.reading import Reading
 from tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
@@ -91,12 +92,13 @@ def test_text_that_is_too_short_is_told(capsys):
 
 
 def test_what_is_read_as_plain_text_is_told(capsys):
-    """A .csv was once read with all its commas, and a .md with its marks, without a word."""
-    for name in ("a.csv", "b.md", "c.txt"):
+    """A .md was once read with its marks without a word, and a page that a download got as text."""
+    for name in ("b.md", "c.txt"):
         Path(name).write_text("one, two\n" * 50, encoding="utf-8")
-    load("--pretrain_data a.csv b.md c.txt")
+    Path("a.txt").write_text("\n<!DOCTYPE html><p>Not found" * 50, encoding="utf-8")
+    load("--pretrain_data a.txt b.md c.txt")
     out = capsys.readouterr().out
-    assert "from a.csv\n  a table, read as plain text" in out and "make a .jsonl" in out
+    assert "from a.txt\n  a page of the web, read with all its markup" in out
     assert "from b.md\n  read as plain text" in out
     assert "from c.txt\n  " not in out
 
@@ -234,6 +236,6 @@ def test_a_text_in_another_encoding_is_the_same_text():
         Path("l.txt").write_text("1 ||| 好看\n", encoding=encoding)
         words = f"train --input a.txt --vocab_size 280 --output {encoding} --encoding {encoding}"
         assert tokenizer.main(words.split()) == 0
-        found.append((texts.key, read_labelled(Path("l.txt"), encoding=encoding)))
+        found.append((texts.key, read_labelled(Path("l.txt"), reading=Reading(encoding=encoding))))
     assert found[0] == found[1]
     assert Path("utf-8").read_bytes() == Path("gb18030").read_bytes()

@@ -54,7 +54,7 @@ def test_a_model_learns_the_answers():
     last = records("run/finetune-chat-metrics.jsonl")[-1]
     assert {"finetune-chat-best-model.pt", "finetune-chat-metrics.jsonl"} <= names
     assert last["loss"] < 0.5 and last["tokens"] > 16 * 8 * 20
-    out = Path("chat-test-finetuning-output.jsonl").read_text(encoding="utf-8").splitlines()
+    out = Path("run/chat-test-finetuning-output.jsonl").read_text(encoding="utf-8").splitlines()
     found = [json.loads(line) for line in out]
     assert found[0]["response"] == found[0]["expected"] == "A fox lives in a den."
     assert [each["prompt"] for each in found][2:4] == ["Hello!", "What is the home of a fox?"]

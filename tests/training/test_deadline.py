@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from pathlib import Path
 
 import pytest
-from running import assert_same, pretrain, records, steps, stop_after, write_stories
+from running import assert_same, command, pretrain, records, steps, stop_after, write_stories
 
 from minllama.runs.checkpoints import load_checkpoint
 from minllama.training import deadline, loop
@@ -125,6 +126,20 @@ def test_a_rollback_does_not_count_its_time_twice(timed, monkeypatch):
     clock, done = timed(lambda step: 1.0, "--checkpoint_interval 5")
     assert done.status == 0 and "back to step 10" in done.error + done.out
     assert 54 < clock.spent() <= 60
+
+
+def test_a_run_whose_time_is_over_says_how_to_train_on(timed):
+    """Resumed the next day it was done at once, and only hinted at what to type."""
+    assert timed(lambda step: 1.2)[1].status == 0
+    _, done = timed(lambda step: 1.2, "--resume auto")
+    assert done.status == 0 and "its minutes are over. This trains its model on:" in done.out
+    printed = shlex.split(done.out.partition("trains its model on:\n")[2].splitlines()[0])
+    model = printed[printed.index("--pretrained_model_path") + 1]
+    assert Path(model) == Path("run/final-model.pt") and "run-2" in printed
+    assert printed[printed.index("--minutes") + 1] == "1.0"
+    words = [word for word in printed[2:] if word not in ("--minutes", "1.0")]
+    assert command([*words, "--max_steps", "1"]).status == 0
+    assert Path("run-2/final-model.pt").is_file()
 
 
 def test_interrupted_and_resumed_it_goes_the_same_way(timed, monkeypatch):

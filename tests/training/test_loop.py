@@ -18,6 +18,7 @@ from running import (
     assert_same,
     assert_same_run,
     command,
+    evaluate_as,
     pretrain,
     progress,
     read_ahead,
@@ -60,12 +61,6 @@ def finetune() -> str:
     model = write_model(Path.cwd())
     words = f"--option finetune --pretrained_model_path {model} {labelled} --save_dir run"
     return f"{words} --lr 0.01 --epochs 2 --dtype float32"
-
-
-def evaluate_as(patch: pytest.MonkeyPatch, *losses: float) -> None:
-    """Validate without validating: each evaluation finds the next of these losses."""
-    found = iter(losses)
-    patch.setattr(task, "evaluate_tokens", lambda *_: {"val_loss": next(found)})
 
 
 def raising(error: Exception) -> Callable[..., Any]:
@@ -279,12 +274,12 @@ def test_interrupted_and_resumed_equals_uninterrupted(stops, words, monkeypatch)
 def test_finetuning_resumes_bit_equal(finetune, words, monkeypatch):
     """The same loop as pretraining: dropout, buckets and the best epoch survive a stop."""
     assert command(f"{finetune} {words} --save_dir whole").status == 0
-    expected = Path("toy-dev-finetuning-output.txt").read_bytes()
+    expected = Path("whole/toy-dev-finetuning-output.txt").read_bytes()
     stop = stop_after(6, monkeypatch)
     assert command(f"{finetune} {words}", stop=stop).status == 130
     assert command(f"{finetune} {words} --resume auto").status == 0
     assert_same_run("whole", "run", "finetune-toy-epoch-2.pt", "finetune-toy-metrics.jsonl")
-    assert Path("toy-dev-finetuning-output.txt").read_bytes() == expected
+    assert Path("run/toy-dev-finetuning-output.txt").read_bytes() == expected
 
 
 def test_a_compiled_finetuning_says_that_it_does_not_resume_bit_for_bit(finetune, monkeypatch):
@@ -413,7 +408,7 @@ def test_a_finished_run_says_that_nothing_is_left():
     """--resume auto of a run that had ended once went straight to its sample, without a word."""
     assert pretrain("--max_steps 2").status == 0
     done = command(f"{RESUME} --max_steps 2")
-    told = "nothing is left to train: the run ended after step 2; a larger --max_steps"
+    told = "again: the run ended after step 2; a larger --max_steps lets it continue"
     assert done.status == 0 and told in done.out
     assert "nothing is left" not in command(f"{RESUME} --max_steps 3").out
 

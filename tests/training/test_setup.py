@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shlex
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import several
@@ -21,6 +23,9 @@ from running import (
     records,
     steps,
     stop_after,
+    write_dialogues,
+    write_labelled,
+    write_model,
     write_stories,
 )
 
@@ -34,7 +39,7 @@ from minllama.runs.run_folder import RunFolder
 from minllama.system.errors import UsageError
 from minllama.system.signals import StopRequest
 from minllama.training import setup as sessions
-from minllama.training.identity import CHUNK_ORDER, GLOBAL_BATCH, check_identity
+from minllama.training.identity import CHUNK_ORDER, GLOBAL_BATCH, TEXT_TOKENS, check_identity
 from minllama.training.results import print_results
 from minllama.training.run import Run
 from minllama.training.setup import decide_compile, describe_determinism, make_plan
@@ -212,11 +217,48 @@ def test_a_text_that_has_grown_is_told_how_to_be_trained_on():
     with Path("text.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"text": "One more day came."}) + "\n")
     done = command(f"{RESUME} --max_steps 2")
-    assert done.status == 2 and done.error.count("\n") == 1 and "has changed since" in done.error
-    model = str(Path("run", "best-model.pt"))
-    assert f"--pretrained_model_path {model} and another --save_dir" in done.error
-    words = f"--pretrained_model_path {model} --save_dir new --max_steps 1 --cache_dir cache"
-    assert command(f"--option pretrain --pretrain_data text.jsonl {words}").status == 0
+    assert done.status == 2 and done.error.count("\n") == 1
+    assert "the text has changed since the run was started (" in done.error
+    counts = re.search(r"\(([\d,]+) tokens to train on, then ([\d,]+)\)", done.error).groups()
+    new, old = (int(count.replace(",", "")) for count in counts)
+    assert new > old == load_checkpoint(Path("run/pretrain-step-1.pt"))["identity"][TEXT_TOKENS]
+    printed = shlex.split(done.error.rpartition("now: ")[2])
+    model = str(Path("run/final-model.pt"))  # the run's result
+    assert printed[printed.index("--pretrained_model_path") + 1] == model
+    assert printed[printed.index("--save_dir") + 1] == "run-2"
+    done = command([*printed[2:], "--max_steps", "1"])
+    assert done.status == 0 and f"initialised from {model}" in done.out
+    assert Path("run-2/final-model.pt").is_file()
+
+
+def test_what_is_read_otherwise_is_named():
+    """Whether files or flags changed was left to the user to find out."""
+    assert pretrain("--max_steps 1").status == 0
+    Path("more.jsonl").write_text('{"text": "One more day came."}\n', encoding="utf-8")
+    files = "--pretrain_data text.jsonl more.jsonl --dedup"
+    error = command(f"{RESUME} {files} --max_steps 2").error
+    assert "--pretrain_data text.jsonl more.jsonl, then text.jsonl; --dedup True, then" in error
+    printed = shlex.split(error.rpartition("now: ")[2])
+    assert "--dedup" in printed and "more.jsonl" in printed
+    assert command([*printed[2:], "--max_steps", "1"]).status == 0
+
+
+def test_labelled_data_and_dialogues_that_have_grown_are_told_likewise():
+    """They ended in two fingerprints, too."""
+    model, labelled = write_model(Path.cwd(), dim=16, n_layers=1), write_labelled(Path.cwd())
+    write_dialogues(Path.cwd())
+    runs = ((labelled, "toy-train.txt"), ("--train chat.jsonl", "chat.jsonl"))
+    for number, (flags, file) in enumerate(runs, start=2):
+        words = f"--option finetune {flags} --max_steps 1 --save_dir tuned"
+        assert command(f"{words} --pretrained_model_path {model}").status == 0
+        data = Path(file).read_bytes()
+        Path(file).write_bytes(data + data)
+        done = command(f"{words} --pretrained_model_path {model} --resume auto")
+        assert done.status == 2 and done.error.count("\n") == 1
+        assert f"--train {file} has changed since the run was started" in done.error
+        printed = shlex.split(done.error.rpartition("now: ")[2])
+        assert f"tuned-{number}" in printed and printed[5].endswith("-best-model.pt")
+        assert command([*printed[2:], "--max_steps", "1"]).status == 0
 
 
 def test_a_checkpoint_of_another_name_alone_in_its_folder_is_refused_in_one_line():
@@ -235,12 +277,16 @@ def test_identity_shows_only_what_differs():
     now = {"--seed": 1, "model shape": {"dim": 16, "n_layers": 2}, GLOBAL_BATCH: 8}
     before = {"--seed": 1, "model shape": {"dim": 32, "n_layers": 2}, GLOBAL_BATCH: 8}
     folder = RunFolder(Path("run"), "pretrain")
-    check_identity(now, now, folder)
+
+    def check(earlier: dict[str, Any]) -> None:
+        check_identity({"identity": earlier}, now, options=parse_options([]), folder=folder)
+
+    check(now)
     with pytest.raises(UsageError) as raised:
-        check_identity(before, now, folder)
+        check(before)
     assert str(raised.value).startswith("model shape dim 16 differs from the checkpoint's 32:")
     with pytest.raises(UsageError, match="--seed 1 differs from the checkpoint's None"):
-        check_identity({**now, "--seed": None}, now, folder)
+        check({**now, "--seed": None})
 
 
 @pytest.mark.parametrize("words", ["", "--optimizer adamw"])
@@ -486,7 +532,7 @@ def test_what_to_do_next_is_printed_as_commands(capsys):
     model.write_bytes(b"12345")
     folder = RunFolder(model.parent, "pretrain")
     folder.add_start({"files": [model.name]})
-    print_results(folder, model, "One day", "generate", "finetune")
+    print_results(folder, model, "generate", "finetune", prompt="One day")
     files, name, *lines = capsys.readouterr().out.splitlines()
     assert (files, name.split(maxsplit=2)) == ("files:", ["5", "B", str(model)])
     assert lines[0] == "next:" and len(lines) == 4

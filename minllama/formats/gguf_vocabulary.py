@@ -1,0 +1,173 @@
+"""Vocabularies as GGUF files have them: values named `tokenizer.ggml.*`.
+
+SentencePiece's have tokens, scores and kinds (`llama`); byte-level BPE's tokens, kinds, merges and
+the name of a pre-tokenizer (`gpt2`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from minllama.system.errors import UsageError
+from minllama.vocabulary.byte_bpe import ByteBPE, pack
+from minllama.vocabulary.pre_tokenizers import (
+    IGNORE_MERGES,
+    PRE_TOKENIZERS,
+    find_pre_tokenizer,
+)
+from minllama.vocabulary.sentence_piece_file import (
+    BYTE,
+    CONTROL,
+    LARGEST_SCORE,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    build_model,
+)
+from minllama.vocabulary.symbols import find_overlap
+from tokenizer import Tokenizer
+
+PREFIX = "tokenizer.ggml."
+
+
+def vocabulary_values(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The values that describe a vocabulary; UsageError where llama.cpp would read it wrongly."""
+    vocabulary = tokenizer.vocabulary
+    overlap = find_overlap([*vocabulary.added_tokens])
+    if overlap is not None:
+        raise UsageError(
+            f"vocabulary {tokenizer.fingerprint}: its symbols {overlap[0]!r} and {overlap[1]!r} "
+            "may overlap in a text, which is read from the left; llama.cpp looks for one after the "
+            "other, and would give other ids"
+        )
+    describe = _byte_bpe_values if isinstance(vocabulary, ByteBPE) else _sentence_piece_values
+    bos, eos = vocabulary.stated_marks
+    values = {
+        "tokens": [vocabulary.name(i) for i in range(vocabulary.size)],
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "add_bos_token": vocabulary.adds_bos,
+        "add_eos_token": False,
+        "add_space_prefix": vocabulary.opening_space,
+        **describe(vocabulary),
+    }
+    return {f"{PREFIX}{key}": value for key, value in values.items()}
+
+
+def _sentence_piece_values(vocabulary: Any) -> dict[str, Any]:
+    sp, ids = vocabulary.processor, range(vocabulary.size)
+    symbols = {} if vocabulary.opening_space else {i: s for s, i in vocabulary.added_tokens.items()}
+    asked = {UNKNOWN: sp.is_unknown, CONTROL: sp.is_control, UNUSED: sp.is_unused, BYTE: sp.is_byte}
+    asked[USER_DEFINED] = symbols.__contains__
+    return {
+        "model": "llama",
+        "pre": "default",
+        "tokens": [symbols.get(i, vocabulary.name(i)) for i in ids],
+        "scores": [sp.get_score(i) for i in ids],
+        "token_type": [
+            next((kind for kind, is_it in asked.items() if is_it(i)), NORMAL) for i in ids
+        ],
+        "unknown_token_id": sp.unk_id(),
+        "padding_token_id": sp.unk_id(),  # stands for nothing in a text of such a vocabulary
+    }
+
+
+def _byte_bpe_values(vocabulary: ByteBPE) -> dict[str, Any]:
+    kind_of = dict.fromkeys(vocabulary.control_tokens.values(), CONTROL)
+    kind_of |= dict.fromkeys(vocabulary.added_tokens.values(), USER_DEFINED)
+    values = {
+        "model": "gpt2",
+        "pre": vocabulary.pre_tokenizer,
+        "token_type": [kind_of.get(i, NORMAL) for i in range(vocabulary.size)],
+        "merges": [" ".join(pair) for pair in vocabulary.merges],
+    }
+    padding = vocabulary.control_tokens.get(vocabulary.settings.get("pad_token"))
+    return values if padding is None else values | {"padding_token_id": padding}
+
+
+def rebuilt_vocabulary(path: Path, values: dict[str, Any]) -> bytes | None:
+    """The vocabulary that a file's values describe; None for one of another kind.
+
+    Tokens, scores, merges and kinds are those of the file, so text gets the ids that it had in
+    training. Raises UsageError, naming `path`, where they do not fit together.
+    """
+    told = {key[len(PREFIX) :]: value for key, value in values.items() if key.startswith(PREFIX)}
+    rebuild = {"llama": _sentence_piece, "gpt2": _byte_bpe}.get(str(told.get("model")))
+    if rebuild is None:
+        return None
+    tokens, kinds = told.get("tokens"), told.get("token_type")
+    marks = [told.get(f"{mark}_token_id") for mark in ("bos", "eos")]
+    fit = (
+        all(isinstance(column, list) for column in (tokens, kinds))
+        and len(tokens) == len(kinds)
+        and {*map(type, tokens)} == {str}
+        and {*map(type, kinds)} == {int}
+        and {*kinds} <= {*range(1, 7)}
+        and all(i is None or (type(i) is int and 0 <= i < len(tokens)) for i in marks)
+    )
+    return rebuild(path, told, *(tokens[i] if fit and i is not None else None for i in marks), fit)
+
+
+def _misfit(path: Path) -> UsageError:
+    return UsageError(
+        f"{path}: its tokens, scores, merges, token types, BOS and EOS do not fit together"
+    )
+
+
+def _sentence_piece(
+    path: Path, told: dict[str, Any], bos: str | None, eos: str | None, fit: bool
+) -> bytes:
+    tokens, scores = told.get("tokens"), told.get("scores")
+    fit = (
+        fit
+        and bos is not None
+        and eos is not None
+        and isinstance(scores, list)
+        and len(scores) == len(tokens)
+        and {*map(type, scores)} <= {int, float}
+        and all(abs(score) <= LARGEST_SCORE for score in scores)  # not so of NaN
+    )
+    if not fit:
+        raise _misfit(path)
+    dummy_prefix = bool(told.get("add_space_prefix", True))
+    kinds, where = told["token_type"], str(path)
+    return build_model(
+        tokens, scores, kinds, bos=bos, eos=eos, dummy_prefix=dummy_prefix, where=where
+    )
+
+
+def _byte_bpe(
+    path: Path, told: dict[str, Any], bos: str | None, eos: str | None, fit: bool
+) -> bytes:
+    merges = told.get("merges")
+    if not fit or not isinstance(merges, list) or {*map(type, merges)} > {str}:
+        raise _misfit(path)
+    name = find_pre_tokenizer(str(told.get("pre")))
+    if name is None:
+        known = ", ".join(PRE_TOKENIZERS)
+        raise UsageError(
+            f"{path}: tokenizer.ggml.pre {str(told.get('pre'))[:40]!r} is not one of {known}: how "
+            "text is cut into words is not known, and another way gives wrong ids"
+        )
+    tokens, kinds = told["tokens"], told["token_type"]
+    adds_bos = bool(told.get("add_bos_token", name == "llama-bpe"))  # llama.cpp's default
+    file = {
+        "added_tokens": [
+            {"id": i, "content": token, "special": kind == CONTROL}
+            for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+            if kind in (CONTROL, USER_DEFINED)
+        ],
+        "pre_tokenizer": PRE_TOKENIZERS[name],
+        "model": {
+            "ignore_merges": name in IGNORE_MERGES,
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": merges,
+        },
+    }
+    padding = told.get("padding_token_id")
+    settings = {"bos_token": bos, "eos_token": eos, "add_bos_token": adds_bos}
+    if type(padding) is int and 0 <= padding < len(tokens):
+        settings["pad_token"] = tokens[padding]
+    return pack(file, settings, str(path))

@@ -1,0 +1,47 @@
+"""Vocabularies in files: which kind it is is told by the content."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from minllama.system.errors import UsageError
+from minllama.system.files import read_json_object, read_whole
+from minllama.vocabulary.base import MODEL_BYTES, Vocabulary
+from minllama.vocabulary.byte_bpe import FILE, ByteBPE, pack, read_object, read_settings
+from minllama.vocabulary.sentence_piece import SentencePiece
+from minllama.vocabulary.sentence_piece_file import from_tokenizer_json, has_byte_fallback
+
+NAMES = ("tokenizer.model", "tokenizer.json")  # in a folder; the first that is there is it
+CONFIG = "tokenizer_config.json"
+
+
+def open_vocabulary(content: bytes, where: str) -> Vocabulary:
+    """The vocabulary of a model file's bytes; UsageError, naming `where`, for anything else."""
+    if content[:1] != b"{":
+        return SentencePiece(content, where)
+    return ByteBPE(content, where)
+
+
+def read_vocabulary_file(path: Path) -> bytes:
+    """The bytes that model files carry of a vocabulary: a SentencePiece model's, or a packed
+    tokenizer.json.
+
+    With a tokenizer.json the tokenizer_config.json beside it is read; where it is SentencePiece's
+    kind of BPE, the model is made of it. A folder means the one in it. Raises UsageError.
+    """
+    if path.is_dir():
+        names = [name for name in NAMES if (path / name).exists()]
+        if not names:
+            raise UsageError(f"{path}: the folder holds no {' and no '.join(NAMES)}")
+        path = path / names[0]
+    content = read_whole(path, MODEL_BYTES)
+    if content[:1] != b"{":
+        return content
+    file = read_object(content, str(path))
+    if FILE in file:  # packed already
+        return content
+    config = path.with_name(CONFIG)
+    settings = read_json_object(config) if config.exists() else {}
+    if has_byte_fallback(file):
+        return from_tokenizer_json(file, read_settings(file, settings), str(path))
+    return pack(file, settings, str(path))

@@ -1,0 +1,83 @@
+"""What a run leaves at its end, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from running import (
+    RESUME,
+    command,
+    evaluate_as,
+    pretrain,
+    write_dialogues,
+    write_labelled,
+    write_model,
+    write_stories,
+)
+
+from minllama.formats.pt_file import load_pt
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Every test runs in a folder that has nothing but text: 47 chunks of 16 tokens to train on."""
+    monkeypatch.chdir(tmp_path)
+    write_stories(tmp_path)
+
+
+def named_result() -> str:
+    """The model that the record of the run names."""
+    return json.loads(Path("run/run.json").read_text(encoding="utf-8"))["result"]
+
+
+def test_the_result_of_an_overfitted_run_is_its_best_model(monkeypatch):
+    """Every later command takes it, also after the run was resumed and ended again."""
+    with monkeypatch.context() as patch:
+        evaluate_as(patch, 9.0, 3.0, 4.0)
+        done = pretrain("--epochs 2 --best_model_interval 1")
+    best = Path("run/best-model.pt")
+    assert named_result() == best.name and f"{best} is the model of that step" in done.out
+    assert load_pt(best)["step"] == 15
+    used = command("--option generate --save_dir run --prompt One --max_new_tokens 2")
+    assert f"using --save_dir's {best}" in used.error
+    with monkeypatch.context() as patch:
+        evaluate_as(patch, 2.0)
+        assert command(f"{RESUME} --epochs 3").status == 0
+    assert named_result() == "final-model.pt"
+
+
+def test_a_classifier_is_for_sentences():
+    """Its `next:` proposed to generate with it, which nobody trains a classifier for."""
+    words = f"{write_labelled(Path.cwd())} --pretrained_model_path {write_model(Path.cwd())}"
+    done = command(f"--option finetune {words} --save_dir run --max_steps 2")
+    assert done.status == 0 and "--option generate" not in done.out
+    printed = [shlex.split(line) for line in done.out.partition("next:")[2].splitlines() if line]
+    assert command(printed[0][2:]).status == 0 and printed[0][3] == "prompt"
+
+
+def test_predictions_are_in_the_folder_of_their_run():
+    """A second chat finetuning replaced the first one's answers, of another folder."""
+    write_dialogues(Path.cwd())
+    model = write_model(Path.cwd(), dim=16, n_layers=1)
+    words = (
+        f"--option finetune --train chat.jsonl --test chat.jsonl --pretrained_model_path {model}"
+    )
+    words += " --cache_dir cache --epochs 1"
+    output = "chat-test-finetuning-output.jsonl"
+    assert command(f"{words} --save_dir one --lr 0.02").status == 0
+    first = Path("one", output).read_text(encoding="utf-8")
+    assert command(f"{words} --save_dir two").status == 0
+    assert Path("one", output).read_text(encoding="utf-8") == first
+    assert Path("two", output).is_file() and not Path(output).exists()
+    done = command(f"{words} --save_dir one --overwrite --lr 0.1")
+    assert "had other answers, of an earlier run: kept as" in done.out
+    assert Path("one/chat-test-finetuning-output.1.jsonl").read_text(encoding="utf-8") == first
+    # Resumed by a file it goes on in that file's folder.
+    done = command(f"{words} --resume one/finetune-chat-epoch-1.pt --lr 0.1 --epochs 2")
+    assert done.status == 0 and f"wrote {Path('one', output)}" in done.out
+    assert not Path("checkpoints").exists()
+    assert command(f"{words} --save_dir three --test_out typed.jsonl").status == 0
+    assert Path("typed.jsonl").is_file() and not Path("three", output).exists()
