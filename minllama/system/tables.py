@@ -17,12 +17,11 @@ from minllama.system.errors import UsageError
 from minllama.system.files import check_regular
 from minllama.system.kinds import CONTROLS
 from minllama.system.packages import import_optional
+from minllama.system.parquet_pages import check_row_groups
 
 TABLE_SUFFIXES = (".parquet", ".arrow", ".feather")
 BATCH_BYTES, BATCH_ROWS = 1 << 24, 1024  # of rows in memory at once, by their mean size
 BATCH_VALUES = 1 << 24  # in the lists of a batch
-GROUP_BYTES = 1 << 32  # of a row group's columns that are read; usual are 1 to 500 MB
-GROUP_VALUES = 1 << 26  # in the lists of a row group
 ROWS_PER_BYTE = 100  # of a file; billions of nulls take a few, and hours
 TEXT_CHARS = 1 << 27  # of one text, as of a line of a text file
 Format = Literal["parquet", "arrow file", "arrow stream"]
@@ -163,39 +162,20 @@ def _parquet_batches(path: Path, columns: Collection[str] | None) -> Iterator[tu
     """
     parquet = import_optional("pyarrow.parquet", f"{path}: reading it")
     with parquet.ParquetFile(path) as file:
-        metadata, names = file.metadata, file.schema_arrow.names
+        total, names = file.metadata.num_rows, file.schema_arrow.names
         leaves = [file.schema.column(index) for index in range(len(file.schema))]
     wanted = [name for name in names if columns is None or name in columns]
     texts = [leaf.path for leaf in leaves if leaf.logical_type.type == "STRING"]
-    lists = {leaf.path for leaf in leaves if leaf.max_repetition_level}
     streamed = {"buffer_size": 1 << 20, "pre_buffer": False}
     with parquet.ParquetFile(path, read_dictionary=texts, **streamed) as file:
         done = 0
-        for number in range(metadata.num_row_groups):
-            group = metadata.row_group(number)
-            size = _check_group(path, number, group, wanted, lists)
-            rows = max(1, min(BATCH_ROWS, BATCH_BYTES * group.num_rows // max(1, size)))
+        for number, group in enumerate(check_row_groups(path, wanted)):
+            rows = max(1, min(BATCH_ROWS, BATCH_BYTES * group.rows // max(1, group.unpacked)))
             for batch in file.iter_batches(
                 rows, row_groups=[number], columns=wanted, use_threads=False
             ):
                 done += batch.num_rows
-                yield done / max(1, metadata.num_rows), batch
-
-
-def _check_group(
-    path: Path, number: int, group: Any, wanted: Collection[str], lists: Collection[str]
-) -> int:
-    """The bytes that the wanted columns of a row group say they have; UsageError for too many."""
-    read = [group.column(index) for index in range(group.num_columns)]
-    read = [column for column in read if column.path_in_schema.split(".")[0] in wanted]
-    size = sum(max(0, column.total_uncompressed_size) for column in read)
-    values = max((c.num_values for c in read if c.path_in_schema in lists), default=0)
-    if size > GROUP_BYTES or values > GROUP_VALUES:
-        raise UsageError(
-            f"{path}: row group {number} unpacks to {size:,} bytes, {values:,} values in lists: "
-            "write it with smaller ones (row_group_size)"
-        )
-    return size
+                yield min(1.0, done / max(1, total)), batch
 
 
 @contextlib.contextmanager
