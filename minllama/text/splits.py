@@ -200,7 +200,7 @@ def _checked(options: Options, files: SplitFiles) -> SplitFiles:
         if real_path(path) in taken:
             raise UsageError(f"--{split}_out {path}: is another of the files named; give a new one")
         taken.add(real_path(path))
-        if not options.plan:  # which leaves no folder
+        if not (options.option == "finetune" and options.plan):  # which leaves no folder
             check_writable_file(path, f"--{split}_out")
     return replace(files, outs=outs)
 
