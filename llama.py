@@ -42,7 +42,7 @@ from minllama.model.kernels import (
 )
 from minllama.model.shape import RopeScaling
 from minllama.system.errors import UsageError
-from minllama.text.chat import ChatTemplate
+from minllama.text.chat import Template
 
 # ---------------------------------------------------------------------------- parts
 
@@ -203,7 +203,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.vocabulary: bytes | None = None
-        self.chat_template: ChatTemplate | None = None
+        self.chat_template: Template | None = None
         self.activation_checkpointing = False  # recompute each layer in backward: memory for time
         device = torch.get_default_device()
         with torch.device("meta"):  # neither memory nor random numbers for what torch would draw

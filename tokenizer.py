@@ -3,6 +3,7 @@
 Knows nothing of tensors, models or caches. As a command it trains and exports vocabularies:
 
     python tokenizer.py train --input story.txt more/ --vocab_size 4096 --output my.model
+    python tokenizer.py train --input story.txt --kind byte-bpe --output my-tokenizer.json
     python tokenizer.py export --tokenizer_model my.model --output tokenizer.bin
 """
 
@@ -14,19 +15,12 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main, Ctrl-C ends it without a traceback
 
 import argparse
-import collections
-import io
-import math
 import random
-import re
 import struct
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, wait
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -47,7 +41,16 @@ from minllama.text.find_files import download_hint, find_text_files
 from minllama.text.reading import READ_BYTES, Reading
 from minllama.vocabulary.base import Vocabulary
 from minllama.vocabulary.files import open_vocabulary, read_vocabulary_file
-from minllama.vocabulary.sentence_piece import SPACE, SentencePiece, piece_text, sealed
+from minllama.vocabulary.sentence_piece import SentencePiece, piece_text, sealed
+from minllama.vocabulary.symbols import read_symbols
+from minllama.vocabulary.training import (
+    CHARS,
+    KINDS,
+    SENTENCE_CHARS,
+    Wanted,
+    reserved_names,
+    train_on,
+)
 
 EMBEDDED_VOCABULARY = DATA_DIR / "stories-vocabulary.model"
 
@@ -153,130 +156,57 @@ def _read_model(path: Path) -> bytes:
 # ---------------------------------------------------------------------------- training one
 
 TRAINING_BYTES = 64 << 20  # of text, sampled evenly from the inputs: bounds memory and time
-SENTENCE_CHARS = 4096  # SentencePiece drops longer sentences than its limit; these stay below
-META_PIECES = 3 + 256  # unknown, BOS and EOS, and one for each byte
-LARGEST_FITTING = 32000  # pieces, as Llama-2's
-# Of an alphabet every character gets a piece, of a script of thousands only the usual ones: the
-# rare ones would fill the vocabulary and hardly ever be trained.
-ALPHABET, COVERAGE, COVERAGE_OF_THOUSANDS = 1000, 0.9995, 0.99
 
 
 def train_vocabulary(
     inputs: Sequence[Path],
     output: Path,
     *,
-    vocab_size: int | None = None,
+    kind: str = "sentencepiece",
+    vocab_size: int | str | None = None,
     character_coverage: float | None = None,
+    symbols: Sequence[str] = (),
     reading: Reading | None = None,
     max_bytes: int = TRAINING_BYTES,
     seal: bool = True,
     check_stop: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train a byte-fallback BPE vocabulary with Llama-2's conventions and publish it at `output`.
+    """Train a vocabulary and publish it at `output`; `minllama/vocabulary/training.py` tells how.
 
-    With a `seal` the file carries a checksum, which SentencePiece passes over. `vocab_size` and
-    `character_coverage` are by default what suits the text (see `fit_vocabulary`). The same inputs
-    and options give the same bytes: the file holds no path and no date. At most `max_bytes` of text
-    are used, sampled evenly. Raises UsageError, naming the largest (or the smallest) size that
-    works, when `vocab_size` does not fit the corpus, and what `check_stop` raises, which is called
-    several times a second.
+    Of kind "sentencepiece" it is BPE with byte tokens and Llama 2's conventions; with a `seal` the
+    file carries a checksum, which SentencePiece passes over. Of kind "byte-bpe" it is Llama 3's, in
+    a tokenizer.json. `vocab_size` and `character_coverage` are by default what suits the text (see
+    `fit_vocabulary`); "chars" is one token for every character. `symbols` are one token wherever
+    they stand. The same inputs and options give the same bytes: the file holds no path and no date.
+    At most `max_bytes` of text are used, sampled evenly. Raises UsageError, naming the largest (or
+    the smallest) size that works, when `vocab_size` does not fit the corpus, and what `check_stop`
+    raises, which is called several times a second.
     """
+    wanted = Wanted(kind, vocab_size, character_coverage, symbols)
+    wanted.check()
     # A .gz unpacks to about four times its size.
     sizes = [path.stat().st_size * (4 if path.suffix.lower() == ".gz" else 1) for path in inputs]
     share = min(1.0, max_bytes / max(1, sum(sizes)))
-    sentences = _sample_sentences(inputs, reading or Reading(), share, max_bytes)
-    if not sentences:
+    cut = _lines if kind == "sentencepiece" else _stretches
+    sentences = _sample(inputs, reading or Reading(), cut, share, max_bytes)
+    if not any(map(str.strip, sentences)):
         raise UsageError(f"{', '.join(map(str, inputs))}: no text to train a vocabulary on")
-    fitting, coverage = fit_vocabulary(sentences, share, coverage=character_coverage)
-    spaces = len(sentences) + sum(sentence.count(" ") for sentence in sentences)
-    # Of a text with few spaces their sign is rare enough to be dropped, and would then be spelt.
-    is_rare = spaces < (1 - coverage) * (len(sentences) + sum(map(len, sentences)))
-    model = io.BytesIO()
-    try:
-        _run_in_thread(
-            sentencepiece.SentencePieceTrainer.train,
-            check_stop,
-            sentence_iterator=iter(sentences),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size or fitting,
-            hard_vocab_limit=vocab_size is not None,
-            character_coverage=coverage,
-            byte_fallback=True,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            normalization_rule_name="identity",
-            add_dummy_prefix=True,
-            remove_extra_whitespaces=False,
-            split_digits=True,
-            allow_whitespace_only_pieces=True,
-            max_sentence_length=8 * SENTENCE_CHARS,
-            num_threads=16,  # part of the file: a fixed number keeps it the same on all machines
-            minloglevel=2,
-            **({"required_chars": SPACE} if is_rare else {}),
-        )
-    except RuntimeError as error:
-        problem = f"SentencePiece could not train ({error})"
-        if largest := re.search(r"value <= (\d+)", str(error)):
-            problem = f"too large: this text gives at most {largest[1]}"
-        elif least := re.search(r"\d+ vs (\d+)", str(error)):  # its characters and 256 bytes
-            problem = f"too small: at least {least[1]}, or a lower --character_coverage"
-        raise UsageError(f"--vocab_size {vocab_size}: {problem}") from None
-    _write(output, sealed(model.getvalue()) if seal else model.getvalue())
+    content = train_on(sentences, share, wanted, check_stop)
+    _write(output, sealed(content) if seal and kind == "sentencepiece" else content)
 
 
-def _run_in_thread(
-    work: Callable[..., None], check_stop: Callable[[], None], **settings: Any
-) -> None:
-    """Do work that hears no signal, and leave it to itself where `check_stop` raises."""
-    outcome: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            outcome.set_result(work(**settings))
-        except Exception as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()  # which does not hold up the process's end
-    while not wait([outcome], timeout=0.1).done:
-        check_stop()
-    outcome.result()
-
-
-def fit_vocabulary(
-    sentences: Sequence[str], share: float, *, coverage: float | None = None
-) -> tuple[int, float]:
-    """The size of a vocabulary that suits a text, and the share of its characters to have pieces.
-
-    `sentences` are the `share` of the text that was sampled. The size is that of bytes and
-    characters, which must be there, and of merges, twice the square root of the text's bytes: each
-    piece has to occur often enough to be learnt (measured in `benchmarks/README.md`).
-    """
-    counts: collections.Counter[str] = collections.Counter()
-    for sentence in sentences:
-        counts.update(sentence)
-    by_count = np.array(sorted(counts.values(), reverse=True))
-    covered = np.cumsum(by_count) / by_count.sum()
-    if coverage is None:
-        many = np.searchsorted(covered, COVERAGE) > ALPHABET
-        coverage = COVERAGE_OF_THOUSANDS if many else COVERAGE
-    characters = int(np.searchsorted(covered, coverage)) + 1
-    text_bytes = sum(len(sentence.encode()) for sentence in sentences) / share
-    least = META_PIECES + characters
-    size = max(least, min(LARGEST_FITTING, least + round(2 * math.sqrt(text_bytes))))
-    return -(-size // 64) * 64, coverage  # of whole 64s, which matrices on a GPU are fastest in
-
-
-def _sample_sentences(
-    inputs: Sequence[Path], reading: Reading, share: float, max_bytes: int
+def _sample(
+    inputs: Sequence[Path],
+    reading: Reading,
+    cut: Callable[[Iterable[Block]], Iterator[str]],
+    share: float,
+    max_bytes: int,
 ) -> list[str]:
-    """Lines of the inputs, each kept with the probability `share`, of about `max_bytes` in all."""
+    """What is cut from the inputs, kept with the probability `share`, about `max_bytes` in all."""
     rng, kept = random.Random(0), []
     room = max_bytes * 5 // 4  # ends the sampling where a .gz unpacks to more than was estimated
     for path in inputs:
-        for sentence in _sentences(read_documents(path, reading)):
+        for sentence in cut(read_documents(path, reading)):
             if share < 1 and rng.random() >= share:
                 continue
             room -= len(sentence.encode())
@@ -286,7 +216,7 @@ def _sample_sentences(
     return kept
 
 
-def _sentences(blocks: Iterable[Block]) -> Iterator[str]:
+def _lines(blocks: Iterable[Block]) -> Iterator[str]:
     """The lines of documents, long ones cut, at a space where there is one."""
     held = ""
     for block in blocks:
@@ -303,6 +233,19 @@ def _sentences(blocks: Iterable[Block]) -> Iterator[str]:
                 yield line
 
 
+def _stretches(blocks: Iterable[Block]) -> Iterator[str]:
+    """The text of documents with its line ends, cut at a space where there is one."""
+    for block in blocks:
+        text, start = block.text, 0
+        while len(text) - start > SENTENCE_CHARS:
+            cut = text.rfind(" ", start + 1, start + SENTENCE_CHARS)
+            cut = cut if cut > 0 else start + SENTENCE_CHARS
+            yield text[start:cut]
+            start = cut
+        if start < len(text):
+            yield text[start:]
+
+
 # ---------------------------------------------------------------------------- llama2.c's format
 
 
@@ -314,6 +257,11 @@ def tokenizer_bin(tokenizer: Tokenizer) -> bytes:
     Raises UsageError for a vocabulary that run.c, in which Llama's ids are built in, reads wrongly.
     """
     vocabulary = tokenizer.vocabulary
+    if vocabulary.added_tokens:
+        raise UsageError(
+            f"vocabulary {tokenizer.fingerprint}: has symbols of its own "
+            f"({next(iter(vocabulary.added_tokens))!r}), which llama2.c does not look for in a text"
+        )
     if not isinstance(vocabulary, SentencePiece) or not vocabulary.is_plain_bpe:
         raise UsageError(
             f"vocabulary {tokenizer.fingerprint}: llama2.c knows only SentencePiece's BPE over "
@@ -354,11 +302,27 @@ def _write(path: Path, data: bytes | bytearray) -> None:
 def _build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="tokenizer.py", description="Train or export a vocabulary.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
-    train = commands.add_parser("train", help="train a SentencePiece vocabulary on text")
+    train = commands.add_parser("train", help="train a vocabulary on text")
     train.add_argument("--input", nargs="+", required=True, help="text files, folders, globs")
     train.add_argument("--output", type=read_path, required=True, help="the model file to write")
-    size, share = number_reader(int, at_least=1), number_reader(float, at_least=0.98, at_most=1)
-    train.add_argument("--vocab_size", type=size, help="tokens; unset: what suits the text")
+    train.add_argument(
+        "--kind",
+        choices=KINDS,
+        default=KINDS[0],
+        help="sentencepiece: BPE with byte tokens, as Llama 2's; byte-bpe: byte-level BPE, as "
+        "Llama 3's, in a tokenizer.json (default: %(default)s)",
+    )
+    train.add_argument(
+        "--vocab_size",
+        type=_read_size,
+        help=f"tokens; {CHARS}: one for every character; unset: what suits the text",
+    )
+    train.add_argument(
+        "--symbols",
+        type=read_path,
+        help="file of own symbols, one a line, each one token wherever it stands in a text",
+    )
+    share = number_reader(float, at_least=0.98, at_most=1)
     train.add_argument(  # within SentencePiece's own limits
         "--character_coverage",
         type=share,
@@ -376,6 +340,11 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _read_size(text: str) -> int | str:
+    """A `type` for argparse: a number of tokens, or CHARS."""
+    return text if text == CHARS else number_reader(int, at_least=1)(text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0, or 2 after one line about bad input."""
     try:
@@ -384,9 +353,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"--output {args.output}: is there already; --overwrite replaces it")
         if args.command == "train":
             check_encoding(args.encoding)
+            names = reserved_names(args.kind)
             train_vocabulary(
                 find_text_files(args.input, flag="--input"),
                 args.output,
+                kind=args.kind,
+                symbols=read_symbols(args.symbols, names) if args.symbols else (),
                 vocab_size=args.vocab_size,
                 character_coverage=args.character_coverage,
                 reading=Reading.from_flags(args),

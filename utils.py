@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from config import IGNORE_INDEX
 from minllama.system.errors import UsageError
-from minllama.text.chat import ChatTemplate, Cuts, encode_dialogue
+from minllama.text.chat import Cuts, Template, encode_dialogue
 from minllama.text.dialogues import Dialogue
 from minllama.text.find_files import find_text_files
 from minllama.text.labelled import UNLABELLED, read_labelled
@@ -292,7 +292,7 @@ class ChatDataset:
         self,
         dialogues: Iterable[Dialogue],
         tokenizer: Tokenizer,
-        template: ChatTemplate,
+        template: Template,
         context: int,
     ) -> None:
         tokens, is_answer, stops = array("i"), bytearray(), array("q")

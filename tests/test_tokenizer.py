@@ -21,8 +21,8 @@ from vocabularies import FRAGMENTS, OTHERS, PLAIN, corpus_lines, train, vocabula
 from minllama.system.errors import Interrupted, UsageError
 from minllama.text.reading import Reading
 from minllama.vocabulary.lost import count_lost
+from minllama.vocabulary.sentence_piece import SPACE
 from tokenizer import (
-    SPACE,
     Tokenizer,
     export_tokenizer_bin,
     main,

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from tokenizer import EMBEDDED_VOCABULARY, SPACE, Tokenizer
+from minllama.vocabulary.sentence_piece import SPACE
+from tokenizer import EMBEDDED_VOCABULARY, Tokenizer
 
 LLAMA = Path(__file__).resolve().parents[2] / "shared" / "data" / "tokenizer.model"
 WORDS = (

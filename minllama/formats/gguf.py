@@ -38,7 +38,8 @@ from minllama.model.shape import RopeScaling
 from minllama.system.errors import UsageError
 from minllama.system.files import atomic_write, write_text
 from minllama.system.packages import import_optional
-from minllama.text.chat import ChatTemplate
+from minllama.text.chat import ChatTemplate, template_of_jinja
+from minllama.text.jinja_template import JinjaTemplate
 from tokenizer import Tokenizer, vocabulary_remedy
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def read(path: Path) -> StoredModel:
         config = _with_rope_freqs(path, config, tensors.pop(ROPE_FREQS), metadata.get(OUR_SCALING))
     tensors.setdefault("output.weight", table)
     vocabulary = rebuilt_vocabulary(path, metadata)
-    template = ChatTemplate.from_jinja(metadata.get("tokenizer.chat_template"))
+    template = template_of_jinja(metadata.get("tokenizer.chat_template"))
     model = StoredModel(config, tensors, vocabulary, template).checked(path, tensor_name)
     if metadata["general.architecture"] == "llama":  # whose pairs are adjacent, as here
         return model
@@ -241,7 +242,8 @@ def _with_rope_freqs(path: Path, config: LlamaConfig, divisors: Tensor, ours: An
 
     Raises UsageError where neither do.
     """
-    numbers = [{"rope_type": "llama3", "factor": divisors.max().item(), **LLAMA_3}]
+    slowest = max(divisors.flatten().tolist(), default=0.0)
+    numbers = [{"rope_type": "llama3", "factor": slowest, **LLAMA_3}]
     if isinstance(ours, str):
         with contextlib.suppress(ValueError, RecursionError):  # JSON's errors are ValueErrors
             numbers.insert(0, json.loads(ours))
@@ -388,12 +390,13 @@ def modelfile(output: Path, model: Llama, tokenizer: Tokenizer) -> str:
     # The recipe knows no escapes, so a piece that could end a quote is left out: Ollama stops at
     # EOS by its id, too.
     template, stops = "{{ .Prompt }}", [eos] if PLAIN.fullmatch(eos) else []
-    if model.chat_template is not None:
+    if isinstance(model.chat_template, ChatTemplate):
         template = model.chat_template.ollama(_in_template(bos), _in_template(eos))
         stops.append(model.chat_template.user)
     lines = [
         _source(output),
-        f'TEMPLATE """{template}"""',
+        # Another program's template is in the file, where Ollama finds it.
+        *([] if isinstance(model.chat_template, JinjaTemplate) else [f'TEMPLATE """{template}"""']),
         f"PARAMETER num_ctx {model.config.max_seq_len}",
         *(f'PARAMETER stop "{stop}"' for stop in stops),
     ]

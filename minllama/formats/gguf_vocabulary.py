@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from minllama.system.errors import UsageError
-from minllama.vocabulary.byte_bpe import ByteBPE, opening_processor, pack
+from minllama.vocabulary.byte_bpe import ByteBPE, pack
 from minllama.vocabulary.pre_tokenizers import (
-    GPT2,
     IGNORE_MERGES,
     PRE_TOKENIZERS,
     find_pre_tokenizer,
@@ -27,14 +26,22 @@ from minllama.vocabulary.sentence_piece_file import (
     USER_DEFINED,
     build_model,
 )
+from minllama.vocabulary.symbols import find_overlap
 from tokenizer import Tokenizer
 
 PREFIX = "tokenizer.ggml."
 
 
 def vocabulary_values(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The values that describe a vocabulary."""
+    """The values that describe a vocabulary; UsageError where llama.cpp would read it wrongly."""
     vocabulary = tokenizer.vocabulary
+    overlap = find_overlap([*vocabulary.added_tokens])
+    if overlap is not None:
+        raise UsageError(
+            f"vocabulary {tokenizer.fingerprint}: its symbols {overlap[0]!r} and {overlap[1]!r} "
+            "may overlap in a text, which is read from the left; llama.cpp looks for one after the "
+            "other, and would give other ids"
+        )
     describe = _byte_bpe_values if isinstance(vocabulary, ByteBPE) else _sentence_piece_values
     bos, eos = vocabulary.stated_marks
     values = {
@@ -51,10 +58,13 @@ def vocabulary_values(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _sentence_piece_values(vocabulary: Any) -> dict[str, Any]:
     sp, ids = vocabulary.processor, range(vocabulary.size)
+    symbols = {} if vocabulary.opening_space else {i: s for s, i in vocabulary.added_tokens.items()}
     asked = {UNKNOWN: sp.is_unknown, CONTROL: sp.is_control, UNUSED: sp.is_unused, BYTE: sp.is_byte}
+    asked[USER_DEFINED] = symbols.__contains__
     return {
         "model": "llama",
         "pre": "default",
+        "tokens": [symbols.get(i, vocabulary.name(i)) for i in ids],
         "scores": [sp.get_score(i) for i in ids],
         "token_type": [
             next((kind for kind, is_it in asked.items() if is_it(i)), NORMAL) for i in ids
@@ -142,21 +152,15 @@ def _byte_bpe(
             "text is cut into words is not known, and another way gives wrong ids"
         )
     tokens, kinds = told["tokens"], told["token_type"]
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     adds_bos = bool(told.get("add_bos_token", name == "llama-bpe"))  # llama.cpp's default
     file = {
-        "version": "1.0",
         "added_tokens": [
-            {"id": i, "content": token, **flags, "special": kind == CONTROL}
+            {"id": i, "content": token, "special": kind == CONTROL}
             for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
             if kind in (CONTROL, USER_DEFINED)
         ],
-        "normalizer": None,
         "pre_tokenizer": PRE_TOKENIZERS[name],
-        "post_processor": opening_processor(bos, tokens.index(bos)) if adds_bos and bos else None,
-        "decoder": GPT2 | {"add_prefix_space": True},
         "model": {
-            "type": "BPE",
             "ignore_merges": name in IGNORE_MERGES,
             "vocab": {token: i for i, token in enumerate(tokens)},
             "merges": merges,
@@ -166,6 +170,4 @@ def _byte_bpe(
     settings = {"bos_token": bos, "eos_token": eos, "add_bos_token": adds_bos}
     if type(padding) is int and 0 <= padding < len(tokens):
         settings["pad_token"] = tokens[padding]
-    content = pack(file, settings)
-    ByteBPE(content, str(path))
-    return content
+    return pack(file, settings, str(path))

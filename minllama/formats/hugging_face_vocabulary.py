@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minllama.formats.vocabularies import check_same_ids, merges, require_exportable
+from minllama.system.files import read_json_object, read_whole
+from minllama.text.chat import Template, template_of_jinja
 from minllama.vocabulary.byte_bpe import ByteBPE, opening_processor
 from minllama.vocabulary.files import CONFIG, NAMES, read_vocabulary_file
 from tokenizer import Tokenizer
@@ -14,11 +16,25 @@ from tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llama import Llama
 
+TEMPLATE, TEMPLATE_BYTES = "chat_template.jinja", 1 << 20
+
 
 def read_vocabulary(folder: Path) -> bytes | None:
     """The vocabulary in a folder; None where there is none. Raises UsageError."""
     has_one = any((folder / name).exists() for name in NAMES)
     return read_vocabulary_file(folder) if has_one else None
+
+
+def read_template(folder: Path) -> Template | None:
+    """The chat template in a folder: in a file of its own, as `transformers` writes it since 4.50,
+    or in tokenizer_config.json. Raises UsageError.
+    """
+    own, settings = folder / TEMPLATE, folder / CONFIG
+    if own.exists():
+        return template_of_jinja(read_whole(own, TEMPLATE_BYTES).decode("utf-8", "replace"))
+    if settings.exists():
+        return template_of_jinja(read_json_object(settings).get("chat_template"))
+    return None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -46,17 +62,24 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """
     vocabulary = tokenizer.vocabulary
     names = [vocabulary.name(i) for i in range(vocabulary.size)]
-    special = sorted({tokenizer.bos_id, tokenizer.eos_id, vocabulary.unknown_id})
+    special = {tokenizer.bos_id, tokenizer.eos_id, vocabulary.unknown_id}
+    symbols = {} if vocabulary.opening_space else vocabulary.added_tokens
+    for symbol, token in symbols.items():
+        names[token] = symbol
+    added = sorted({*special, *symbols.values()})
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, "content": names[i], **flags, "special": True} for i in special],
+        "added_tokens": [
+            {"id": i, "content": names[i], **flags, "special": i in special} for i in added
+        ],
         "normalizer": {
             "type": "Sequence",
             "normalizers": [
-                {"type": "Prepend", "prepend": "▁"},
+                *([{"type": "Prepend", "prepend": "▁"}] if vocabulary.opening_space else []),
                 {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
             ],
         },
@@ -68,7 +91,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
                 {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
                 {"type": "ByteFallback"},
                 {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+                *([strip] if vocabulary.opening_space else []),
             ],
         },
         "model": {
@@ -106,7 +129,7 @@ def tokenizer_config(tokenizer: Tokenizer, model: Llama) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
         # "<s>" in a text is text, as it is here; but a chat template has to write it.
         "split_special_tokens": template is None,
-        **({} if template is None else {"chat_template": template.jinja()}),
+        **({} if template is None else {"chat_template": template.jinja(marks_answers=True)}),
     }
 
 

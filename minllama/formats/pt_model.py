@@ -19,7 +19,7 @@ from minllama.formats.pt_file import is_pt, load_pt, write_sealed
 from minllama.formats.stored_model import Contents, StoredModel, as_stored, read_shape, same_bits
 from minllama.system.errors import UsageError
 from minllama.system.files import atomic_write, is_text, open_regular, read_json_object
-from minllama.text.chat import ChatTemplate
+from minllama.text.chat import template_from_stored
 from minllama.vocabulary.files import read_vocabulary_file
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ def own_name(name: str) -> str:
 
 def recognizes(path: Path, head: bytes) -> bool:
     """Whether a file that begins so is of this format, or it is a folder of Meta's."""
+    if path.name.startswith("pytorch_model"):  # of Hugging Face
+        return False
     return is_pt(head) or ((path / CONSOLIDATED).exists() and not (path / "config.json").exists())
 
 
@@ -117,7 +119,7 @@ def read(path: Path, *, without_adapters: bool = False) -> StoredModel:
     if path.name == CONSOLIDATED and (beside := path.with_name("tokenizer.model")).exists():
         vocabulary = read_vocabulary_file(beside)
     if "chat_template" in payload:
-        template = ChatTemplate.from_stored(payload["chat_template"], path)
+        template = template_from_stored(payload["chat_template"], path)
     return StoredModel(config, weights, vocabulary, template).checked(path)
 
 

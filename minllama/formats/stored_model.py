@@ -11,7 +11,7 @@ from torch import Tensor
 
 from config import LlamaConfig
 from minllama.system.errors import UsageError
-from minllama.text.chat import ChatTemplate
+from minllama.text.chat import Template
 
 if TYPE_CHECKING:
     from llama import Llama
@@ -52,7 +52,7 @@ class StoredModel(NamedTuple):
     config: LlamaConfig
     weights: dict[str, Tensor]  # in any floating dtype
     vocabulary: bytes | None = None  # where the file carries one
-    chat_template: ChatTemplate | None = None
+    chat_template: Template | None = None
 
     def checked(self, path: Path, their_name: Callable[[str], str] = str) -> StoredModel:
         """The model, of weights by the file's names for them, which `their_name` gives.

@@ -28,7 +28,9 @@ SAMPLES = [
 
 def check_same_ids(tokenizer: Tokenizer, encode: Callable[[str], list[int]], name: str) -> None:
     """UsageError if what was written as `name` gives difficult texts other ids."""
-    for text in SAMPLES:
+    symbols = list(tokenizer.vocabulary.added_tokens)[:50]
+    texts = [text for s in symbols for text in (s, f"a{s}b", f" {s} {s[:-1]}{s}\n{s}{s}")]
+    for text in SAMPLES + texts:
         if encode(text) != tokenizer.vocabulary.encode(text):
             raise UsageError(f"self-check: {name} gives other ids for {text!r}")
 
@@ -40,11 +42,13 @@ def require_exportable(tokenizer: Tokenizer) -> None:
     """
     if not isinstance(tokenizer.vocabulary, SentencePiece):
         return
-    if not tokenizer.vocabulary.is_plain_bpe:
+    if not tokenizer.vocabulary.is_bpe:
         raise UsageError(
             f"vocabulary {tokenizer.fingerprint}: only BPE vocabularies that leave the text as it "
             "is, as tokenizer.py trains them, can be exported"
         )
+    if not tokenizer.vocabulary.opening_space:  # its symbols are looked for first, in all formats
+        return
     merged = {"".join(pair) for pair in merges(tokenizer)}
     unmerged = [p for p in normal_pieces(tokenizer) if len(p) > 1 and p not in merged]
     if unmerged:
@@ -68,8 +72,11 @@ def merges(tokenizer: Tokenizer) -> list[list[str]]:
 def normal_pieces(tokenizer: Tokenizer) -> dict[str, float]:
     """The pieces that text is made of, and their scores."""
     sp = tokenizer.sp_model
+    added = {*tokenizer.vocabulary.added_tokens.values()}
+    added = set() if tokenizer.vocabulary.opening_space else added
     return {
         sp.id_to_piece(i): sp.get_score(i)
         for i in range(tokenizer.n_words)
-        if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i) or sp.is_unused(i))
+        if i not in added
+        and not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i) or sp.is_unused(i))
     }

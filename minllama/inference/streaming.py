@@ -16,7 +16,7 @@ from llama import Llama
 from minllama.cli.console import human_time
 from minllama.model.generation import Sampling, generate_tokens
 from minllama.system.signals import StopRequest
-from minllama.text.chat import ChatTemplate
+from minllama.text.chat import Template
 from minllama.text.dialogues import Exchange
 from tokenizer import Tokenizer
 
@@ -80,7 +80,7 @@ class Writer:
     options: Options
     stop: StopRequest
     step: Callable[..., torch.Tensor] | None = None  # a compiled decode step
-    template: ChatTemplate | None = None  # of a chat model, whose prompts are questions to answer
+    template: Template | None = None  # of a chat model, whose prompts are questions to answer
 
     def continue_texts(
         self,
@@ -128,7 +128,7 @@ class Writer:
         if template is None:
             return Continuation(tokenizer.encode(text, True, False), tokenizer, stops)
         ids = template.prompt_ids(tokenizer, text, history)
-        return Continuation(ids, tokenizer, [*stops, template.next_question], is_answer=True)
+        return Continuation(ids, tokenizer, [*stops, *template.stops], is_answer=True)
 
     def write(
         self,

@@ -1,23 +1,30 @@
 """Chat: dialogues as a template's plain text, and as token ids with answers.
 
-The template needs no ids of its own: every format keeps the vocabulary that it has. Knows nothing
-of files, nor of tensors; `utils.ChatDataset` makes batches of what is encoded here.
+Models trained here have a plain template, which needs no tokens of its own; another program's model
+keeps the one that it has (`jinja_template`). Knows nothing of files, nor of tensors;
+`utils.ChatDataset` makes batches of what is encoded here.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from config import fingerprint
 from minllama.system.errors import UsageError
 from minllama.text.dialogues import Dialogue, Exchange
+from minllama.text.jinja_template import JinjaTemplate
 
 if TYPE_CHECKING:
     from tokenizer import Tokenizer
 
+EARLIER_JINJA = (
+    "239f6a35119abc5b"  # fingerprint of what `ChatTemplate.jinja` gave before it had roles
+)
 LABEL = re.compile(r"[^\s{}%\"'\\]{1,40}")  # safe inside Jinja's, Go's and Ollama's quotes
 
 
@@ -49,19 +56,14 @@ class ChatTemplate:
                 raise UsageError(f"{where}: its chat template has the label {str(label)[:60]!r}")
         return cls(**stored)
 
-    @classmethod
-    def from_jinja(cls, text: Any) -> ChatTemplate | None:
-        """This program's template, where another program's file holds just that."""
-        return cls() if text == cls().jinja() else None
-
     def to_stored(self) -> dict[str, str]:
         """The labels as a model file stores them."""
         return asdict(self)
 
     @property
-    def next_question(self) -> str:
-        """A text to stop before: an answer ends where the model asks the next question itself."""
-        return f"\n{self.user}"
+    def stops(self) -> list[str]:
+        """Texts to stop before: an answer ends where the model asks the next question itself."""
+        return [f"\n{self.user}"]
 
     def question_ids(self, tokenizer: Tokenizer, question: str, system: str = "") -> list[int]:
         """BOS and the ids of a question, up to where the answer begins."""
@@ -83,21 +85,47 @@ class ChatTemplate:
             system = ""  # it stands before the first question
         return ids + self.question_ids(tokenizer, question, system)
 
-    def jinja(self) -> str:
-        """The template as Hugging Face's `chat_template` and GGUF's have it."""
-        system, user, assistant = (
-            repr(label) for label in (self.system, self.user, self.assistant)
-        )
+    def exchange_ids(
+        self,
+        tokenizer: Tokenizer,
+        exchange: Exchange,
+        history: Sequence[Exchange] = (),
+        system: str = "",
+        *,
+        continues: bool = False,
+    ) -> tuple[list[int], list[int]]:
+        """Ids of a question and of its answer with EOS; with `continues` without those of its
+        history, which are there already.
+        """
+        question, answer = exchange
+        if not continues:
+            asked = self.prompt_ids(tokenizer, question, history, system)
+        else:
+            asked = self.question_ids(tokenizer, question)
+        return asked, answer_ids(tokenizer, answer)
+
+    def jinja(self, *, marks_answers: bool = False) -> str:
+        """The template as Hugging Face's `chat_template` and GGUF's have it.
+
+        `marks_answers` by `{% generation %}`, by which `transformers` finds what is to be learnt
+        and which others do not know.
+        """
+        system, user, assistant = map(repr, (self.system, self.user, self.assistant))
+        opens, closes = ("{% generation %}", "{% endgeneration %}") if marks_answers else ("", "")
         return (
             "{% for message in messages %}"
+            "{% set content = message['content'] %}"
+            "{% if content is not string %}"
+            "{% set content = content | map(attribute='text') | join('') %}{% endif %}"
             "{% if message['role'] == 'system' %}"
-            f"{{{{ bos_token + {system} + ' ' + message['content'] | trim + '\\n' }}}}"
+            f"{{{{ bos_token + {system} + ' ' + content | trim + '\\n' }}}}"
             "{% elif message['role'] == 'user' %}"
             "{% if loop.first or messages[loop.index0 - 1]['role'] != 'system' %}"
             "{{ bos_token }}{% endif %}"
-            f"{{{{ {user} + ' ' + message['content'] | trim + '\\n' }}}}"
-            "{% else %}"
-            f"{{{{ {assistant} + ' ' + message['content'] | trim + eos_token }}}}"
+            f"{{{{ {user} + ' ' + content | trim + '\\n' }}}}"
+            "{% elif message['role'] == 'assistant' %}"
+            f"{{{{ {assistant} }}}}{opens}{{{{ ' ' + content | trim + eos_token }}}}{closes}"
+            "{% else %}{{ raise_exception('the roles are system, user and assistant') }}"
             "{% endif %}{% endfor %}"
             f"{{% if add_generation_prompt %}}{{{{ {assistant} }}}}{{% endif %}}"
         )
@@ -111,6 +139,32 @@ class ChatTemplate:
             f"{{{{ else }}}}{self.assistant} {{{{ .Content }}}}{eos}{bos}"
             f"{{{{ end }}}}{{{{ end }}}}{self.assistant}"
         )
+
+
+Template = ChatTemplate | JinjaTemplate
+
+
+def template_of_jinja(text: Any) -> Template | None:
+    """The template of another program's file: this program's own, where it holds just that.
+
+    Of several templates, a list of names and texts, the one named `default` counts.
+    """
+    if isinstance(text, list):
+        named = {each.get("name"): each.get("template") for each in text if isinstance(each, dict)}
+        text = named.get("default")
+    if not isinstance(text, str) or not text.strip():
+        return None
+    plain = ChatTemplate()
+    ours = (plain.jinja(), plain.jinja(marks_answers=True))
+    is_plain = text in ours or fingerprint(text.encode()) == EARLIER_JINJA
+    return plain if is_plain else JinjaTemplate(text)
+
+
+def template_from_stored(stored: Any, where: Path) -> Template:
+    """The template in a .pt file; UsageError, naming it, for anything else."""
+    if isinstance(stored, dict) and stored.keys() == {"jinja"} and isinstance(stored["jinja"], str):
+        return JinjaTemplate(stored["jinja"])
+    return ChatTemplate.from_stored(stored, where)
 
 
 def answer_ids(tokenizer: Tokenizer, answer: str) -> list[int]:
@@ -158,26 +212,31 @@ class Cuts:
 
 
 def encode_dialogue(
-    dialogue: Dialogue, tokenizer: Tokenizer, template: ChatTemplate, cuts: Cuts
+    dialogue: Dialogue, tokenizer: Tokenizer, template: Template, cuts: Cuts
 ) -> list[Encoded]:
     """A dialogue's ids in as few parts of up to context + 1 as hold it (the last is never read).
 
     It is split between two exchanges, and every part begins with the system text.
     """
     parts: list[Encoded] = []
-    room = cuts.context + 1
-    for question, answer in dialogue.exchanges:
-        asked = template.question_ids(tokenizer, question)
-        answered = answer_ids(tokenizer, answer)
-        if not parts or len(parts[-1].ids) + len(asked) + len(answered) > room:
-            asked = template.question_ids(tokenizer, question, dialogue.system)
+    room, first = cuts.context + 1, 0  # the first exchange of the part
+    for number, exchange in enumerate(dialogue.exchanges):
+        history = dialogue.exchanges[first:number]
+        ids = functools.partial(template.exchange_ids, tokenizer, exchange, system=dialogue.system)
+        pair = ids(history=history, continues=True) if parts else None
+        if pair is None or len(parts[-1].ids) + sum(map(len, pair)) > room:
+            # A template that rewrites what was said before has each answer in a part of its own.
+            pair = ids(history=history) if parts and pair is None else None
+            if pair is None or sum(map(len, pair)) > room:
+                pair, first = ids(), number
+            asked, answered = pair
             if len(asked) >= room:
                 cuts.questions += 1
                 continue
             cuts.answers += len(asked) + len(answered) > room
-            answered = answered[: room - len(asked)]
+            pair = asked, answered[: room - len(asked)]
             parts.append(Encoded())
-        parts[-1].add(asked, is_answer=False)
-        parts[-1].add(answered, is_answer=True)
-    cuts.dialogues += len(parts) > 1
+        parts[-1].add(pair[0], is_answer=False)
+        parts[-1].add(pair[1], is_answer=True)
+    cuts.dialogues += first > 0 and len(parts) > 1
     return parts

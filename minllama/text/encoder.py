@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minllama.text.documents import Block
-from minllama.vocabulary.sentence_piece import SPACE, SentencePiece
+from minllama.vocabulary.sentence_piece import SPACE
 from tokenizer import Tokenizer
 
 WORD_CACHE_SPEED = 2.5  # characters per second, relative to one thread of SentencePiece
@@ -42,9 +42,9 @@ class DocumentEncoder:
     """Streams documents into ids, exactly those of encoding each document whole.
 
     Where it is known that a text can be cut without changing its ids (`Vocabulary.cut`), long
-    documents are; with SentencePiece one thread then looks up what each word encodes to, and the
-    others run it, which releases the GIL, on the rest of each batch. With any other vocabulary a
-    document is encoded whole.
+    documents are; with SentencePiece's of Llama 2's kind one thread then looks up what each word
+    encodes to, and the others run it, which releases the GIL, on the rest of each batch. With any
+    other vocabulary a document is encoded whole.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class DocumentEncoder:
         self.threads = threads or os.cpu_count() or 1
         self.part_chars, self.batch_chars = part_chars, batch_chars
         self.dtype = np.dtype("<u2" if tokenizer.n_words <= 1 << 16 else "<u4")
-        self.looks_up = isinstance(vocabulary, SentencePiece) and vocabulary.cut is not None
+        self.looks_up = vocabulary.cut is not None and vocabulary.opening_space  # SentencePiece's
         self.newline_id = (vocabulary.encode("\n") or [0])[-1]
         # Ids of the space put before every text, which no part but the first has.
         self.prefix_length = len(vocabulary.encode("\n")) - 1 if self.looks_up else 0

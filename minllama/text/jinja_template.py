@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from minllama.system.errors import UsageError
 from minllama.system.packages import import_optional
+from minllama.text.dialogues import Exchange
 
 if TYPE_CHECKING:
     from minllama.vocabulary.base import Vocabulary
     from tokenizer import Tokenizer
 
-Exchange = tuple[str, str]  # a question and its answer
 TEMPLATE_CHARS = 1 << 17  # of a template; the longest public ones have a tenth of that
 MOST_STEPS = 1 << 25  # of a rendering: letters of all that it makes, and its turns and calls
 STEPS_OF_A_CALL = 100  # as long as that takes
@@ -51,8 +51,8 @@ class JinjaTemplate:
         """The template as a model file stores it."""
         return {"jinja": self.text}
 
-    def jinja(self) -> str:
-        """The template's own text."""
+    def jinja(self, *, marks_answers: bool = False) -> str:
+        """The template's own text, as it is."""
         return self.text
 
     @property
@@ -77,19 +77,28 @@ class JinjaTemplate:
         exchange: Exchange,
         history: Sequence[Exchange] = (),
         system: str = "",
+        *,
+        continues: bool = False,
     ) -> tuple[list[int], list[int]] | None:
-        """Ids of a question, behind those of its history, and of its answer with what ends it.
+        """Ids of a question and of its answer with what ends it; with `continues` without those of
+        its history, which are there already.
 
         None for a template that writes the history in another way once there is another question.
+        Raises UsageError for one that takes no such dialogue.
         """
         vocabulary = tokenizer.vocabulary
         said, mark = _messages(vocabulary, [*history, exchange], system)
-        before = self._render(tokenizer, said[:-2], opens=False) if history else ""
+        before = self._render(tokenizer, said[:-2], opens=False) if continues else ""
         before = _up_to_control(vocabulary, before)
         asked = self._render(tokenizer, said[:-1], opens=True)
         answered = self._render(tokenizer, said, opens=False)
-        if not asked.startswith(before) or not answered.startswith(asked):
+        if not asked.startswith(before):
             return None
+        if not answered.startswith(asked):
+            raise UsageError(
+                "the model's chat template writes an answer in another way than it opens one: it "
+                "cannot be trained on"
+            )
         answer = _up_to_control(vocabulary, answered[len(asked) :])
         return (
             _encode(vocabulary, asked[len(before) :], mark),

@@ -16,10 +16,11 @@ from minllama.formats.find_model import load_model
 from minllama.model.generation import Sampling, generate_tokens
 from minllama.model.lora import add_lora
 from minllama.system.errors import UsageError
-from minllama.text.chat import ChatTemplate
+from minllama.text.chat import ChatTemplate, Template
 from minllama.text.dialogues import Intake, read_dialogues
 from minllama.text.labelled import write_result
 from minllama.text.reading import Reading, byte_bar
+from minllama.text.records import places
 from minllama.text.splits import SplitFiles
 from minllama.training.identity import DIALOGUES, LABELLED
 from minllama.training.results import print_best, print_results
@@ -86,7 +87,7 @@ class Question(NamedTuple):
 
 
 def read_questions(
-    path: Path | None, options: Options, template: ChatTemplate, tokenizer: Tokenizer
+    path: Path | None, options: Options, template: Template, tokenizer: Tokenizer
 ) -> list[Question]:
     """Every question of the dialogues in a file, in order; none without a file."""
     if path is None:
@@ -153,7 +154,7 @@ class ChatTuning(NextTokenTask):
 
     def locate(self, number: int) -> str:
         line, dialogue = self.train_set.lines[number], self.train_set.numbers[number]
-        return f"{self.files.paths['train']}:{line} (dialogue {dialogue:,})"
+        return f"{places(self.files.paths['train'])(line)} (dialogue {dialogue:,})"
 
     def finish(self) -> None:
         """Show what the best model answers, and how many of its answers match exactly."""

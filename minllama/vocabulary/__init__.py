@@ -9,5 +9,7 @@ and no data sets.
     pre_tokenizers       how byte-level BPE cuts a text into words: the ways that are known
     byte_bpe             byte-level BPE: Llama 3's, SmolLM's, Qwen's, GPT-2's
     files                vocabularies in files of either kind
+    symbols              own symbols: one token each, wherever they stand
+    training             vocabularies of either kind, trained on text
     lost                 what of a text does not come back from its tokens
 """

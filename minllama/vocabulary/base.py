@@ -34,6 +34,7 @@ class Vocabulary(ABC):
     adds_bos: bool = True  # whether a prompt begins with BOS
     cut: re.Pattern[str] | None = None  # where a text may be cut: its match goes to neither part
     control_tokens: dict[str, int]  # by name; they stand in no text and spell none
+    added_tokens: dict[str, int]  # by their text, which is looked for in a text before all others
 
     @abstractmethod
     def encode_many(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -24,6 +24,9 @@ SEAL = b"\xc2\x3e\x50minllama sha256 "
 # A text may be cut before a newline, and at a single space, which the right part gets back as the
 # space that is put before every text.
 CUT = re.compile(rf"(?=\n)|(?<=[^ {SPACE}]) (?=[^ {SPACE}])")
+# Where no space is put before a text, the right part keeps its own.
+CUT_BEFORE_SPACE = re.compile(rf"(?=\n)|(?<=[^ {SPACE}])(?= [^ {SPACE}])")
+PIECES, KIND, USER_DEFINED = 1, 3, 4  # a field of the model, one of a piece, and a value of that
 
 
 class SentencePiece(Vocabulary):
@@ -88,23 +91,38 @@ class SentencePiece(Vocabulary):
         """BOS, EOS and others that no text is encoded to, by name."""
         return {self.name(i): i for i in range(self.size) if self.processor.is_control(i)}
 
-    @property
+    @cached_property
+    def added_tokens(self) -> dict[str, int]:
+        """The symbols that its maker defined, by their text."""
+        pieces = (value for number, value in _fields(self.content) if number == PIECES)
+        return {
+            self.name(i).replace(SPACE, " "): i
+            for i, piece in enumerate(pieces)
+            if (KIND, USER_DEFINED) in _fields(piece)
+        }
+
+    @cached_property
     def opening_space(self) -> bool:
         """Whether a space is put before every text (SentencePiece's dummy prefix)."""
         return self.processor.normalize("a").startswith(SPACE)
 
-    @cached_property
+    @property
     def is_plain_bpe(self) -> bool:
-        """Whether this is BPE over unchanged text, as Llama's vocabularies are.
+        """Whether this is BPE over unchanged text with a space before it, as Llama's are."""
+        return self.opening_space and self.is_bpe
+
+    @cached_property
+    def is_bpe(self) -> bool:
+        """Whether this is BPE over unchanged text, but for a space that may be put before it.
 
         Only of such a vocabulary it is known how a text may be cut and which merges it has.
         SentencePiece has no call for it, so this goes by signs: an identity normaliser is named in
         the file, and BPE's scores are ranks, where a unigram's are logarithms.
         """
-        sp = self.processor
+        sp, before = self.processor, SPACE * self.opening_space
         return (
             b"\n\x08identity" in self.content
-            and sp.normalize(" a  \ufb01 ") == "\u2581\u2581a\u2581\u2581\ufb01\u2581"
+            and sp.normalize(" a  \ufb01 ") == before + "\u2581a\u2581\u2581\ufb01\u2581"
             and all(sp.get_score(i).is_integer() for i in range(self.size))
             and sp.is_byte(sp.piece_to_id("<0x00>"))
         )
@@ -120,7 +138,9 @@ class SentencePiece(Vocabulary):
         joins = any(
             ("\n" in piece and piece != "\n") or SPACE in piece.lstrip(SPACE) for piece in pieces
         )
-        return CUT if self.is_plain_bpe and not joins else None
+        if joins or not self.is_bpe:
+            return None
+        return CUT if self.opening_space else CUT_BEFORE_SPACE
 
 
 def piece_text(piece: str) -> bytes:
@@ -148,3 +168,31 @@ def _load(data: bytes, where: str) -> sentencepiece.SentencePieceProcessor:
     except (RuntimeError, ValueError, TypeError, OSError):
         raise UsageError(f"{where}: not a SentencePiece model ({len(data):,} bytes)") from None
     return processor
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """The fields of a Protocol Buffers message that SentencePiece has read: number and value.
+
+    Numbers of 4 and 8 bytes are left as bytes.
+    """
+    at = 0
+
+    def varint() -> int:  # seven bits to a byte, the lowest first
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte, at = message[at], at + 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        key = varint()
+        number, wire_type = key >> 3, key & 7
+        if wire_type == 0:
+            yield number, varint()
+            continue
+        size = varint() if wire_type == 2 else 8 if wire_type == 1 else 4
+        yield number, message[at : at + size]
+        at += size

@@ -16,7 +16,8 @@ from minllama.machine.ranks import Ranks
 from minllama.text import vocabulary
 from minllama.text.corpus import find_texts, fit_context
 from minllama.text.vocabulary import choose_vocabulary
-from tokenizer import META_PIECES, Tokenizer, fit_vocabulary
+from minllama.vocabulary.training import META_PIECES, fit_vocabulary
+from tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
 RUN = (
