@@ -154,6 +154,7 @@ def template_of_jinja(text: Any) -> Template | None:
         text = named.get("default")
     if not isinstance(text, str) or not text.strip():
         return None
+    text = text.encode("utf-8", "replace").decode()  # JSON can spell what is no UTF-8
     plain = ChatTemplate()
     ours = (plain.jinja(), plain.jinja(marks_answers=True))
     is_plain = text in ours or fingerprint(text.encode()) == EARLIER_JINJA
