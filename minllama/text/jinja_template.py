@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from minllama.vocabulary.base import Vocabulary
     from tokenizer import Tokenizer
 
-TEMPLATE_CHARS = 1 << 17  # of a template; the longest public ones have a tenth of that
+TEMPLATE_CHARS = 1 << 16  # of a template; the longest public ones have a quarter of that
 MOST_STEPS = 1 << 25  # of a rendering: letters of all that it makes, and its turns and calls
 STEPS_OF_A_CALL = 100  # as long as that takes
 STEPS_OF_AN_ITEM = 20  # of a list: its size in memory
@@ -104,7 +104,7 @@ class JinjaTemplate:
         vocabulary = tokenizer.vocabulary
         said = _messages(vocabulary, [*history, exchange], system)
         before = self._render(tokenizer, said[:-2], opens=False) if continues else ""
-        before = _up_to_control(vocabulary, before)
+        before = _up_to_control(vocabulary, before) or before
         asked = self._render(tokenizer, said[:-1], opens=True)
         answered = self._render(tokenizer, said, opens=False)
         if not asked.startswith(before):
@@ -114,8 +114,9 @@ class JinjaTemplate:
                 "the model's chat template writes an answer in another way than it opens one: it "
                 "cannot be trained on"
             )
-        answer = _up_to_control(vocabulary, answered[len(asked) :])
-        return _encode(vocabulary, asked[len(before) :]), _encode(vocabulary, answer)
+        answer = answered[len(asked) :]
+        answer = _up_to_control(vocabulary, answer) or answer
+        return _encode(vocabulary, asked[len(before) :]), _encode(vocabulary, answer, behind=asked)
 
     def _render(self, tokenizer: Tokenizer, messages: list[dict], *, opens: bool) -> str:
         """The text of messages, and with `opens` of how an answer opens; raises UsageError."""
@@ -145,20 +146,23 @@ def _written(vocabulary: Vocabulary) -> re.Pattern[str]:
     return re.compile(f"(?<!{MARK}){vocabulary.control_pattern.pattern}")
 
 
-def _encode(vocabulary: Vocabulary, text: str) -> list[int]:
+def _encode(vocabulary: Vocabulary, text: str, *, behind: str = "") -> list[int]:
+    """The ids of a text, and where it follows another, `behind` it."""
     ids: list[int] = []
+    encode = vocabulary.encode_behind if _up_to_control(vocabulary, behind) != behind else None
     for number, part in enumerate(_written(vocabulary).split(text)):
         if number % 2:
             ids.append(vocabulary.control_tokens[part])
         else:
-            ids += vocabulary.encode(_utf8(part.replace(MARK, "")))
+            ids += (encode or vocabulary.encode)(_utf8(part.replace(MARK, "")))
+        encode = None
     return ids
 
 
 def _up_to_control(vocabulary: Vocabulary, text: str) -> str:
-    """A text without what is behind its last control token; whole, where it has none."""
+    """A text without what is behind its last control token; without any, where it has none."""
     ends = [match.end() for match in _written(vocabulary).finditer(text)]
-    return text[: ends[-1]] if ends else text
+    return text[: ends[-1]] if ends else ""
 
 
 def _utf8(text: str) -> str:
