@@ -338,6 +338,7 @@ def convert(path: Path, args: argparse.Namespace) -> list[Path]:
     stored = read_contents(path).values
     extra = {key: stored[key] for key in pt_model.CLASSIFIER_KEYS if key in stored}
     options = {"dtype": args.save_dtype, "tokenizer": tokenizer, "extra": extra}
+    options["classifier"] = None if args.convert == "pt" else pt_model.read_classifier(path)
     written = export(model, args.convert, args.output, **options)
     if tokenizer is None:
         print(

@@ -93,7 +93,8 @@ SHAPE_FLAGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim")  # besi
 MAX_CONTEXT = 1024  # where --max_seq_len is not given, as in the original
 TRAINING = ("pretrain", "finetune")
 LABELLED = ("finetune", "prompt")
-DIALOGUE_FIELDS = {"conversations", "messages", "prompt", "instruction", "question"}  # of tables
+DIALOGUE_FIELDS = {"conversations", "messages", "conversation", "chosen", "message_id"}  # of tables
+DIALOGUE_FIELDS |= {"prompt", "instruction", "question", "input"}
 EVERY = ("pretrain", "finetune", "prompt", "generate")
 
 
@@ -183,7 +184,7 @@ class Options:
         (), "files, folders, globs: .txt, .jsonl, .csv, .parquet, ...; unset: embedded", many=True
     )
     data_weights: tuple[float, ...] = flag(
-        (), "shares of the tokens read, one for each of them", many=True, metavar="X", above=0
+        (), "weight of each of these in the tokens read: 3 1", many=True, metavar="X", above=0
     )
     val_data: tuple[str, ...] = flag((), "the same, held out for validation", many=True)
     flag = section("text to pretrain on", "pretrain", "finetune")

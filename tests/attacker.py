@@ -29,6 +29,7 @@ from typing import Any
 
 import survivor
 import torch
+from oracles import write_adapter, write_litgpt
 from survivor import ROOT, SMALL, Malicious, Tally, run_here, start_process, write_labelled
 
 sys.path.insert(0, str(ROOT / "data"))
@@ -39,6 +40,7 @@ import check_model_precision
 import run_llama
 import tokenizer
 from config import EVERY, FLAGS, parse_options
+from llama import load_pretrained
 from minllama.cli.command_line import parse_or_exit, protect_output
 from minllama.formats.pt_file import load_pt, save_pt
 from minllama.training import pretraining
@@ -427,6 +429,7 @@ def hostile_files(folder: Path, count: int, seed: int = 0) -> Tally:
         line = ["model.pt", "--convert", kind, "--output", output]
         with survivor.inside(place) as said:
             assert check_model_precision.main(line) == 0, said.getvalue()
+    write_folders_of_others(place)
     cache = next((place / "cache").glob("*.tokens")).relative_to(place).as_posix()
     state = load_pt(place / "run" / "pretrain-step-2.pt", verify=False)
     state = {key: value for key, value in state.items() if key != "format_version"}
@@ -496,9 +499,14 @@ def hostile_files(folder: Path, count: int, seed: int = 0) -> Tally:
     def config(name: str) -> Callable[[Path], tuple[str, list[str]]]:
         def make(target: Path) -> tuple[str, list[str]]:
             write_odd_json(target / name, chance)
-            return read_as_model("hf")
+            return read_as_model(name.split("/")[0])
 
         return make
+
+    def pickled(target: Path) -> tuple[str, list[str]]:
+        (target / "hf" / "model.safetensors").unlink()
+        torch.save(hostile_pickle(state, chance)["model"], target / "hf" / "pytorch_model.bin")
+        return read_as_model("hf")
 
     def vocabulary(target: Path) -> tuple[str, list[str]]:
         overwrite(target / "v.model", hurt_bytes((place / "vocabulary.model").read_bytes(), chance))
@@ -537,6 +545,10 @@ def hostile_files(folder: Path, count: int, seed: int = 0) -> Tally:
         "GGUF": binary("m.gguf"),
         "safetensors": binary("hf/model.safetensors"),
         "config.json": config("hf/config.json"),
+        "pytorch_model.bin": pickled,
+        "adapter_config.json": config("adapter/adapter_config.json"),
+        "adapter_model.safetensors": binary("adapter/adapter_model.safetensors"),
+        "model_config.yaml": binary("lit/model_config.yaml"),
         "pipes and sparse files": folder_of_pipes,
         "SentencePiece vocabulary": vocabulary,
         "label names": labels,
@@ -554,6 +566,14 @@ def hostile_files(folder: Path, count: int, seed: int = 0) -> Tally:
             yield Attack(f"hostile {kind}", target, program, words)
 
     return run_task(attacks())
+
+
+def write_folders_of_others(place: Path) -> None:
+    """A folder of litgpt's, and an adapter to the one of Hugging Face's."""
+    model = load_pretrained(place / "model.pt")
+    write_litgpt(place / "lit", model)
+    config = model.config
+    write_adapter(place / "adapter", "../hf", dim=config.dim, hidden_dim=config.hidden_dim)
 
 
 def hostile_pickle(state: dict, chance: random.Random) -> dict:

@@ -159,7 +159,15 @@ FORMS: tuple[Any, ...] = (
     {"prompt": "Who?", "completion": "Tom."},
     {"question": "Who?", "answer": "Tom."},
     {"instruction": "Say", "input": "who", "output": "Tom.", "history": [["a", "b"], ["c", "d"]]},
-)
+    {"prompt": TURNS[1:2], "completion": TURNS[2:3]},
+    {"prompt": "Who?", "chosen": TURNS[1:3], "rejected": TURNS[1:2], "messages": TURNS[1:3]},
+    {"chosen": "\n\nHuman: Who?\n\nAssistant: Tom.", "rejected": "\n\nHuman: Who?"},
+    {"conversation": [{"human": "Who?", "assistant": "Tom."}]},
+    {"message_id": "1", "role": "prompter", "text": "Who?"},
+    {"message_id": "2", "parent_id": "1", "role": "assistant", "text": "Tom.", "rank": 0},
+    {"message_tree_id": "1", "prompt": {"role": "prompter", "text": "Who?", "replies": [
+        {"role": "assistant", "text": "Tom.", "rank": 0, "replies": []}]}},
+)  # fmt: skip
 DIALOGUES = [{"conversations": TURNS[1:3]} for _ in range(8)]
 ODD_TURNS = (
     [{"role": role, "content": "a"} for role in ("assistant", "tool", "x" * 10**5, "\x1b[2J", 7)],
@@ -171,6 +179,9 @@ ODD_TURNS = (
     {"messages": {"0": TURNS[1]}},
     {"messages": [{"role": "user", "content": [{"type": "\x1b[2J"}]}, TURNS[2]]},
     {f"{FORGED}\n{FORGED}": [TURNS[1]]},
+    {"message_id": "2", "parent_id": "2", "role": "assistant", "text": "Tom."},
+    {"message_id": {}, "parent_id": [], "role": "\x1b[2J", "text": 7},
+    {"text": "<|im_start|>user\n\x1b[2J"},
 )
 
 

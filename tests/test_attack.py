@@ -27,7 +27,7 @@ def test_some_random_command_lines(tmp_path):
 
 def test_some_hostile_files(tmp_path):
     """One of each kind."""
-    assert_all_held(attacker.hostile_files(tmp_path, 16))
+    assert_all_held(attacker.hostile_files(tmp_path, 20))
 
 
 def test_some_hostile_texts(tmp_path):

@@ -16,6 +16,7 @@ from oracles import make_model
 import check_model_precision as C
 from config import parse_options
 from llama import LlamaEmbeddingClassifier, load_pretrained, model_payload
+from minllama.formats import pt_model
 from minllama.formats.pt_file import save_pt
 from minllama.model.lora import add_lora
 from minllama.runs.run_folder import RunFolder
@@ -230,6 +231,52 @@ def test_a_fine_tuned_file_keeps_its_head_and_its_labels(tmp_path: Path):
     found = torch.load(tmp_path / "b.pt", weights_only=True)
     assert (found["label_names"], found["pooling"]) == (["bad", "good"], "mean")
     assert all(torch.equal(found["classifier_head"][name], head[name]) for name in head)
+
+
+def classifier_file(folder: Path, *, pooling: str = "last", bias: float = 0.0) -> Path:
+    head = {"weight": torch.randn(3, 48), "bias": torch.tensor([0.25, 0.25, 0.25 + bias])}
+    payload = model_payload(make_model(tie_word_embeddings=False))
+    names = ["bad", "neither", "good"]
+    payload |= {"classifier_head": head, "label_names": names, "pooling": pooling}
+    save_pt(folder / "a.pt", payload)
+    return folder / "a.pt"
+
+
+def test_a_classifier_is_one_for_transformers(tmp_path: Path):
+    """The head was left out without a word. Their class gives the same probabilities."""
+    transformers = pytest.importorskip("transformers")
+    path = classifier_file(tmp_path)
+    assert convert(path, "hf", tmp_path / "hf") == 0
+    kind = transformers.AutoModelForSequenceClassification
+    theirs = kind.from_pretrained(tmp_path / "hf").eval()
+    assert theirs.config.id2label == {0: "bad", 1: "neither", 2: "good"}
+    assert theirs.config.architectures == ["LlamaForSequenceClassification"]
+    found = pt_model.read_classifier(path)
+    ours = LlamaEmbeddingClassifier(load_pretrained(path), num_labels=3).eval()
+    ours.classifier_head.load_state_dict(found.head)
+    for width in (1, 7, 40):
+        tokens = torch.randint(300, (1, width))
+        with torch.no_grad():
+            want = theirs(tokens).logits.log_softmax(-1)
+            got = ours(tokens, torch.tensor([width]))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "target, what, message",
+    [
+        ("hf", {"pooling": "mean"}, "it reads the mean of the states, and that the last one alone"),
+        ("hf", {"bias": 1.0}, "it reads a weight and a bias, and that has no bias"),
+        ("hf", {"bias": float("nan")}, "it reads a weight and a bias"),
+        ("bin", {}, "--convert bin: the model is a classifier, and this format has no place for"),
+        ("gguf", {}, "--convert gguf: the model is a classifier"),
+    ],
+)
+def test_a_classifiers_head_is_not_left_out(tmp_path: Path, capsys, target, what, message):
+    path = classifier_file(tmp_path, **what)
+    arguments = (path, "--convert", target, "--output", tmp_path / "out")
+    assert_refused(capsys, message, *arguments)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tokenizer_bin_in_the_way_is_found_before_anything_is_written(

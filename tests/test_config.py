@@ -614,10 +614,13 @@ def test_where_a_run_is_and_ends_is_typed_anew():
 def test_a_stored_option_that_could_not_have_been_typed_is_refused():
     """A damaged or made-up checkpoint."""
     options = parse_options("--option pretrain --resume auto".split())
-    for name, value in (("epochs", 0), ("dtype", "int8"), ("pretrain_data", "x"), ("seed", None)):
+    stored = [("epochs", 0), ("dtype", "int8"), ("pretrain_data", "x"), ("seed", None)]
+    weights = (3.0, [3.0, 0.0], ["x"], [True], [[1]])
+    for name, value in stored + [("data_weights", value) for value in weights]:
         with pytest.raises(UsageError, match=f"the checkpoint's --{name} is"):
             options.resumed({name: value})
     assert options.resumed({"of another version": 1}) == options
+    assert options.resumed({"data_weights": [3, 0.5]}).data_weights == (3.0, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ hostile files: they run no code, and check sizes before they allocate.
     gguf_vocabulary  the vocabulary in them
     hugging_face  the folders of `transformers`
     hugging_face_vocabulary  tokenizer.json and what is beside it
+    litgpt        the folders of litgpt
+    peft          adapters to a folder of `transformers`
     model_file    the table of formats; reading any of them
     export        writing any of them
     find_model    which model a command means, and its vocabulary

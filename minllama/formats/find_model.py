@@ -13,6 +13,7 @@ import torch
 
 from config import SHIPPED_MODEL, LlamaConfig, Options
 from llama import Llama, build_model, load_pretrained
+from minllama.formats import litgpt, peft
 from minllama.formats.model_file import read_model
 from minllama.formats.pt_file import STATE_FILE, load_pt
 from minllama.formats.pt_model import CONSOLIDATED, read_vocabulary
@@ -118,7 +119,8 @@ def model_in(path: Path, flag: str) -> Path:
     """
     if not path.exists():
         raise UsageError(f"{flag} {path}: no such file or folder{_models_nearby(path)}")
-    of_folders = ("config.json", CONSOLIDATED, STATE_FILE)  # Hugging Face's, Meta's, sharded
+    # Hugging Face's, Meta's, litgpt's, PEFT's, and this program's own that are sharded.
+    of_folders = ("config.json", CONSOLIDATED, litgpt.WEIGHTS, peft.SHAPE, STATE_FILE)
     if path.is_file() or any((path / name).is_file() for name in of_folders):
         return path  # of a sharded checkpoint, its reader says what to do
     files = sorted(path.glob("*.pt"))

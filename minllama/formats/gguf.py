@@ -242,7 +242,8 @@ def _with_rope_freqs(path: Path, config: LlamaConfig, divisors: Tensor, ours: An
 
     Raises UsageError where neither do.
     """
-    numbers = [{"rope_type": "llama3", "factor": divisors.max().item(), **LLAMA_3}]
+    slowest = max(divisors.flatten().tolist(), default=0.0)
+    numbers = [{"rope_type": "llama3", "factor": slowest, **LLAMA_3}]
     if isinstance(ours, str):
         with contextlib.suppress(ValueError, RecursionError):  # JSON's errors are ValueErrors
             numbers.insert(0, json.loads(ours))

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from minllama.system.errors import UsageError
-from minllama.vocabulary.byte_bpe import ByteBPE, opening_processor, pack
+from minllama.vocabulary.byte_bpe import ByteBPE, pack
 from minllama.vocabulary.pre_tokenizers import (
-    GPT2,
     IGNORE_MERGES,
     PRE_TOKENIZERS,
     find_pre_tokenizer,
@@ -152,21 +151,15 @@ def _byte_bpe(
             "text is cut into words is not known, and another way gives wrong ids"
         )
     tokens, kinds = told["tokens"], told["token_type"]
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     adds_bos = bool(told.get("add_bos_token", name == "llama-bpe"))  # llama.cpp's default
     file = {
-        "version": "1.0",
         "added_tokens": [
-            {"id": i, "content": token, **flags, "special": kind == CONTROL}
+            {"id": i, "content": token, "special": kind == CONTROL}
             for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
             if kind in (CONTROL, USER_DEFINED)
         ],
-        "normalizer": None,
         "pre_tokenizer": PRE_TOKENIZERS[name],
-        "post_processor": opening_processor(bos, tokens.index(bos)) if adds_bos and bos else None,
-        "decoder": GPT2 | {"add_prefix_space": True},
         "model": {
-            "type": "BPE",
             "ignore_merges": name in IGNORE_MERGES,
             "vocab": {token: i for i, token in enumerate(tokens)},
             "merges": merges,
@@ -176,6 +169,4 @@ def _byte_bpe(
     settings = {"bos_token": bos, "eos_token": eos, "add_bos_token": adds_bos}
     if type(padding) is int and 0 <= padding < len(tokens):
         settings["pad_token"] = tokens[padding]
-    content = pack(file, settings)
-    ByteBPE(content, str(path))
-    return content
+    return pack(file, settings, str(path))

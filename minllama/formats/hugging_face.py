@@ -3,11 +3,12 @@
 Llama and those of its relatives that compute the same but for what `LlamaConfig` has: Mistral in a
 context no longer than its window, Qwen2, Qwen3.
 
-A folder is untrusted: pickles in it are not read, and an index names files of its own folder only.
+A folder is untrusted: a pickle in it runs no code, and an index names files of its own folder only.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import sys
@@ -25,6 +26,8 @@ from minllama.formats.hugging_face_vocabulary import (
     write_json,
     write_vocabulary,
 )
+from minllama.formats.pt_file import load_pt
+from minllama.formats.pt_model import Classifier
 from minllama.formats.stored_model import (
     Contents,
     StoredModel,
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
 
 PACKAGE, BESIDE = "safetensors", None
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = "pytorch_model"  # begins the names of older folders' files, which are pickles
 FILES = {  # what `write` makes
     WEIGHTS,
     "config.json",
@@ -113,7 +117,7 @@ def tensor_name(name: str) -> str:
 
 def recognizes(path: Path, head: bytes) -> bool:
     """Whether it is a folder, or the file of one that its weights are in."""
-    return path.is_dir() or path.name in (WEIGHTS, INDEX)
+    return path.is_dir() or path.name in (WEIGHTS, INDEX) or path.name.startswith(PICKLED)
 
 
 def _folder(path: Path) -> Path:
@@ -122,7 +126,8 @@ def _folder(path: Path) -> Path:
     if not any((folder / name).exists() for name in ("config.json", WEIGHTS, INDEX)):
         raise UsageError(
             f"{folder}: the folder holds no model: neither a .pt file, nor config.json with "
-            f"{WEIGHTS} (Hugging Face), nor consolidated.00.pth with params.json (Meta)"
+            f"{WEIGHTS} (Hugging Face), nor consolidated.00.pth with params.json (Meta), nor "
+            "lit_model.pth with model_config.yaml (litgpt), nor adapter_config.json (PEFT)"
         )
     return folder
 
@@ -136,6 +141,8 @@ def _rope(file: Path, theirs: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(section, dict):
             raise UsageError(f"{file}: {key} {str(section)[:40]!r} is not an object")
         for name, value in section.items():
+            if isinstance(value, dict):
+                raise UsageError(f"{file}: {key} has positions of {name[:40]!r} alone: no Llama")
             name = "rope_type" if name == "type" else name  # its older name
             if settings.setdefault(name, value) != value:
                 first = settings[name]
@@ -183,10 +190,9 @@ def _rope_scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
 def _context(file: Path, kind: str, theirs: dict[str, Any]) -> Any:
     """The context; within a sliding window attention is the plain one, so it ends there."""
     context, window = theirs["max_position_embeddings"], theirs.get("sliding_window")
-    types = theirs.get("layer_types") or []
-    other = [name for name in types if name not in ("full_attention", "sliding_attention")]
-    if not isinstance(types, list) or other:
-        raise UsageError(f"{file}: layer_types {str(other or types)[:40]} are not supported")
+    types, known = theirs.get("layer_types") or [], ("full_attention", "sliding_attention")
+    if not isinstance(types, list) or any(name not in known for name in types):
+        raise UsageError(f"{file}: layer_types {str(types)[:80]} are not supported")
     slides = kind == "mistral" or (kind != "llama" and theirs.get("use_sliding_window"))
     if not (slides and isinstance(window, int) and isinstance(context, int) and window < context):
         return context
@@ -198,26 +204,33 @@ def _context(file: Path, kind: str, theirs: dict[str, Any]) -> Any:
     return window
 
 
-def read_safetensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a Hugging Face folder as they are stored, from one file or from shards.
+def weight_files(folder: Path) -> list[str]:
+    """The names of the files that hold a folder's weights, as `transformers` looks for them.
+
+    A single file counts more than an index, which may be left from a larger save.
+    """
+    for single, index in ((WEIGHTS, INDEX), (f"{PICKLED}.bin", f"{PICKLED}.bin.index.json")):
+        if (folder / single).exists():
+            return [single]
+        if (folder / index).exists():
+            shards = read_json_object(folder / index).get("weight_map")
+            if not isinstance(shards, dict):
+                raise UsageError(f"{folder / index}: has no object 'weight_map'")
+            return sorted({Path(str(name)).name for name in shards.values()})
+    return [WEIGHTS]
+
+
+def load_tensors(folder: Path, names: list[str]) -> dict[str, Tensor]:
+    """The tensors of a folder's files as they are stored; of pickles without running code.
 
     Raises UsageError for a missing or damaged file, and where `safetensors` is not installed.
     """
-    names = [WEIGHTS]
-    index = folder / INDEX
-    if index.exists():
-        shards = read_json_object(index).get("weight_map")
-        if not isinstance(shards, dict):
-            raise UsageError(f"{index}: has no object 'weight_map'")
-        names = sorted({Path(str(name)).name for name in shards.values()})
     missing = next((name for name in names if not (folder / name).exists()), None)
-    if missing and (folder / "pytorch_model.bin").is_file():
-        raise UsageError(
-            f"{folder}: holds pytorch_model.bin, a pickle: load it with transformers, then "
-            "model.save_pretrained(folder) writes safetensors"
-        )
     if missing:
         raise UsageError(f"{folder}: no {missing} in this folder")
+    if all(name.startswith(PICKLED) for name in names):
+        parts = [load_pt(folder / name)["model"] for name in names]
+        return {name: tensor for part in parts for name, tensor in part.items()}
     if not is_text(folder):
         raise UsageError(f"{folder}: safetensors needs a name that is UTF-8: rename the folder")
     load_file = import_optional("safetensors.torch", f"{folder}: reading it").load_file
@@ -231,47 +244,125 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def read(path: Path) -> StoredModel:
-    """Read a folder; UsageError for what is no Llama, or would compute something else here."""
+def read(path: Path, *, low_rank: dict[str, tuple[Tensor, Tensor]] | None = None) -> StoredModel:
+    """Read a folder; UsageError for what is no Llama, or would compute something else here.
+
+    `low_rank` are products to add to the matrices that they are named after.
+    """
     path = _folder(path)
-    config = _read_config(path)
-    weights = {
-        name: tensor
-        for name, tensor in read_safetensors(path).items()
-        if not name.endswith("rotary_emb.inv_freq")  # computed here
-    }
-    table, head = tensor_name("tok_embeddings.weight"), tensor_name("output.weight")
-    if config.tie_word_embeddings and table in weights:
-        weights.setdefault(head, weights[table])
+    config, weights = _with_head(path, _read_config(path), _causal_lm_weights(path))
+    for name, (b, a) in (low_rank or {}).items():
+        if name not in weights or weights[name].shape != (len(b), a.shape[1]):
+            raise UsageError(f"{path}: has no matrix {name[:80]} for the adapter to add to")
+        weights[name] = weights[name].float() + b @ a
     vocabulary, template = read_vocabulary(path), read_template(path)
     model = StoredModel(config, weights, vocabulary, template).checked(path, tensor_name)
     return model._replace(weights=reorder_heads(model.weights, config, to_adjacent_pairs))
 
 
+def _causal_lm_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors by the names that a LlamaForCausalLM gives them; a classifier's head left out."""
+    weights = {
+        name: tensor
+        for name, tensor in load_tensors(path, weight_files(path)).items()
+        if not name.endswith("rotary_emb.inv_freq") and name != "score.weight"  # computed here
+    }
+    if "embed_tokens.weight" in weights:  # of a LlamaModel, which is what is below the head
+        weights = {f"model.{name}": tensor for name, tensor in weights.items()}
+    return weights
+
+
+def _with_head(
+    path: Path, config: LlamaConfig, weights: dict[str, Tensor]
+) -> tuple[LlamaConfig, dict[str, Tensor]]:
+    """Shape and tensors with an output head, where a model that has one of its own left it out.
+
+    One of a class that predicts no tokens has none: then the embedding serves.
+    """
+    table, head = tensor_name("tok_embeddings.weight"), tensor_name("output.weight")
+    classes = read_json_object(path / "config.json").get("architectures")
+    if table not in weights or head in weights:
+        return config, weights
+    if not config.tie_word_embeddings:
+        if not isinstance(classes, list) or any("CausalLM" in str(each) for each in classes):
+            return config, weights  # it is missing, and its reader says so
+        print(
+            f"note: {path}: a {str(classes[0])[:40] if classes else 'model'} has no output head, "
+            "so the embedding serves as one: finetune it before it writes text",
+            file=sys.stderr,
+        )
+        config = dataclasses.replace(config, tie_word_embeddings=True)
+    return config, weights | {head: weights[table]}
+
+
 def contents(path: Path) -> Contents:
     """The tensors as they are stored, by their names in the files."""
     path = _folder(path)
-    return Contents("Hugging Face folder", {"model": read_safetensors(path)})
+    return Contents("Hugging Face folder", {"model": load_tensors(path, weight_files(path))})
 
 
 # ---------------------------------------------------------------------------- writing
 
 
-def write(model: Llama, output: Path, *, dtype: str, tokenizer: Tokenizer | None) -> list[Path]:
-    """Write a folder that `transformers` loads, with the vocabulary where there is one."""
+def write(
+    model: Llama,
+    output: Path,
+    *,
+    dtype: str,
+    tokenizer: Tokenizer | None,
+    classifier: Classifier | None = None,
+) -> list[Path]:
+    """Write a folder that `transformers` loads, with the vocabulary where there is one.
+
+    Of a fine-tuned classifier a ForSequenceClassification, which has no output head. Raises
+    UsageError for one that computes something else.
+    """
     want = as_stored(model, dtype)
+    if classifier is not None:
+        check_sequence_classifier(classifier)
+        want["output.weight"] = want["tok_embeddings.weight"]
     with atomic_folder(output) as folder:
-        write_files(model, folder, dtype, tokenizer)
+        write_files(model, folder, dtype, tokenizer, classifier)
         read(folder).check_read_back(folder, want)
         if tokenizer is not None:
             check_token_ids(tokenizer, folder)
     return [output]
 
 
-def write_files(model: Llama, folder: Path, dtype: str, tokenizer: Tokenizer | None) -> None:
+def check_sequence_classifier(classifier: Classifier) -> None:
+    """UsageError for a head that is not what a LlamaForSequenceClassification has.
+
+    That one reads the last token's state and has no bias; one that is the same for all labels
+    changes no probability.
+    """
+    weight, bias = classifier.head["weight"], classifier.head["bias"]
+    problem = None
+    if classifier.pooling != "last":
+        problem = f"the {classifier.pooling} of the states, and that the last one alone"
+    elif not torch.equal(bias, bias[:1].expand_as(bias)):
+        problem = "a weight and a bias, and that has no bias"
+    elif not (weight.isfinite().all() and bias.isfinite().all()):
+        problem = "numbers that are not finite"
+    if problem is not None:
+        raise UsageError(
+            f"--convert hf: the classifier's head is not that of a LlamaForSequenceClassification: "
+            f"it reads {problem}, so its predictions would be others; --convert pt keeps it"
+        )
+
+
+def write_files(
+    model: Llama,
+    folder: Path,
+    dtype: str,
+    tokenizer: Tokenizer | None,
+    classifier: Classifier | None = None,
+) -> None:
     """Fill an existing empty folder."""
     save_file = import_optional("safetensors.torch", "--convert hf").save_file
     config, state = model.config, {}
+    if classifier is not None:
+        config = dataclasses.replace(config, tie_word_embeddings=True)  # of two, one is left
+        state["score.weight"] = classifier.head["weight"].to(getattr(torch, dtype)).contiguous()
     for name, tensor in reorder_heads(model.state_dict(), config, to_half_split).items():
         if name != "output.weight" or not config.tie_word_embeddings:
             state[tensor_name(name)] = tensor.to(getattr(torch, dtype)).contiguous()
@@ -284,7 +375,7 @@ def write_files(model: Llama, folder: Path, dtype: str, tokenizer: Tokenizer | N
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else error from None
     path.chmod(mode)  # safetensors' own is 0600, which other users cannot read
-    described = config_json(config, dtype, tokenizer)
+    described = config_json(config, dtype, tokenizer, classifier)
     write_json(folder / "config.json", described)
     ends = tokenizer.vocabulary.end_ids if tokenizer else [described["eos_token_id"]]
     ids = {key: described[key] for key in ("bos_token_id", "eos_token_id")}
@@ -294,13 +385,23 @@ def write_files(model: Llama, folder: Path, dtype: str, tokenizer: Tokenizer | N
         write_vocabulary(tokenizer, model, folder)
 
 
-def config_json(config: LlamaConfig, dtype: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def config_json(
+    config: LlamaConfig,
+    dtype: str,
+    tokenizer: Tokenizer | None,
+    classifier: Classifier | None = None,
+) -> dict[str, Any]:
     bos, eos = tokenizer.vocabulary.stated_marks if tokenizer else (1, 2)
     kind = architecture_for(config, "hf")
     scaling = {} if config.rope_scaling is None else config.rope_scaling.to_plain()
     rope = {"rope_type": "default", **scaling, "rope_theta": config.rope_theta}
+    task, labels = "ForCausalLM", {}
+    if classifier is not None:
+        task, names = "ForSequenceClassification", dict(enumerate(classifier.label_names))
+        labels = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
     return {
-        "architectures": [f"{CLASSES[kind]}ForCausalLM"],
+        "architectures": [CLASSES[kind] + task],
+        **labels,
         "model_type": kind,
         **ONLY,
         **{key: getattr(config, ours) for key, ours in CONFIG.items()},

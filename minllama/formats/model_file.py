@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from minllama.formats import gguf, hugging_face, llama2c, pt_model
+from minllama.formats import gguf, hugging_face, litgpt, llama2c, peft, pt_model
 from minllama.formats.pt_file import STATE_FILE
 from minllama.formats.stored_model import Contents, StoredModel
 from minllama.system.errors import UsageError
@@ -26,6 +26,7 @@ FORMATS: dict[str, ModuleType] = {  # by the names that --convert takes; the fir
     "hf": hugging_face,
     "bin": llama2c,  # whose oldest version begins with no mark of its own
 }
+READ_ONLY = (litgpt, peft)  # looked at first: their folders and files are of other formats' kinds
 
 
 def format_named(target: str) -> ModuleType:
@@ -34,7 +35,7 @@ def format_named(target: str) -> ModuleType:
 
 
 def format_of(path: Path) -> ModuleType:
-    """The module of FORMATS that reads this file or folder; UsageError where there is none."""
+    """The module that reads this file or folder; UsageError where there is none."""
     head = b""
     if (path / STATE_FILE).is_file():
         raise UsageError(
@@ -44,7 +45,8 @@ def format_of(path: Path) -> ModuleType:
     if not path.is_dir():
         with open_regular(path) as file:
             head = file.read(8)
-    return next(each for each in FORMATS.values() if each.recognizes(path, head))
+    formats = (*READ_ONLY, *FORMATS.values())
+    return next(each for each in formats if each.recognizes(path, head))
 
 
 def read_model(path: Path) -> StoredModel:

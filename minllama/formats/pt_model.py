@@ -46,6 +46,8 @@ def own_name(name: str) -> str:
 
 def recognizes(path: Path, head: bytes) -> bool:
     """Whether a file that begins so is of this format, or it is a folder of Meta's."""
+    if path.name.startswith("pytorch_model"):  # of Hugging Face
+        return False
     return is_pt(head) or ((path / CONSOLIDATED).exists() and not (path / "config.json").exists())
 
 

@@ -15,12 +15,12 @@ import torch
 from llama import Llama, LlamaZeroShotClassifier, common_prefix
 from minllama.cli.console import progress_bar
 from minllama.system.errors import UsageError
-from minllama.system.json_lines import read_objects
-from minllama.system.peek import is_json_name
+from minllama.system.peek import first_object, is_json_name
 from minllama.system.signals import StopRequest
 from minllama.text.documents import read_documents
 from minllama.text.encoder import DocumentEncoder
 from minllama.text.reading import Reading, read_lines
+from minllama.text.records import places, read_records
 from minllama.text.stream import TokenStream
 from tokenizer import Tokenizer
 from utils import PretrainDataset
@@ -116,14 +116,16 @@ def read_pairs(files: Sequence[Path], reading: Reading) -> list[Pair]:
     """
     pairs = []
     for path in files:
-        lines = read_lines(path, reading)
-        if is_json_name(path):
-            records, parse = read_objects(lines, path), _json_pair
+        if is_json_name(path) or "sentence_good" in first_object(path):
+            records, parse = read_records(path, reading), _pair_of_record
         else:
+            lines = read_lines(path, reading)
             records, parse = (line for line in lines if line[1].strip()), _tabbed_pair
+        place = places(path)
         for number, record in records:
-            good, bad, category = parse(record, f"{path}:{number}")
-            pairs.append(Pair(good, bad, category or path.name, f"{path}:{number}"))
+            where = place(number)
+            good, bad, category = parse(record, where)
+            pairs.append(Pair(good, bad, category or path.name, where))
     if not pairs:
         raise UsageError(f"{files[0]}: empty, there is no pair of sentences")
     return pairs
@@ -136,7 +138,7 @@ def _tabbed_pair(line: str, where: str) -> tuple[str, str, str]:
     return good, bad, category
 
 
-def _json_pair(record: dict[str, Any], where: str) -> tuple[str, str, str]:
+def _pair_of_record(record: dict[str, Any], where: str) -> tuple[str, str, str]:
     texts = {key: text for key, text in record.items() if isinstance(text, str) and text.strip()}
     if not {"sentence_good", "sentence_bad"} <= texts.keys():
         raise UsageError(f"{where}: lacks a text in sentence_good or sentence_bad, BLiMP's fields")

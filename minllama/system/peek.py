@@ -19,12 +19,12 @@ CSV_SUFFIXES = (".csv", ".tsv")
 
 def is_json_name(path: Path) -> bool:
     """Whether a file is JSON by its name."""
-    return uncompressed_name(path).endswith(JSON_SUFFIXES)
+    return uncompressed_name(path).lower().endswith(JSON_SUFFIXES)
 
 
 def is_csv_name(path: Path) -> bool:
     """Whether a file is a table of text by its name, whose first line names the columns."""
-    return uncompressed_name(path).endswith(CSV_SUFFIXES)
+    return uncompressed_name(path).lower().endswith(CSV_SUFFIXES)
 
 
 def is_table(path: Path) -> bool:
@@ -40,12 +40,13 @@ def has_records(path: Path) -> bool:
 def first_object(path: Path) -> dict[str, Any]:
     """The first object of a file, also of a list; empty where there is none to be read.
 
-    Of a table or a .csv its columns, without values.
+    Of a table or a .csv its columns, without values. Raises UsageError for a table that cannot be
+    read: what it is about would be a guess, and another error than that it is damaged.
     """
+    if is_table(path):
+        return dict.fromkeys(open_table(path).columns)
     with contextlib.suppress(OSError, UsageError, ValueError, RecursionError, csv.Error):
         if path.is_file():
-            if is_table(path):
-                return dict.fromkeys(open_table(path).columns)
             with path.open("rb") as file:
                 data = next(read_unpacked(file, path, PEEK_BYTES), b"")
             text = data.decode("utf-8-sig", "replace")

@@ -23,9 +23,8 @@ XZ_MEMORY = 1 << 28  # the dictionary that a file may ask for; xz -9 asks for 64
 
 
 def uncompressed_name(path: Path) -> str:
-    """A file's name in small letters without `.gz` and the like: `a.jsonl` of `A.jsonl.gz`."""
-    name = path.name.lower()
-    return name.rpartition(".")[0] if path.suffix.lower() in COMPRESSED_SUFFIXES else name
+    """A file's name without `.gz` and the like: `a.jsonl` of `a.jsonl.gz`."""
+    return path.stem if path.suffix.lower() in COMPRESSED_SUFFIXES else path.name
 
 
 def compression_of(head: bytes) -> str | None:

@@ -229,7 +229,6 @@ def encode_dialogue(
             pair = ids(history=history) if parts and pair is None else None
             if pair is None or sum(map(len, pair)) > room:
                 pair, first = ids(), number
-                cuts.dialogues += len(parts) == 1
             asked, answered = pair
             if len(asked) >= room:
                 cuts.questions += 1
@@ -239,4 +238,5 @@ def encode_dialogue(
             parts.append(Encoded())
         parts[-1].add(pair[0], is_answer=False)
         parts[-1].add(pair[1], is_answer=True)
+    cuts.dialogues += first > 0 and len(parts) > 1
     return parts

@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 
 from minllama.system.errors import UsageError
 from minllama.system.json_lines import read_values
+from minllama.system.peek import first_object, is_csv_name, is_table
 from minllama.text.reading import UTF8, Reading, read_lines
+from minllama.text.records import places, read_records
 
 Exchange = tuple[str, str]  # a question and its answer
 Record = dict[str, Any]  # an object of a file, or a row of a table
@@ -94,19 +96,22 @@ def read_dialogues(
     on_bytes: Callable[[int], object] = lambda count: None,
     intake: Intake | None = None,
 ) -> Iterator[Dialogue]:
-    """The dialogues of a .jsonl file, streamed; `on_bytes` gets the number of bytes of each read.
+    """The dialogues of a file of records, streamed; `on_bytes` gets the bytes of each read.
 
     All lines are read before UsageError `file:line: ...` is raised for those that are none; what is
     left out is counted in the `intake`.
     """
-    intake = intake or Intake()
-    records = _records(path, read_lines(path, reading, on_bytes), intake)
-    for number, record in _with_trees(records, path, intake):
+    intake, place_of = intake or Intake(), places(path)
+    if is_table(path) or is_csv_name(path):
+        records = read_records(path, reading, on_bytes, columns=_columns(path))
+    else:
+        records = _json_values(path, read_lines(path, reading, on_bytes), intake)
+    for number, record in _with_trees(records, place_of, intake):
         left_out: Counter[str] = Counter()
         try:
             exchanges, system = _exchanges(_turns(record, left_out), left_out)
         except BadDialogue as fault:
-            intake.add_fault(fault.kind, f"{path}:{number}: {fault}")
+            intake.add_fault(fault.kind, f"{place_of(number)}: {fault}")
             continue
         intake.dialogues += 1
         intake.left_out += left_out
@@ -115,7 +120,19 @@ def read_dialogues(
     intake.check(path)
 
 
-def _records(
+def _columns(path: Path) -> set[str] | None:
+    """The columns of a table that forms have; UsageError where none fits.
+
+    None where they cannot be read, and to read them all will say why.
+    """
+    names = first_object(path)
+    forms = [MESSAGE, TREE, *(form.fields for form in FORMS)]
+    if names and not any(fields <= names.keys() for fields in forms):
+        raise UsageError(f"{path}: {_no_form(names)}")
+    return names.keys() & COLUMNS or None
+
+
+def _json_values(
     path: Path, lines: Iterator[tuple[int, str]], intake: Intake
 ) -> Iterator[tuple[int, Any]]:
     """The values of a file, each with its line; a line that is a list of turns is one value.
@@ -224,6 +241,9 @@ TURN = 'a turn is {"role": "user", "content": "..."} or {"from": "human", "value
 SHOWN_KINDS = 10  # of what was left out
 SHOWN_FIELDS = 8
 KEPT = (*("message_id", "parent_id", "role", "text"), *("rank", "deleted", "review_result"))
+COLUMNS = {"history", "label", *SYSTEM, *KEPT, *TREE}.union(*FORMS) - {
+    None
+}  # that are read of a table
 MOST_HELD = 1 << 30  # bytes, about, of the messages of trees
 MESSAGE_BYTES = 1000  # of one, beside its text
 
@@ -242,7 +262,7 @@ def _turns(record: Any, left_out: Counter[str]) -> list[Any]:
     passed = sorted(set().union(*(each.fields for each in others)) - {*form.fields, form.about})
     if passed:
         left_out[f"dialogues were read by {form}, and not by {', '.join(passed)}"] += 1
-    if record.get("label") is False or record.get("label") in ("False", "false"):  # TRL's, KTO's
+    if _says(record.get("label"), False):  # of TRL's unpaired preferences
         left_out["answers with a 'label' of false were left out"] += 1
         return []
     if form.answered is None:
@@ -272,6 +292,7 @@ def _no_form(record: Record) -> BadDialogue:
 
 def _all_turns(value: Any) -> list[Any]:
     """The turns of a dialogue that is all in one field."""
+    value = _parsed(value)
     turns = _listed(value)
     if turns is None and isinstance(value, list):
         turns = value  # what is wrong with its items is told of these
@@ -304,10 +325,9 @@ def _listed(value: Any) -> list[Any] | None:
             {"role": speaker, "content": text}
             for speaker, text in zip(pieces[::2], pieces[1::2], strict=True)
         ]
-    if isinstance(value, str) and value.startswith("[{"):
-        with contextlib.suppress(ValueError, RecursionError):
-            items = json.loads(value)
-            return items if all(map(_is_turn, items)) else None
+    if isinstance(value, str):
+        items = _parsed(value)
+        return items if isinstance(items, list) and items and all(map(_is_turn, items)) else None
     if isinstance(value, dict) and _named(value) is not None:
         return [value]  # LLaMA-Factory's `chosen`
     if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -317,6 +337,14 @@ def _listed(value: Any) -> list[Any] | None:
         if "role" in value[0] or "from" in value[0]:
             return value
     return None
+
+
+def _parsed(value: Any) -> Any:
+    """A list that a text has as JSON, as .csv does; any other value as it is."""
+    if isinstance(value, str) and value.startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
 
 
 def _turns_of_pair(pair: Any, names: tuple[str, str]) -> list[Any]:
@@ -329,7 +357,7 @@ def _turns_of_pair(pair: Any, names: tuple[str, str]) -> list[Any]:
 
 def _history(record: Record) -> list[Any]:
     """LLaMA-Factory's `history`, pairs of a question and its answer, as turns."""
-    pairs = record.get("history") or []
+    pairs = _parsed(record.get("history")) or []
     if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 for p in pairs):
         raise BadDialogue("a bad history", 'its history is no list of ["question", "answer"]')
     return [
@@ -343,7 +371,7 @@ def _history(record: Record) -> list[Any]:
 
 
 def _with_trees(
-    records: Iterable[tuple[int, Any]], path: Path, intake: Intake
+    records: Iterable[tuple[int, Any]], place_of: Callable[[int], str], intake: Intake
 ) -> Iterator[tuple[int, Any]]:
     """The records; those that are messages of OASST's are put together to nested trees.
 
@@ -357,9 +385,10 @@ def _with_trees(
             yield number, record
             continue
         message = {name: record.get(name) for name in KEPT} | {"line": number}
+        message["parent_id"] = message["parent_id"] or None  # "" in .csv
         problem = _message_problem(message, ids)
         if problem:
-            intake.add_fault("a bad message", f"{path}:{number}: {problem}")
+            intake.add_fault("a bad message", f"{place_of(number)}: {problem}")
             continue
         name = message["message_id"]
         ids.add(name)
@@ -368,8 +397,8 @@ def _with_trees(
         held += len(message["text"]) + MESSAGE_BYTES
         if held > MOST_HELD:
             raise UsageError(
-                f"{path}:{number}: more messages of trees than {MOST_HELD:,} bytes of memory hold: "
-                "cut the file between two trees"
+                f"{place_of(number)}: more messages of trees than {MOST_HELD:,} bytes of memory "
+                "hold: cut the file between two trees"
             )
     roots = replies.get(None, [])
     yield from ((root["line"], {"message_tree_id": None, "prompt": root}) for root in roots)
@@ -419,12 +448,20 @@ def _best_path(root: Record, left_out: Counter[str]) -> list[Record]:
 
 def _is_rejected(message: Record) -> bool:
     """Whether a message was deleted, or its reviewers did not accept it."""
-    return message.get("deleted") is True or message.get("review_result") is False
+    return _says(message.get("deleted"), True) or _says(message.get("review_result"), False)
+
+
+def _says(value: Any, answer: bool) -> bool:
+    """Whether a value is true, or false, also as a word, as .csv has it."""
+    return value is answer or value in (str(answer), str(answer).lower())
 
 
 def _rank(message: Record) -> float:
     rank = message.get("rank")
-    return rank if isinstance(rank, int | float) and not math.isnan(rank) else math.inf
+    with contextlib.suppress(ValueError, OverflowError):
+        if isinstance(rank, int | float | str) and not math.isnan(rank := float(rank)):
+            return rank
+    return math.inf
 
 
 # ---------------------------------------------------------------------------- turns
@@ -462,7 +499,8 @@ def _turn(turn: Any, left_out: Counter[str]) -> tuple[str, str] | None:
     """
     if not isinstance(turn, dict):
         raise BadDialogue("no turn", f"the turn {_shown(turn)!r} is not an object; {TURN}")
-    named, role, text = _named(turn), _role(turn), turn.get("content", turn.get("value"))
+    named, role, text = _named(turn), _role(turn), turn.get("content")
+    text = turn.get("value") if text is None else text
     if isinstance(named, str) and named.lower() in TOOLS:
         left_out["turns of tools and functions were left out"] += 1
         return None

@@ -16,7 +16,7 @@ from minllama.system.json_lines import read_values
 from minllama.system.peek import first_object, has_records, is_csv_name, is_json_name, is_table
 from minllama.text.labelled import is_labelled, split_labelled
 from minllama.text.reading import BLANK_LINE, Reading, note_once, read_blocks, read_lines, with_lf
-from minllama.text.records import field_problem, field_texts, place, read_records
+from minllama.text.records import field_problem, field_texts, places, read_records
 
 SAMPLED_FILES, SAMPLED_CHARS = 10, 1 << 18  # on which a vocabulary is tried
 # What other programs set between documents: <|endoftext|>, </s>; a line of signs alone; a gap.
@@ -107,7 +107,7 @@ def seen_separator(text: str) -> str | None:
 
 def _record_texts(path: Path, reading: Reading, on_bytes: Callable[[int], object]) -> Iterator[str]:
     """The texts of a file of records: of each its field's, of a JSON list of strings these."""
-    name, empty = reading.text_field, 0
+    name, place, empty = reading.text_field, places(path), 0
     if is_json_name(path) and not is_table(path):
         values = read_values(read_lines(path, reading, on_bytes), path)
     else:
@@ -116,28 +116,28 @@ def _record_texts(path: Path, reading: Reading, on_bytes: Callable[[int], object
         if isinstance(value, str):
             texts = [value]
         elif not isinstance(value, dict):
-            raise UsageError(f"{path}:{number}: not a JSON object")
+            raise UsageError(f"{place(number)}: not a JSON object")
         else:
             texts = field_texts(value, name)
             if texts is None:
                 has = first_object(path) if is_table(path) else {}  # of which a few were read
                 problem = field_problem(has | value, name, path)
-                raise UsageError(f"{place(path, number)}: {problem}")
+                raise UsageError(f"{place(number)}: {problem}")
         empty += texts.count(None)
         for text in texts:
             if text:
-                yield _clean(text, path, number, reading)
+                yield _clean(text, place, number, reading)
     if empty:
         note_once(f"{path}: {empty:,} of its documents empty: null in {name!r}")
 
 
-def _clean(value: str, path: Path, number: int, reading: Reading) -> str:
+def _clean(value: str, place: Callable[[int], str], number: int, reading: Reading) -> str:
     text = with_lf(value)
     try:  # JSON can escape half a surrogate pair, which UTF-8 cannot encode
         text.isascii() or text.encode()
     except UnicodeEncodeError:
         if reading.encoding_errors == "strict":
-            where, remedy = place(path, number), "repair it, or --encoding_errors replace"
+            where, remedy = place(number), "repair it, or --encoding_errors replace"
             raise UsageError(f"{where}: half a surrogate pair in its text; {remedy}") from None
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text

@@ -29,7 +29,7 @@ NO_SUFFIX = "without an end"
 
 def is_text_name(path: Path) -> bool:
     """Whether a folder's file is read without being named: `a.txt`, `a.jsonl.zst`, `a.parquet`."""
-    return uncompressed_name(path).endswith(TEXT_SUFFIXES)
+    return uncompressed_name(path).lower().endswith(TEXT_SUFFIXES)
 
 
 def find_text_files(patterns: Sequence[str | Path], *, flag: str = "--pretrain_data") -> list[Path]:

@@ -5,11 +5,10 @@ Knows nothing of vocabularies or models: predictions come as numbers.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from minllama.system.files import replace, write_text
 from minllama.system.peek import has_records, is_csv_name, is_table
 from minllama.system.tables import open_table
 from minllama.text.reading import UTF8, Reading, read_blocks, read_lines
-from minllama.text.records import field_of, place, read_records
+from minllama.text.records import field_of, places, read_records
 
 UNLABELLED = -1  # the label of a sentence without one, in files and in batches
 NEARLY_ALL = 0.9  # of a split's predictions: so many alike say little of the model
@@ -31,7 +30,6 @@ SHOWN_LABELS = 30  # of a confusion matrix; of more labels the commonest confusi
 SHOWN_CONFUSIONS = 10
 WHOLE = re.compile(r"(-?[0-9]{1,9})(\.0+)?")  # pandas writes 1.0 where a label is missing
 TEXT_FIELDS = ("text", "sentence")  # of records, where no other is named
-LABEL_FIELD = "label"
 LABELLED_LINE = re.compile(r"[^|\n]{0,100}\|\|\|\s")  # a number, a word or nothing first
 
 
@@ -118,38 +116,37 @@ def read_rows(path: Path, reading: Reading = UTF8, *, plain: bool = False) -> li
 
 
 def _rows_of_records(path: Path, reading: Reading) -> Iterator[Row]:
-    names = TEXT_FIELDS if reading.text_field == TEXT_FIELDS[0] else (reading.text_field,)
-    columns = {name.split(".")[0] for name in (*names, reading.label_field)}
-    for number, record in read_records(
-        path, reading, columns={*columns, *names, reading.label_field}
-    ):
-        yield _row_of(record, names, reading.label_field, functools.partial(place, path, number))
+    is_usual = reading.text_field == TEXT_FIELDS[0]
+    names = TEXT_FIELDS if is_usual else (reading.text_field,)
+    fields = {*names, reading.label_field}
+    columns = fields | {name.split(".")[0] for name in fields}
+    place = places(path)
+    for number, record in read_records(path, reading, columns=columns):
+        yield _row_of(record, names, reading.label_field, place(number))
 
 
-def _row_of(
-    record: dict[str, Any], names: Sequence[str], label_field: str, where: Callable[[], str]
-) -> Row:
+def _row_of(record: dict[str, Any], names: Sequence[str], label_field: str, where: str) -> Row:
     found = (field_of(record, name) for name in names)
-    sentence, label = next((value for value in found if value is not None), None), None
-    if not isinstance(sentence, str) or not sentence.strip():
-        has = ", ".join(map(str, sorted(record)[:8])) or "nothing"
-        raise UsageError(
-            f'{where()}: no sentence in "{names[0]}" (has: {has}); --text_field names another'
-        )
+    sentence = next((value for value in found if value is not None), None)
     label = field_of(record, label_field)
-    if label is None and label_field not in record and label_field != LABEL_FIELD:
-        has = ", ".join(map(str, sorted(record)[:8]))
-        raise UsageError(f"{where()}: no label in {label_field!r} (has: {has}); see --label_field")
+    has = ", ".join(sorted(record)[:8]) or "nothing"
+    if not isinstance(sentence, str) or not sentence.strip():
+        remedy = "--text_field names another"
+        raise UsageError(f'{where}: no sentence in "{names[0]}" (has: {has}); {remedy}')
+    if label_field not in record and label is None and label_field != Reading.label_field:
+        raise UsageError(f"{where}: no --label_field {label_field} (has: {has})")
     if not isinstance(label, str | int | float | None):
-        raise UsageError(f"{where()}: label {str(label)[:40]!r} is not a number or a word")
+        raise UsageError(f"{where}: label {str(label)[:40]!r} is not a number or a word")
     # Predictions are written a line each.
     text = "" if label is None or label != label else str(label)  # NaN is none
-    return Row(where(), text.strip(), re.sub(r"\s*[\r\n]+\s*", " ", sentence.strip()))
+    return Row(where, text.strip(), re.sub(r"\s*[\r\n]+\s*", " ", sentence.strip()))
 
 
 def class_names(path: Path, reading: Reading) -> list[str] | None:
     """The names of the labels that a table has as numbers from 0; None where it has none."""
-    return open_table(path).class_names.get(reading.label_field) if is_table(path) else None
+    names = open_table(path).class_names.get(reading.label_field, []) if is_table(path) else []
+    fit = 2 <= len({*names}) == len(names) <= MAX_LABELS and all(map(is_fit_label, names))
+    return names if fit else None
 
 
 def _plain_label(text: str, where: str) -> str:

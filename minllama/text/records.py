@@ -53,9 +53,10 @@ def read_records(
             yield Record(number, record)
 
 
-def place(path: Path, number: int) -> str:
-    """Where a record is, for messages: `a.jsonl:3`, or `a.parquet, row 3`."""
-    return f"{path}, row {number:,}" if is_table(path) else f"{path}:{number}"
+def places(path: Path) -> Callable[[int], str]:
+    """Of a record's number where it is, for messages: `a.jsonl:3`, or `a.parquet, row 3`."""
+    separator = ", row " if is_table(path) else ":"
+    return lambda number: f"{path}{separator}{number}"
 
 
 # ---------------------------------------------------------------------------- tables

@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from config import DATA_DIR, Options
+from minllama.cli.console import say
 from minllama.system.errors import UsageError
 from minllama.system.files import check_writable_file, read_json, real_path
+from minllama.system.peek import has_records
+from minllama.system.unpacking import uncompressed_name
 from minllama.text.find_files import find_text_files
 from minllama.text.labelled import (
     MAX_LABELS,
@@ -28,7 +31,7 @@ from minllama.text.labelled import (
     label_rows,
     read_rows,
 )
-from minllama.text.reading import Reading
+from minllama.text.reading import Reading, encoding_line
 
 SHOWN_PAIRS = 10  # of the labels in a message
 
@@ -83,6 +86,8 @@ def find_labels(train: Path, rows: list[Row], given: Labels | None, mapping: Pat
     unlabelled = {"", str(UNLABELLED)} - {*(given.texts if given else ())}
     if unlabelled & counts.keys():
         hint = "" if "" in counts else f"; if it is one, name it in {mapping}"
+        if "" in counts and has_records(train):
+            hint = "; --label_field names the field or column of the label"
         raise UsageError(
             f"--train {train}: has lines without a label, which cannot be learnt from{hint}"
         )
@@ -195,12 +200,14 @@ def _checked(options: Options, files: SplitFiles) -> SplitFiles:
     }
     for split, path in files.paths.items():
         find_text_files([path], flag=f"--{split}")
+    if line := encoding_line([*files.paths.values()], Reading.of_records(options)):
+        say(line)
     taken = {real_path(path) for path in files.paths.values()}
     for split, path in outs.items():
         if real_path(path) in taken:
             raise UsageError(f"--{split}_out {path}: is another of the files named; give a new one")
         taken.add(real_path(path))
-        if not options.plan:  # which leaves no folder
+        if options.option != "finetune" or not options.plan:  # which leaves no folder
             check_writable_file(path, f"--{split}_out")
     return replace(files, outs=outs)
 
@@ -213,7 +220,7 @@ def data_set_name(train: Path | None) -> str:
 
 
 def _stem(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz")).stem
+    return Path(uncompressed_name(path)).stem
 
 
 def read_label_names(given: Path | None, beside: Path) -> Labels | None:

@@ -20,6 +20,7 @@ from minllama.text.chat import ChatTemplate, Template
 from minllama.text.dialogues import Intake, read_dialogues
 from minllama.text.labelled import write_result
 from minllama.text.reading import Reading, byte_bar
+from minllama.text.records import places
 from minllama.text.splits import SplitFiles
 from minllama.training.identity import DIALOGUES, LABELLED
 from minllama.training.results import print_best, print_results
@@ -153,7 +154,7 @@ class ChatTuning(NextTokenTask):
 
     def locate(self, number: int) -> str:
         line, dialogue = self.train_set.lines[number], self.train_set.numbers[number]
-        return f"{self.files.paths['train']}:{line} (dialogue {dialogue:,})"
+        return f"{places(self.files.paths['train'])(line)} (dialogue {dialogue:,})"
 
     def finish(self) -> None:
         """Show what the best model answers, and how many of its answers match exactly."""

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,12 @@ import numpy as np
 from minllama.system.errors import UsageError
 from minllama.system.packages import import_optional
 from minllama.vocabulary.base import END_TOKENS, Vocabulary
-from minllama.vocabulary.pre_tokenizers import PRE_TOKENIZERS, name_of
+from minllama.vocabulary.pre_tokenizers import GPT2, PRE_TOKENIZERS, name_of
 
 FILE = "tokenizer"  # the key of tokenizer.json's content; beside it the keys of SETTINGS
 SETTINGS = ("bos_token", "eos_token", "pad_token", "add_bos_token")
+ADDED = ("id", "content", "special", "single_word", "lstrip", "rstrip", "normalized")
+AROUND = ("single_word", "lstrip", "rstrip")  # looks at, or takes, what is around it
 ONLY_WITHOUT = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")  # in its model
 DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")  # where others' names for EOS end an answer
 # Where none of the known pre-tokenizers joins what is before with what is behind: before the space
@@ -45,44 +48,30 @@ class ByteBPE(Vocabulary):
         package = import_optional("tokenizers", f"{where}: its vocabulary")
         self.content = content
         settings = read_object(content, where)
-        self.file: dict[str, Any] = settings.get(FILE)
-        self.pre_tokenizer = check_kind(self.file, where)
-        try:
-            self.engine = package.Tokenizer.from_str(json.dumps(self.file))
-        except Exception as error:  # the package has a class for nothing in particular
-            raise UsageError(f"{where}: no vocabulary ({str(error)[:200]})") from None
-        # What is called a control token in a text is text.
-        self.engine.encode_special_tokens = True
-        self.engine.no_truncation()
-        self.engine.no_padding()
+        self.file, self.pre_tokenizer = canonical(settings.get(FILE), where)
+        self.engine = _engine(package, self.file, where)
         self.size = self.engine.get_vocab_size()
         names = [self.engine.id_to_token(i) for i in range(self.size)]
         if None in names:
             raise UsageError(f"{where}: no token has the id {names.index(None):,}")
         self.names: list[str] = names
-        added = self.file.get("added_tokens") or []
-        self.control_tokens = {each["content"]: each["id"] for each in added if each["special"]}
+        added = self.file["added_tokens"]
+        for each in added:
+            if self.engine.token_to_id(each["content"]) != each["id"]:
+                raise UsageError(f"{where}: the id of its added token {_shown(each)} is another's")
+        self.control_tokens = _control_tokens(added)
         self.added_tokens = {each["content"]: each["id"] for each in added if not each["special"]}
         self.settings = {key: settings[key] for key in SETTINGS if settings.get(key) is not None}
         self.adds_bos = bool(self.settings.get("add_bos_token", False))
-        self.bos_id, self.eos_id = self._marks(where)
+        self.bos_id, self.eos_id = _marks(self.control_tokens, self.settings, where)
+        if self.adds_bos:  # for other programs
+            self.file["post_processor"] = opening_processor(names[self.bos_id], self.bos_id)
         # A token that is searched for in a text may lie across a cut.
-        across = any(re.search(r"\s", name) for name in self.added_tokens)
+        searched = [each for each in added if not each["special"]]
+        across = any(
+            re.search(r"\s", each["content"]) or any(map(each.get, AROUND)) for each in searched
+        )
         self.cut = None if across else CUT
-
-    def _marks(self, where: str) -> tuple[int, int]:
-        """The tokens that documents begin and end with."""
-        stated = [self.settings.get(key) for key in ("bos_token", "eos_token")]
-        bos, eos = (self.control_tokens.get(name) for name in stated)
-        known = (self.control_tokens.get(name) for name in (*DOCUMENT_ENDS, *END_TOKENS))
-        end = next((token for token in known if token is not None), eos)
-        if end is None or (self.adds_bos and bos is None):
-            raise UsageError(
-                f"{where}: names no BOS and EOS token among its control tokens "
-                f"({', '.join(self.control_tokens) or 'none'}): a tokenizer_config.json beside it "
-                "can, by bos_token and eos_token"
-            )
-        return (bos, end) if self.adds_bos else (end, end)
 
     @property
     def stated_marks(self) -> tuple[int, int]:
@@ -94,8 +83,7 @@ class ByteBPE(Vocabulary):
     @property
     def merges(self) -> list[list[str]]:
         """The pairs that are merged, the first ones first."""
-        merges = self.file["model"]["merges"]
-        return [m.split(" ", 1) if isinstance(m, str) else m for m in merges]
+        return self.file["model"]["merges"]
 
     def encode_many(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         """Token ids of each text, without BOS and EOS; `threads` are as many as there are cores."""
@@ -145,34 +133,117 @@ def read_object(content: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def check_kind(file: Any, where: str) -> str:
-    """The name of the pre-tokenizer; UsageError for a tokenizer.json of another kind."""
+def canonical(file: Any, where: str) -> tuple[dict[str, Any], str]:
+    """What of a tokenizer.json decides the ids, always in the same form, and the name of its
+    pre-tokenizer; UsageError for one of another kind.
+
+    So a vocabulary is the same bytes whatever file it comes from, and nothing of a stranger's
+    file gets to `tokenizers` that is not known.
+    """
     model = file.get("model") if isinstance(file, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
         raise UsageError(f"{where}: is no tokenizer.json: it has no model with a vocab of BPE")
-    pre_tokenizer = name_of(file.get("pre_tokenizer"))
-    if pre_tokenizer is None:
-        shown = json.dumps(file.get("pre_tokenizer"), ensure_ascii=False)[:200]
+    try:
+        name = name_of(file.get("pre_tokenizer"))
+    except RecursionError:
+        name = None
+    if name is None:
+        shown = str(file.get("pre_tokenizer"))[:200]
         known = ", ".join(PRE_TOKENIZERS)
         raise UsageError(f"{where}: its pre-tokenizer is none of the known ({known}): {shown}")
-    normalizer = file.get("normalizer")
+    normalizer, decoder = file.get("normalizer"), file.get("decoder")
     supported = {
-        "model": model.get("type", "BPE") == "BPE",
-        "normalizer": normalizer is None or normalizer == {"type": "NFC"},
-        **{f"model {key}": not model.get(key) for key in ONLY_WITHOUT},
+        "model": (model.get("type"), model.get("type", "BPE") == "BPE"),
+        "normalizer": (normalizer, normalizer in (None, {"type": "NFC"})),
+        "decoder": (decoder, decoder is None or _has_type(decoder, "ByteLevel")),
+        **{f"model {key}": (model.get(key), not model.get(key)) for key in ONLY_WITHOUT},
     }
-    for what, fits in supported.items():
+    for what, (value, fits) in supported.items():
         if not fits:
-            value = normalizer if what == "normalizer" else model.get(what.split()[-1], "type")
             raise UsageError(f"{where}: its {what} {str(value)[:60]!r} is not supported")
     added = file.get("added_tokens") or []
     if not isinstance(added, list) or not all(map(_is_added_token, added)):
         raise UsageError(f"{where}: its added_tokens are no list of content, id and special")
-    spelt = model["vocab"].keys() - {each["content"] for each in added}
-    foreign = next((name for name in spelt if not BYTE_OF.keys() >= {*name}), None)
+    names = {each["content"]: each["id"] for each in added}
+    spelt = {token: i for token, i in model["vocab"].items() if token not in names}
+    foreign = next((token for token in spelt if not BYTE_OF.keys() >= {*token}), None)
     if foreign is not None:
         raise UsageError(f"{where}: its token {foreign[:40]!r} is not spelt in bytes")
-    return pre_tokenizer
+    merges = model.get("merges")
+    pairs = [m.split(" ", 1) if isinstance(m, str) else m for m in _list(merges)]
+    vocab = {**spelt, **names}
+    if (
+        not isinstance(merges, list)
+        or any(type(i) is not int for i in vocab.values())
+        or any(not isinstance(m, list) or [*map(type, m)] != [str, str] for m in pairs)
+        or sorted(vocab.values()) != [*range(len(vocab))]
+        or any(m[0] + m[1] in names for m in pairs)  # no text spells an added token
+    ):
+        raise UsageError(f"{where}: its vocab, merges and added tokens do not fit together")
+    # Tokens that follow all others are no word of a text, not even where words are looked up.
+    inside = spelt if min(names.values(), default=0) >= len(spelt) else vocab
+    made = {
+        "version": "1.0",
+        "added_tokens": [
+            {**{key: each.get(key, False) for key in ADDED}, "content": each["content"]}
+            for each in sorted(added, key=lambda each: each["id"])
+        ],
+        "normalizer": normalizer,
+        "pre_tokenizer": PRE_TOKENIZERS[name],
+        "decoder": GPT2 | {"add_prefix_space": True},
+        "model": {
+            "type": "BPE",
+            "ignore_merges": model.get("ignore_merges") is True,
+            "vocab": {token: inside[token] for token in sorted(inside, key=inside.__getitem__)},
+            "merges": pairs,
+        },
+    }
+    return made, name
+
+
+def _engine(package: ModuleType, file: dict[str, Any], where: str) -> Any:
+    """The package's own object, for which the name of a control token in a text is text."""
+    try:
+        engine = package.Tokenizer.from_str(json.dumps(file))
+    except (
+        BaseException
+    ) as error:  # its class is none in particular, and of its panics no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise UsageError(f"{where}: no vocabulary ({str(error)[:200]})") from None
+    engine.encode_special_tokens = True
+    return engine
+
+
+def _control_tokens(added: list[dict[str, Any]]) -> dict[str, int]:
+    return {each["content"]: each["id"] for each in added if each["special"]}
+
+
+def _marks(control: dict[str, int], settings: dict[str, Any], where: str) -> tuple[int, int]:
+    """The tokens that documents begin and end with."""
+    adds_bos, *stated = (settings.get(key) for key in ("add_bos_token", "bos_token", "eos_token"))
+    bos, eos = (control.get(name) for name in stated)
+    known = (control.get(name) for name in (*DOCUMENT_ENDS, *END_TOKENS))
+    end = next((token for token in known if token is not None), eos)
+    if end is None or (adds_bos and bos is None):
+        raise UsageError(
+            f"{where}: names no BOS and EOS token among its control tokens "
+            f"({', '.join(control)[:200] or 'none'}): a tokenizer_config.json beside it can, by "
+            "bos_token and eos_token"
+        )
+    return (bos, end) if adds_bos else (end, end)
+
+
+def _has_type(value: Any, kind: str) -> bool:
+    return isinstance(value, dict) and value.get("type") == kind
+
+
+def _list(value: Any) -> list:
+    return value if isinstance(value, list) else []
+
+
+def _shown(added: dict[str, Any]) -> str:
+    return repr(added["content"][:40])
 
 
 def _is_added_token(token: Any) -> bool:
@@ -185,9 +256,25 @@ def _is_added_token(token: Any) -> bool:
     )
 
 
-def pack(file: dict[str, Any], settings: dict[str, Any]) -> bytes:
+def pack(file: dict[str, Any], settings: dict[str, Any], where: str) -> bytes:
     """The bytes of a vocabulary: a tokenizer.json, and what its tokenizer_config.json says of BOS
-    and EOS.
+    and EOS. Raises UsageError, naming `where`, for one of another kind.
+    """
+    said = read_settings(file, settings)
+    made, _ = canonical(file, where)
+    control = _control_tokens(made["added_tokens"])
+    said = {key: v for key, v in said.items() if isinstance(v, bool) or v in control}
+    marks = dict(zip(("bos_token", "eos_token"), _marks(control, said, where), strict=True))
+    name_of_id = {token: name for name, token in control.items()}
+    said = {key: name_of_id[token] for key, token in marks.items()} | said
+    if said.get("pad_token") == said["eos_token"]:  # as it is where there is none
+        del said["pad_token"]
+    ordered = {key: said[key] for key in SETTINGS if key in said}
+    return json.dumps(ordered | {FILE: made}, ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+def read_settings(file: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """What a tokenizer_config.json says of BOS, EOS and padding, and whether a prompt has BOS.
 
     A token may be named there by an object with its `content`. What is not said is seen from what
     the file's post-processor puts before a text.
@@ -196,14 +283,12 @@ def pack(file: dict[str, Any], settings: dict[str, Any]) -> bytes:
     for key in SETTINGS:
         value = settings.get(key)
         value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, str | bool):
+        if isinstance(value, bool if key == "add_bos_token" else str):
             said[key] = value
     opening = _opening_token(file.get("post_processor"))
     if opening is not None:
-        said |= {"add_bos_token": True, "bos_token": said.get("bos_token", opening)}
-    else:
-        said.setdefault("add_bos_token", False)
-    return json.dumps(said | {FILE: file}, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        return said | {"add_bos_token": True, "bos_token": said.get("bos_token", opening)}
+    return said | {"add_bos_token": said.get("add_bos_token", False)}
 
 
 def opening_processor(bos: str, bos_id: int) -> dict[str, Any]:

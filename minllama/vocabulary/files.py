@@ -7,7 +7,7 @@ from pathlib import Path
 from minllama.system.errors import UsageError
 from minllama.system.files import read_json_object, read_whole
 from minllama.vocabulary.base import MODEL_BYTES, Vocabulary
-from minllama.vocabulary.byte_bpe import FILE, ByteBPE, pack, read_object
+from minllama.vocabulary.byte_bpe import FILE, ByteBPE, pack, read_object, read_settings
 from minllama.vocabulary.sentence_piece import SentencePiece
 from minllama.vocabulary.sentence_piece_file import from_tokenizer_json, has_byte_fallback
 
@@ -42,7 +42,6 @@ def read_vocabulary_file(path: Path) -> bytes:
         return content
     config = path.with_name(CONFIG)
     settings = read_json_object(config) if config.exists() else {}
-    packed = pack(file, settings)
-    if not has_byte_fallback(file):
-        return packed
-    return from_tokenizer_json(file, read_object(packed, str(path)), str(path))
+    if has_byte_fallback(file):
+        return from_tokenizer_json(file, read_settings(file, settings), str(path))
+    return pack(file, settings, str(path))

@@ -101,6 +101,8 @@ THETA = {"rope_type": "default", "rope_theta": 10000.0}
     [
         ({"model_type": "gemma2"}, "model_type 'gemma2' is another architecture"),
         ({"model_type": ["llama"]}, "model_type .'llama'. is another architecture"),
+        ({"layer_types": 5}, "layer_types 5 are not supported"),
+        ({"rope_parameters": {"full_attention": THETA}}, "positions of 'full_attention' alone"),
         ({"layer_types": ["chunked_attention"] * 2}, "layer_types .*chunked_attention.* not supp"),
         ({"attention_bias": True}, "attention_bias True"),
         ({"mlp_bias": True}, "mlp_bias True"),
@@ -175,10 +177,88 @@ def test_hugging_face_folder_with_a_damaged_or_missing_file(model: Llama, tmp_pa
     with pytest.raises(UsageError, match="no model.safetensors in this folder"):
         read_model(folder)
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
-    with pytest.raises(UsageError, match="holds pytorch_model.bin, a pickle"):
+    with pytest.raises(UsageError, match="pytorch_model.bin: no .pt file"):
         read_model(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(UsageError, match="config.json: not JSON"):
+        read_model(folder)
+
+
+def test_a_single_file_counts_more_than_an_index_that_is_left_over(model: Llama, tmp_path: Path):
+    """Of a folder that was saved again in one file, the index named shards that were gone."""
+    folder = write_hugging_face(tmp_path / "hf", model)
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    assert_same_weights(load_pretrained(folder), model)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_older_folders_hold_pickles(model: Llama, tmp_path: Path, shards: int):
+    """pytorch_model.bin, or its shards: read as .pt files are, whose code is not run."""
+    folder = write_hugging_face(tmp_path / "hf", model)
+    (folder / "model.safetensors").unlink()
+    state = to_hugging_face(model)
+    names = ["pytorch_model.bin"]
+    if shards > 1:
+        names = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+        weight_map = {key: names[i % shards] for i, key in enumerate(state)}
+        index = folder / "pytorch_model.bin.index.json"
+        index.write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    for i, name in enumerate(names):
+        torch.save({key: state[key] for key in list(state)[i::shards]}, folder / name)
+    for path in (folder, folder / names[-1]):
+        assert_same_weights(load_pretrained(path), model)
+    assert check_model_precision.inspect(folder, verify=True).sound
+
+
+class Malicious:
+    """What a pickle can do to who loads it."""
+
+    def __reduce__(self):
+        return (sys.exit, ("code from the file was run",))
+
+
+def test_code_in_an_older_folder_is_not_run(model: Llama, tmp_path: Path):
+    folder = write_hugging_face(tmp_path / "hf", model)
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Malicious()}, folder / "pytorch_model.bin")
+    with pytest.raises(UsageError, match="pytorch_model.bin: (carries code|is damaged)"):
+        read_model(folder)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_without_a_head_has_its_embedding_as_one(
+    tiny_config: LlamaConfig, tmp_path: Path, capsys, tied: bool
+):
+    """A LlamaModel has neither lm_head nor the prefix `model.`; of an untied one it is said."""
+    transformers = pytest.importorskip("transformers")
+    model = make_llama(tiny_config)
+    write(model, "hf", tmp_path / "hf")
+    body = transformers.AutoModel.from_pretrained(tmp_path / "hf")
+    body.config.tie_word_embeddings = tied
+    body.save_pretrained(tmp_path / "body")
+    assert_same_weights(load_pretrained(tmp_path / "body"), model)
+    assert ("a LlamaModel has no output head" in capsys.readouterr().err) == (not tied)
+
+
+def test_the_body_of_their_classifier_is_read(tiny_config: LlamaConfig, tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    model = make_llama(tiny_config)
+    write(model, "hf", tmp_path / "hf")
+    kind = transformers.AutoModelForSequenceClassification
+    kind.from_pretrained(tmp_path / "hf", num_labels=3).save_pretrained(tmp_path / "classifier")
+    assert_same_weights(load_pretrained(tmp_path / "classifier"), model)
+
+
+def test_a_head_that_is_missing_is_missed(tiny_config: LlamaConfig, tmp_path: Path):
+    """Of a model that predicts tokens it was lost, and no embedding stands in for it."""
+    model = make_llama(dataclasses.replace(tiny_config, tie_word_embeddings=False))
+    folder = write_hugging_face(tmp_path / "hf", model, architectures=["LlamaForCausalLM"])
+    safetensors = pytest.importorskip("safetensors.torch")
+    state = safetensors.load_file(folder / "model.safetensors")
+    del state["lm_head.weight"]
+    safetensors.save_file(state, folder / "model.safetensors")
+    with pytest.raises(UsageError, match="tensor lm_head.weight missing"):
         read_model(folder)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from config import LlamaConfig
 from llama import Llama, load_pretrained, model_payload
-from minllama.formats.model_file import read_model
+from minllama.formats.model_file import read_contents, read_model
 from minllama.formats.pt_file import load_pt, save_pt
 from minllama.formats.stored_model import EXTRAS, HOLDS, extras, parameter_shapes
 from minllama.model.generation import KVCache, Sampling, compile_step, decode_step, generate_tokens
@@ -172,6 +174,40 @@ def test_llama_cpp_writes_our_tokens_of_what_we_wrote(name: str, tmp_path: Path,
     logits = every_logit(model, torch.tensor([ids + theirs]))[0, len(ids) - 1 : -1]
     behind = logits.amax(dim=-1) - logits.gather(1, torch.tensor(theirs)[:, None])[:, 0]
     assert behind.max() < 0.01 and logits.std() > 1  # where two are as likely it may take the other
+
+
+@pytest.mark.parametrize("original", [8192, 4096])
+def test_llama_3s_positions_are_known_by_their_tensor(original: int, tmp_path: Path, tokenizer):
+    """llama.cpp's own converter leaves the numbers behind rope_freqs out: Meta's are known, and of
+    others it is not believed that they are those."""
+    pytest.importorskip("gguf")
+    scaling = LLAMA_3 | {"factor": 32.0, "original_max_position_embeddings": original}
+    shape = {"head_dim": 64, "rope_theta": 500000.0, "rope_scaling": scaling}
+    model = relative("Llama-3.2", vocab_size=tokenizer.n_words, **shape)
+    path = write(model, "gguf", tmp_path / "model.gguf", tokenizer=tokenizer)[0]
+    frequencies = 1.0 / 500000.0 ** (torch.arange(0, 64, 2, dtype=torch.float32) / 64)
+    factors = []
+    for frequency in frequencies:  # as llama.cpp's converter writes it
+        wavelen = 2 * math.pi / frequency
+        if wavelen < original / 4.0:
+            factors.append(1.0)
+        elif wavelen > original / 1.0:
+            factors.append(32.0)
+        else:
+            smooth = (original / wavelen - 1.0) / (4.0 - 1.0)
+            factors.append(1 / ((1 - smooth) / 32.0 + smooth))
+    held = read_contents(path).values
+    torch.testing.assert_close(held["model"]["rope_freqs.weight"], torch.tensor(factors))
+    known = json.dumps(model.config.rope_scaling.to_plain()).encode()
+    content = path.read_bytes()
+    assert content.count(known) == 1
+    for forged in (b"{}" + b" " * (len(known) - 2), known.replace(b"32.0", b"16.0")):
+        path.write_bytes(content.replace(known, forged))
+        if original == 8192:
+            assert load_pretrained(path).config == model.config
+        else:
+            with pytest.raises(UsageError, match="rope_freqs.weight are not those of Llama 3"):
+                load_pretrained(path)
 
 
 def smollm2() -> Path:

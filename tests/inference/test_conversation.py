@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -297,10 +298,12 @@ def test_a_model_without_a_template_continues_texts(tokenizer, monkeypatch, caps
     """As it always did; and the way to a conversation is shown, by a file that is there."""
     type_lines(monkeypatch, "Once", "")
     torch.manual_seed(0)
-    plain = writer(tokenizer, "--max_new_tokens 3", chat=False)
+    plain = writer(tokenizer, "--max_new_tokens 3 --pretrained_model_path own.pt", chat=False)
     assert converse(plain, 0.0) == 0
     first, *rest = capsys.readouterr().out.splitlines()
-    assert Path(first.partition(" --train ")[2]).is_file() and rest[0].startswith("Once")
+    command = shlex.split(first)
+    assert Path(command[-1]).is_file() and rest[0].startswith("Once")
+    assert command[-4:-1] == ["--pretrained_model_path", "own.pt", "--train"]
 
 
 def test_ctrl_c_ends_a_text_of_a_model_without_a_template(tokenizer, monkeypatch, capsys):

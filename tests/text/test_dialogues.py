@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import random
@@ -242,6 +243,61 @@ def test_every_form_gives_the_ids_of_our_own(tmp_path_factory, exchanges, system
         listed.write_text(json.dumps(records, indent=1), encoding="utf-8")
         found = dataset(*read_dialogues(listed), context=4096)
         assert found.tokens.tolist() == expected.tokens.tolist(), name
+
+
+def write_csv(path: Path, records: list[dict[str, Any]]) -> None:
+    """As spreadsheets and pandas write it: cells of text, lists as JSON, nothing for null."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, records[0].keys())
+        writer.writeheader()
+        for record in records:
+            cells = {k: json.dumps(v) if isinstance(v, list) else v for k, v in record.items()}
+            writer.writerow(cells)
+
+
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3), st.none() | TEXTS)
+def test_rows_of_tables_give_the_same_ids(tmp_path_factory, exchanges, system):
+    """Parquet, whose lists of structs are lists of turns with null for what a turn lacks; CSV."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    folder = tmp_path_factory.mktemp("tables")
+    said = {"system": system} if system else {}
+    own = {"messages": turns_of(exchanges)} | said
+    expected = dataset(*read_dialogues(write_lines(folder / "own.jsonl", own)), context=4096)
+    for name, write in WRITERS.items():
+        written = write(exchanges)
+        if name == "a list" or (name.startswith("OASST") and system):
+            continue
+        records = written if isinstance(written, list) else [written | said]
+        tables = [folder / "a.parquet"]
+        parquet.write_table(pyarrow.Table.from_pylist(records), tables[0])
+        if not any(isinstance(value, dict) for value in records[0].values()):
+            tables.append(folder / "a.csv")
+            write_csv(tables[1], records)
+        for path in tables:
+            found = dataset(*read_dialogues(path), context=4096)
+            assert found.tokens.tolist() == expected.tokens.tolist(), (name, path.name)
+            assert found.is_answer.tolist() == expected.is_answer.tolist(), (name, path.name)
+
+
+def test_a_bad_row_and_a_table_of_other_things_are_named(tmp_path):
+    """By row or line; a table without the columns of any form by its columns, before it is read."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"prompt": "a", "response": "b"}, {"prompt": None, "response": "b"}]
+    turns = [{"role": "user", "content": "a", "from": None}, {"role": "poet", "content": "b"}]
+    for records, row, line, problem in (
+        (rows, ", row 2", ":3", "the text of a turn of 'user' is '"),
+        ([{"messages": turns}], ", row 1", ":2", "the role 'poet' is not one of"),
+        ([{"text": "a", "label": 1}], "", "", r"no dialogue \(has: label, text\); the forms read"),
+        ([{"messages": "a, b"}], ", row 1", ":2", "its turns are 'a, b'"),
+    ):
+        parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+        write_csv(tmp_path / "a.csv", records)
+        for name, place in (("a.parquet", row), ("a.csv", line)):
+            with pytest.raises(UsageError, match=f"{name}{place}: {problem}"):
+                list(read_dialogues(tmp_path / name))
 
 
 def test_where_two_forms_fit_the_more_specific_is_taken_and_said(tmp_path):
@@ -491,3 +547,53 @@ def test_a_hostile_line_is_one_line_of_error(tmp_path, name):
     assert time.process_time() - started < 20
     for line in intake.lines():
         assert line.isprintable() and len(line) < len(str(path)) + 900
+
+
+ODD = (
+    None,
+    True,
+    0,
+    -1.5,
+    float("nan"),
+    "",
+    "a\x1b[2J",
+    "\ud800",
+    "[{",
+    [],
+    ["a", "b"],
+    [[]],
+    {},
+    {"role": []},
+)
+
+
+def with_odd_parts(value: Any):
+    """Copies of a value, in each of which one part of it is something else, or is not there."""
+    yield from ODD
+    if isinstance(value, dict | list):
+        for key in list(value) if isinstance(value, dict) else range(len(value)):
+            for odd in with_odd_parts(value[key]):
+                copy = value.copy()
+                copy[key] = odd
+                yield copy
+            copy = value.copy()
+            del copy[key]
+            yield copy
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_any_part_of_a_dialogue_may_be_anything(tmp_path, name):
+    """It is read, or it is told of in a line of printed characters; nothing else is raised."""
+    told = 0
+    for record in with_odd_parts(WRITERS[name](ASKED[:1])):
+        path = tmp_path / "a.json"  # a list of one, or of messages
+        is_list = name == "OASST's messages" and isinstance(record, list)
+        path.write_text(json.dumps(record if is_list else [record]), encoding="utf-8")
+        intake = Intake(skip_bad_lines=True)
+        for dialogue in read_dialogues(path, intake=intake):
+            texts = [dialogue.system, *(text for pair in dialogue.exchanges for text in pair)]
+            assert all(isinstance(text, str) for text in texts) and all(texts[1:])
+        for line in intake.lines():
+            assert line.isprintable() and len(line) < len(str(path)) + 600
+        told += bool(intake.faults)
+    assert told

@@ -208,3 +208,17 @@ def test_chunks_of_sources_are_those_of_each_alone(sizes, length):
         assert [found.chunk(i).tolist() for i in range(len(found))] == [
             part.chunk(i).tolist() for i in range(len(part))
         ]
+
+
+def test_bytes_of_sources_are_those_of_each_alone():
+    """The first token of a source is no target, also where it is within a document."""
+    tokenizer = Tokenizer()
+    ids = [i for text in ("Fox ran.", "Bear") for i in tokenizer.encode(text, True, True)]
+    for first in range(2, len(ids) - 1):
+
+        def cut(start: int, stop: int, **sources: int) -> PretrainDataset:
+            stream = TokenStream(np.array(ids), np.array([start]), np.array([stop]))
+            return PretrainDataset(stream, 4, tokenizer=tokenizer, sources=sources)
+
+        both = cut(0, len(ids), a=first, b=len(ids) - first)
+        assert both.utf8_bytes == cut(0, first).utf8_bytes + cut(first, len(ids)).utf8_bytes

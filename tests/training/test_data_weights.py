@@ -64,12 +64,12 @@ def untimed(folder: str = "run") -> list[dict]:
 
 
 def test_one_source_is_trained_on_as_without_weights():
-    """Bit for bit: the order of its chunks, the losses, and what is held out."""
-    pretrain("--pretrain_data stories --max_steps 12 --save_dir plain")
-    pretrain("--pretrain_data stories --data_weights 0.7 --max_steps 12")
-    assert_same_run("plain", "run", "pretrain-step-12.pt")
+    """Bit for bit, over two epochs: the order of its chunks, the losses, what is held out."""
+    pretrain("--pretrain_data stories --epochs 2 --save_dir plain")
+    pretrain("--pretrain_data stories --data_weights 0.7 --epochs 2")
+    assert_same_run("plain", "run", "pretrain-epoch-2.pt")
     identities = [
-        load_checkpoint(Path(of, "pretrain-step-12.pt"))["identity"] for of in ("plain", "run")
+        load_checkpoint(Path(of, "pretrain-epoch-2.pt"))["identity"] for of in ("plain", "run")
     ]
     assert "--data_weights" not in identities[0] and identities[1]["--data_weights"] == "0.7"
 
@@ -127,6 +127,8 @@ def test_the_order_is_that_of_any_batch_size(monkeypatch):
         pretrain(f"{WEIGHTS} {words} --epochs 3 --save_dir {name}")
     assert len(orders["four"]) > 300 and orders["four"] == orders["six"]
     assert orders["one"] == orders["four"][:30]
+    part = len(orders["four"]) // 3  # an epoch is another one each time
+    assert len({*map(tuple, (orders["four"][at : at + part] for at in (0, part, 2 * part)))}) == 3
 
 
 def test_two_processes_train_what_one_does(monkeypatch):
