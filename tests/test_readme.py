@@ -60,6 +60,7 @@ def folder(tmp_path_factory) -> Path:
     (path / "我的语料.txt").write_text("\n".join(sentences), encoding="utf-8")
     (path / "my_pairs.tsv").write_text("She was here.\tShe were here.\n", encoding="utf-8")
     (path / "my_sentences.txt").write_text("A film.\nAnother one.\n", encoding="utf-8")
+    (path / "my_symbols.txt").write_text("Once upon a time\n<tag>\n", encoding="utf-8")
     (path / "my_folder").mkdir()
     (path / "my_folder" / "a.jsonl").write_text("\n".join(stories[150:160]), encoding="utf-8")
     return path
