@@ -56,7 +56,7 @@ class Vocabulary(ABC):
     @cached_property
     @abstractmethod
     def byte_tokens(self) -> list[int]:
-        """Tokens that spell one byte of a character which has no token of its own."""
+        """Tokens that spell parts of characters which have no token of their own."""
 
     @cached_property
     def control_pattern(self) -> re.Pattern[str]:
