@@ -22,7 +22,7 @@ import os
 import numpy as np
 import torch
 
-from config import Options, find_idle_flags
+from config import TRAINING, Options, find_idle_flags
 from llama import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
 from minllama.cli.command_line import print_error, protect_output
 from minllama.cli.console import progress_bar, say
@@ -62,7 +62,7 @@ from minllama.training.classification import (
     load_splits,
     predict_files,
 )
-from minllama.training.loop import train
+from minllama.training.loop import OnStep, train
 from minllama.training.pretraining import Pretraining, plan_for_gpus
 from minllama.training.results import say_interrupted
 from minllama.training.run import Run
@@ -73,16 +73,20 @@ from utils import LlamaDataset
 # ---------------------------------------------------------------------------- pretrain, finetune
 
 
-def pretrain(options: Options, stop: StopRequest, ranks: Ranks) -> int:
+def pretrain(
+    options: Options, stop: StopRequest, ranks: Ranks, on_step: OnStep | None = None
+) -> int:
     """Train a Llama on text files, from scratch or from given weights; returns the exit status."""
     if options.plan and options.world_size:
         plan_for_gpus(options, stop)
         return 0
     with open_run(options, "pretrain", ranks=ranks, stop=stop) as run:
-        return run_task(run, Pretraining(run))
+        return run_task(run, Pretraining(run), on_step)
 
 
-def finetune(options: Options, stop: StopRequest, ranks: Ranks) -> int:
+def finetune(
+    options: Options, stop: StopRequest, ranks: Ranks, on_step: OnStep | None = None
+) -> int:
     """Train a pretrained model on dialogues, or a classifier on it; returns the exit status."""
     prefix = f"finetune-{data_set_name(options.train)}"
     options = use_checkpoint_folder(options, prefix)  # predictions go there, too
@@ -91,10 +95,10 @@ def finetune(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     else:
         files, task_class = find_labelled_files(options, "finetuning"), Classification
     with open_run(options, prefix, ranks=ranks, stop=stop) as run:
-        return run_task(run, task_class(run, files))
+        return run_task(run, task_class(run, files), on_step)
 
 
-def run_task(run: Run, task: Task) -> int:
+def run_task(run: Run, task: Task, on_step: OnStep | None) -> int:
     """Plan, train and finish a task whose data is loaded; returns the exit status.
 
     Every rank must call this.
@@ -106,7 +110,7 @@ def run_task(run: Run, task: Task) -> int:
     run.start()  # builds model and optimizer; loads the checkpoint, or clears the folder
     if note := task.describe_start():
         print(note)
-    stopped = train(run)
+    stopped = train(run, on_step)
     if not stopped:
         try:
             task.finish()  # its files, its last figures, and what they are for
@@ -308,10 +312,13 @@ def generate(options: Options, stop: StopRequest, ranks: Ranks) -> int:
 RUN_OPTION = {"pretrain": pretrain, "finetune": finetune, "prompt": prompt, "generate": generate}
 
 
-def main(options: Options, stop: StopRequest | None = None) -> int:
+def main(
+    options: Options, stop: StopRequest | None = None, *, on_step: OnStep | None = None
+) -> int:
     """Run one option; returns the exit status.
 
     2 for bad input, 130 or 143 when interrupted, 1 where the run failed or a file was not written.
+    What trains calls `on_step` after each step, with the record that metrics.jsonl has.
     """
     stop, ranks = stop or StopRequest(), Ranks()
 
@@ -325,11 +332,13 @@ def main(options: Options, stop: StopRequest | None = None) -> int:
             ranks = Ranks.from_environment(timeout=options.dist_timeout)
             if ranks.world_size > 1:
                 stop.repeats, stop.silent = LAUNCHER_REPEATS, not ranks.is_main
-            if options.option not in ("pretrain", "finetune"):
+            if options.option not in TRAINING:
                 check_runs_alone(f"--option {options.option}")
             with ranks.connected(use_gpu=options.use_gpu) as ranks:
                 for note in find_idle_flags(options):
                     print(note, file=sys.stderr)
+                if options.option in TRAINING:
+                    return RUN_OPTION[options.option](options, stop, ranks, on_step)
                 return RUN_OPTION[options.option](options, stop, ranks)
         except UsageError as error:
             return fail(error, 2)
