@@ -65,6 +65,7 @@ def folder(tmp_path_factory) -> Path:
         rows = [(json.loads(story)["text"], n % 2) for n, story in enumerate(stories[:20])]
         csv.writer(file).writerows([("story", "stars"), *rows])
     (path / "my_sentences.txt").write_text("A film.\nAnother one.\n", encoding="utf-8")
+    (path / "my_symbols.txt").write_text("Once upon a time\n<tag>\n", encoding="utf-8")
     (path / "my_folder").mkdir()
     (path / "my_folder" / "a.jsonl").write_text("\n".join(stories[150:160]), encoding="utf-8")
     return path
