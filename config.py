@@ -213,7 +213,7 @@ class Options:
     text_field: str = flag(
         "text", "field of a .jsonl line, or column of a table, that is the text; a.b goes deeper"
     )
-    flag = section("text to pretrain on", "pretrain", on_resume="typed")
+    flag = section("text to pretrain on", "pretrain", "generate", on_resume="typed")
     cache_dir: Path = flag(Path("token_cache"), "folder of the tokenized text")
 
     flag = section("training", *TRAINING)
@@ -389,6 +389,13 @@ class Options:
     )
     repetition_penalty: float = flag(1.0, "above 1: avoid what was said before", above=0)
     stop: tuple[str, ...] = flag((), "end before this text; repeatable", metavar="TEXT")
+    check_copies: tuple[str, ...] = flag(
+        (),
+        "text files, such as those it was trained on: mark what of the output stands in them word "
+        "for word",
+        many=True,
+        metavar="TEXT",
+    )
     generated_sentence_low_temp_out: Path = flag(
         Path("generated-sentence-temp-0.txt"), "the original's file at temperature 0"
     )

@@ -29,6 +29,7 @@ from minllama.cli.console import progress_bar, say
 from minllama.formats.find_model import find_model, load_model
 from minllama.formats.pt_model import Classifier, read_classifier
 from minllama.inference.conversation import converse
+from minllama.inference.copying import report_copies
 from minllama.inference.evaluation import compare_pairs, pair_report, read_pairs
 from minllama.inference.prompting import Prompts, score_labels
 from minllama.inference.streaming import CHAT_TEMPERATURE, PROMPT_TEMPERATURE, Writer
@@ -251,6 +252,9 @@ def generate(options: Options, stop: StopRequest, ranks: Ranks) -> int:
                 f"--generated_sentence_high_temp_out {path}: is --generated_sentence_low_temp_out, "
                 "too; give each its own file"
             )
+    originals = options.check_copies and find_text_files(
+        options.check_copies, flag="--check_copies"
+    )
     device, note = choose_device(options.use_gpu)
     if options.weights == "int8" and device.type != "cpu":
         raise UsageError(
@@ -269,11 +273,13 @@ def generate(options: Options, stop: StopRequest, ranks: Ranks) -> int:
         dtype, compiled = getattr(torch, options.weights), step is not None
         pack_weights(llama, dtype, rows=rows, compiled=compiled)
     writer = Writer(llama, tokenizer, options, stop, step, template)
+    written: list[tuple[str, str]] = []  # each text with the prompt that it begins with
     for temperature, path in outputs:
         print(f"Temperature is {temperature:g}", file=sys.stderr)
         texts = writer.continue_texts([PREFIX], temperature)
         print("---------------", file=sys.stderr)
         stop.check()
+        written += [(PREFIX, text) for text in texts]
         write_text(path, "\n\n".join(texts))
         print(f"Wrote generated sentence to {path}.", file=sys.stderr)
     temperature = options.temperature
@@ -289,7 +295,10 @@ def generate(options: Options, stop: StopRequest, ranks: Ranks) -> int:
             if stop.requested:
                 break
             chosen = prompts[start : start + size]
-            writer.continue_texts(chosen, temperature, first=start, total=len(prompts))
+            texts = writer.continue_texts(chosen, temperature, first=start, total=len(prompts))
+            written += [(chosen[i // options.num_samples], text) for i, text in enumerate(texts)]
+    if originals and not stop.requested:
+        print("\n".join(report_copies(written, originals, tokenizer, options, stop)))
     return stop.exit_status if stop.requested else 0
 
 

@@ -21,6 +21,7 @@ from minllama.formats.pt_file import save_pt
 from minllama.inference import streaming
 from minllama.runs.checkpoints import load_checkpoint
 from minllama.system.signals import StopRequest
+from minllama.text.copies import LENGTHS, Copies
 from minllama.training import loop, pretraining, task
 from minllama.training.loop import Prefetch
 from tokenizer import EMBEDDED_VOCABULARY, Tokenizer
@@ -38,6 +39,9 @@ TIMED = {"elapsed", "tokens_per_second", "mfu", "memory"}
 def sample_text(model: Llama, tokenizer: Tokenizer, *prompt: str, **settings: Any) -> str:
     """The samples of a run; without the long one after it."""
     return streaming.sample_text(model, tokenizer, *prompt, **settings) if settings else "One day."
+
+
+NO_COPIES = Copies("words", dict.fromkeys(LENGTHS, (0, 9)), dict.fromkeys(LENGTHS, (1, 99)))
 
 
 class Done(NamedTuple):
@@ -59,6 +63,7 @@ def command(line: str | list[str], *, stop: StopRequest | None = None) -> Done:
         # A timed product of matrices, and a text at the end of every run, are of no use here.
         mock.patch.object(loop, "peak_flops", lambda device, dtype: 1e9),
         mock.patch.object(pretraining, "sample_text", sample_text),
+        mock.patch.object(pretraining, "measure_copies", lambda *_: NO_COPIES),
     ):
         status = run_llama.main(parse_options(words), stop)
     return Done(status, out.getvalue(), error.getvalue())

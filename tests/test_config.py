@@ -60,7 +60,7 @@ def test_the_flags_are_exactly_these():
         lr hidden_dropout_prob pooling skip_bad_lines freeze_backbone lora_rank early_stopping
         prompt_template label_norm shots pairs
         prompt prompt_file interactive weights max_new_tokens num_samples temperature top_k top_p
-        min_p repetition_penalty stop
+        min_p repetition_penalty stop check_copies
         generated_sentence_low_temp_out generated_sentence_high_temp_out
         """.split()
     )
@@ -538,7 +538,7 @@ RUNS = {
     ],
     "prompt": ["LABELLED", "LABELLED --shots 1 --label_norm pmi"],
     "generate": [
-        "--max_new_tokens 1",
+        "--max_new_tokens 1 --check_copies text.jsonl",
         "--prompt_file text.jsonl --max_new_tokens 1 --weights int8",
     ],
 }

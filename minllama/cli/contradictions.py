@@ -75,6 +75,8 @@ def find_problems(options: Options) -> Iterator[str]:
         yield "--lora_rank leaves --parallel fsdp little to shard: leave --parallel out"
     if options.interactive and (options.prompt or options.prompt_file):
         yield "--interactive asks for prompts: leave --prompt and --prompt_file out"
+    if options.interactive and options.check_copies:
+        yield "--check_copies is for --prompt and --prompt_file: leave --interactive out"
     if "" in options.stop:
         yield "--stop '': every text has this in it and would end at once; leave it out"
     if options.resume and options.overwrite:

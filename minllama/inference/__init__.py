@@ -6,4 +6,5 @@ Knows nothing of training.
     streaming     text shown as its tokens come
     conversation  questions and answers in the terminal
     evaluation    bits per byte; minimal pairs
+    copying       what of it stands in a text word for word
 """

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
+from minllama.text.copies import Copies
+
 GAP = 0.15  # overfitted: a training loss below the validation loss by this share of it
 FEW, MANY = 10, 100  # tokens per parameter; compute-optimal is about 20 (Hoffmann et al., 2022)
 DROPOUT = 0.2  # against overfitting
@@ -23,6 +25,7 @@ class Outcome:
     val_loss: float | None
     dropout: float = 0.0  # that it was trained with
     is_timed: bool = False  # --minutes chose its steps
+    copies: Copies | None = None  # of its text in what it writes
 
     @property
     def epochs(self) -> float:
@@ -51,6 +54,8 @@ def advise(outcome: Outcome, *, rose: bool) -> list[str]:
     elif outcome.is_overfitted and outcome.epochs > 2:
         dropout = "" if drops_enough else f"; then --dropout {DROPOUT}"
         help_ = f"more text: the model is overfitted to its own{dropout}"
+    elif outcome.copies is not None and outcome.copies.is_recited:
+        help_ = "more text: what it writes is in large part its own, word for word"
     elif outcome.epochs > REREAD:
         help_ = f"more text: it has read its own {outcome.epochs:.0f} times"
     elif per_parameter < FEW:
@@ -59,7 +64,12 @@ def advise(outcome: Outcome, *, rose: bool) -> list[str]:
         help_ = "a larger model (--dim, --n_layers): this one has read much for its size"
     else:
         help_ = "more text and more training together"
+    copies = []
+    if outcome.copies is not None:
+        after = " after held-out openings" if outcome.copies.held_out else ""
+        copies = outcome.copies.lines(f"20 texts that it wrote{after}")
     return [
+        *copies,
         f"it read {tokens} tokens, {outcome.epochs:.3g} times a text of {distinct}: "
         f"{per_parameter:.3g} for each of its parameters; {losses} at the end",
         f"what would help most: {help_}",

@@ -21,6 +21,7 @@ from minllama.runs.report import Curves, describe_run, number, page, write_repor
 from minllama.runs.run_folder import RunFolder
 from minllama.system.errors import UsageError
 from minllama.system.files import open_regular
+from minllama.text.copies import Copies
 
 LINE_BYTES = 1 << 20  # read at once; a record's line is shorter
 FIGURES = ("step", "loss", "val_loss", "val_perplexity", "elapsed")  # the program computes with
@@ -226,6 +227,16 @@ class Metrics:
             tqdm.write(f"warning: {path}: no more is written there ({error})")
 
 
+def add_copies(folder: RunFolder, copies: Copies, *, last_step: int) -> None:
+    """Put what a finished run copies from its text into its record and its page."""
+    try:
+        folder.note_copies(copies)
+        curves = Curves(read_records(folder.file("metrics.jsonl")))
+        write_report(folder, curves, state="finished", last_step=last_step, reload=None)
+    except OSError as error:
+        tqdm.write(f"warning: {folder.file('report.html')} was not written again ({error})")
+
+
 # ---------------------------------------------------------------------------- reading
 
 
@@ -276,8 +287,9 @@ def compare_runs(paths: Sequence[Path]) -> str:
     for path in paths:
         metrics = find_metrics(path)
         prefix = metrics.name.removesuffix("metrics.jsonl").removesuffix("-")
-        starts = RunFolder(metrics.parent, prefix or "pretrain").starts()
-        runs.append(describe_run(str(path), Curves(read_records(metrics)), starts))
+        folder = RunFolder(metrics.parent, prefix or "pretrain")
+        curves = Curves(read_records(metrics))
+        runs.append(describe_run(str(path), curves, folder.starts(), folder.copies()))
         if not runs[-1]["steps"]["step"]:
             raise UsageError(f"{metrics}: holds no records of steps")
     return page(" and ".join(run["name"] for run in runs), runs)

@@ -19,6 +19,7 @@ from minllama.cli.command_line import printable, quoted
 from minllama.cli.console import EVALUATED, by_source
 from minllama.runs.run_folder import RunFolder
 from minllama.system.files import write_text
+from minllama.text.copies import Copies
 
 PAGE = Path(__file__).parent / "page"  # the template, and uPlot, which draws the curves
 MOST_POINTS = 2000  # of a curve
@@ -121,7 +122,9 @@ def thinned(items: list, most: int) -> list:
 # ---------------------------------------------------------------------------- the page
 
 
-def describe_run(name: str, curves: Curves, starts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def describe_run(
+    name: str, curves: Curves, starts: Sequence[dict[str, Any]], copies: Copies | None = None
+) -> dict[str, Any]:
     """A run as the page's script reads it. `starts` are run.json's, which may hold anything."""
     start = starts[-1] if starts else {}
     options, environment, plan = (
@@ -137,6 +140,7 @@ def describe_run(name: str, curves: Curves, starts: Sequence[dict[str, Any]]) ->
     return {
         "name": printable(name),
         **curves.to_plain(),
+        "copies": [(name, printable(text)) for name, text in copies.rows()] if copies else [],
         "plan": [printable(str(line)) for line in plan],
         "choices": [(flag, value) for flag, (value, _) in choices.items()],
         "changed": [flag for flag, (value, default) in choices.items() if value != default],
@@ -184,6 +188,6 @@ def write_report(
     folder: RunFolder, curves: Curves, *, state: str, last_step: int, reload: int | None
 ) -> None:
     """Write report.html of a run that is in this `state` ("running", "finished", ...)."""
-    run = describe_run(str(folder.path), curves, folder.starts())
+    run = describe_run(str(folder.path), curves, folder.starts(), folder.copies())
     run |= {"state": state, "last_step": last_step}
     write_text(folder.file("report.html"), page(run["name"], [run], reload=reload))

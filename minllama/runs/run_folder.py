@@ -38,6 +38,7 @@ from minllama.system.files import (
     write_text,
 )
 from minllama.system.locks import Busy, Lock, hold
+from minllama.text.copies import Copies
 
 CHECKPOINT_NAME = r"-(epoch|step)-\d+(\.pt|-sharded)"  # after the run's prefix
 RUN_FILES = (
@@ -221,11 +222,19 @@ class RunFolder:
         if not starts and path.exists():
             replace(path, path.with_name(f"{path.name}.damaged"))
             print(f"note: {path} was damaged; it is kept as {path.name}.damaged")
-        self._write_record({"starts": [*starts, record]})
+        self._write_record({"starts": [*starts, record], "copies": None})
 
     def name_result(self, name: str) -> None:
         """Say in run.json which of its models is the run's result: later commands take that one."""
         self._write_record({"result": self.file(name).name})
+
+    def note_copies(self, copies: Copies) -> None:
+        """Add to run.json how much the run's result copies from its text."""
+        self._write_record({"copies": copies.to_plain()})
+
+    def copies(self) -> Copies | None:
+        """What run.json says of that; None where it does not, or the run has gone on since."""
+        return Copies.from_plain(self._record().get("copies"))
 
     def starts(self) -> list[dict[str, Any]]:
         """The starts in run.json; none where there is no such file, or it is damaged."""
@@ -240,8 +249,9 @@ class RunFolder:
         return {}
 
     def _write_record(self, changes: dict[str, Any]) -> None:
-        content = json.dumps(self._record() | changes, indent=2)
-        write_text(self.file("run.json"), content + "\n")
+        changed = (self._record() | changes).items()
+        content = {name: value for name, value in changed if value is not None}
+        write_text(self.file("run.json"), json.dumps(content, indent=2) + "\n")
 
     def repeating_words(self) -> list[str]:
         """The command, from --option on, that repeats the run's first start in a new folder.

@@ -15,7 +15,9 @@ Knows no model. A data set of `utils.py` is what comes out.
     token_cache  the token ids of a corpus on disk
     stream       tokens as a stream, and what is held out of it
     sources      several sources of a text, by which it is weighed and measured
+    spelling     token ids as bytes, and hashes of spans of them
     duplicates   documents that are there more than once
+    copies       how much of a text stands word for word in another
     corpus       the text of a pretraining, held out and cut
     vocabulary   which vocabulary a pretraining takes
 """

@@ -12,7 +12,8 @@ import numpy as np
 
 from minllama.cli.console import say
 from minllama.system.errors import UsageError
-from minllama.text.stream import TokenStream, documents_in, splitmix64
+from minllama.text.spelling import SpanHashes, Spelling
+from minllama.text.stream import TokenStream, documents_in
 from minllama.text.token_cache import TokenCache
 from tokenizer import Tokenizer
 
@@ -101,8 +102,6 @@ ONE_IN = 8  # stretches is looked at, chosen by its hash
 MOST = 0.7  # of a document's stretches
 TRAIN_TOKENS = VAL_TOKENS = 1 << 22  # at most looked at: two seconds
 READ_TOKENS = 1 << 18  # at a time
-# A polynomial's base modulo 2**64: odd, so that it has an inverse.
-BASE = 0x9E3779B97F4A7C15
 
 
 def report_near_copies(tokenizer: Tokenizer, train: TokenStream, val: TokenStream) -> None:
@@ -110,10 +109,10 @@ def report_near_copies(tokenizer: Tokenizer, train: TokenStream, val: TokenStrea
 
     And where that text is so long that only its beginning is looked at.
     """
-    letters = _Letters(tokenizer)
+    spelling = Spelling(tokenizer, spaces=False)
     hashes, documents = [], []
     before = 0  # documents in earlier reads
-    for text, starts in letters.read(val, VAL_TOKENS):
+    for text, starts in _letters(spelling, val, VAL_TOKENS):
         found, at = _stretches(text)
         first = np.searchsorted(starts, at, side="right")
         is_within = first == np.searchsorted(starts, at + STRETCH - 1, side="right")
@@ -124,7 +123,7 @@ def report_near_copies(tokenizer: Tokenizer, train: TokenStream, val: TokenStrea
         return
     held_out, document = np.concatenate(hashes), np.concatenate(documents)
     wanted, seen = np.unique(held_out), []
-    for text, _ in letters.read(train, TRAIN_TOKENS):
+    for text, _ in _letters(spelling, train, TRAIN_TOKENS):
         if len(wanted):
             found = _stretches(text)[0]
             place = np.searchsorted(wanted, found).clip(max=len(wanted) - 1)
@@ -141,36 +140,21 @@ def report_near_copies(tokenizer: Tokenizer, train: TokenStream, val: TokenStrea
         )
 
 
-class _Letters:
-    """The text of tokens as bytes of UTF-8 without white space."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.bos_id = tokenizer.bos_id
-        texts = [b"".join(text.split()) for text in tokenizer.vocabulary.token_texts]
-        self.sizes = np.array([len(text) for text in texts])
-        self.starts = np.cumsum(self.sizes) - self.sizes
-        self.bytes = np.frombuffer(b"".join(texts), np.uint8)
-
-    def read(self, stream: TokenStream, most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(letters, places among them where a document starts) of each part of a stream."""
-        for start in range(0, min(most, len(stream)), READ_TOKENS):
-            ids = stream.read(start, min(start + READ_TOKENS, len(stream)))
-            sizes = self.sizes[ids]
-            offsets = np.cumsum(sizes) - sizes
-            places = np.repeat(self.starts[ids] - offsets, sizes) + np.arange(sizes.sum())
-            yield self.bytes[places], offsets[ids == self.bos_id]
+def _letters(
+    spelling: Spelling, stream: TokenStream, most: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(letters, places among them where a document starts) of each part of a stream."""
+    for start in range(0, min(most, len(stream)), READ_TOKENS):
+        ids = stream.read(start, min(start + READ_TOKENS, len(stream)))
+        text, offsets = spelling.spell(ids)
+        yield text, offsets[ids == spelling.bos_id]
 
 
 def _stretches(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(hashes, places) of one in ONE_IN of the stretches of a text, (n,) uint8.
-
-    Rabin and Karp's: sum of byte x BASE**place over a stretch, divided by the power at its start.
-    """
+    """(hashes, places) of one in ONE_IN of the stretches of a text, (n,) uint8."""
     if len(text) < STRETCH:
         return np.zeros(0, np.uint64), np.zeros(0, np.int64)
-    powers = np.cumprod(np.full(len(text), BASE, np.uint64))
-    inverses = np.cumprod(np.full(len(text), pow(BASE, -1, 2**64), np.uint64))
-    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(text * powers)])
-    hashes = splitmix64((sums[STRETCH:] - sums[:-STRETCH]) * inverses[: len(sums) - STRETCH])
+    first = np.arange(len(text) - STRETCH + 1)
+    hashes = SpanHashes(text).of(first, first + STRETCH)
     places = np.flatnonzero(hashes % np.uint64(ONE_IN) == 0)
     return hashes[places], places

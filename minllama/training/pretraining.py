@@ -18,16 +18,18 @@ from llama import Llama, load_pretrained
 from minllama.cli.console import say
 from minllama.formats.find_model import STARTING_WEIGHTS, Start, find_start_model
 from minllama.formats.pt_model import read_vocabulary
+from minllama.inference.copying import Original, measure_copies, most_looked_at
 from minllama.inference.evaluation import perplexity
 from minllama.inference.streaming import sample_text
 from minllama.machine.gpus import GPUS
 from minllama.machine.ranks import Ranks
 from minllama.machine.sharding import is_sharded, load_state
 from minllama.runs.advice import Outcome, advise
-from minllama.runs.metrics import read_records
+from minllama.runs.metrics import add_copies, read_records
 from minllama.runs.plan import Cluster, PlannedSource, TrainingPlan, warn_of_plan
 from minllama.system.errors import UsageError
 from minllama.system.signals import StopRequest
+from minllama.text.copies import Copies
 from minllama.text.corpus import Texts, find_texts, load_texts
 from minllama.text.vocabulary import choose_vocabulary
 from minllama.training.fitting import TIMED_CONTEXT, fit_to_time
@@ -240,10 +242,26 @@ class Pretraining(NextTokenTask):
         prompt = self.opening if len(self.texts.cache.document_starts) < FEW_DOCUMENTS else ""
         print("\na sample of what it writes:")
         print(f"{sample_text(model, self.texts.tokenizer, prompt)}\n")
-        self.print_summary(records, overfitted=overfitted)
+        copies = self.look_for_copies(model)
+        self.print_summary(records, overfitted=overfitted, copies=copies)
         print_results(folder, chosen, "generate", "finetune", prompt=self.opening)
 
-    def print_summary(self, records: Sequence[dict[str, Any]], *, overfitted: bool) -> None:
+    def look_for_copies(self, model: Llama) -> Copies | None:
+        """How much of its text the model writes word for word; also into the run's record."""
+        run, texts = self.run, self.texts
+        if is_sharded(self.model):  # a model that large writes slowly on one process's CPU
+            return None
+        stream, minutes = self.train_set.stream, run.options.minutes
+        most = most_looked_at(minutes)
+        original = Original(texts.cache, texts.files, stream, texts.tokenizer, most=most)
+        held_out = self.val_set and self.val_set.stream
+        copies = measure_copies(model, texts.tokenizer, original, held_out, run.stop.check)
+        add_copies(run.folder, copies, last_step=run.last_step)
+        return copies
+
+    def print_summary(
+        self, records: Sequence[dict[str, Any]], *, overfitted: bool, copies: Copies | None
+    ) -> None:
         """Print what was reached, by the last `records` of the run, and what would help most."""
         if not records:
             return
@@ -262,6 +280,7 @@ class Pretraining(NextTokenTask):
             train_loss=sum(losses) / max(1, len(losses)),
             val_loss=val_loss,
             dropout=self.run.options.dropout,
+            copies=copies,
             is_timed=self.run.options.minutes is not None,
         )
         say(*advise(outcome, rose=overfitted))

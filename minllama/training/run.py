@@ -22,6 +22,7 @@ from tqdm import tqdm
 from config import Options
 from llama import model_payload
 from minllama.formats.pt_file import load_pt
+from minllama.inference.copying import copying_seconds, most_looked_at
 from minllama.machine.device import describe_device, dtype_name, is_out_of_memory
 from minllama.machine.random_state import (
     random_state,
@@ -175,6 +176,10 @@ class Run:
             written = self.plan.checkpoint_bytes()
             written += 2 * self.plan.weights_file_bytes(options.save_dtype)
             finishing = FINISHING + written / WRITE_RATE
+            finishing += copying_seconds(
+                sum(self.plan.config.parameter_counts().values()),
+                min(self.plan.tokens, most_looked_at(options.minutes)),
+            )
             self.deadline = Deadline(60 * options.minutes, options.started, finishing)
 
     def _resume(self, checkpoint: dict[str, Any]) -> None:

@@ -178,4 +178,5 @@ def test_a_run_without_duplicates_is_resumed_so(monkeypatch):
     assert_same_run("whole", "parts", "pretrain-epoch-1.pt")
     assert pretrain("--epochs 1 --max_steps 2").status == 0
     done = command(f"{RESUME} --dedup")
-    assert done.status == 2 and "how the text is read" in done.error
+    assert done.status == 2 and "the text has changed" in done.error
+    assert "--dedup True, then False" in done.error
