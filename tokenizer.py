@@ -265,7 +265,7 @@ def tokenizer_bin(tokenizer: Tokenizer) -> bytes:
     if not isinstance(vocabulary, SentencePiece) or not vocabulary.is_plain_bpe:
         raise UsageError(
             f"vocabulary {tokenizer.fingerprint}: llama2.c knows only SentencePiece's BPE over "
-            "unchanged text with a space before it, as tokenizer.py trains it"
+            "unchanged text with a space before it, as tokenizer.py trains it by default"
         )
     sp = vocabulary.processor
     ids = (tokenizer.bos_id, tokenizer.eos_id, sp.piece_to_id("<0x00>"))
