@@ -230,11 +230,11 @@ def encode_dialogue(
             pair = ids(history=history) if parts and pair is None else None
             if pair is None or sum(map(len, pair)) > room:
                 pair, first = ids(), number
-                cuts.dialogues += len(parts) == 1
             asked, answered = pair
             if len(asked) >= room:
                 cuts.questions += 1
                 continue
+            cuts.dialogues += len(parts) == 1
             cuts.answers += len(asked) + len(answered) > room
             pair = asked, answered[: room - len(asked)]
             parts.append(Encoded())
