@@ -81,7 +81,7 @@ def rebuilt_vocabulary(path: Path, values: dict[str, Any]) -> bytes | None:
     """The vocabulary that a file's values describe; None where they describe none.
 
     Tokens, scores, merges and kinds are those of the file, so text gets the ids that it had in
-    training. Raises UsageError, naming `path`, where they do not fit together or are another kind's.
+    training. Raises UsageError, naming `path`, where they are of another kind or do not fit.
     """
     told = {key[len(PREFIX) :]: value for key, value in values.items() if key.startswith(PREFIX)}
     kind, kinds = str(told.get("model")), {"llama": _sentence_piece, "gpt2": _byte_bpe}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minllama.formats.vocabularies import check_same_ids, merges, require_exportable
+from minllama.system.errors import UsageError
 from minllama.system.files import read_json_object, read_whole
 from minllama.text.chat import Template, template_of_jinja
 from minllama.vocabulary.byte_bpe import ByteBPE, opening_processor

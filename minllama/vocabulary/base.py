@@ -54,7 +54,7 @@ class Vocabulary(ABC):
 
     @cached_property
     @abstractmethod
-    def byte_tokens(self) -> list[int]:
+    def byte_tokens(self) -> Sequence[int]:
         """Tokens that spell one byte of a character which has no token of its own."""
 
     @cached_property
