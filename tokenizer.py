@@ -36,6 +36,7 @@ from minllama.cli.command_line import (
 from minllama.system.encodings import check_encoding
 from minllama.system.errors import UsageError
 from minllama.system.files import atomic_write
+from minllama.system.unpacking import COMPRESSED_SUFFIXES
 from minllama.text.documents import Block, read_documents
 from minllama.text.find_files import download_hint, find_text_files
 from minllama.text.reading import READ_BYTES, Reading
@@ -133,7 +134,7 @@ class Tokenizer:
         They stand for characters that the vocabulary has no piece for.
         """
         sizes = np.bincount(tokens, minlength=self.n_words) * self.token_byte_lengths()
-        return float(sizes[self.vocabulary.byte_tokens].sum() / max(1, sizes.sum()))
+        return float(sizes[list(self.vocabulary.byte_tokens)].sum() / max(1, sizes.sum()))
 
 
 def vocabulary_remedy(size: int) -> str:
@@ -184,8 +185,8 @@ def train_vocabulary(
     """
     wanted = Wanted(kind, vocab_size, character_coverage, symbols)
     wanted.check()
-    # A .gz unpacks to about four times its size.
-    sizes = [path.stat().st_size * (4 if path.suffix.lower() == ".gz" else 1) for path in inputs]
+    packed = {*COMPRESSED_SUFFIXES, ".parquet"}  # unpack to about four times their size
+    sizes = [p.stat().st_size * (4 if p.suffix.lower() in packed else 1) for p in inputs]
     share = min(1.0, max_bytes / max(1, sum(sizes)))
     cut = _lines if kind == "sentencepiece" else _stretches
     sentences = _sample(inputs, reading or Reading(), cut, share, max_bytes)

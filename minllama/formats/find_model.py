@@ -185,7 +185,10 @@ def own_or_given_vocabulary(
                 "it was trained with"
             )
         return named
-    tokenizer = Tokenizer(tokenizer_model=model.vocabulary)
+    try:
+        tokenizer = Tokenizer(tokenizer_model=model.vocabulary)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
     if named is not None and named.fingerprint != tokenizer.fingerprint:
         raise UsageError(
             f"--tokenizer_model {given} has the fingerprint {named.fingerprint}, and {path} "
