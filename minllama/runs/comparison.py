@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from config import FLAGS
+from config import FLAGS, READERS
 from minllama.cli.command_line import printable
 from minllama.cli.console import human_time
 from minllama.runs.metrics import read_records
@@ -18,6 +18,7 @@ from minllama.runs.report import Curves, describe_run, number, page, plain_text
 from minllama.runs.run_folder import FLAGS_OF_A_START, RunFolder
 from minllama.system.errors import UsageError
 
+MOST_BESIDE = 5  # flags that differ, as columns beside the figures
 RECENT_STEPS = 20  # whose mean is the training loss at the end
 NOT_COMPARED = FLAGS_OF_A_START | {"cache_dir", "config", "tensorboard"}
 BEST = {"val_loss": min, "bits_per_byte": min, "dev_accuracy": max}
@@ -119,13 +120,13 @@ def find_metrics(path: Path) -> Path:
 
 def differing_flags(runs: Sequence[Run]) -> dict[str, list[str]]:
     """The flags that are not the same in all runs, each with its value in every run."""
+    options = {run.options.get("option") for run in runs}
     rows = {}
     for name in FLAGS:
-        values = [
-            plain_text(run.options[name]) if name in run.options else "unknown" for run in runs
-        ]
-        if name not in NOT_COMPARED and len(set(values)) > 1:
-            rows[f"--{name}"] = values
+        known = {plain_text(run.options[name]) for run in runs if name in run.options}
+        is_read = options & {*READERS[name]}
+        if name not in NOT_COMPARED and is_read and len(known) > 1:
+            rows[f"--{name}"] = [plain_text(run.options.get(name, "unknown")) for run in runs]
     return rows
 
 
@@ -167,22 +168,34 @@ def sorted_runs(runs: Sequence[Run]) -> list[Run]:
 
 
 def table(runs: Sequence[Run]) -> list[str]:
-    """Lines of a table: a row for each run, its figures and the flags that differ."""
+    """Lines of a table: a row for each run, its figures and the flags that differ.
+
+    Of many flags each has a row of its own below.
+    """
     heads = [key for key in HEADS if any(run.figures[key] is not None for run in runs)]
     flags = differing_flags(runs)
-    rows = [["run", *(HEADS[key] for key in heads), *flags]]
+    beside = flags if len(flags) <= MOST_BESIDE else {}
+    rows = [["run", *(HEADS[key] for key in heads), *beside]]
     for place, run in enumerate(runs):
         figures = [_shown(key, run.figures[key]) for key in heads]
-        rows.append([run.name, *figures, *(values[place] for values in flags.values())])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        rows.append([run.name, *figures, *(values[place] for values in beside.values())])
+    lines = _aligned(rows, numbers=len(heads))
+    if flags and not beside:
+        below = [["flag", *(run.name for run in runs)]]
+        lines += ["", *_aligned(below + [[flag, *values] for flag, values in flags.items()])]
+    return lines
+
+
+def _aligned(rows: list[list[str]], *, numbers: int = 0) -> list[str]:
+    """Rows as lines, the columns below each other; so many behind the first one are numbers."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        first, *rest = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        figures = [
-            cell.strip().rjust(width)
-            for cell, width in zip(rest[: len(heads)], widths[1:], strict=False)
+        cells = [
+            cell.rjust(width) if 0 < place <= numbers else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
-        lines.append("  ".join([first, *figures, *rest[len(heads) :]]).rstrip())
+        lines.append("  ".join(cells).rstrip())
     return lines
 
 
