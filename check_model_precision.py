@@ -235,6 +235,7 @@ def describe_embedding(weights: dict[str, Tensor]) -> str:
     """Whether embedding and head are one table, and whether that is stored once."""
     names = {pt_model.own_name(name): tensor for name, tensor in weights.items()}
     tables = ("tok_embeddings.weight", "embed_tokens.weight", "token_embd.weight")
+    tables += ("transformer.wte.weight",)  # litgpt's
     table = next((names[name] for name in tables if name in names), None)
     head = names.get("output.weight", names.get("lm_head.weight"))
     if table is None:

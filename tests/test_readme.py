@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import random
 import re
 import shlex
@@ -59,7 +61,11 @@ def folder(tmp_path_factory) -> Path:
     sentences = ["".join(chinese[i : i + 20]) + "。" for i in range(0, len(chinese), 20)]
     (path / "我的语料.txt").write_text("\n".join(sentences), encoding="utf-8")
     (path / "my_pairs.tsv").write_text("She was here.\tShe were here.\n", encoding="utf-8")
+    with (path / "my_table.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = [(json.loads(story)["text"], n % 2) for n, story in enumerate(stories[:20])]
+        csv.writer(file).writerows([("story", "stars"), *rows])
     (path / "my_sentences.txt").write_text("A film.\nAnother one.\n", encoding="utf-8")
+    (path / "my_symbols.txt").write_text("Once upon a time\n<tag>\n", encoding="utf-8")
     (path / "my_folder").mkdir()
     (path / "my_folder" / "a.jsonl").write_text("\n".join(stories[150:160]), encoding="utf-8")
     return path

@@ -33,14 +33,13 @@ PREFIX = "tokenizer.ggml."
 
 
 def vocabulary_values(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The values that describe a vocabulary; UsageError where llama.cpp would read it wrongly."""
+    """The values that describe a vocabulary."""
     vocabulary = tokenizer.vocabulary
     overlap = find_overlap([*vocabulary.added_tokens])
     if overlap is not None:
-        raise UsageError(
-            f"vocabulary {tokenizer.fingerprint}: its symbols {overlap[0]!r} and {overlap[1]!r} "
-            "may overlap in a text, which is read from the left; llama.cpp looks for one after the "
-            "other, and would give other ids"
+        print(
+            f"note: where the symbols {overlap[0]!r} and {overlap[1]!r} overlap in a text, "
+            "llama.cpp may give other ids: it looks for one after the other, not from the left"
         )
     describe = _byte_bpe_values if isinstance(vocabulary, ByteBPE) else _sentence_piece_values
     bos, eos = vocabulary.stated_marks

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from config import LlamaConfig
-from minllama.formats.hugging_face_vocabulary import read_vocabulary
+from minllama.formats.hugging_face_vocabulary import read_template, read_vocabulary
 from minllama.formats.pt_file import load_pt
 from minllama.formats.stored_model import (
     Contents,
@@ -104,8 +104,8 @@ def read(path: Path) -> StoredModel:
         weights.setdefault(head, weights[table])
         tied = same_bits(weights[table], weights[head])
         config = read_shape(shape, config.to_model_args() | {"tie_word_embeddings": tied})
-    vocabulary = read_vocabulary(path.parent)
-    model = StoredModel(config, weights, vocabulary).checked(path, tensor_name)
+    vocabulary, template = read_vocabulary(path.parent), read_template(path.parent)
+    model = StoredModel(config, weights, vocabulary, template).checked(path, tensor_name)
     return model._replace(weights=reorder_heads(model.weights, config, to_adjacent_pairs))
 
 

@@ -116,13 +116,17 @@ def architecture_for(config: LlamaConfig, target: str) -> str:
     Raises UsageError, which names what none has.
     """
     needed = extras(config)
-    for name, held in HOLDS[target].items():
-        if held.issuperset(needed):
-            return name
+    fitting = {
+        format: [name for name, held in kinds.items() if held.issuperset(needed)]
+        for format, kinds in HOLDS.items()
+    }
+    if fitting[target]:
+        return fitting[target][0]
     has = " together with ".join(EXTRAS[name] for name in needed)
+    others = " or ".join(["pt", *(format for format, names in fitting.items() if names)])
     raise UsageError(
         f"--convert {target}: the model has {has}, which {' or '.join(HOLDS[target])} in this "
-        "format cannot hold: --convert pt can, and hf most"
+        f"format cannot hold: --convert {others} can"
     )
 
 

@@ -9,6 +9,8 @@ Knows nothing of models, text or flags; imports neither torch nor any other fold
     encodings   which encoding a text may have
     kinds       what a file is that is no text, by its first bytes
     unpacking   .gz, .bz2, .xz and .zst as the bytes in them
+    arrow_messages  what an Arrow file claims, checked before it is read
+    parquet_pages   what a parquet file's pages claim, likewise
     tables      parquet and Arrow as rows
     json_lines  JSON objects, one per line or in a list
     peek        what a file of records is about, by its first one

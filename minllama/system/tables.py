@@ -12,15 +12,18 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from minllama.system.arrow_messages import ARROW_MAGIC, check_messages
 from minllama.system.errors import UsageError
 from minllama.system.files import check_regular
 from minllama.system.kinds import CONTROLS
 from minllama.system.packages import import_optional
+from minllama.system.parquet_pages import check_row_groups
 
 TABLE_SUFFIXES = (".parquet", ".arrow", ".feather")
 BATCH_BYTES, BATCH_ROWS = 1 << 24, 1024  # of rows in memory at once, by their mean size
-GROUP_BYTES = 1 << 32  # of a row group's columns that are read; usual are 1 to 500 MB
-GROUP_VALUES = 1 << 28  # in the lists of a row group: nulls take no bytes in a file
+BATCH_VALUES = 1 << 24  # in the lists of a batch
+ROWS_PER_BYTE = 100  # of a file; billions of nulls take a few, and hours
+TEXT_CHARS = 1 << 27  # of one text, as of a line of a text file
 Format = Literal["parquet", "arrow file", "arrow stream"]
 
 
@@ -34,7 +37,7 @@ def table_format(path: Path) -> Format | None:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
     if head.startswith(b"PAR1") and len(head.translate(None, CONTROLS)) < len(head):
         return "parquet"
-    if head.startswith(b"ARROW1\0\0"):
+    if head.startswith(ARROW_MAGIC):
         return "arrow file"
     if head.startswith(b"\xff" * 4) and len(head) > 8:
         return "arrow stream"
@@ -61,32 +64,31 @@ def open_table(path: Path) -> Table:
     """
     pyarrow = import_optional("pyarrow", f"{path}: reading it")
     import_optional("pyarrow.parquet", f"{path}: reading it")
+    is_parquet = table_format(path) == "parquet"
     with _errors_of(path):
-        kind = table_format(path)
-        if kind == "parquet":
+        if is_parquet:
             schema = pyarrow.parquet.read_schema(path)
-        elif kind == "arrow file":
-            with pyarrow.OSFile(str(path)) as file:
-                schema = pyarrow.ipc.open_file(file).schema
         else:
-            with pyarrow.OSFile(str(path)) as file:
+            check_messages(path)
+            with _arrow_stream(path) as file:
                 schema = pyarrow.ipc.open_stream(file).schema
-    read = _parquet_batches if kind == "parquet" else _arrow_batches
 
     def rows(columns: Collection[str] | None) -> Iterator[tuple[float, dict[str, Any]]]:
+        batches = (_parquet_batches if is_parquet else _arrow_batches)(path, columns)
+        number = 1
         with _errors_of(path):
-            number = 0
-            for done, batch in read(path, kind, columns):
+            for done, batch in batches:
                 batch.validate(full=True)  # else its offsets may point anywhere
-                names, arrays = batch.schema.names, batch.columns
-                for array in arrays:
-                    _check_length(array, path)
-                for index in range(batch.num_rows):
-                    number += 1
-                    row = {}
-                    for name, array in zip(names, arrays, strict=True):
-                        row[name] = _value(array[index], path, number)
-                    yield done, row
+                for array in batch.columns:
+                    _check_values(array, path)
+                if number + batch.num_rows > ROWS_PER_BYTE * path.stat().st_size:
+                    raise UsageError(f"{path}: {number + batch.num_rows:,} rows in a few bytes")
+                for start in range(0, batch.num_rows, BATCH_ROWS):
+                    part = batch.slice(start, BATCH_ROWS)
+                    values = [_values(array, path, number) for array in part.columns]
+                    for row in zip(*values, strict=True):
+                        yield done, dict(zip(part.schema.names, row, strict=True))
+                    number += part.num_rows
 
     return Table(schema.names, _class_names(schema), rows)
 
@@ -104,22 +106,38 @@ def _errors_of(path: Path) -> Iterator[None]:
         raise UsageError(f"{path}: damaged table ({words}); fetch it again") from None
 
 
-def _check_length(array: Any, path: Path) -> None:
-    """Raise UsageError for billions of values, also in lists: nulls of them take no bytes."""
-    if len(array) > GROUP_VALUES:
-        raise UsageError(f"{path}: {len(array):,} values in one batch of rows, too many")
+def _check_values(array: Any, path: Path, *, inside: bool = False) -> None:
+    """Raise UsageError for many million values in the lists of some rows: nulls take no bytes."""
+    if inside and len(array) > BATCH_VALUES:
+        raise UsageError(f"{path}: {len(array):,} values in the lists of a few rows, too many")
     if hasattr(array, "field") and array.type.num_fields:
         for index in range(array.type.num_fields):
-            _check_length(array.field(index), path)
+            _check_values(array.field(index), path, inside=inside)
     elif hasattr(array, "values"):
-        _check_length(array.values, path)
+        _check_values(array.values, path, inside=True)
+
+
+def _values(array: Any, path: Path, first: int) -> Iterator[Any]:
+    """A column's values of some rows, of which the first has this number."""
+    if not hasattr(array, "indices"):
+        for number, scalar in enumerate(array, start=first):
+            yield _value(scalar, path, number)
+        return
+    texts: dict[int | None, Any] = {None: None}  # one for all rows that have the same
+    for number, index in enumerate(array.indices.to_pylist(), start=first):
+        if index not in texts:
+            texts[index] = _value(array.dictionary[index], path, number)
+        yield texts[index]
 
 
 def _value(scalar: Any, path: Path, number: int) -> Any:
     try:
-        return scalar.as_py()
+        value = scalar.as_py()
     except UnicodeDecodeError:
-        raise UsageError(f"{path}, row {number:,}: not UTF-8") from None
+        raise UsageError(f"{path}, row {number}: not UTF-8") from None
+    if isinstance(value, str) and len(value) > TEXT_CHARS:
+        raise UsageError(f"{path}, row {number}: a text of more than {TEXT_CHARS:,} characters")
+    return value
 
 
 def _class_names(schema: Any) -> dict[str, list[str]]:
@@ -137,69 +155,47 @@ def _class_names(schema: Any) -> dict[str, list[str]]:
     }
 
 
-def _parquet_batches(
-    path: Path, kind: Format, columns: Collection[str] | None
-) -> Iterator[tuple[float, Any]]:
+def _parquet_batches(path: Path, columns: Collection[str] | None) -> Iterator[tuple[float, Any]]:
     """Batches of rows of a parquet file, each with the share of the rows read by then.
 
     Texts stay in the dictionary that they are stored by: a million rows may be one text of 100 MB.
     """
     parquet = import_optional("pyarrow.parquet", f"{path}: reading it")
     with parquet.ParquetFile(path) as file:
-        wanted = [n for n in file.schema_arrow.names if columns is None or n in columns]
+        total, names = file.metadata.num_rows, file.schema_arrow.names
         leaves = [file.schema.column(index) for index in range(len(file.schema))]
-        texts = [each.path for each in leaves if each.logical_type.type == "STRING"]
-        metadata = file.metadata
-    with parquet.ParquetFile(
-        path, read_dictionary=texts, buffer_size=1 << 20, pre_buffer=False
-    ) as file:
+    wanted = [name for name in names if columns is None or name in columns]
+    texts = [leaf.path for leaf in leaves if leaf.logical_type.type == "STRING"]
+    streamed = {"buffer_size": 1 << 20, "pre_buffer": False}
+    with parquet.ParquetFile(path, read_dictionary=texts, **streamed) as file:
         done = 0
-        for group in range(metadata.num_row_groups):
-            rows = metadata.row_group(group).num_rows
-            size = _check_group(path, group, metadata.row_group(group), wanted)
-            batch_rows = max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(1, size)))
+        for number, group in enumerate(check_row_groups(path, wanted)):
+            rows = max(1, min(BATCH_ROWS, BATCH_BYTES * group.rows // max(1, group.unpacked)))
             for batch in file.iter_batches(
-                batch_rows, row_groups=[group], columns=wanted, use_threads=False
+                rows, row_groups=[number], columns=wanted, use_threads=False
             ):
                 done += batch.num_rows
-                yield done / max(1, metadata.num_rows), batch
+                yield min(1.0, done / max(1, total)), batch
 
 
-def _check_group(path: Path, number: int, group: Any, wanted: Collection[str]) -> int:
-    """The bytes that the wanted columns of a row group say they have; UsageError for too many."""
-    read = [group.column(index) for index in range(group.num_columns)]
-    read = [column for column in read if column.path_in_schema.split(".")[0] in wanted]
-    size = sum(max(0, column.total_uncompressed_size) for column in read)
-    values = max((column.num_values for column in read), default=0)
-    if size > GROUP_BYTES or values > GROUP_VALUES:
-        raise UsageError(
-            f"{path}: row group {number} unpacks to {size:,} bytes, {values:,} values: write it "
-            "with smaller ones (row_group_size)"
-        )
-    return size
+@contextlib.contextmanager
+def _arrow_stream(path: Path) -> Iterator[Any]:
+    """An Arrow file at the beginning of its stream, which also a file with a footer holds."""
+    pyarrow = import_optional("pyarrow", f"{path}: reading it")
+    with pyarrow.OSFile(str(path)) as file:
+        if table_format(path) == "arrow file":
+            file.seek(len(ARROW_MAGIC))
+        yield file
 
 
-def _arrow_batches(
-    path: Path, kind: Format, columns: Collection[str] | None
-) -> Iterator[tuple[float, Any]]:
-    """Record batches of an Arrow file or stream, each with the share of the file read by then."""
+def _arrow_batches(path: Path, columns: Collection[str] | None) -> Iterator[tuple[float, Any]]:
+    """Record batches of an Arrow file, each with the share of the file read by then."""
     pyarrow = import_optional("pyarrow", f"{path}: reading it")
     size = max(1, os.path.getsize(path))
-    opening = pyarrow.ipc.open_file if kind == "arrow file" else pyarrow.ipc.open_stream
-
-    def opened(file: Any, wanted: list[int] | None) -> Any:
-        options = pyarrow.ipc.IpcReadOptions(included_fields=wanted, use_threads=False)
-        return opening(file, options=options)
-
-    with pyarrow.OSFile(str(path)) as file:
-        names = opening(file).schema.names
-    wanted = None if columns is None else [i for i, name in enumerate(names) if name in columns]
-    with pyarrow.OSFile(str(path)) as file:
-        reader = opened(file, wanted)
-        if kind == "arrow file":
-            count = reader.num_record_batches
-            for index in range(count):
-                yield (index + 1) / count, reader.get_batch(index)
-        else:
-            for batch in reader:
-                yield min(1.0, file.tell() / size), batch
+    with _arrow_stream(path) as file:
+        names = pyarrow.ipc.open_stream(file).schema.names
+    wanted = [i for i, name in enumerate(names) if columns is None or name in columns]
+    options = pyarrow.ipc.IpcReadOptions(included_fields=wanted, use_threads=False)
+    with _arrow_stream(path) as file:
+        for batch in pyarrow.ipc.open_stream(file, options=options):
+            yield min(1.0, file.tell() / size), batch

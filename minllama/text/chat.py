@@ -150,10 +150,11 @@ def template_of_jinja(text: Any) -> Template | None:
     Of several templates, a list of names and texts, the one named `default` counts.
     """
     if isinstance(text, list):
-        named = {each.get("name"): each.get("template") for each in text if isinstance(each, dict)}
-        text = named.get("default")
+        named = (each for each in text if isinstance(each, dict) and each.get("name") == "default")
+        text = next(named, {}).get("template")
     if not isinstance(text, str) or not text.strip():
         return None
+    text = text.encode("utf-8", "replace").decode()  # JSON can spell what is no UTF-8
     plain = ChatTemplate()
     ours = (plain.jinja(), plain.jinja(marks_answers=True))
     is_plain = text in ours or fingerprint(text.encode()) == EARLIER_JINJA

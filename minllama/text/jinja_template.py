@@ -2,14 +2,15 @@
 
 A template comes with a stranger's file. Jinja's sandbox keeps it from running code; here it is also
 kept from running for long and from filling the memory: every turn of a loop and every letter that
-it makes is a step, and its steps are bounded.
+it makes or looks through is a step, and its steps are bounded.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, MappingView, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
     from minllama.vocabulary.base import Vocabulary
     from tokenizer import Tokenizer
 
-TEMPLATE_CHARS = 1 << 17  # of a template; the longest public ones have a tenth of that
+TEMPLATE_CHARS = 1 << 16  # of a template; the longest public ones have a quarter of that
 MOST_STEPS = 1 << 25  # of a rendering: letters of all that it makes, and its turns and calls
 STEPS_OF_A_CALL = 100  # as long as that takes
+STEPS_OF_AN_ITEM = 20  # of a list: its size in memory
+MARK = "\ud800"  # in no text, since it is no UTF-8
 METHODS = {  # of texts, lists and dicts that a template may call
     "strip", "lstrip", "rstrip", "split", "rsplit", "startswith", "endswith", "find", "upper",
     "lower", "title", "capitalize", "replace", "removeprefix", "removesuffix", "get", "items",
@@ -34,6 +37,18 @@ FILTERS = {
     "trim", "length", "count", "upper", "lower", "capitalize", "title", "first", "last", "list",
     "string", "int", "default", "d", "items", "safe", "join", "replace", "map", "selectattr",
     "rejectattr", "select", "reject", "sort", "dictsort", "unique", "reverse",
+}  # fmt: skip
+SHALLOW = {  # of these, those that look at no letters of what they are given
+    "length", "count", "first", "last", "list", "default", "d", "items", "map", "selectattr",
+    "rejectattr", "select", "reject",
+}  # fmt: skip
+TESTS = {
+    "defined", "undefined", "none", "boolean", "true", "false", "string", "mapping", "iterable",
+    "sequence", "number", "integer", "float", "odd", "even", "sameas",
+}  # fmt: skip
+COMPARISONS = {
+    "in", "eq", "==", "equalto", "ne", "!=", "lt", "lessthan", "<", "le", "<=", "gt",
+    "greaterthan", ">", "ge", ">=",
 }  # fmt: skip
 
 
@@ -68,8 +83,8 @@ class JinjaTemplate:
         system: str = "",
     ) -> list[int]:
         """The ids of the history and of the question, up to where the answer begins."""
-        said, mark = _messages(tokenizer.vocabulary, [*history, (question, None)], system)
-        return _encode(tokenizer.vocabulary, self._render(tokenizer, said, opens=True), mark)
+        said = _messages(tokenizer.vocabulary, [*history, (question, None)], system)
+        return _encode(tokenizer.vocabulary, self._render(tokenizer, said, opens=True))
 
     def exchange_ids(
         self,
@@ -87,9 +102,9 @@ class JinjaTemplate:
         Raises UsageError for one that takes no such dialogue.
         """
         vocabulary = tokenizer.vocabulary
-        said, mark = _messages(vocabulary, [*history, exchange], system)
+        said = _messages(vocabulary, [*history, exchange], system)
         before = self._render(tokenizer, said[:-2], opens=False) if continues else ""
-        before = _up_to_control(vocabulary, before)
+        before = _up_to_control(vocabulary, before) or before
         asked = self._render(tokenizer, said[:-1], opens=True)
         answered = self._render(tokenizer, said, opens=False)
         if not asked.startswith(before):
@@ -99,11 +114,9 @@ class JinjaTemplate:
                 "the model's chat template writes an answer in another way than it opens one: it "
                 "cannot be trained on"
             )
-        answer = _up_to_control(vocabulary, answered[len(asked) :])
-        return (
-            _encode(vocabulary, asked[len(before) :], mark),
-            _encode(vocabulary, answer, mark),
-        )
+        answer = answered[len(asked) :]
+        answer = _up_to_control(vocabulary, answer) or answer
+        return _encode(vocabulary, asked[len(before) :]), _encode(vocabulary, answer, behind=asked)
 
     def _render(self, tokenizer: Tokenizer, messages: list[dict], *, opens: bool) -> str:
         """The text of messages, and with `opens` of how an answer opens; raises UsageError."""
@@ -119,38 +132,42 @@ class JinjaTemplate:
 
 def _messages(
     vocabulary: Vocabulary, exchanges: Sequence[tuple[str, str | None]], system: str
-) -> tuple[list[dict[str, str]], str]:
-    """Messages as a template takes them, and a character that is in none of them.
-
-    It stands in the names of control tokens that were said, so that these are text.
-    """
+) -> list[dict[str, str]]:
+    """Messages as a template takes them, with MARK before what would be a control token."""
     said = [("system", system)] if system else []
     for question, answer in exchanges:
-        said.append(("user", question))
-        if answer is not None:
-            said.append(("assistant", answer))
-    texts = "".join(text for _, text in said)
-    mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in texts)
-    messages = []
-    for role, text in said:
-        for name in vocabulary.control_tokens:
-            text = text.replace(name, f"{name[:1]}{mark}{name[1:]}")
-        messages.append({"role": role, "content": text})
-    return messages, mark
+        said += [("user", question), ("assistant", answer)][: 1 + (answer is not None)]
+    named = re.compile(f"(?={vocabulary.control_pattern.pattern})")
+    return [{"role": role, "content": named.sub(MARK, _utf8(text))} for role, text in said]
 
 
-def _encode(vocabulary: Vocabulary, text: str, mark: str) -> list[int]:
+def _written(vocabulary: Vocabulary) -> re.Pattern[str]:
+    """The names of control tokens that are the template's."""
+    return re.compile(f"(?<!{MARK}){vocabulary.control_pattern.pattern}")
+
+
+def _encode(vocabulary: Vocabulary, text: str, *, behind: str = "") -> list[int]:
+    """The ids of a text, and where it follows another, `behind` it."""
     ids: list[int] = []
-    for part in vocabulary.control_pattern.split(text):
-        token = vocabulary.control_tokens.get(part)
-        ids += vocabulary.encode(part.replace(mark, "")) if token is None else [token]
+    encode = vocabulary.encode_behind if _up_to_control(vocabulary, behind) != behind else None
+    for number, part in enumerate(_written(vocabulary).split(text)):
+        if number % 2:
+            ids.append(vocabulary.control_tokens[part])
+        else:
+            ids += (encode or vocabulary.encode)(_utf8(part.replace(MARK, "")))
+        encode = None
     return ids
 
 
 def _up_to_control(vocabulary: Vocabulary, text: str) -> str:
-    """A text without what is behind its last control token; whole, where it has none."""
-    ends = [match.end() for match in vocabulary.control_pattern.finditer(text)]
-    return text[: ends[-1]] if ends else text
+    """A text without what is behind its last control token; without any, where it has none."""
+    ends = [match.end() for match in _written(vocabulary).finditer(text)]
+    return text[: ends[-1]] if ends else ""
+
+
+def _utf8(text: str) -> str:
+    """A text with `?` for what is no UTF-8, which Python reads as surrogates."""
+    return text.encode("utf-8", "replace").decode()
 
 
 # ---------------------------------------------------------------------------- rendering
@@ -179,7 +196,7 @@ def render(text: str, **values: Any) -> str:
         raise UsageError(f"the model's chat template refuses this dialogue: {error}") from None
     except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError) as error:
         problem = error
-    except (RecursionError, SyntaxError, TypeError, ValueError) as error:
+    except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError) as error:
         problem = error
     reason = " ".join(f"{type(problem).__name__}: {problem}".split())[:200]
     raise UsageError(f"the model's chat template does not work: {reason}")
@@ -193,27 +210,52 @@ def _compiled(text: str) -> Any:
         import_optional(f"jinja2.{module}", "the model's chat template")
     nodes, environment = jinja2.nodes, _environment(jinja2)
 
-    def call(name: str, arguments: list[Any]) -> Any:
-        return nodes.Call(nodes.Name(name, "load"), arguments, [], None, None)
+    def call(method: str, arguments: list[Any]) -> Any:
+        function = nodes.EnvironmentAttribute(method)  # which no variable can hide
+        return nodes.Call(function, arguments, [], None, None)
 
     class Counting(jinja2.visitor.NodeTransformer):
         def visit_Concat(self, node: Any) -> Any:
             """`a ~ b` as a call that looks at the sizes first."""
-            return call("concat", self.generic_visit(node).nodes)
+            return call("concatenated", self.generic_visit(node).nodes)
 
         def visit_Output(self, node: Any) -> Any:
             """What is written, also into a variable, one piece after the other."""
             node = self.generic_visit(node)
-            node.nodes = [call("written", [_expression(nodes, part)]) for part in node.nodes]
+            node.nodes = [call("read", [_expression(nodes, part)]) for part in node.nodes]
             return node
+
+        def visit_Compare(self, node: Any) -> Any:
+            """What is compared, or searched."""
+            node = self.generic_visit(node)
+            for side in (node, *node.ops):
+                side.expr = call("read", [side.expr])
+            return node
+
+        def visit_Getitem(self, node: Any) -> Any:
+            """A part of a text or list, which is copied."""
+            node = self.generic_visit(node)
+            return call("read", [node]) if isinstance(node.arg, nodes.Slice) else node
+
+        def visit_Tuple(self, node: Any) -> Any:
+            """A list: a tuple as the key of a dict would be read whole."""
+            node = self.generic_visit(node)
+            return nodes.List(node.items) if node.ctx == "load" else node
 
         def visit_For(self, node: Any) -> Any:
-            """A turn of a loop, or of a macro."""
+            """A turn of a loop, or of a macro: as many steps as it has parts."""
+            parts = sum(1 for _ in node.find_all(nodes.Node))
             node = self.generic_visit(node)
-            node.body.insert(0, nodes.Output([call("written", [nodes.Const("")])]))
+            node.body.insert(0, nodes.Output([call("turn", [nodes.Const(parts)])]))
             return node
 
-        visit_Macro = visit_For
+        visit_Macro = visit_CallBlock = visit_For
+
+        def visit_Name(self, node: Any) -> Any:
+            """A variable, but not the tuple of a macro's surplus arguments."""
+            if node.name == "varargs":
+                raise jinja2.exceptions.SecurityError("varargs")
+            return node
 
     tree = Counting().visit(environment.parse(text))
     return environment.from_string(tree.set_environment(environment).set_lineno(1))
@@ -225,6 +267,7 @@ def _expression(nodes: ModuleType, part: Any) -> Any:
 
 def _environment(jinja2: ModuleType) -> Any:
     """Jinja's sandbox as `transformers` sets it up, with bounds."""
+    readable = (str, int, float, range, type(None), jinja2.Undefined)
 
     class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset(["+", "*", "**", "%"])
@@ -232,26 +275,57 @@ def _environment(jinja2: ModuleType) -> Any:
 
         def take(self, steps: int) -> None:
             """Use up some of it; raises TooMuch where it is not enough."""
-            self.budget -= STEPS_OF_A_CALL + steps
+            self.budget -= steps
             if self.budget < 0:
                 raise TooMuch
 
         def counted(self, value: Any) -> Any:
-            """A value that was made."""
-            self.take(_size(value))
+            """A value that was made; what makes others lazily is a list, and so are pairs."""
+            self.take(STEPS_OF_A_CALL + _size(value))
+            if not isinstance(value, Iterator | MappingView):
+                return value
+            made = []
+            for item in value:
+                self.take(STEPS_OF_AN_ITEM)
+                made.append(list(item) if isinstance(item, tuple) else item)
+            return made
+
+        def read(self, value: Any) -> Any:
+            """A value that is looked through, with all that is in it."""
+            left = [value]
+            while left:
+                item = left.pop()
+                self.take(STEPS_OF_AN_ITEM + _size(item))
+                if isinstance(item, dict):
+                    left += [*item, *item.values()]
+                elif isinstance(item, list | tuple):
+                    left += item
+                elif not isinstance(item, readable):
+                    raise jinja2.exceptions.SecurityError(f"{type(item).__name__} as a text")
             return value
+
+        def concatenated(self, *values: Any) -> str:
+            """What `~` does."""
+            return "".join(map(str, self.read(values)))
+
+        def turn(self, parts: int) -> str:
+            """A turn of a loop, of so many steps; writes nothing."""
+            self.take(parts)
+            return ""
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             """Arithmetic; of texts and lists nothing but sums."""
             numbers = all(isinstance(v, int | float) and abs(v) < 2**53 for v in (left, right))
             if operator == "**" or not (numbers or operator == "+"):
                 raise jinja2.exceptions.SecurityError(f"{operator} of these values")
-            self.take(_size(left) + _size(right))
+            self.take(STEPS_OF_A_CALL + _size(left) + _size(right))
             return super().call_binop(context, operator, left, right)
 
         def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
             """What may be called, and the values of messages."""
-            allowed = attr in METHODS or isinstance(obj, jinja2.runtime.LoopContext)
+            allowed = attr in METHODS or (
+                isinstance(obj, jinja2.runtime.LoopContext) and attr == "cycle"
+            )
             return super().is_safe_attribute(obj, attr, value) and (allowed or not callable(value))
 
         def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -259,9 +333,11 @@ def _environment(jinja2: ModuleType) -> Any:
             name = getattr(function, "__name__", "")
             if name.startswith("format"):  # the sandbox has a way of its own to let it pass
                 raise jinja2.exceptions.SecurityError("format makes texts of any size")
-            if name == "replace" and len(args) > 1:
-                text, (old, new) = function.__self__, args[:2]
-                self.take(len(text) + text.count(old) * len(new))
+            text = getattr(function, "__self__", None)
+            if isinstance(text, str):  # its methods take texts and numbers
+                self.read([text, *args, *kwargs.values()])
+                if name == "replace" and len(args) > 1:
+                    self.take(text.count(args[0]) * len(args[1]))
             return self.counted(super().call(context, function, *args, **kwargs))
 
     class Generation(jinja2.ext.Extension):
@@ -283,42 +359,43 @@ def _environment(jinja2: ModuleType) -> Any:
         environment.take(len(numbers))
         return numbers
 
-    def concat(*values: Any) -> str:
-        texts = [str(value) for value in values]
-        environment.take(sum(map(len, texts)))
-        return "".join(texts)
-
     def join(values: Any, separator: str = "") -> str:
         parts = [str(value) for value in values]
-        environment.take(sum(map(len, parts)) + len(separator) * len(parts))
+        environment.take(len(separator) * len(parts))
         return separator.join(parts)
 
     def replace(text: Any, old: str, new: str) -> str:
         text = str(text)
-        environment.take(len(text) + text.count(old) * len(new))
+        environment.take(text.count(old) * len(new))
         return text.replace(old, new)
 
     def to_json(value: Any, **options: Any) -> str:  # without its indent, of any size
         return json.dumps(value, ensure_ascii=False)
 
-    def counting(function: Any) -> Any:
+    def counting(function: Any, reads: bool) -> Any:
+        passed = hasattr(function, "jinja_pass_arg")  # its first argument is Jinja's
+
         @functools.wraps(function)
         def counted(*args: Any, **kwargs: Any) -> Any:
-            value = function(*args, **kwargs)
-            # What is made lazily is made here, so that it can be counted.
-            return environment.counted(list(value) if hasattr(value, "__next__") else value)
+            if reads:
+                environment.read([*args[passed:], *kwargs.values()])
+            return environment.counted(function(*args, **kwargs))
 
         return counted
 
     ours = {"tojson": to_json, "join": join, "replace": replace}
     filters = {name: environment.filters[name] for name in FILTERS} | ours
-    environment.filters = {name: counting(function) for name, function in filters.items()}
+    environment.filters = {
+        name: counting(function, name not in SHALLOW) for name, function in filters.items()
+    }
+    tests = {name: environment.tests[name] for name in TESTS | COMPARISONS}
+    environment.tests = {
+        name: counting(function, name in COMPARISONS) for name, function in tests.items()
+    }
     environment.globals = {
         "range": bounded_range,
         "namespace": environment.globals["namespace"],
         "raise_exception": _refuse,
-        "concat": concat,
-        "written": environment.counted,
     }
     return environment
 
@@ -328,9 +405,7 @@ def _refuse(message: Any) -> None:
 
 
 def _size(value: Any) -> int:
-    """The letters of a text, or of those in a list."""
+    """The steps that a value itself takes, without what is in it."""
     if isinstance(value, str):
         return len(value)
-    if isinstance(value, list | tuple):
-        return len(value) + sum(len(item) for item in value if isinstance(item, str))
-    return len(value) if isinstance(value, dict | range) else 1
+    return STEPS_OF_AN_ITEM * len(value) if isinstance(value, list | tuple | dict) else 0

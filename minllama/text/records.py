@@ -131,7 +131,7 @@ def _check_columns(where: str, names: Sequence[str], columns: Collection[str] | 
     twice = [name for name in wanted if names.count(name) > 1]
     if columns is not None and twice:
         raise UsageError(f"{where}: has the column {_shown(twice[0])!r} more than once")
-    if not {*wanted} & {*names}:
+    if columns is not None and not {*wanted} & {*names}:
         raise UsageError(
             f"{where}: no column {' or '.join(map(repr, sorted(wanted)))} (has: {_listed(names)}); "
             "--text_field names the column of the text"

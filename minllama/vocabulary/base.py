@@ -56,13 +56,13 @@ class Vocabulary(ABC):
     @cached_property
     @abstractmethod
     def byte_tokens(self) -> list[int]:
-        """Tokens that spell one byte of a character which has no token of its own."""
+        """Tokens that spell parts of characters which have no token of their own."""
 
     @cached_property
     def control_pattern(self) -> re.Pattern[str]:
         """The names of control tokens in a text, the longest first, as a group."""
         names = sorted(self.control_tokens, key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, names))})")
+        return re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
 
     @property
     def stated_marks(self) -> tuple[int, int]:
@@ -77,6 +77,10 @@ class Vocabulary(ABC):
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without BOS and EOS."""
         return self.encode_many([text])[0].tolist()
+
+    def encode_behind(self, text: str) -> list[int]:
+        """Token ids of a text behind another, before which no space is put."""
+        return self.encode(text)
 
     @cached_property
     def end_ids(self) -> list[int]:

@@ -42,7 +42,6 @@ class ByteBPE(Vocabulary):
 
     kind = "byte-level BPE"
     unknown_id = None
-    byte_tokens: Sequence[int] = ()  # its tokens spell bytes: none stands for a lack of others
 
     def __init__(self, content: bytes, where: str) -> None:
         package = import_optional("tokenizers", f"{where}: its vocabulary")
@@ -99,6 +98,11 @@ class ByteBPE(Vocabulary):
         return self.names[token]
 
     @cached_property
+    def byte_tokens(self) -> list[int]:
+        """Tokens that spell parts of characters, which are put together of them."""
+        return [i for i, text in enumerate(self.token_texts) if not _is_utf8(text)]
+
+    @cached_property
     def token_texts(self) -> list[bytes]:
         """The bytes that each token spells; none for control tokens."""
         plain = {*self.control_tokens.values(), *self.added_tokens.values()}
@@ -109,6 +113,14 @@ class ByteBPE(Vocabulary):
         for name, token in self.added_tokens.items():
             texts[token] = name.encode()
         return texts
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from minllama.system.errors import UsageError
@@ -17,9 +18,14 @@ CONFIG = "tokenizer_config.json"
 
 def open_vocabulary(content: bytes, where: str) -> Vocabulary:
     """The vocabulary of a model file's bytes; UsageError, naming `where`, for anything else."""
-    if content[:1] != b"{":
-        return SentencePiece(content, where)
-    return ByteBPE(content, where)
+    if content[:1] == b"{":
+        return ByteBPE(content, where)
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content):
+        raise UsageError(
+            f"{where}: is tiktoken's, as Meta's Llama 3 has: name the tokenizer.json of the same "
+            "model, from its Hugging Face folder, with --tokenizer_model"
+        )
+    return SentencePiece(content, where)
 
 
 def read_vocabulary_file(path: Path) -> bytes:

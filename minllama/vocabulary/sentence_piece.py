@@ -58,6 +58,11 @@ class SentencePiece(Vocabulary):
         """Token ids of a text, without BOS and EOS."""
         return self.processor.encode(text)
 
+    def encode_behind(self, text: str) -> list[int]:
+        """Token ids of a text behind another; a newline, which no piece joins to it, takes the
+        space."""
+        return self.encode(f"\n{text}")[len(self.encode("\n")) :]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; the space that was put before a text is taken off."""
         return self.processor.decode(ids)

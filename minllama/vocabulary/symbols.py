@@ -61,20 +61,23 @@ def _problem(symbol: str, names: set[str]) -> str | None:
 
 
 def find_overlap(symbols: Sequence[str]) -> tuple[str, str] | None:
-    """Two symbols of which the end of one is the beginning of the other, if there are any.
+    """Two symbols that may overlap in a text, such that it matters which is looked for first.
 
-    Of such ones it matters whether the text is read from the left, or symbol by symbol.
+    That is so where the end of the first is the beginning of another that is at least as long, and
+    no longer one begins at the first's place.
     """
-    owners: dict[str, list[str]] = {}  # of a beginning: two symbols are enough to find another one
-    for symbol in symbols:
+    begun: dict[str, list[str]] = {}  # with these characters, but longer: the longest two
+    for symbol in sorted(symbols, key=len, reverse=True):
         for length in range(1, len(symbol)):
-            begun = owners.setdefault(symbol[:length], [])
-            if len(begun) < 2:
-                begun.append(symbol)
-    for symbol in symbols:
-        for start in range(1, len(symbol)):
-            for other in owners.get(symbol[start:], ()):
-                # In a run of one character both ways are the same.
-                if other != symbol and len({*symbol, *other}) > 1:
-                    return symbol, other
+            with_it = begun.setdefault(symbol[:length], [])
+            if len(with_it) < 2:
+                with_it.append(symbol)
+    known = {*symbols}
+    for first in symbols:
+        for start in range(1, len(first)):
+            for second in begun.get(first[start:], ()):
+                text = first[:start] + second
+                longer = (text[:end] in known for end in range(len(first) + 1, len(text) + 1))
+                if first != second and len(second) >= len(first) and not any(longer):
+                    return first, second
     return None

@@ -98,7 +98,7 @@ def train_on(
         vocabulary: Vocabulary = SentencePiece(content, where)
     else:
         content = _train_byte_bpe(sentences, fitting, wanted, check_stop)
-        vocabulary = ByteBPE(pack(json.loads(content), {}), where)
+        vocabulary = ByteBPE(pack(json.loads(content), {}, where), where)
     for symbol in wanted.symbols:
         if vocabulary.encode(symbol) != [vocabulary.added_tokens.get(symbol)]:
             raise UsageError(f"--symbols: {symbol!r} cannot be made one token")
@@ -150,7 +150,8 @@ def _train_sentence_piece(
         coverage = 1.0
     spaces = prefix * len(sentences) + sum(sentence.count(" ") for sentence in sentences)
     # Of a text with few spaces their sign is rare enough to be dropped, and would then be spelt.
-    is_rare = spaces < (1 - coverage) * (prefix * len(sentences) + sum(map(len, sentences)))
+    characters = prefix * len(sentences) + sum(map(len, sentences))
+    is_rare = spaces == 0 or spaces < (1 - coverage) * characters
 
     def train(size: int) -> bytes:
         model = io.BytesIO()

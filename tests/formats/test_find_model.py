@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracles import write
 from running import command, write_model
 
 from config import SHIPPED_MODEL, parse_options
@@ -246,6 +247,10 @@ def test_an_embedding_with_padding_is_cut_to_its_vocabulary(capsys):
     llama, tokenizer = load("--pretrained_model_path padded.pt")
     assert llama.config.vocab_size == tokenizer.n_words == 300
     assert "padded.pt: 20 of the embedding's 320 rows are beyond" in capsys.readouterr().err
+    for target in ("pt", "bin", "hf", "gguf"):  # written and read back it is of the same size
+        pytest.importorskip({"hf": "safetensors", "gguf": "gguf"}.get(target, "torch"))
+        write(llama, target, Path(f"cut.{target}"), tokenizer=tokenizer)
+        assert load_pretrained(f"cut.{target}").config.vocab_size == tokenizer.n_words
     assert llama.output.weight is llama.tok_embeddings.weight
     tokens = torch.randint(300, (1, 16))
     assert torch.equal(llama(tokens, tokens)[0], model(tokens, tokens)[0][..., :300])

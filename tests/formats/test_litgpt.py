@@ -47,7 +47,7 @@ def test_a_folder_of_litgpts(changes: dict, older: bool, tmp_path: Path):
         got = load_pretrained(path)
         assert_same_weights(got, model)
         assert got.vocabulary == b"a vocabulary"
-        assert inspect(path).format == "litgpt"
+        assert inspect(path).format == "litgpt" and "tied" in inspect(path).embedding
 
 
 @pytest.mark.parametrize("older", [False, True])

@@ -11,7 +11,6 @@ import importlib.util
 import json
 import math
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from llama import Llama, load_pretrained, model_payload
 from minllama.formats.model_file import read_contents, read_model
 from minllama.formats.pt_file import load_pt, save_pt
 from minllama.formats.stored_model import EXTRAS, HOLDS, extras, parameter_shapes
-from minllama.model.generation import KVCache, Sampling, compile_step, decode_step, generate_tokens
+from minllama.model.generation import KVCache, Sampling, decode_step, generate_tokens
 from minllama.model.lora import add_lora, merge_lora
 from minllama.model.packing import pack_weights
 from minllama.system.errors import UsageError
@@ -257,7 +256,7 @@ def test_packed_weights_have_the_biases_and_norms(name: str, dtype: torch.dtype,
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_step_of_fixed_shape_writes_the_plain_ones_tokens(name: str, packed: bool):
-    """What is compiled; here op by op."""
+    """What is compiled; here op by op, compiled in test_generation.py."""
     model = relative(name)
     prompts = [row[:7].tolist() for row in random_tokens()]
     want = list(generate_tokens(model, prompts, max_new_tokens=20, sampling=GREEDY))
@@ -265,17 +264,6 @@ def test_a_step_of_fixed_shape_writes_the_plain_ones_tokens(name: str, packed: b
         pack_weights(model, compiled=True)
     options = {"max_new_tokens": 20, "sampling": GREEDY, "step": decode_step}
     assert list(generate_tokens(model, prompts, **options)) == want
-
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-@pytest.mark.filterwarnings("ignore")  # torch about torch's own doing
-def test_a_compiled_step_has_biases_norms_and_slower_positions():
-    model = relative("Qwen2", qk_norm=True, head_dim=16, rope_scaling=LLAMA_3, n_layers=1)
-    pack_weights(model)
-    options = {"max_new_tokens": 12, "sampling": GREEDY}
-    want = list(generate_tokens(model, [[5, 9]], **options))
-    torch.compiler.reset()
-    assert list(generate_tokens(model, [[5, 9]], step=compile_step(), **options)) == want
 
 
 @pytest.mark.parametrize("name", ["Qwen2", "Qwen3", "Llama-3.2, wide heads"])

@@ -202,13 +202,18 @@ def test_a_step_compiled_for_one_model_does_not_run_on_another(
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # torch about torch's own doing
 def test_compiled_generation_equals_eager(tiny_config: LlamaConfig, monkeypatch):
-    """A plain layer, one in int8 and a reordered head in one model: to compile takes the time."""
+    """A plain layer, one in int8 and a reordered head in one model: to compile takes the time.
+
+    It has all that a shape may have beyond Llama 2's.
+    """
     import torch._inductor.config as inductor
 
     monkeypatch.setattr(
         packing, "_INT8_LINEAR", None
     )  # it rounds to bfloat16, a compiled step does not
-    model = make_llama(tiny_config)
+    beyond = {"head_dim": 16, "attention_bias": True, "qk_norm": True}
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    model = make_llama(dataclasses.replace(tiny_config, rope_scaling=scaling, **beyond))
     in_int8 = copy.deepcopy(model)
     packing.pack_weights(model, torch.float32)
     packing.pack_weights(in_int8, torch.int8)

@@ -18,6 +18,7 @@ from minllama.text.corpus import find_texts, fit_context
 from minllama.text.vocabulary import choose_vocabulary
 from minllama.vocabulary.training import META_PIECES, fit_vocabulary
 from tokenizer import Tokenizer
+from tokenizer import main as train_command
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
 RUN = (
@@ -42,6 +43,22 @@ def test_an_own_text_has_a_vocabulary_of_its_own():
     assert own.byte_fallback_share(own.encode(text, False, False)) < 0.02
     assert embedded.byte_fallback_share(embedded.encode(text, False, False)) > 0.95
     assert choose("").fingerprint == embedded.fingerprint  # of the stories
+
+
+def test_a_vocabulary_of_the_other_kind_is_named_like_any(capsys):
+    """One of `tokenizer.py train --kind byte-bpe`, with symbols; the run's files carry it."""
+    pytest.importorskip("tokenizers")
+    write_stories(Path.cwd(), 4)
+    Path("symbols.txt").write_text("Once upon a time\n", encoding="utf-8")
+    words = "train --input text.jsonl --kind byte-bpe --symbols symbols.txt --output my.json"
+    assert train_command(words.split()) == 0
+    done = command(f"{RUN} --max_steps 2 --tokenizer_model my.json")
+    assert done.status == 0, done.error
+    tokenizer = Tokenizer(tokenizer_model=load_pretrained(Path("run/final-model.pt")).vocabulary)
+    assert f"{tokenizer.n_words:,} pieces: my.json" in done.out
+    assert tokenizer.vocabulary.kind == "byte-level BPE"
+    assert tokenizer.encode("Once upon a time", False, False) == [tokenizer.n_words - 3]
+    assert command(f"{RESUME} --max_steps 3").status == 0
 
 
 def test_it_is_trained_once_for_a_text(monkeypatch, capsys):
