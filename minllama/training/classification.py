@@ -167,6 +167,11 @@ class Classification(Task):
         }
         if not files.labels.is_counted:
             self.identity["--label_names"] = files.labels.texts
+        self.data = {
+            "text": self.identity[LABELLED],
+            "held_out": self.held_out,
+            "vocabulary": tokenizer.fingerprint,
+        }
         self.sizes = trained_sizes(self.model, options) | {
             "config": config,
             "sequences": len(lengths),
