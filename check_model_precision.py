@@ -6,7 +6,7 @@
     python check_model_precision.py a.pt --compare b.pt
     python check_model_precision.py a.pt --text story.txt
     python check_model_precision.py a.pt --convert hf --output folder
-    python check_model_precision.py --compare-runs run1 run2 --output both.html
+    python check_model_precision.py --compare-runs run1 run2 --csv both.csv --output both.html
 
 Reads every format that llama.load_pretrained reads and writes them too. Knows files only: it
 trains nothing, generates nothing and downloads nothing.
@@ -67,8 +67,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--json", action="store_true", help="machine-readable output, and nothing else on stdout")
     add("--convert", choices=FORMATS, metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
     add(
-        "--compare_runs", nargs="+", type=read_path, metavar="RUN", help="runs' folders as one page"
+        "--compare_runs",
+        nargs="+",
+        type=read_path,
+        metavar="RUN",
+        help="runs' folders as a table: figures, and flags that differ; --output: as one page, too",
     )
+    add("--csv", type=read_path, metavar="FILE", help="write the table of --compare_runs as CSV")
     add("--output", type=read_path, metavar="PATH", help="where --convert or --compare_runs writes")
     add("--save_dtype", choices=DTYPES, help="precision of pt, gguf and hf (default: float32)")
     add(
@@ -89,9 +94,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise UsageError("--compare_runs takes runs, and no model file to look at: leave those out")
     if args.compare_runs and len(args.compare_runs) < 2:
         raise UsageError(f"--compare_runs {args.compare_runs[0]}: give two runs or more")
-    if args.compare_runs and not args.output:
-        raise UsageError("--compare_runs needs --output PATH, the page to write")
-    if bool(args.convert or args.compare_runs) != bool(args.output):
+    if args.csv and not args.compare_runs:
+        raise UsageError("--csv is for --compare_runs, whose table it writes")
+    if not args.compare_runs and bool(args.convert) != bool(args.output):
         raise UsageError("--convert FORMAT and --output PATH need each other: give both")
     if args.output and not args.output.name:  # "." or "/", which cannot be replaced
         raise UsageError(f"--output {args.output}: name a file or folder to write, such as hf")
@@ -137,7 +142,7 @@ from minllama.formats.pt_file import tensors_in
 from minllama.formats.stored_model import REAL_DTYPES, Contents, same_bits
 from minllama.inference.evaluation import score_text
 from minllama.machine.ranks import check_runs_alone
-from minllama.runs.metrics import compare_runs
+from minllama.runs.comparison import as_csv, page_of, read_run, sorted_runs, table, warnings
 from minllama.runs.run_folder import RunFolder
 from minllama.system.encodings import check_encoding
 from minllama.system.files import (
@@ -374,10 +379,10 @@ def check_output(path: Path, target: str, output: Path, overwrite: bool) -> None
         )
 
 
-def check_new(output: Path, overwrite: bool) -> None:
+def check_new(output: Path, overwrite: bool, flag: str = "--output") -> None:
     """Raise UsageError where `output` is there and is not to be replaced."""
     if output.exists() and not overwrite:
-        raise UsageError(f"--output {output}: is there already; --overwrite replaces it")
+        raise UsageError(f"{flag} {output}: is there already; --overwrite replaces it")
 
 
 # ---------------------------------------------------------------------------- scoring a text
@@ -420,6 +425,28 @@ def print_runs(folder: Path) -> None:
             print(f"{record}: to repeat the run in another folder\n  {command}")
 
 
+# ---------------------------------------------------------------------------- several runs
+
+
+def compare_runs(args: argparse.Namespace) -> int:
+    """Print a table of runs, and write it and their page where that is asked for."""
+    for flag, path in (("--output", args.output), ("--csv", args.csv)):
+        if path and path.is_dir():
+            raise UsageError(f"{flag} {path}: is a folder; name a file")
+        if path:
+            check_new(path, args.overwrite, flag)
+    runs = sorted_runs([read_run(path) for path in args.compare_runs])
+    print("\n".join(table(runs)))
+    say(*(f"note: {line}" for line in warnings(runs)))
+    if args.csv:
+        write_text(args.csv, as_csv(runs))
+        print(f"wrote {args.csv}")
+    if args.output:
+        write_text(args.output, page_of(runs))
+        print(f"wrote {args.output}: open it in a browser")
+    return 0
+
+
 # ---------------------------------------------------------------------------- entry
 
 
@@ -431,12 +458,7 @@ def notes_apart(as_json: bool) -> contextlib.AbstractContextManager:
 def run(args: argparse.Namespace) -> int:
     """Do what the command line says; returns the exit status."""
     if args.compare_runs:
-        check_new(args.output, args.overwrite)
-        if args.output.is_dir():
-            raise UsageError(f"--output {args.output}: is a folder; name a file")
-        write_text(args.output, compare_runs(args.compare_runs))
-        print(f"wrote {args.output}: open it in a browser")
-        return 0
+        return compare_runs(args)
     folders = [path for path in args.files if is_run_folder(path)]
     files = [model_in(path, "FILE") if path in folders else path for path in args.files]
     files = files or [default_file()]

@@ -37,6 +37,7 @@ from minllama.cli.command_line import (
 from minllama.system.encodings import check_encoding
 from minllama.system.errors import UsageError
 from minllama.system.files import atomic_write
+from minllama.system.unpacking import COMPRESSED_SUFFIXES
 from minllama.text.documents import Block, read_documents
 from minllama.text.find_files import download_hint, find_text_files
 from minllama.text.reading import READ_BYTES, Reading
@@ -138,7 +139,7 @@ class Tokenizer:
         They stand for characters that the vocabulary has no piece for.
         """
         sizes = np.bincount(tokens, minlength=self.n_words) * self.token_byte_lengths()
-        return float(sizes[self.vocabulary.byte_tokens].sum() / max(1, sizes.sum()))
+        return float(sizes[list(self.vocabulary.byte_tokens)].sum() / max(1, sizes.sum()))
 
 
 def tokenizer_of(model: Llama | StoredModel, where: str | Path = "the model") -> Tokenizer:
@@ -149,7 +150,10 @@ def tokenizer_of(model: Llama | StoredModel, where: str | Path = "the model") ->
     size = model.config.vocab_size
     if model.vocabulary is None:
         raise UsageError(f"{where} carries no vocabulary: {vocabulary_remedy(size)}")
-    tokenizer = Tokenizer(model.vocabulary)
+    try:
+        tokenizer = Tokenizer(model.vocabulary)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
     if tokenizer.n_words != size:
         raise UsageError(
             f"{where}: the vocabulary in it has {tokenizer.n_words:,} pieces and the model "
@@ -206,8 +210,8 @@ def train_vocabulary(
     """
     wanted = Wanted(kind, vocab_size, character_coverage, symbols)
     wanted.check()
-    # A .gz unpacks to about four times its size.
-    sizes = [path.stat().st_size * (4 if path.suffix.lower() == ".gz" else 1) for path in inputs]
+    packed = {*COMPRESSED_SUFFIXES, ".parquet"}  # unpack to about four times their size
+    sizes = [p.stat().st_size * (4 if p.suffix.lower() in packed else 1) for p in inputs]
     share = min(1.0, max_bytes / max(1, sum(sizes)))
     cut = _lines if kind == "sentencepiece" else _stretches
     sentences = _sample(inputs, reading or Reading(), cut, share, max_bytes)
@@ -287,7 +291,7 @@ def tokenizer_bin(tokenizer: Tokenizer) -> bytes:
     if not isinstance(vocabulary, SentencePiece) or not vocabulary.is_plain_bpe:
         raise UsageError(
             f"vocabulary {tokenizer.fingerprint}: llama2.c knows only SentencePiece's BPE over "
-            "unchanged text with a space before it, as tokenizer.py trains it"
+            "unchanged text with a space before it, as tokenizer.py trains it by default"
         )
     sp = vocabulary.processor
     ids = (tokenizer.bos_id, tokenizer.eos_id, sp.piece_to_id("<0x00>"))

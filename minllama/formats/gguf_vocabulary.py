@@ -30,6 +30,7 @@ from minllama.vocabulary.symbols import find_overlap
 from tokenizer import Tokenizer
 
 PREFIX = "tokenizer.ggml."
+NO_VOCABULARY = ("None", "none", "no_vocab")  # as a model's kind: what llama.cpp writes, or nothing
 
 
 def vocabulary_values(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -87,15 +88,20 @@ def _byte_bpe_values(vocabulary: ByteBPE) -> dict[str, Any]:
 
 
 def rebuilt_vocabulary(path: Path, values: dict[str, Any]) -> bytes | None:
-    """The vocabulary that a file's values describe; None for one of another kind.
+    """The vocabulary that a file's values describe; None where they describe none.
 
     Tokens, scores, merges and kinds are those of the file, so text gets the ids that it had in
-    training. Raises UsageError, naming `path`, where they do not fit together.
+    training. Raises UsageError, naming `path`, where they are of another kind or do not fit.
     """
     told = {key[len(PREFIX) :]: value for key, value in values.items() if key.startswith(PREFIX)}
-    rebuild = {"llama": _sentence_piece, "gpt2": _byte_bpe}.get(str(told.get("model")))
-    if rebuild is None:
+    kind, kinds = str(told.get("model")), {"llama": _sentence_piece, "gpt2": _byte_bpe}
+    if kind in NO_VOCABULARY:
         return None
+    if kind not in kinds:
+        raise UsageError(
+            f"{path}: its vocabulary is of the kind {kind[:40]!r}: {' and '.join(kinds)} are read"
+        )
+    rebuild = kinds[kind]
     tokens, kinds = told.get("tokens"), told.get("token_type")
     marks = [told.get(f"{mark}_token_id") for mark in ("bos", "eos")]
     fit = (

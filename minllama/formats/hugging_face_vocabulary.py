@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minllama.formats.vocabularies import check_same_ids, merges, require_exportable
+from minllama.system.errors import UsageError
 from minllama.system.files import read_json_object, read_whole
 from minllama.text.chat import Template, template_of_jinja
 from minllama.vocabulary.byte_bpe import ByteBPE, opening_processor
@@ -16,13 +17,23 @@ from tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llama import Llama
 
+OTHERS = ("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.tiktoken", CONFIG)
 TEMPLATE, TEMPLATE_BYTES = "chat_template.jinja", 1 << 20
 
 
 def read_vocabulary(folder: Path) -> bytes | None:
-    """The vocabulary in a folder; None where there is none. Raises UsageError."""
-    has_one = any((folder / name).exists() for name in NAMES)
-    return read_vocabulary_file(folder) if has_one else None
+    """The vocabulary in a folder; None where there is none. Raises UsageError, also for one in
+    other files alone, so that no vocabulary that lies by is taken for it.
+    """
+    if any((folder / name).exists() for name in NAMES):
+        return read_vocabulary_file(folder)
+    others = [name for name in OTHERS if (folder / name).exists()]
+    if others:
+        raise UsageError(
+            f"{folder}: its vocabulary is in {others[0]}, which is not read: transformers' "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes tokenizer.json"
+        )
+    return None
 
 
 def read_template(folder: Path) -> Template | None:

@@ -1,4 +1,4 @@
-"""A run's records, one a step: written as they come, read again, compared with another run's.
+"""A run's records, one a step: written as they come, and read again.
 
 Knows records as plain dicts, and nothing of how a step is made.
 """
@@ -10,16 +10,15 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
 from minllama.cli.console import by_source
-from minllama.runs.report import Curves, describe_run, number, page, write_report
+from minllama.runs.report import Curves, number, write_report
 from minllama.runs.run_folder import RunFolder
-from minllama.system.errors import UsageError
 from minllama.system.files import open_regular
 from minllama.text.copies import Copies
 
@@ -276,34 +275,3 @@ def finite_or_none(value: float | dict[str, float]) -> float | dict | None:
     if isinstance(value, dict):
         return {name: finite_or_none(item) for name, item in value.items()}
     return value if math.isfinite(value) else None
-
-
-# ---------------------------------------------------------------------------- comparing
-
-
-def compare_runs(paths: Sequence[Path]) -> str:
-    """A page of several runs laid over each other. Raises UsageError for a path without a run."""
-    runs = []
-    for path in paths:
-        metrics = find_metrics(path)
-        prefix = metrics.name.removesuffix("metrics.jsonl").removesuffix("-")
-        folder = RunFolder(metrics.parent, prefix or "pretrain")
-        curves = Curves(read_records(metrics))
-        runs.append(describe_run(str(path), curves, folder.starts(), folder.copies()))
-        if not runs[-1]["steps"]["step"]:
-            raise UsageError(f"{metrics}: holds no records of steps")
-    return page(" and ".join(run["name"] for run in runs), runs)
-
-
-def find_metrics(path: Path) -> Path:
-    """The metrics of a run, given its folder or the file itself. Raises UsageError."""
-    if path.is_file() and path.name.endswith("metrics.jsonl"):
-        return path
-    files = sorted(path.glob("*metrics.jsonl")) if path.is_dir() else []
-    files = [file for file in files if file.name == "metrics.jsonl"] or files
-    if not files:
-        problem = "holds no run (no metrics.jsonl)" if path.is_dir() else "no such folder of a run"
-        raise UsageError(f"{path}: {problem}")
-    if len(files) > 1:
-        raise UsageError(f"{path}: holds several runs; name one of {', '.join(map(str, files))}")
-    return files[0]

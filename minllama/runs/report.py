@@ -164,9 +164,19 @@ def plain_text(value: Any) -> str:
     return printable(value.as_posix() if isinstance(value, Path) else str(value))
 
 
-def page(title: str, runs: Sequence[dict[str, Any]], *, reload: int | None = None) -> str:
-    """One self-contained HTML page of runs, which reloads itself every `reload` seconds."""
-    data = {"title": title, "written": time.time(), "reload": reload, "runs": runs}
+def page(
+    title: str,
+    runs: Sequence[dict[str, Any]],
+    *,
+    reload: int | None = None,
+    notes: Sequence[str] = (),
+) -> str:
+    """One self-contained HTML page of runs, which reloads itself every `reload` seconds.
+
+    `notes` stand above all.
+    """
+    written = time.time()
+    data = {"title": title, "written": written, "reload": reload, "notes": notes, "runs": runs}
     # The data is JSON in a script element, which a sample's own </script> must not end.
     encoded = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     parts = {

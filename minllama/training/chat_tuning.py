@@ -134,6 +134,11 @@ class ChatTuning(NextTokenTask):
             "--tokenizer_model": tokenizer.fingerprint,
             "--lora_rank": options.lora_rank,
         }
+        self.data = {
+            "text": self.identity[LABELLED],
+            "held_out": self.held_out or f"of --train ({len(self.train_set)} are left)",
+            "vocabulary": tokenizer.fingerprint,
+        }
         self.sizes = trained_sizes(llama, options) | {
             "config": llama.config,
             "sequences": len(self.train_set),

@@ -167,6 +167,11 @@ class Classification(Task):
         }
         if not files.labels.is_counted:
             self.identity["--label_names"] = files.labels.texts
+        self.data = {
+            "text": self.identity[LABELLED],
+            "held_out": self.held_out,
+            "vocabulary": tokenizer.fingerprint,
+        }
         self.sizes = trained_sizes(self.model, options) | {
             "config": config,
             "sequences": len(lengths),
@@ -240,4 +245,8 @@ class Classification(Task):
             run.ranks.on_main(
                 functools.partial(write_result, files.mapping, text, "labels", keep=True)
             )
-        print_results(run.folder, best, "prompt", test=files.paths["dev"])
+        test: list[str | Path] = ["--test", files.paths["dev"]]
+        for name in ("text_field", "label_field"):  # of a table, whose columns have own names
+            if getattr(run.options, name) != getattr(Reading, name):
+                test += [f"--{name}", getattr(run.options, name)]
+        print_results(run.folder, best, "prompt", test=test)

@@ -34,8 +34,11 @@ GLOBAL_BATCH = (
 # What runs were before there was a choice, and their checkpoints do not say.
 EARLIER_DEFAULTS = {CHUNK_ORDER: 1, "--pooling": "last"}
 # The flags that say what a text is, and those with which a model is trained on.
-TEXT_FLAGS = ("pretrain_data", "val_data", "val_fraction", "dedup", *READING_FLAGS)
-LABELLED_FLAGS = ("train", "dev", "test", "label_names", "skip_bad_lines", "encoding")
+TEXT_FLAGS = (
+    *("pretrain_data", "data_weights", "val_data", "val_fraction", "dedup"),
+    *READING_FLAGS,
+)
+LABELLED_FLAGS = ("train", "dev", "test", "label_names", "label_field", "skip_bad_lines")
 TRAINED_ON_WITH = {*TEXT_FLAGS, *LABELLED_FLAGS, "document_mask", "cache_dir", "use_gpu"}
 
 

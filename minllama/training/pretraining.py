@@ -132,6 +132,12 @@ class Pretraining(NextTokenTask):
         self.train_set, self.val_set = texts.train, texts.val
         self.opening, val = texts.opening(), texts.val
         self.held_out = val and f"{len(val.stream)} tokens, {val.utf8_bytes} bytes"
+        documents = texts.cache.document_bytes
+        self.data = {
+            "text": f"{documents.sum():,} bytes in {len(documents):,} documents",
+            "held_out": val and f"{val.utf8_bytes:,} bytes",
+            "vocabulary": texts.tokenizer.fingerprint,
+        }
         # A run that keeps to a time is evaluated at steps: its epochs may be seconds or hours.
         self.best_interval = 0 if options.minutes is not None else options.best_model_interval
         self.eval_interval = options.eval_interval

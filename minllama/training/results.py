@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from config import TYPED_ON_RESUME
@@ -43,12 +44,12 @@ def print_results(
     model: Path,
     *options: str,
     prompt: str | None = None,
-    test: Path | None = None,
+    test: Sequence[str | Path] = (),
 ) -> None:
     """Print the run's files with their sizes, and the commands that its new model is for.
 
     These are the `options`. `prompt` is a text to continue, None for a model to converse with;
-    `test` is a file of sentences that a classifier can be applied to.
+    `test` are the words that name sentences that a classifier can be applied to.
     """
     print("files:")
     for path in folder.own_files():
@@ -57,6 +58,6 @@ def print_results(
     for option in options:
         words = ["python", sys.argv[0], "--option", option, "--pretrained_model_path", model]
         text = ["--interactive"] if prompt is None else ["--prompt", prompt]
-        words += {"generate": text, "prompt": ["--test", test]}.get(option, [])
+        words += {"generate": text, "prompt": test}.get(option, [])
         print(" ", quoted(*words))
     print(" ", quoted("python", Path(sys.argv[0]).with_name("check_model_precision.py"), model))

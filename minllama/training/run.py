@@ -203,6 +203,7 @@ class Run:
             "launch": self.ranks.launch,
             "resumed_at_step": self.progress.step,
             "plan": self.plan.lines(None),
+            "data": self.task.data,
             "files": files_written(self.options.to_plain()),
         }
         self.folder.add_start(start)

@@ -79,6 +79,7 @@ class Task(ABC):
     sizes: dict[str, Any]  # of model and data, for the TrainingPlan
     goal: str  # the metric that chooses the best model
     held_out: str | None  # names the data that it is measured on, if there are any
+    data: dict[str, str | None]  # for the record: text, held_out and vocabulary, by what they are
     higher_is_better: bool = False
     best_interval: int = 1  # epochs between choices of a best model; 0: epochs are not evaluated
     eval_interval: int = 0  # optimizer steps between evaluations; 0: at the ends of epochs only

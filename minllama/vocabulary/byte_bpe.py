@@ -21,7 +21,7 @@ from minllama.vocabulary.base import END_TOKENS, Vocabulary
 from minllama.vocabulary.pre_tokenizers import GPT2, PRE_TOKENIZERS, name_of
 
 FILE = "tokenizer"  # the key of tokenizer.json's content; beside it the keys of SETTINGS
-SETTINGS = ("bos_token", "eos_token", "pad_token", "add_bos_token")
+SETTINGS = {"bos_token": str, "eos_token": str, "pad_token": str, "add_bos_token": bool}
 ADDED = ("id", "content", "special", "single_word", "lstrip", "rstrip", "normalized")
 AROUND = ("single_word", "lstrip", "rstrip")  # looks at, or takes, what is around it
 ONLY_WITHOUT = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")  # in its model
@@ -60,8 +60,8 @@ class ByteBPE(Vocabulary):
                 raise UsageError(f"{where}: the id of its added token {_shown(each)} is another's")
         self.control_tokens = _control_tokens(added)
         self.added_tokens = {each["content"]: each["id"] for each in added if not each["special"]}
-        self.settings = {key: settings[key] for key in SETTINGS if settings.get(key) is not None}
-        self.adds_bos = bool(self.settings.get("add_bos_token", False))
+        self.settings = read_settings({}, settings)
+        self.adds_bos: bool = self.settings["add_bos_token"]
         self.bos_id, self.eos_id = _marks(self.control_tokens, self.settings, where)
         if self.adds_bos:  # for other programs
             self.file["post_processor"] = opening_processor(names[self.bos_id], self.bos_id)
@@ -160,7 +160,7 @@ def canonical(file: Any, where: str) -> tuple[dict[str, Any], str]:
     except RecursionError:
         name = None
     if name is None:
-        shown = str(file.get("pre_tokenizer"))[:200]
+        shown = repr(file.get("pre_tokenizer"))[:200]
         known = ", ".join(PRE_TOKENIZERS)
         raise UsageError(f"{where}: its pre-tokenizer is none of the known ({known}): {shown}")
     normalizer, decoder = file.get("normalizer"), file.get("decoder")
@@ -222,7 +222,7 @@ def _engine(package: ModuleType, file: dict[str, Any], where: str) -> Any:
     ) as error:  # its class is none in particular, and of its panics no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        raise UsageError(f"{where}: no vocabulary ({str(error)[:200]})") from None
+        raise UsageError(f"{where}: no vocabulary ({str(error)[:200]!r})") from None
     engine.encode_special_tokens = True
     return engine
 
@@ -292,10 +292,10 @@ def read_settings(file: dict[str, Any], settings: dict[str, Any]) -> dict[str, A
     the file's post-processor puts before a text.
     """
     said: dict[str, Any] = {}
-    for key in SETTINGS:
+    for key, kind in SETTINGS.items():
         value = settings.get(key)
         value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, bool if key == "add_bos_token" else str):
+        if isinstance(value, kind):
             said[key] = value
     opening = _opening_token(file.get("post_processor"))
     if opening is not None:
@@ -325,4 +325,5 @@ def _opening_token(post_processor: Any) -> str | None:
     single = post_processor.get("single")
     first = single[0] if isinstance(single, list) and single else None
     token = first.get("SpecialToken") if isinstance(first, dict) else None
-    return token.get("id") if isinstance(token, dict) else None
+    name = token.get("id") if isinstance(token, dict) else None
+    return name if isinstance(name, str) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -36,10 +37,7 @@ def read_vocabulary_file(path: Path) -> bytes:
     kind of BPE, the model is made of it. A folder means the one in it. Raises UsageError.
     """
     if path.is_dir():
-        names = [name for name in NAMES if (path / name).exists()]
-        if not names:
-            raise UsageError(f"{path}: the folder holds no {' and no '.join(NAMES)}")
-        path = path / names[0]
+        return _read_folder(path)
     content = read_whole(path, MODEL_BYTES)
     if content[:1] != b"{":
         return content
@@ -51,3 +49,25 @@ def read_vocabulary_file(path: Path) -> bytes:
     if has_byte_fallback(file):
         return from_tokenizer_json(file, read_settings(file, settings), str(path))
     return pack(file, settings, str(path))
+
+
+def _read_folder(folder: Path) -> bytes:
+    """Of a tokenizer.model and a tokenizer.json the first, unless it is of another kind than
+    SentencePiece's, or the second has tokens that were added to it.
+    """
+    found = [folder / name for name in NAMES if (folder / name).exists()]
+    if not found:
+        raise UsageError(f"{folder}: the folder holds no {' and no '.join(NAMES)}")
+    if len(found) == 1:
+        return read_vocabulary_file(found[0])
+    model, file = found
+    content = read_whole(model, MODEL_BYTES)
+    try:
+        size = SentencePiece(content, str(model)).size
+    except UsageError:
+        return read_vocabulary_file(file)
+    with contextlib.suppress(UsageError):
+        other = read_vocabulary_file(file)
+        if other[:1] != b"{" and SentencePiece(other, str(file)).size > size:
+            return other
+    return content

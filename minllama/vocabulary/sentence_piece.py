@@ -99,7 +99,8 @@ class SentencePiece(Vocabulary):
     @cached_property
     def added_tokens(self) -> dict[str, int]:
         """The symbols that its maker defined, by their text."""
-        pieces = (value for number, value in _fields(self.content) if number == PIECES)
+        fields = _fields(self.content)
+        pieces = (value for number, value in fields if number == PIECES and type(value) is bytes)
         return {
             self.name(i).replace(SPACE, " "): i
             for i, piece in enumerate(pieces)
@@ -178,9 +179,9 @@ def _load(data: bytes, where: str) -> sentencepiece.SentencePieceProcessor:
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
     """The fields of a Protocol Buffers message that SentencePiece has read: number and value.
 
-    Numbers of 4 and 8 bytes are left as bytes.
+    Numbers of 4 and 8 bytes are left as bytes. Ends at a group, which has gone out of use.
     """
-    at = 0
+    at, sizes = 0, {1: 8, 5: 4}
 
     def varint() -> int:  # seven bits to a byte, the lowest first
         nonlocal at
@@ -198,6 +199,8 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
         if wire_type == 0:
             yield number, varint()
             continue
-        size = varint() if wire_type == 2 else 8 if wire_type == 1 else 4
+        size = varint() if wire_type == 2 else sizes.get(wire_type)
+        if size is None:
+            return
         yield number, message[at : at + size]
         at += size

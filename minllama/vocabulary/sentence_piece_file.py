@@ -59,7 +59,7 @@ def _field(number: int, value: str | bytes | int | float) -> bytes:
         return _varint(number << 3) + _varint(value)
     if isinstance(value, float):
         return _varint(number << 3 | 5) + struct.pack("<f", value)
-    data = value.encode() if isinstance(value, str) else value
+    data = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
     return _varint(number << 3 | 2) + _varint(len(data)) + data
 
 
@@ -92,22 +92,20 @@ def from_tokenizer_json(file: dict[str, Any], settings: dict[str, Any], where: s
         ids = dict(model["vocab"]) | {each["content"]: each["id"] for each in added}
         special = {each["content"]: bool(each["special"]) for each in added}
         merges = [m.split(" ", 1) if isinstance(m, str) else list(m) for m in model["merges"]]
-        pairs = [(left + right, rank) for rank, (left, right) in enumerate(merges)]
+        pairs = [("".join((left, right)), rank) for rank, (left, right) in enumerate(merges)]
         tokens = sorted(ids, key=ids.__getitem__)
         fits = [ids[token] for token in tokens] == [*range(len(tokens))] and model["type"] == "BPE"
     except (KeyError, TypeError, ValueError, AttributeError):
         fits = False
     if not fits:
         raise UsageError(f"{where}: its vocab, merges and added tokens do not fit together")
-    ranks = {}
-    for piece, rank in pairs:
-        ranks.setdefault(piece, rank)
+    ranks = {piece: rank for piece, rank in reversed(pairs)}  # of several, the first
     kinds = [_kind(token, special, ranks, model.get("unk_token")) for token in tokens]
     names = {}
     for mark, usual in (("bos", "<s>"), ("eos", "</s>")):
         names[mark] = settings.get(f"{mark}_token") or usual
         if kinds[ids.get(names[mark], 0)] != CONTROL:
-            raise UsageError(f"{where}: no control token is called {names[mark]}, its {mark}_token")
+            raise UsageError(f"{where}: no control token is called {names[mark][:40]!r}")
     scores = [-float(ranks.get(token, len(ranks))) for token in tokens]
     return build_model(
         tokens, scores, kinds, **names, dummy_prefix=_puts_space(file, where), where=where

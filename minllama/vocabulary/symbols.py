@@ -16,7 +16,17 @@ from minllama.vocabulary.base import END_TOKENS
 LONGEST = 128  # characters of a symbol
 MOST, MOST_BYTES = 1 << 16, 1 << 24
 SIGNS = "\u2581\u2585"  # SentencePiece's, for a space and for an unknown character
-RESERVED = {"<unk>", "<s>", "<|begin_of_text|>", *END_TOKENS}
+# By these names llama.cpp takes a token for a control token, whatever its file says, and looks for
+# none in plain text; https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp
+CONTROL_BY_NAME = """
+    <EOT> _<EOT> [EOT] [EOS] <eos> <end_of_utterance> <turn|> <|tool_response> <|return|> <|call|>
+    <|flush|> <|calls|> <|file_sep|> <PRE> <SUF> <MID> <PAD> [PAD] <REPO> <reponame> <|repo_name|>
+    <|prefix|> <|suffix|> <|middle|> <|code_prefix|> <|code_suffix|> <|code_middle|>
+    <|fim_prefix|> <|fim_suffix|> <|fim_middle|> <|fim_pad|> <|fim_repo|>
+    <fim-prefix> <fim-suffix> <fim-middle> <fim-pad> <fim-repo>
+    <fim_prefix> <fim_suffix> <fim_middle> <fim_pad> <fim_repo>
+""".split()
+RESERVED = {"<unk>", "<s>", "<|begin_of_text|>", *END_TOKENS, *CONTROL_BY_NAME}
 
 
 def read_symbols(path: Path, reserved: Iterable[str] = ()) -> list[str]:

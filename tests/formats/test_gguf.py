@@ -426,8 +426,11 @@ def test_a_file_made_by_hand_loads(tmp_path: Path):
         model.config.layer_norm_eps == 1e-5 and model.output.weight is model.tok_embeddings.weight
     )
     assert Tokenizer(tokenizer_model=model.vocabulary).decode([260, 261]) == "bc"
-    crafted.values["tokenizer.ggml.model"] = "bert"  # of no Llama: to be named by the user
+    crafted.values["tokenizer.ggml.model"] = "none"  # to be named by the user
     assert load_pretrained(crafted.write(tmp_path / "a.gguf")).vocabulary is None
+    crafted.values["tokenizer.ggml.model"] = "bert"  # which no other may stand in for
+    with pytest.raises(UsageError, match="its vocabulary is of the kind 'bert': llama and gpt2"):
+        load_pretrained(crafted.write(tmp_path / "a.gguf"))
 
 
 def value(key: str, content) -> Callable[[Crafted], object]:

@@ -17,7 +17,9 @@ from llama import load_pretrained
 from minllama.vocabulary.sentence_piece import SPACE
 from tokenizer import Tokenizer, train_vocabulary
 
-SYMBOLS = ["e2-e4", "O-O", "the cat", "<tag>", "♞f3", "🙂", "你好", "A", '"q"', "a,b"]
+# Tags look like control tokens, but llama.cpp knows none of these names.
+TAGS = ["<tag>", "<|user|>", "<bos>", "[SEP]", "<pad>", "<|im_start|>", "<0x4>"]
+SYMBOLS = ["e2-e4", "O-O", "the cat", *TAGS, "♞f3", "🙂", "你好", "A", '"q"', "a,b"]
 CASES = {
     "sentencepiece": {"symbols": SYMBOLS},
     "byte-bpe": {"kind": "byte-bpe"},

@@ -15,7 +15,8 @@ import pytest
 
 import check_model_precision
 from minllama.runs import metrics, report
-from minllama.runs.metrics import RELOAD_SECONDS, Metrics, compare_runs, find_metrics
+from minllama.runs.comparison import find_metrics, read_run
+from minllama.runs.metrics import RELOAD_SECONDS, Metrics
 from minllama.runs.report import Curves, describe_run, number, page
 from minllama.runs.run_folder import RunFolder
 from minllama.system.errors import UsageError
@@ -274,6 +275,7 @@ def test_two_runs_laid_over_each_other(tmp_path, view, capsys):
     said = hover(shown, 0, 1)
     assert (said["step"], said[f"{one}: training"]) == ("40", "4.96")
     assert said[f"{two}: training"] == "4.97"  # its last, of step 30
+    assert "see that it is the same" in shown.locator("#notes").inner_text()
     differ = shown.locator("table.facts").nth(1).inner_text()
     assert "--dim" in differ and "32" in differ and "64" in differ and "--seed" not in differ
     assert check_model_precision.main(words) == 2
@@ -326,7 +328,7 @@ def test_what_is_no_run_is_said(tmp_path, capsys):
         ("two/finetune-a-metrics.jsonl", "holds no records"),
     ):
         with pytest.raises(UsageError, match=said):
-            compare_runs([tmp_path / "one", tmp_path / path])
+            read_run(tmp_path / path)
     output = ["--output", str(tmp_path / "x.html")]
     for words in (["a"], ["a", "b", "--verify", *output], ["a", *output]):
         assert check_model_precision.main(["--compare_runs", *words]) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import json
 import random
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+from byte_vocabularies import KINDS, PIECES, byte_vocabulary, tokenizer_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vocabularies import FRAGMENTS, OTHERS, PLAIN, corpus_lines, vocabulary
@@ -19,6 +21,7 @@ from vocabularies import FRAGMENTS, OTHERS, PLAIN, corpus_lines, vocabulary
 from minllama.text import encoder as encoder_module
 from minllama.text.documents import Block
 from minllama.text.encoder import DocumentEncoder
+from minllama.vocabulary.byte_bpe import pack
 from minllama.vocabulary.sentence_piece import SPACE
 from tokenizer import Tokenizer
 
@@ -192,3 +195,70 @@ def test_remembered_words_stay_few(monkeypatch: pytest.MonkeyPatch) -> None:
     documents = [f"{line} {number}" for number, line in enumerate(corpus_lines())]
     assert encode(encoder, documents, [1000]) == whole(tokenizer, documents)
     assert len(encoder.words) <= 50 and max(map(len, encoder.words)) <= 5
+
+
+# ---------------------------------------------------------------------------- byte-level BPE
+
+CUTTABLE = [
+    *("letters words it's DON'T I'll", "², Ⅷ ½ 12345 x9 9x", "a\nb", "a.\nB", "a_\nb", "?\n\nx"),
+    *("世界。\n天", "“x”\ny", "e\u0301 e\u0301\ne", "\u1112\u1161 \u11ab", "ſ ß", "'s 't"),
+    "हिन्दी\nहि",
+    "\r\nx",
+]  # fmt: skip
+byte_texts = st.lists(
+    st.sampled_from([*PIECES, *CUTTABLE, " a", " the", "\nThe"]) | st.text(max_size=4), max_size=40
+).map("".join)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    documents=st.lists(byte_texts.filter(bool), min_size=1, max_size=3),
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    part_chars=st.integers(1, 6),
+    batch_chars=st.sampled_from([20, 300]),
+)
+def test_the_ids_of_byte_level_bpe_are_those_of_whole_documents(
+    kind: str, documents: list[str], sizes: list[int], part_chars: int, batch_chars: int
+) -> None:
+    """By `tokenizers` itself, for each way to cut a text into words."""
+    tokenizer = byte_vocabulary(kind)
+    encoder = DocumentEncoder(tokenizer, part_chars=part_chars, batch_chars=batch_chars)
+    engine = tokenizer.vocabulary.engine
+    wanted = [engine.encode(text, add_special_tokens=False).ids for text in documents]
+    assert encode(encoder, documents, sizes) == wanted
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_character_at_a_cut(kind: str) -> None:
+    """Where the rule for cuts may take it for a letter; of the many beyond Hangul every 20th."""
+    tokenizer = byte_vocabulary(kind)
+    codes = [*range(0x3100), *range(0x3100, 0xD800, 20), *range(0xE000, 0x30000, 20)]
+    characters = [chr(code) for code in codes]
+    for start in range(0, len(characters), 1000):
+        text = "".join(
+            f"{c} a{c} {c}b.\n{c}{c}\nx {c}1{c}\n1" for c in characters[start : start + 1000]
+        )
+        encoder = DocumentEncoder(tokenizer, part_chars=1)
+        whole = tokenizer.vocabulary.encode(text)
+        assert encode(encoder, [text], [4000]) == [whole]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_byte_level_bpe_lets_a_document_be_cut(kind: str) -> None:
+    """And not where a token that is searched for looks at, or takes, what is around it."""
+    encoder = DocumentEncoder(byte_vocabulary(kind), part_chars=100)
+    sizes = part_sizes(encoder, " ".join(corpus_lines()), 64)
+    assert len(sizes) > 100 and max(sizes) < 400
+    file = json.loads(tokenizer_json(kind))
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = {"id": len(byte_vocabulary(kind).vocabulary.names), "special": False, **flags}
+    around = [{key: True} for key in ("lstrip", "rstrip", "single_word")]
+    for change in ({"content": "the cat"}, *around):
+        token = added | {"content": "<x>"} | change
+        changed = file | {"added_tokens": [*file["added_tokens"], token]}
+        tokenizer = Tokenizer(pack(changed, KINDS[kind][2], "x"))
+        assert tokenizer.vocabulary.cut is None
+        assert len(part_sizes(DocumentEncoder(tokenizer, part_chars=100), "a b " * 300, 64)) == 1
+    fine = file | {"added_tokens": [*file["added_tokens"], added | {"content": "<x>"}]}
+    assert Tokenizer(pack(fine, KINDS[kind][2], "x")).vocabulary.cut is not None

@@ -1,4 +1,4 @@
-"""minllama/text/reading.py: finding text files, and reading them as documents."""
+"""minllama/text/reading.py and documents.py: bytes as text, and text as documents."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from minllama.text import reading as text_module
 from minllama.text.documents import first_words, read_documents, seen_separator
 from minllama.text.find_files import find_text_files
 from minllama.text.labelled import is_labelled, split_labelled
-from minllama.text.reading import Reading, read_blocks, read_lines
+from minllama.text.reading import Reading, encoding_line, read_blocks, read_lines
 
 # ---------------------------------------------------------------------------- finding files
 
@@ -376,6 +376,32 @@ def test_another_encoding_is_recognised_and_read(tmp_path: Path, encoding: str, 
     if not encoding.startswith("utf"):
         with pytest.raises(UsageError, match=rf"b\.txt:50001: .*is likely {encoding} "):
             list(read_blocks(later))
+
+
+def test_each_file_is_read_in_its_own_encoding(tmp_path: Path) -> None:
+    """cp1252 made mojibake of the UTF-8 files in a folder, and gb18030 refused them."""
+    text = SAMPLES["gb18030"] * 20_000  # several blocks
+    utf8 = written(tmp_path / "utf8.txt", text.encode())
+    with_bom = written(tmp_path / "bom.txt.gz", text.encode("utf-16"))
+    gbk = written(tmp_path / "gbk.txt", b"Once upon a time.\n" * 30_000 + text.encode("gb18030"))
+    plain = written(tmp_path / "plain.txt", b"Once.\n")
+    reading = Reading(encoding="gb18030")
+    for path in (utf8, with_bom):
+        assert "".join(read_blocks(path, reading)) == text
+    assert "".join(read_blocks(gbk, reading)).endswith(text)
+    assert encoding_line([gbk, plain], reading) is None
+    assert encoding_line([utf8, plain], Reading()) is None
+    assert encoding_line([utf8, gbk, plain, with_bom], reading) == (
+        f"encodings    1 as utf-8 ({utf8}), 2 as gb18030 ({gbk}, {plain}), 1 as utf-16 "
+        f"({with_bom}): by BOM, else UTF-8, else --encoding"
+    )
+    utf16 = written(tmp_path / "u.txt", "Once upon a time.\n".encode("utf-16-le"))  # valid UTF-8
+    assert "".join(read_blocks(utf16, Reading(encoding="utf-16-le"))) == "Once upon a time.\n"
+    iso = written(tmp_path / "i.txt", "むかし\n".encode("iso2022_jp"))  # likewise
+    assert "".join(read_blocks(iso, Reading(encoding="iso2022_jp"))) == "むかし\n"
+    cut = written(tmp_path / "c.txt", text.encode()[:-2])
+    with pytest.raises(UsageError, match=r"c\.txt:\d+: byte 0x\w\w is not gb18030|c.txt: not"):
+        list(read_blocks(cut, reading))
 
 
 def test_what_is_replaced_is_counted(tmp_path: Path, capsys) -> None:

@@ -96,6 +96,7 @@ def test_a_text_with_symbols_is_cut_where_they_allow_it(kind: str) -> None:
         ("a\n b", "line 2: ' b' begins or ends with white space"),
         ("</s>", "line 1: '</s>' is the name of a control token"),
         ("<|end_of_text|>", "is the name of a control token"),
+        ("<PAD>", "is the name of a control token"),
         ("<0x41>", "is the name of a control token"),
         ("a\tb", "holds a control character"),
         (f"a{SPACE}b", "SentencePiece's own signs"),

@@ -1,0 +1,141 @@
+"""minllama/runs/comparison.py: a sweep as a table, and what in it does not compare."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from running import NO_COPIES, pretrain, records, write_stories
+
+import check_model_precision
+from minllama.runs.comparison import read_run, sorted_runs, table, warnings
+from minllama.runs.run_folder import RunFolder
+from tokenizer import train_vocabulary
+
+pytestmark = pytest.mark.usefixtures("empty_folder")
+
+
+@pytest.fixture
+def sweep() -> list[str]:
+    """Three runs, of which each has another learning rate; the second is the longest."""
+    write_stories(Path.cwd(), 12)
+    for name, words in (
+        ("slow", "--pretrain_lr 1e-5"),
+        ("fast", "--pretrain_lr 0.02 --epochs 2"),
+        ("mid", "--pretrain_lr 1e-3"),
+    ):
+        assert pretrain(f"--epochs 1 --val_fraction 0.2 {words} --save_dir {name}").status == 0
+    return ["slow", "fast", "mid"]
+
+
+def compare(*words: str) -> int:
+    return check_model_precision.main(["--compare-runs", *words])
+
+
+def test_a_sweep_is_a_table(sweep, capsys):
+    """Best first, with what differs and nothing else; each figure is that of the records."""
+    assert compare(*sweep, "--csv", "sweep.csv") == 0
+    head, *rows, wrote = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows] == ["fast", "mid", "slow"] and "sweep.csv" in wrote
+    assert head.split("  ")[-2].strip() == "--epochs" and head.endswith("--pretrain_lr")
+    assert "note:" not in "".join(rows)
+    with Path("sweep.csv").open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    for line in lines:
+        kept = records(f"{line['run']}/metrics.jsonl")
+        measured = [record for record in kept if record["val_loss"] is not None]
+        best = min(measured, key=lambda record: record["val_loss"])
+        assert float(line["best_val_loss"]) == best["val_loss"]
+        assert int(line["best_step"]) == best["step"]
+        assert float(line["best_bits_per_byte"]) == min(r["bits_per_byte"] for r in measured)
+        assert int(line["steps"]) == kept[-1]["step"] and int(line["tokens"]) == kept[-1]["tokens"]
+        assert float(line["seconds"]) == kept[-1]["elapsed"]
+        losses = [record["loss"] for record in kept[-20:]]
+        assert float(line["train_loss"]) == pytest.approx(sum(losses) / len(losses))
+        assert line["text"].endswith("bytes in 12 documents")
+        flags = {"--epochs", "--pretrain_lr"}
+        assert flags == {name for name in line if name.startswith("--")}
+    assert {line["run"]: line["--pretrain_lr"] for line in lines}["slow"] == "1e-05"
+    shown = dict(zip((row.split()[0] for row in rows), rows, strict=True))
+    for line in lines:
+        assert f"{float(line['best_val_loss']):,.4f}" in shown[line["run"]]
+
+
+def test_losses_of_other_texts_and_vocabularies_do_not_compare(capsys):
+    """A larger vocabulary, or an easier text, once looked like a better or a worse run."""
+    write_stories(Path.cwd(), 8)
+    lines = Path("text.jsonl").read_text(encoding="utf-8").splitlines()
+    Path("words.txt").write_text("\n".join(lines), encoding="utf-8")
+    train_vocabulary([Path("words.txt")], Path("own.model"), vocab_size=340)
+    short = "--max_steps 1 --val_fraction 0.2"
+    assert pretrain(f"{short} --save_dir one").status == 0
+    assert pretrain(f"{short} --save_dir own --tokenizer_model own.model").status == 0
+    Path("text.jsonl").write_text("\n".join(lines[2:]), encoding="utf-8")
+    assert pretrain(f"{short} --save_dir other").status == 0
+    assert compare("one", "own") == 0
+    out = capsys.readouterr().out
+    assert "note: these runs have other vocabularies: losses, which are per token, do not" in out
+    assert "other texts" not in out
+    assert compare("own", "other", "--output", "page.html") == 0
+    out = capsys.readouterr().out
+    for word in ("other texts to train on", "other held-out text", "other vocabularies"):
+        assert word in out and word in Path("page.html").read_text(encoding="utf-8")
+    assert out.index("\nown ") < out.index("\nother ")  # in the order given
+    for path in Path("one").glob("run.json"):  # of an earlier version, which did not say
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        del stored["starts"][0]["data"]
+        path.write_text(json.dumps(stored), encoding="utf-8")
+    assert compare("one", "own") == 0
+    assert "whether these runs have other vocabularies is not on record of one" in (
+        capsys.readouterr().out.replace("\n", " ")
+    )
+
+
+def test_many_flags_stand_below(sweep, capsys):
+    """A table wider than any terminal is none."""
+    more = "--weight_decay 0.3 --warmup_steps 2 --grad_clip 2 --min_lr 1e-6"
+    assert pretrain(f"--epochs 1 --val_fraction 0.2 {more} --save_dir other").status == 0
+    assert compare(*sweep, "other") == 0
+    above, below = capsys.readouterr().out.split("\n\n")
+    assert "--" not in above and len(above.splitlines()) == 5
+    cells = {line.split()[0]: line.split()[1:] for line in below.splitlines()}
+    place = cells["flag"].index("other")
+    assert cells["--weight_decay"][place] == "0.3" and cells["--epochs"].count("2") == 1
+    assert "--sample_prompt" not in cells and "--check_copies" not in cells
+
+
+def test_a_record_may_hold_anything():
+    """run.json may be damaged or somebody else's; the table has what there is."""
+    write_stories(Path.cwd())
+    assert pretrain("--max_steps 1 --save_dir one").status == 0
+    runs = [read_run(Path("one"))]
+    for content in ("{", '{"starts": [{"options": 3, "data": {"text": ["a"]}}]}'):
+        Path("one/run.json").write_text(content, encoding="utf-8")
+        runs.append(read_run(Path("one")))
+    assert len(table(runs)) == 4
+    assert sorted_runs(runs) == runs and "is not on record of one, one" in warnings(runs)[0]
+    assert "do not say of which text" in warnings(runs[1:])[0]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--csv", "a.csv"], "--csv is for --compare_runs"),
+        (["--compare_runs", "one", "one", "--csv", "one"], "--csv one: is a folder"),
+        (["--compare_runs", "one", "one", "--csv", "a.txt"], "--csv a.txt: is there already"),
+        (["--compare_runs", "no", "one"], "no: no such folder of a run"),
+    ],
+)
+def test_bad_input_is_one_line(words, said, capsys):
+    """And nothing is written."""
+    write_stories(Path.cwd())
+    Path("a.txt").write_text("mine", encoding="utf-8")
+    folder = RunFolder(Path("one"), "pretrain")
+    folder.add_start({})
+    folder.note_copies(NO_COPIES)
+    assert check_model_precision.main(words) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("error:") == 1
+    assert Path("a.txt").read_text(encoding="utf-8") == "mine" and not Path("a.csv").exists()
