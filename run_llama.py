@@ -30,7 +30,7 @@ from minllama.formats.find_model import find_model, load_model
 from minllama.formats.pt_model import Classifier, read_classifier
 from minllama.inference.conversation import converse
 from minllama.inference.copying import report_copies
-from minllama.inference.evaluation import compare_pairs, pair_report, read_pairs
+from minllama.inference.evaluation import compare_pairs, pair_report, pair_rows, read_pairs
 from minllama.inference.prompting import Prompts, score_labels
 from minllama.inference.streaming import CHAT_TEMPERATURE, PROMPT_TEMPERATURE, Writer
 from minllama.machine.device import (
@@ -47,7 +47,14 @@ from minllama.system.errors import Interrupted, RunFailed, UsageError
 from minllama.system.files import check_writable_file, real_path, write_text
 from minllama.system.signals import LAUNCHER_REPEATS, StopRequest
 from minllama.text.find_files import find_text_files
-from minllama.text.labelled import Labels, read_labelled, report_predictions
+from minllama.text.labelled import (
+    Labels,
+    is_table_of_results,
+    read_labelled,
+    report_predictions,
+    table_text,
+    write_result,
+)
 from minllama.text.reading import Reading, read_lines
 from minllama.text.splits import (
     data_set_name,
@@ -136,7 +143,9 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     if classifier is not None and not options.given & {"prompt_template", "label_norm", "shots"}:
         return classify(options, classifier, stop, ranks)
     files = find_labelled_files(options, "prompting")
-    train = files.paths["train"]
+    train = files.paths.get("train")
+    if options.shots and train is None:
+        raise UsageError(f"--shots {options.shots} needs --train, whose examples are shown")
     texts, reading = files.labels.texts, Reading.of_records(options)
     examples = read_labelled(train, texts, reading=reading) if options.shots else []
     if options.shots > len(examples):
@@ -158,8 +167,9 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     # Without any sentence: what `pmi` subtracts; and a question that is too long shows at once.
     base = score_labels(model, prompts, [""], "sum")
     for split, out in files.outs.items():
-        dataset = LlamaDataset(files.paths[split], tokenizer, labels=texts, reading=reading)
-        predictions = np.zeros(len(dataset), np.int64)
+        path, plain = files.paths[split], train is None
+        dataset = LlamaDataset(path, tokenizer, labels=texts, reading=reading, plain=plain)
+        all_scores = np.zeros((len(dataset), len(texts)))
         batches = dataset.length_sorted_batches(options.batch_size)
         for indices in progress_bar(batches, desc=f"prompting {split}"):
             stop.check()
@@ -169,7 +179,7 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
                 scores = scores - base
             if scores.isnan().any():
                 raise UsageError(NOT_NUMBERS)
-            predictions[indices] = scores.argmax(dim=-1).cpu().numpy()
+            all_scores[indices] = scores.cpu().numpy()
         cut = sum(example.sentence in prompts.cut for example in dataset.examples)
         if cut:
             print(
@@ -179,7 +189,7 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
         report_predictions(
             split,
             dataset.examples,
-            predictions.tolist(),
+            all_scores,
             files.labels,
             out,
             keep=f"{split}_out" not in options.given,
@@ -212,14 +222,22 @@ def classify(options: Options, classifier: Classifier, stop: StopRequest, ranks:
 
 def judge_pairs(options: Options, stop: StopRequest) -> int:
     """Say how often the good sentence of a pair is the likelier one."""
-    reading = Reading(encoding=options.encoding)
-    pairs = read_pairs(find_text_files(options.pairs, flag="--pairs"), reading)
+    out, paths = options.test_out, find_text_files(options.pairs, flag="--pairs")
+    if out is not None:
+        if not is_table_of_results(out):
+            raise UsageError(f"--test_out {out}: of pairs it is a table; name it .csv or .jsonl")
+        check_writable_file(out, "--test_out")
+        if real_path(out) in map(real_path, paths):
+            raise UsageError(f"--test_out {out}: is one of the files of --pairs; give a new one")
+    pairs = read_pairs(paths, Reading(encoding=options.encoding))
     device, note = choose_device(options.use_gpu)
     print(f"device       {note}")
     llama, tokenizer = load_model(options, device)
     model = LlamaZeroShotClassifier(llama)
     found = compare_pairs(model, tokenizer, pairs, batch_size=options.batch_size, stop=stop)
     print("\n".join(pair_report(pairs, found)))
+    if out is not None:
+        write_result(out, table_text(pair_rows(pairs, found), out), "pairs", keep=False)
     return 0
 
 
