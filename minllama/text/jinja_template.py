@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tokenizer import Tokenizer
 
 TEMPLATE_CHARS = 1 << 16  # of a template; the longest public ones have a quarter of that
-MOST_STEPS = 1 << 25  # of a rendering: letters of all that it makes, and its turns and calls
+MOST_STEPS = 1 << 24  # of a rendering: letters of all that it makes, and its turns and calls
 STEPS_OF_A_CALL = 100  # as long as that takes
 STEPS_OF_AN_ITEM = 20  # of a list: its size in memory
 MARK = "\ud800"  # in no text, since it is no UTF-8
@@ -338,6 +338,9 @@ def _environment(jinja2: ModuleType) -> Any:
                 self.read([text, *args, *kwargs.values()])
                 if name == "replace" and len(args) > 1:
                     self.take(text.count(args[0]) * len(args[1]))
+                elif name.endswith("split"):
+                    most = text.count(args[0]) if args and args[0] else len(text) // 2
+                    self.take(STEPS_OF_AN_ITEM * most)
             return self.counted(super().call(context, function, *args, **kwargs))
 
     class Generation(jinja2.ext.Extension):
@@ -356,7 +359,7 @@ def _environment(jinja2: ModuleType) -> Any:
 
     def bounded_range(*bounds: int) -> range:
         numbers = range(*bounds)
-        environment.take(len(numbers))
+        environment.take(STEPS_OF_AN_ITEM * len(numbers))
         return numbers
 
     def join(values: Any, separator: str = "") -> str:
@@ -368,6 +371,10 @@ def _environment(jinja2: ModuleType) -> Any:
         text = str(text)
         environment.take(text.count(old) * len(new))
         return text.replace(old, new)
+
+    def as_list(value: Any) -> list[Any]:
+        environment.take(STEPS_OF_AN_ITEM * len(value))
+        return list(value)
 
     def to_json(value: Any, **options: Any) -> str:  # without its indent, of any size
         return json.dumps(value, ensure_ascii=False)
@@ -383,7 +390,7 @@ def _environment(jinja2: ModuleType) -> Any:
 
         return counted
 
-    ours = {"tojson": to_json, "join": join, "replace": replace}
+    ours = {"tojson": to_json, "join": join, "replace": replace, "list": as_list}
     filters = {name: environment.filters[name] for name in FILTERS} | ours
     environment.filters = {
         name: counting(function, name not in SHALLOW) for name, function in filters.items()

@@ -359,7 +359,16 @@ def test_a_template_that_takes_too_much_is_stopped(name: str):
 def test_what_a_template_may_fill_of_the_memory(monkeypatch):
     """In proportion to its steps, of which it has few here: measuring takes time."""
     monkeypatch.setattr(jinja_template, "MOST_STEPS", 1 << 20)
-    for name in ("list", "captured", "split", "letters", "join", "lists as JSON", "replace"):
+    for name in (
+        "range",
+        "list",
+        "captured",
+        "split",
+        "letters",
+        "join",
+        "lists as JSON",
+        "replace",
+    ):
         tracemalloc.start()
         with pytest.raises(UsageError):
             attack(BOUNDED[name].replace("range(22)", "range(17)"))
