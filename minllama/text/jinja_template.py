@@ -233,9 +233,13 @@ def _compiled(text: str) -> Any:
             return node
 
         def visit_Getitem(self, node: Any) -> Any:
-            """A part of a text or list, which is copied."""
+            """A part of a text or list, which is copied; a key, which an error may spell."""
             node = self.generic_visit(node)
-            return call("read", [node]) if isinstance(node.arg, nodes.Slice) else node
+            if isinstance(node.arg, nodes.Slice):
+                return call("read", [node])
+            if not isinstance(node.arg, nodes.Const):
+                node.arg = call("read", [node.arg])
+            return node
 
         def visit_Tuple(self, node: Any) -> Any:
             """A list: a tuple as the key of a dict would be read whole."""
@@ -357,6 +361,9 @@ def _environment(jinja2: ModuleType) -> Any:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
 
+    def refuse(message: Any) -> None:
+        raise Refused(" ".join(str(environment.read(message))[:200].split()))
+
     def bounded_range(*bounds: int) -> range:
         numbers = range(*bounds)
         environment.take(STEPS_OF_AN_ITEM * len(numbers))
@@ -384,8 +391,8 @@ def _environment(jinja2: ModuleType) -> Any:
 
         @functools.wraps(function)
         def counted(*args: Any, **kwargs: Any) -> Any:
-            if reads:
-                environment.read([*args[passed:], *kwargs.values()])
+            # An error may spell what stands behind the value, the name of a filter to map by.
+            environment.read([*args[passed + (not reads) :], *kwargs.values()])
             return environment.counted(function(*args, **kwargs))
 
         return counted
@@ -402,13 +409,9 @@ def _environment(jinja2: ModuleType) -> Any:
     environment.globals = {
         "range": bounded_range,
         "namespace": environment.globals["namespace"],
-        "raise_exception": _refuse,
+        "raise_exception": refuse,
     }
     return environment
-
-
-def _refuse(message: Any) -> None:
-    raise Refused(str(message)[:200])
 
 
 def _size(value: Any) -> int:
