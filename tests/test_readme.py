@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import shlex
@@ -58,6 +59,9 @@ def folder(tmp_path_factory) -> Path:
     chinese = random.Random(0).choices(characters, k=60000)
     sentences = ["".join(chinese[i : i + 20]) + "。" for i in range(0, len(chinese), 20)]
     (path / "我的语料.txt").write_text("\n".join(sentences), encoding="utf-8")
+    chats = [{"prompt": text[:10], "response": text[10:]} for text in sentences[:40]]
+    lines = [json.dumps(chat, ensure_ascii=False) + "\n" for chat in chats]
+    (path / "我的对话.jsonl").write_text("".join(lines), encoding="utf-8")
     (path / "my_pairs.tsv").write_text("She was here.\tShe were here.\n", encoding="utf-8")
     (path / "my_sentences.txt").write_text("A film.\nAnother one.\n", encoding="utf-8")
     (path / "my_symbols.txt").write_text("Once upon a time\n<tag>\n", encoding="utf-8")
