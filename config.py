@@ -189,7 +189,10 @@ class Options:
     val_data: tuple[str, ...] = flag((), "the same, held out for validation", many=True)
     flag = section("text to pretrain on", "pretrain", "finetune")
     val_fraction: float = flag(
-        0.05, "share of the text, or the dialogues, held out; 0: none", at_least=0, at_most=0.5
+        0.05,
+        "share of the text, or of --train where there is no --dev, held out; 0: none",
+        at_least=0,
+        at_most=0.5,
     )
     flag = section("text to pretrain on", "pretrain")
     val_tokens: int = flag(10**7, "of the held-out text, to measure on at most", at_least=2)
@@ -306,7 +309,9 @@ class Options:
     train: Path | None = flag(
         None, "`label ||| sentence`, .csv, .jsonl or .parquet; or chats; unset: reviews"
     )
-    dev: Path | None = flag(None, "the same, to choose the best epoch by")
+    dev: Path | None = flag(
+        None, "the same, to choose the best epoch by; unset: --val_fraction of --train"
+    )
     test: Path | None = flag(None, "the same, for the last figures")
     label_names: Path | None = flag(
         None,
@@ -314,9 +319,11 @@ class Options:
         "NAME-label-mapping.json beside --train",
     )
     dev_out: Path | None = flag(
-        None, "predictions on --dev; unset: in --save_dir, by data set and option"
+        None,
+        "predictions on --dev; .csv or .jsonl: a table with each class's probability; unset: in "
+        "--save_dir, by data set and option",
     )
-    test_out: Path | None = flag(None, "predictions on --test; likewise")
+    test_out: Path | None = flag(None, "predictions on --test, or a table of --pairs; likewise")
     flag = section("labelled data (finetune, prompt)", *LABELLED)
     label_field: str = flag(
         "label", "field or column that is the label, a number or a name; --text_field the sentence"
@@ -646,10 +653,12 @@ def find_idle_flags(options: Options) -> list[str]:
             notes.append(f"note: --{name} has no effect on --option {options.option}{remedy}")
     if options.option == "finetune":
         labels = {"label_names", "dev_out", "max_sentence_len", "hidden_dropout_prob", "pooling"}
-        chat = {"val_fraction", "skip_bad_lines"}
+        chat = {"skip_bad_lines"}
         idle, what = (labels, "dialogues") if options.is_chat else (chat, "sentences")
         for name in sorted(idle & options.given):
             notes.append(f"note: --{name} has no effect on --option finetune of {what}")
+        if "val_fraction" in options.given and (options.dev or not options.train):
+            notes.append("note: --val_fraction has no effect on --option finetune beside --dev")
     return notes
 
 

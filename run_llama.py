@@ -22,7 +22,7 @@ import os
 import numpy as np
 import torch
 
-from config import Options, find_idle_flags
+from config import TRAINING, Options, find_idle_flags
 from llama import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
 from minllama.cli.command_line import print_error, protect_output
 from minllama.cli.console import progress_bar, say
@@ -31,7 +31,7 @@ from minllama.formats.pt_model import Classifier, read_classifier
 from minllama.formats.vocabulary_fit import check_vocabulary
 from minllama.inference.conversation import converse
 from minllama.inference.copying import report_copies
-from minllama.inference.evaluation import compare_pairs, pair_report, read_pairs
+from minllama.inference.evaluation import compare_pairs, pair_report, pair_rows, read_pairs
 from minllama.inference.prompting import Prompts, score_labels
 from minllama.inference.streaming import CHAT_TEMPERATURE, PROMPT_TEMPERATURE, Writer
 from minllama.machine.device import (
@@ -48,7 +48,14 @@ from minllama.system.errors import Interrupted, RunFailed, UsageError
 from minllama.system.files import check_writable_file, real_path, write_text
 from minllama.system.signals import LAUNCHER_REPEATS, StopRequest
 from minllama.text.find_files import find_text_files
-from minllama.text.labelled import Labels, read_labelled, report_predictions
+from minllama.text.labelled import (
+    Labels,
+    is_table_of_results,
+    read_labelled,
+    report_predictions,
+    table_text,
+    write_result,
+)
 from minllama.text.reading import Reading, read_lines
 from minllama.text.splits import (
     data_set_name,
@@ -63,7 +70,7 @@ from minllama.training.classification import (
     load_splits,
     predict_files,
 )
-from minllama.training.loop import train
+from minllama.training.loop import OnStep, train
 from minllama.training.pretraining import Pretraining, plan_for_gpus
 from minllama.training.results import say_interrupted
 from minllama.training.run import Run
@@ -74,16 +81,20 @@ from utils import LlamaDataset
 # ---------------------------------------------------------------------------- pretrain, finetune
 
 
-def pretrain(options: Options, stop: StopRequest, ranks: Ranks) -> int:
+def pretrain(
+    options: Options, stop: StopRequest, ranks: Ranks, on_step: OnStep | None = None
+) -> int:
     """Train a Llama on text files, from scratch or from given weights; returns the exit status."""
     if options.plan and options.world_size:
         plan_for_gpus(options, stop)
         return 0
     with open_run(options, "pretrain", ranks=ranks, stop=stop) as run:
-        return run_task(run, Pretraining(run))
+        return run_task(run, Pretraining(run), on_step)
 
 
-def finetune(options: Options, stop: StopRequest, ranks: Ranks) -> int:
+def finetune(
+    options: Options, stop: StopRequest, ranks: Ranks, on_step: OnStep | None = None
+) -> int:
     """Train a pretrained model on dialogues, or a classifier on it; returns the exit status."""
     prefix = f"finetune-{data_set_name(options.train)}"
     options = use_checkpoint_folder(options, prefix)  # predictions go there, too
@@ -92,10 +103,10 @@ def finetune(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     else:
         files, task_class = find_labelled_files(options, "finetuning"), Classification
     with open_run(options, prefix, ranks=ranks, stop=stop) as run:
-        return run_task(run, task_class(run, files))
+        return run_task(run, task_class(run, files), on_step)
 
 
-def run_task(run: Run, task: Task) -> int:
+def run_task(run: Run, task: Task, on_step: OnStep | None) -> int:
     """Plan, train and finish a task whose data is loaded; returns the exit status.
 
     Every rank must call this.
@@ -107,7 +118,7 @@ def run_task(run: Run, task: Task) -> int:
     run.start()  # builds model and optimizer; loads the checkpoint, or clears the folder
     if note := task.describe_start():
         print(note)
-    stopped = train(run)
+    stopped = train(run, on_step)
     if not stopped:
         try:
             task.finish()  # its files, its last figures, and what they are for
@@ -133,7 +144,9 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     if classifier is not None and not options.given & {"prompt_template", "label_norm", "shots"}:
         return classify(options, classifier, stop, ranks)
     files = find_labelled_files(options, "prompting")
-    train = files.paths["train"]
+    train = files.paths.get("train")
+    if options.shots and train is None:
+        raise UsageError(f"--shots {options.shots} needs --train, whose examples are shown")
     texts, reading = files.labels.texts, Reading.of_records(options)
     examples = read_labelled(train, texts, reading=reading) if options.shots else []
     if options.shots > len(examples):
@@ -155,12 +168,13 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     # Without any sentence: what `pmi` subtracts; and a question that is too long shows at once.
     base = score_labels(model, prompts, [""], "sum")
     for split, out in files.outs.items():
-        dataset = LlamaDataset(files.paths[split], tokenizer, labels=texts, reading=reading)
+        path, plain = files.paths[split], train is None
+        dataset = LlamaDataset(path, tokenizer, labels=texts, reading=reading, plain=plain)
         if split == min(files.outs):
             sentences = [example.sentence for example in dataset.examples]
             with contextlib.redirect_stdout(sys.stderr):
-                check_vocabulary(tokenizer, sentences, options, flag=f"--{split} {dataset.path}")
-        predictions = np.zeros(len(dataset), np.int64)
+                check_vocabulary(tokenizer, sentences, options, flag=f"--{split} {path}")
+        all_scores = np.zeros((len(dataset), len(texts)))
         batches = dataset.length_sorted_batches(options.batch_size)
         for indices in progress_bar(batches, desc=f"prompting {split}"):
             stop.check()
@@ -170,7 +184,7 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
                 scores = scores - base
             if scores.isnan().any():
                 raise UsageError(NOT_NUMBERS)
-            predictions[indices] = scores.argmax(dim=-1).cpu().numpy()
+            all_scores[indices] = scores.cpu().numpy()
         cut = sum(example.sentence in prompts.cut for example in dataset.examples)
         if cut:
             print(
@@ -180,7 +194,7 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
         report_predictions(
             split,
             dataset.examples,
-            predictions.tolist(),
+            all_scores,
             files.labels,
             out,
             keep=f"{split}_out" not in options.given,
@@ -213,8 +227,14 @@ def classify(options: Options, classifier: Classifier, stop: StopRequest, ranks:
 
 def judge_pairs(options: Options, stop: StopRequest) -> int:
     """Say how often the good sentence of a pair is the likelier one."""
-    reading = Reading(encoding=options.encoding)
-    pairs = read_pairs(find_text_files(options.pairs, flag="--pairs"), reading)
+    out, paths = options.test_out, find_text_files(options.pairs, flag="--pairs")
+    if out is not None:
+        if not is_table_of_results(out):
+            raise UsageError(f"--test_out {out}: of pairs it is a table; name it .csv or .jsonl")
+        check_writable_file(out, "--test_out")
+        if real_path(out) in map(real_path, paths):
+            raise UsageError(f"--test_out {out}: is one of the files of --pairs; give a new one")
+    pairs = read_pairs(paths, Reading(encoding=options.encoding))
     device, note = choose_device(options.use_gpu)
     print(f"device       {note}")
     llama, tokenizer = load_model(options, device)
@@ -223,6 +243,8 @@ def judge_pairs(options: Options, stop: StopRequest) -> int:
     model = LlamaZeroShotClassifier(llama)
     found = compare_pairs(model, tokenizer, pairs, batch_size=options.batch_size, stop=stop)
     print("\n".join(pair_report(pairs, found)))
+    if out is not None:
+        write_result(out, table_text(pair_rows(pairs, found), out), "pairs", keep=False)
     return 0
 
 
@@ -315,10 +337,13 @@ def generate(options: Options, stop: StopRequest, ranks: Ranks) -> int:
 RUN_OPTION = {"pretrain": pretrain, "finetune": finetune, "prompt": prompt, "generate": generate}
 
 
-def main(options: Options, stop: StopRequest | None = None) -> int:
+def main(
+    options: Options, stop: StopRequest | None = None, *, on_step: OnStep | None = None
+) -> int:
     """Run one option; returns the exit status.
 
     2 for bad input, 130 or 143 when interrupted, 1 where the run failed or a file was not written.
+    What trains calls `on_step` after each step, with the record that metrics.jsonl has.
     """
     stop, ranks = stop or StopRequest(), Ranks()
 
@@ -332,11 +357,13 @@ def main(options: Options, stop: StopRequest | None = None) -> int:
             ranks = Ranks.from_environment(timeout=options.dist_timeout)
             if ranks.world_size > 1:
                 stop.repeats, stop.silent = LAUNCHER_REPEATS, not ranks.is_main
-            if options.option not in ("pretrain", "finetune"):
+            if options.option not in TRAINING:
                 check_runs_alone(f"--option {options.option}")
             with ranks.connected(use_gpu=options.use_gpu) as ranks:
                 for note in find_idle_flags(options):
                     print(note, file=sys.stderr)
+                if options.option in TRAINING:
+                    return RUN_OPTION[options.option](options, stop, ranks, on_step)
                 return RUN_OPTION[options.option](options, stop, ranks)
         except UsageError as error:
             return fail(error, 2)

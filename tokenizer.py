@@ -1,6 +1,6 @@
 """The tokenizer: text to token ids and back, and the training of a vocabulary.
 
-Knows nothing of tensors, models or caches. As a command it trains and exports vocabularies:
+Knows nothing of tensors or caches. As a command it trains and exports vocabularies:
 
     python tokenizer.py train --input story.txt more/ --vocab_size 4096 --output my.model
     python tokenizer.py train --input story.txt --kind byte-bpe --output my-tokenizer.json
@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import sentencepiece
@@ -52,6 +53,10 @@ from minllama.vocabulary.training import (
     reserved_names,
     train_on,
 )
+
+if TYPE_CHECKING:
+    from llama import Llama
+    from minllama.formats.stored_model import StoredModel
 
 EMBEDDED_VOCABULARY = DATA_DIR / "stories-vocabulary.model"
 
@@ -135,6 +140,26 @@ class Tokenizer:
         """
         sizes = np.bincount(tokens, minlength=self.n_words) * self.token_byte_lengths()
         return float(sizes[list(self.vocabulary.byte_tokens)].sum() / max(1, sizes.sum()))
+
+
+def tokenizer_of(model: Llama | StoredModel, where: str | Path = "the model") -> Tokenizer:
+    """The vocabulary that a model carries; `where` is what an error calls the model.
+
+    Raises UsageError where it carries none, or one of another size.
+    """
+    size = model.config.vocab_size
+    if model.vocabulary is None:
+        raise UsageError(f"{where} carries no vocabulary: {vocabulary_remedy(size)}")
+    try:
+        tokenizer = Tokenizer(model.vocabulary)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
+    if tokenizer.n_words != size:
+        raise UsageError(
+            f"{where}: the vocabulary in it has {tokenizer.n_words:,} pieces and the model "
+            f"{size:,}: they do not belong together: the file is damaged"
+        )
+    return tokenizer
 
 
 def vocabulary_remedy(size: int) -> str:

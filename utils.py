@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 from array import array
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from config import IGNORE_INDEX
+from config import IGNORE_INDEX, fingerprint
 from minllama.system.errors import UsageError
 from minllama.text.chat import Cuts, Template, encode_dialogue
 from minllama.text.dialogues import Dialogue
@@ -412,6 +413,27 @@ class LlamaDataset:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def split(self, fraction: float) -> tuple[LlamaDataset, LlamaDataset]:
+        """(train, held out): about this fraction of the sentences, chosen by their text alone.
+
+        A sentence that comes twice is on one side. Raises UsageError where either would be empty.
+        """
+        texts = {example.sentence for example in self.examples}
+        count = min(len(texts) - 1, max(1, round(fraction * len(texts))))
+        if not fraction or not count:
+            raise UsageError(f"{self.path}: too few sentences to hold some out: name --dev")
+        by_hash = sorted(texts, key=lambda text: fingerprint(text.encode("utf-8", "replace")))
+        chosen = {*by_hash[:count]}
+        held_out = [example.sentence in chosen for example in self.examples]
+        return self._select(~np.array(held_out)), self._select(np.array(held_out))
+
+    def _select(self, chosen: np.ndarray) -> LlamaDataset:
+        part = copy.copy(self)
+        part.examples = [*itertools.compress(self.examples, chosen)]
+        part.ids = [*itertools.compress(self.ids, chosen)]
+        part.lengths = self.lengths[chosen]
+        return part
 
     def length_sorted_batches(self, batch_size: int) -> list[np.ndarray]:
         """Every index once, longest sentences first, so that little is padded; for prediction."""

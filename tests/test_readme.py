@@ -181,6 +181,23 @@ def test_the_cluster_figures_are_those_that_the_commands_print(capsys, monkeypat
     assert set(filter(None, figures.splitlines())) <= set(printed)
 
 
+def test_every_snippet_runs(folder, monkeypatch, capsys):
+    """What a reader pastes into Python, from top to bottom in one session."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(corpus, "DATA_DIR", folder / "data")
+    monkeypatch.setattr(loop, "peak_flops", lambda *_: 1e9)
+    monkeypatch.setattr(sys, "argv", ["run_llama.py"])
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    session: dict = {}
+    snippets = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), session)
+    records = (folder / "from-python" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert session["losses"] == [json.loads(line)["loss"] for line in records]
+    assert len(snippets) == len(records) == 3
+    assert "One day a little fox" in capsys.readouterr().out
+
+
 def test_set_up_lines_are_those_that_ci_runs():
     """The two commands install what they run: CI makes the environment from the same files."""
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")

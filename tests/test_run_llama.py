@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import json
@@ -37,6 +38,7 @@ import run_llama
 from config import parse_options
 from llama import load_pretrained
 from minllama.formats.pt_file import load_pt, save_pt
+from minllama.formats.pt_model import read_classifier
 from minllama.inference import streaming
 from minllama.runs.checkpoints import load_checkpoint
 from minllama.system.signals import StopRequest
@@ -414,6 +416,50 @@ def test_interrupted_while_predicting_the_model_is_kept(finetune, monkeypatch):
     assert Path("run/toy-dev-finetuning-output.txt").is_file()
 
 
+def test_one_labelled_file_is_split_by_itself(finetune):
+    """Without --dev it was refused. A resume holds the same ones out."""
+    words = (
+        "--option finetune --pretrained_model_path model.pt --train toy-train.txt --save_dir one"
+    )
+    done = command(f"{words} --val_fraction 0.2 --max_steps 2 --dev_out dev.jsonl")
+    assert done.status == 0 and "12 of the sentences held out" in done.out, done.error
+    rows = [json.loads(line) for line in Path("dev.jsonl").read_text("utf-8").splitlines()]
+    assert len(rows) == 12 and all(f"{r['gold']} ||| {r['sentence']}" for r in rows)
+    resumed = f"{words} --max_steps 3 --resume auto"
+    refused = command(f"{resumed} --dev toy-dev.txt")
+    assert refused.status == 2 and "held out of --train (--dev, --val_fraction)" in refused.error
+    assert "12 of the sentences held out" in command(resumed).out
+    refused = command(f"{resumed} --val_fraction 0.5")
+    assert refused.status == 2 and "held out of --train (--dev, --val_fraction)" in refused.error
+
+
+def test_the_probabilities_of_each_class(finetune):
+    """As the model gives them to one sentence alone, whatever the batch; --option prompt's, too."""
+    done = command(f"{finetune} --max_steps 2 --dev_out dev.csv --test_out test.jsonl")
+    assert done.status == 0, done.error
+    model = "run/finetune-toy-best-model.pt"
+    again = f"--option prompt --pretrained_model_path {model} --dev toy-dev.txt --dev_out"
+    assert command(f"{again} again.csv --batch_size 2").status == 0
+    classifier = read_classifier(Path(model))
+    llama, tokenizer = load_pretrained(model), Tokenizer()
+    rows, rows_again = (
+        list(csv.DictReader(Path(name).read_text("utf-8").splitlines()))
+        for name in ("dev.csv", "again.csv")
+    )
+    assert len(rows) == len(rows_again) == 21
+    for row, other in zip(rows, rows_again, strict=True):
+        ids = torch.tensor([tokenizer.encode(row["sentence"], bos=True, eos=False)])
+        with torch.inference_mode():
+            state = llama(ids)[1][0, -1]
+        p = torch.softmax(classifier.head["weight"] @ state + classifier.head["bias"], -1)
+        for name, expected in zip(classifier.label_names, p.tolist(), strict=True):
+            assert float(row[f"p_{name}"]) == pytest.approx(expected, abs=2e-6)
+            assert float(other[f"p_{name}"]) == pytest.approx(expected, abs=2e-6)
+        assert row["class"] == classifier.label_names[int(row["prediction"])]
+        assert row["prediction"] == str(p.argmax().item())
+    assert len(Path("test.jsonl").read_text("utf-8").splitlines()) == 9
+
+
 # ---------------------------------------------------------------------------- prompt
 
 
@@ -427,6 +473,21 @@ def test_prompting_writes_predictions_and_figures(model, labelled):
     assert [line.split(" ||| ")[1] for line in lines] == [s.split(" ||| ")[1] for s in given]
     assert {line.split(" ||| ")[0] for line in lines} <= {"0", "1", "2"}
     assert {path.suffix for path in Path("checkpoints").iterdir()} == {".txt"}
+
+
+def test_sentences_alone_are_prompted_with(model, labelled):
+    """--label_names and --test are all that zero-shot reads; it asked for two more files."""
+    Path("plain.txt").write_text("The film is good.\nThe film is bad.\n", encoding="utf-8")
+    words = f"--option prompt --pretrained_model_path {model} --test plain.txt --test_out out.jsonl"
+    done = command(f"{words} --label_names toy-label-mapping.json --label_norm sum")
+    assert done.status == 0 and "unlabelled (2 sentences)" in done.out, done.error
+    rows = [json.loads(line) for line in Path("out.jsonl").read_text("utf-8").splitlines()]
+    probabilities = [[row[f"p_{n}"] for n in ("awful", "average", "excellent")] for row in rows]
+    assert [sum(p) for p in probabilities] == pytest.approx([1, 1], abs=2e-6)
+    for row, p in zip(rows, probabilities, strict=True):
+        assert row["gold"] is None and p.index(max(p)) == int(row["prediction"])
+    done = command(f"{words} --label_names toy-label-mapping.json --shots 1")
+    assert done.status == 2 and "--shots 1 needs --train" in done.error
 
 
 def test_predictions_never_replace_an_input(model, labelled):

@@ -18,6 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vocabularies import FRAGMENTS, OTHERS, PLAIN, corpus_lines, train, vocabulary
 
+from config import LlamaConfig
+from llama import Llama
 from minllama.system.errors import Interrupted, UsageError
 from minllama.text.reading import Reading
 from minllama.vocabulary.lost import count_lost
@@ -26,6 +28,7 @@ from tokenizer import (
     Tokenizer,
     export_tokenizer_bin,
     main,
+    tokenizer_of,
     train_vocabulary,
     vocabulary_remedy,
 )
@@ -52,6 +55,18 @@ def test_the_ids_are_those_of_the_assignment(real_data: Path) -> None:
     assert tokenizer.encode("a b c d", True, True) == [1, 263, 289, 274, 2]
     assert tokenizer.encode("a\nb", False, False) == [263, 13, 29890]
     assert tokenizer.fingerprint == "9e556afd44213b6b"
+
+
+def test_the_tokenizer_of_a_model_is_the_one_that_it_carries() -> None:
+    """`Tokenizer(None)` is the stories', which reads another model's ids wrongly without a word."""
+    model = Llama(LlamaConfig(dim=8, n_layers=1, n_heads=1, vocab_size=vocabulary("ours").n_words))
+    with pytest.raises(UsageError, match="the model carries no vocabulary"):
+        tokenizer_of(model)
+    model.vocabulary = vocabulary("ours").model_bytes
+    assert tokenizer_of(model).fingerprint == vocabulary("ours").fingerprint
+    model.vocabulary = vocabulary("unigram").model_bytes
+    with pytest.raises(UsageError, match="m.bin: .* do not belong together"):
+        tokenizer_of(model, "m.bin")
 
 
 def test_pad_id_without_bytes() -> None:

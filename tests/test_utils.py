@@ -350,3 +350,22 @@ def test_length_sorted_batches(tmp_path: Path) -> None:
     order = np.concatenate(batches)
     assert sorted(order) == list(range(11))
     assert (np.diff(dataset.lengths[order]) <= 0).all()
+
+
+def test_labelled_sentences_are_held_out_by_their_text(tmp_path):
+    """Doubles fall together, or what was trained on would be measured; order changes nothing."""
+    lines = [f"{i % 2} ||| sentence {i // 2}\n" for i in range(200)]
+    parts = []
+    for order in (lines, lines[::-1]):
+        (tmp_path / "a.txt").write_text("".join(order), encoding="utf-8")
+        train, dev = LlamaDataset(tmp_path / "a.txt", vocabulary("ours")).split(0.1)
+        sentences = [[example.sentence for example in part.examples] for part in (train, dev)]
+        assert [*map(len, sentences)] == [len(train), len(dev)] == [180, 20]
+        assert not {*sentences[0]} & {*sentences[1]}
+        assert [len(ids) for ids in dev.ids] == dev.lengths.tolist()
+        assert vocabulary("ours").decode(dev.ids[3]) == sentences[1][3]
+        parts.append([*map(set, sentences)])
+    assert parts[0] == parts[1]
+    (tmp_path / "a.txt").write_text("0 ||| a\n1 ||| a\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="too few sentences"):
+        LlamaDataset(tmp_path / "a.txt", vocabulary("ours")).split(0.5)

@@ -6,5 +6,6 @@ Knows flags by their table in `config.py`, and nothing of what they are for.
     suggestions     what unknown flags may have meant
     contradictions  flags that contradict each other
     config_file     flags in a TOML file; a run's record as a command line
+    scripts         the commands as programs, of pip install
     console         progress bars, status lines at the terminal's width, sizes and durations
 """

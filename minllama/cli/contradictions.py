@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # Flags that say how long to train, of which a run has one.
 LENGTHS = (("minutes", "epochs"), ("minutes", "schedule_steps"), ("schedule_steps", "epochs"))
 PAIRS_EXCLUDE = (
-    *("train", "dev", "test", "label_names", "dev_out", "test_out"),
+    *("train", "dev", "test", "label_names", "dev_out"),
     *("prompt_template", "label_norm", "shots", "max_sentence_len"),
 )
 

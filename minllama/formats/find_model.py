@@ -22,7 +22,7 @@ from minllama.machine.ranks import Ranks
 from minllama.system.errors import UsageError
 from minllama.system.files import read_json_object
 from minllama.text.find_files import SHOWN_FILES, download_hint
-from tokenizer import Tokenizer, vocabulary_remedy
+from tokenizer import Tokenizer, tokenizer_of, vocabulary_remedy
 
 
 def load_model(options: Options, device: torch.device) -> tuple[Llama, Tokenizer]:
@@ -192,19 +192,11 @@ def own_or_given_vocabulary(
                 "it was trained with"
             )
         return named
-    try:
-        tokenizer = Tokenizer(tokenizer_model=model.vocabulary)
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
+    tokenizer = tokenizer_of(model, path)
     if named is not None and named.fingerprint != tokenizer.fingerprint:
         raise UsageError(
             f"--tokenizer_model {given} has the fingerprint {named.fingerprint}, and {path} "
             f"was trained with {tokenizer.fingerprint}: leave the flag out"
-        )
-    if tokenizer.n_words != size:
-        raise UsageError(
-            f"{path}: the vocabulary in it has {tokenizer.n_words:,} pieces and the model "
-            f"{size:,}: they do not belong together: the file is damaged"
         )
     return tokenizer
 

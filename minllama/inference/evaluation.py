@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,6 +178,19 @@ def compare_pairs(
         tied = torch.isclose(good, bad, rtol=1e-6, atol=0)
         differences[chosen] = (good - bad).masked_fill(tied, 0)
     return differences
+
+
+def pair_rows(pairs: Sequence[Pair], differences: np.ndarray) -> Iterator[dict[str, Any]]:
+    """A record for each pair; `log_ratio` is log P(good) - log P(bad)."""
+    for pair, difference in zip(pairs, differences.tolist(), strict=True):
+        yield {
+            "good": pair.good,
+            "bad": pair.bad,
+            "category": pair.category,
+            "log_ratio": round(difference, 6),
+            "likelier": "good" if difference > 0 else "bad" if difference < 0 else "neither",
+            "where": pair.where,
+        }
 
 
 def wilson_interval(successes: float, n: int) -> tuple[float, float]:

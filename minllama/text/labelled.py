@@ -1,11 +1,14 @@
 """Labelled data: sentences with labels as files have them, scores, and predictions written.
 
-Knows nothing of vocabularies or models: predictions come as numbers.
+Knows nothing of vocabularies or models: what they predict comes as scores.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -285,18 +288,21 @@ class Scores:
 def report_predictions(
     split: str,
     examples: Sequence[LabelledExample],
-    predictions: Sequence[int],
+    scores: np.ndarray,
     labels: Labels,
     out: Path,
     *,
     keep: bool = False,
 ) -> None:
-    """Print a split's figures, or that it has none, and write `prediction ||| sentence` lines.
+    """Print a split's figures, or that it has none, and write what was predicted.
 
-    They are written as the files write their labels. Where nearly all are one label it says what
-    the figures mean. `keep` renames what another run wrote there, if it is not the same.
+    `scores` (n, n_labels) are logarithms; of a row the largest is the prediction, and their softmax
+    the probabilities. `out` gets `prediction ||| sentence` lines with labels as the files write
+    them; where it is called .csv or .jsonl, a table of these with the probabilities. Where nearly
+    all are one label it says what the figures mean. `keep` renames what another run wrote there, if
+    it is not the same.
     """
-    names = labels.names
+    names, predictions = labels.names, scores.argmax(axis=1).tolist()
     if is_unlabelled(examples):
         print(f"{split}: unlabelled ({len(examples)} sentences), so no accuracy")
         counts = Counter(names[prediction] for prediction in predictions)
@@ -304,24 +310,55 @@ def report_predictions(
     elif split == "test" and has_placeholder_labels(examples):
         print(f"{split}: unlabelled (one and the same label on every line), so no accuracy")
     else:
-        scores = Scores.of(labels_of(examples), predictions, len(names))
+        figures = Scores.of(labels_of(examples), predictions, len(names))
         print(
-            f"{split} accuracy {scores.accuracy:.3f}, macro-F1 {scores.macro_f1:.3f} "
-            f"({scores.confusion.sum()} labelled; always the commonest label: "
-            f"{scores.majority:.3f})"
+            f"{split} accuracy {figures.accuracy:.3f}, macro-F1 {figures.macro_f1:.3f} "
+            f"({figures.confusion.sum()} labelled; always the commonest label: "
+            f"{figures.majority:.3f})"
         )
-        print("\n".join("  " + line for line in scores.lines(names)))
+        print("\n".join("  " + line for line in figures.lines(names)))
     label, count = Counter(predictions).most_common(1)[0]
     if count >= NEARLY_ALL * len(predictions) and len(predictions) > 1:
         print(
             f"  {count} of {len(predictions)} predictions are {names[label]!r}: the figures say "
             "how common that label is, not what the model understands"
         )
-    lines = [
-        f"{labels.texts[prediction]} ||| {example.sentence}\n"
-        for prediction, example in zip(predictions, examples, strict=True)
-    ]
-    write_result(out, "".join(lines), "predictions", keep=keep)
+    if is_table_of_results(out):
+        text = table_text(_prediction_rows(examples, scores, labels), out)
+    else:
+        lines = zip(predictions, examples, strict=True)
+        text = "".join(f"{labels.texts[number]} ||| {line.sentence}\n" for number, line in lines)
+    write_result(out, text, "predictions", keep=keep)
+
+
+def _prediction_rows(
+    examples: Sequence[LabelledExample], scores: np.ndarray, labels: Labels
+) -> Iterator[dict[str, Any]]:
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    for example, row in zip(examples, weights / weights.sum(axis=1, keepdims=True), strict=True):
+        prediction = row.argmax()
+        yield {
+            "sentence": example.sentence,
+            "gold": None if example.label is None else labels.texts[example.label],
+            "prediction": labels.texts[prediction],
+            "class": labels.names[prediction],
+        } | {f"p_{name}": round(float(p), 6) for name, p in zip(labels.names, row, strict=True)}
+
+
+def is_table_of_results(out: Path) -> bool:
+    """Whether the name of an output asks for a table."""
+    return out.suffix.lower() in (".csv", ".jsonl")
+
+
+def table_text(rows: Iterable[dict[str, Any]], out: Path) -> str:
+    """Rows of the same fields as CSV with a header, or as JSON objects, by the name of the file."""
+    if out.suffix.lower() == ".jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    rows, text = [*rows], io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def write_result(out: Path, text: str, what: str, *, keep: bool) -> None:

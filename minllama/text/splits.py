@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,33 +52,56 @@ def find_labelled_files(options: Options, suffix: str) -> SplitFiles:
     """The labelled files that the flags name, else the embedded reviews.
 
     `suffix` ends the default names of the prediction files, as the assignment has them: its
-    `sst-dev-finetuning-output.txt`. Raises UsageError.
+    `sst-dev-finetuning-output.txt`. To train, there is a train, of which some is held out where
+    there is no dev; to prompt, what the labels are may be seen from any. Raises UsageError.
     """
-    if options.train is None and (options.dev or options.test):
-        raise UsageError(
-            "--dev and --test need --train, from which the labels are learnt, or a fine-tuned "
-            "model (--pretrained_model_path), which knows them"
-        )
-    paths = _embedded("train", "dev", "test") if options.train is None else _given(options)
-    train = paths["train"]
-    if "dev" not in paths:
-        raise UsageError(f"--dev is not given: --train {train} needs a file to be measured on")
-    name = data_set_name(train)
+    paths = _given(options) or _embedded("train", "dev", "test")
+    source, trains = paths.get("train") or [*paths.values()][0], suffix == "finetuning"
+    if trains and "dev" not in paths and not options.val_fraction:
+        raise UsageError("--val_fraction 0 holds nothing out of --train: name a --dev")
+    if not trains and paths.keys() == {"train"}:
+        raise UsageError(f"--test is not given: --train {source} needs a file to be measured on")
+    name = data_set_name(source)
+    if "train" not in paths:
+        name = re.sub(r"[-_.]?(dev|test)$", "", name) or name
     outs = {split: Path(f"{name}-{split}-{suffix}-output.txt") for split in ("dev", "test")}
-    files = _checked(options, SplitFiles(name, paths, outs, Labels([], [])))
-    mapping = train.parent / f"{name}-label-mapping.json"
+    held_out = ("dev",) if trains else ()
+    files = _checked(options, SplitFiles(name, paths, outs, Labels([], [])), held_out)
+    mapping = source.parent / f"{name}-label-mapping.json"
     given = read_label_names(options.label_names, mapping)
     reading = Reading.of_records(options)
-    if given is None and (names := class_names(train, reading)):
+    if given is None and (names := class_names(source, reading)):
         given = Labels.counted(names)
-    rows = read_rows(train, reading)
-    labels = find_labels(train, rows, given, options.label_names or mapping)
-    made = given is None and not labels.is_counted
-    beside = files.outs["dev"].with_name(mapping.name)
-    return replace(files, labels=labels, mapping=beside if made else None)
+    named = options.label_names or mapping
+    if "train" not in paths:
+        rows = read_rows(source, reading, plain=True)
+        return replace(files, labels=_labels_to_prompt(source, rows, given, named))
+    labels = find_labels(source, read_rows(source, reading), given, named)
+    if not trains or given is not None or labels.is_counted:
+        return replace(files, labels=labels)
+    return replace(files, labels=labels, mapping=files.outs["dev"].with_name(mapping.name))
 
 
-def find_labels(train: Path, rows: list[Row], given: Labels | None, mapping: Path) -> Labels:
+def _labels_to_prompt(path: Path, rows: list[Row], given: Labels | None, mapping: Path) -> Labels:
+    """The labels as `given`, of which the rows of a file may have any; else those of the rows."""
+    rows = [row for row in rows if row.label not in ("", str(UNLABELLED))]
+    texts = {row.label for row in rows}
+    if given is None:
+        if len(texts) < 2:
+            raise UsageError(
+                f"--label_names is not given, and {path} has no two labels: name those to choose "
+                'from, a JSON list: ["bad", "good"]'
+            )
+        return find_labels(path, rows, None, mapping, flag="")
+    if given.is_counted and texts and _are_words(texts):  # a list of the words themselves
+        given = Labels(given.names, given.names)
+    label_rows(rows, given.texts)
+    return given
+
+
+def find_labels(
+    train: Path, rows: list[Row], given: Labels | None, mapping: Path, flag: str = "--train "
+) -> Labels:
     """The labels of a training file, as `given`, else whole numbers from 0 or words.
 
     Raises UsageError, which shows the `mapping` to write where numbers begin or jump otherwise.
@@ -89,37 +113,41 @@ def find_labels(train: Path, rows: list[Row], given: Labels | None, mapping: Pat
         if "" in counts and has_records(train):
             hint = "; --label_field names the field or column of the label"
         raise UsageError(
-            f"--train {train}: has lines without a label, which cannot be learnt from{hint}"
+            f"{flag}{train}: has lines without a label, which cannot be learnt from{hint}"
         )
     if len(counts) < 2:
-        raise UsageError(f"--train {train}: has one label on all lines: there is nothing to learn")
+        raise UsageError(f"{flag}{train}: has one label on all lines: there is nothing to learn")
     if len(counts) > MAX_LABELS:
         raise UsageError(
-            f"--train {train}: has {len(counts):,} different labels, more than the {MAX_LABELS:,} "
+            f"{flag}{train}: has {len(counts):,} different labels, more than the {MAX_LABELS:,} "
             "that can be learnt: is what stands before ` ||| ` a label?"
         )
     numbers = sorted(int(text) for text in counts if WHOLE.fullmatch(text))
     labels = given or Labels.counted([str(number) for number in range(len(counts))])
-    if all(any(map(str.isalpha, text)) for text in counts):
+    if _are_words(counts):
         if given is None:
             words = sorted(counts)
             labels = Labels(words, words)
         elif given.is_counted:  # a list of the words themselves
             labels = Labels(given.names, given.names)
     elif labels.is_counted and len(labels.names) == len(numbers) == len(counts):
-        _check_numbers(train, numbers, labels, mapping)
+        _check_numbers(f"{flag}{train}", numbers, labels, mapping)
     label_rows(rows, labels.texts)
     if len(counts) != len(labels.names):
         shown = ", ".join(sorted(counts)[:SHOWN_LABELS])
         raise UsageError(
-            f"--label_names {mapping}: names {len(labels.names)} labels and --train {train} has "
+            f"--label_names {mapping}: names {len(labels.names)} labels and {flag}{train} has "
             f"{len(counts)} "
             f"({shown}): give names and lines for the same labels"
         )
     return labels
 
 
-def _check_numbers(train: Path, numbers: list[int], labels: Labels, mapping: Path) -> None:
+def _are_words(texts: Iterable[str]) -> bool:
+    return all(any(map(str.isalpha, text)) for text in texts)
+
+
+def _check_numbers(where: str, numbers: list[int], labels: Labels, mapping: Path) -> None:
     if numbers == [*range(len(numbers))]:
         return
     first, last = numbers[0], numbers[-1]
@@ -132,7 +160,7 @@ def _check_numbers(train: Path, numbers: list[int], labels: Labels, mapping: Pat
     if len(pairs) > SHOWN_PAIRS:
         example = f"{example[:-1]}, ...}}"
     raise UsageError(
-        f"--train {train}: its labels {how}, and labels count from 0: to read these, write "
+        f"{where}: its labels {how}, and labels count from 0: to read these, write "
         f"{example} into {mapping}"
     )
 
@@ -185,8 +213,9 @@ def _embedded(*splits: str) -> dict[str, Path]:
     return {split: DATA_DIR / f"reviews-{split}.txt" for split in splits}
 
 
-def _checked(options: Options, files: SplitFiles) -> SplitFiles:
-    """The files with the outputs where the flags want them, and none of a split without a file.
+def _checked(options: Options, files: SplitFiles, held_out: tuple[str, ...] = ()) -> SplitFiles:
+    """The files with the outputs where the flags want them, and none of a split without a file,
+    unless it is `held_out` of another.
 
     In --save_dir, where no flag names them.
 
@@ -196,7 +225,7 @@ def _checked(options: Options, files: SplitFiles) -> SplitFiles:
     outs = {
         split: getattr(options, f"{split}_out") or options.save_dir / path
         for split, path in files.outs.items()
-        if split in files.paths
+        if split in files.paths or split in held_out
     }
     for split, path in files.paths.items():
         find_text_files([path], flag=f"--{split}")

@@ -34,7 +34,7 @@ from minllama.text.labelled import (
 )
 from minllama.text.reading import Reading
 from minllama.text.splits import SplitFiles
-from minllama.training.identity import LABELLED
+from minllama.training.identity import LABELLED, SENTENCES_HELD_OUT
 from minllama.training.results import print_best, print_results
 from minllama.training.run import Run
 from minllama.training.task import Batch, Task, trained_sizes
@@ -52,7 +52,10 @@ def load_splits(
     context: int,
     plain: bool = False,
 ) -> dict[str, LlamaDataset]:
-    """The encoded sentences of each file, labelled or, `plain`, not; says what was loaded."""
+    """The encoded sentences of each file, labelled or, `plain`, not; says what was loaded.
+
+    Where there is train and no dev, a share of train is held out as such.
+    """
     max_tokens = min(options.max_sentence_len or context, context - 1)  # and BOS
     splits = {
         split: LlamaDataset(
@@ -71,6 +74,9 @@ def load_splits(
     for split, dataset in splits.items():
         cut = f", {dataset.cut} of them cut to {max_tokens} tokens" if dataset.cut else ""
         print(f"Loaded {len(dataset)} sentences from {dataset.path} ({split}){cut}")
+    if "train" in splits and "dev" not in splits:
+        splits["train"], splits["dev"] = splits["train"].split(options.val_fraction)
+        print(f"validation   {len(splits['dev']):,} of the sentences held out (--val_fraction)")
     return splits
 
 
@@ -81,34 +87,35 @@ def predict(
     options: Options,
     ranks: Ranks,
     stop: StopRequest,
-) -> list[int]:
-    """The likeliest label of each sentence, in the file's order. Every rank must call this.
+) -> np.ndarray:
+    """Each label's log-probability, (n, labels) float32, of the sentences in the file's order.
+
+    Every rank must call this.
 
     In float32 whatever the training's dtype: bfloat16 rounds differently at another batch size,
     and a prediction must not depend on its batch. Raises Interrupted when asked to stop, and
     UsageError where the scores are NaN.
     """
     device = next(model.parameters()).device
-    predictions = np.zeros(len(dataset), np.int64)
+    scores = np.zeros((len(dataset), model.classifier_head.out_features), np.float32)
     model.eval()
     with no_gradients(model):
         batches = dataset.length_sorted_batches(options.batch_size)
         numbers = list(ranks.split_evenly(len(batches)))
-        predicted, bad = [], 0  # stay on the device, which none of the batches waits for
+        predicted = []  # stay on the device, which none of the batches waits for
         for number, is_own in progress_bar(numbers, desc="predicting", leave=False, disable=None):
             ranks.check_stop(stop)
             batch = Batch(dataset.collate(batches[number])).to(device)
-            scores = model(*batch.inputs[:2])  # (B, labels)
-            predicted.append(is_own * scores.argmax(dim=-1))  # 0 where another rank counts it
-            bad = bad + scores.isnan().sum()
-        if predicted:
+            log_probs = model(*batch.inputs[:2])  # (B, labels)
+            predicted.append(log_probs if is_own else torch.zeros_like(log_probs))
+        if predicted:  # of what another rank counts there are zeros
             places = np.concatenate([batches[number] for number, _ in numbers])
-            predictions[places] = torch.cat(predicted).cpu().numpy()
+            scores[places] = torch.cat(predicted).cpu().numpy()
     model.train()
-    *labels, bad = ranks.sum_array(np.append(predictions, int(bad))).tolist()
-    if bad:  # the first of them would be the largest
+    scores = ranks.sum_array(scores)
+    if np.isnan(scores).any():  # the first of them would be the largest
         raise UsageError(NOT_NUMBERS)
-    return labels
+    return scores
 
 
 def predict_files(
@@ -122,8 +129,8 @@ def predict_files(
 ) -> None:
     """Report and write the predictions on each file that has a place for them."""
     for split, out in files.outs.items():
-        predictions = predict(model, splits[split], options=options, ranks=ranks, stop=stop)
-        report = (split, splits[split].examples, predictions, files.labels, out)
+        scores = predict(model, splits[split], options=options, ranks=ranks, stop=stop)
+        report = (split, splits[split].examples, scores, files.labels, out)
         keep = f"{split}_out" not in options.given
         ranks.on_main(functools.partial(report_predictions, *report, keep=keep))
 
@@ -157,11 +164,13 @@ class Classification(Task):
         say(f"pooling      {options.pooling}: the head reads {pooled} (--pooling)")
         self.higher_is_better = not is_unlabelled(self.dev_set.examples)
         self.goal = "dev_accuracy" if self.higher_is_better else "loss"
-        self.held_out = fingerprint(files.paths["dev"].read_bytes())
+        dev = files.paths.get("dev")  # else a share of --train, which is the same file on resume
+        self.held_out = dev and fingerprint(dev.read_bytes())
         lengths = self.train_set.lengths
         self.order = batches_by_length(lengths, options.global_batch_size, options.seed)
         self.identity = {
             LABELLED: fingerprint(files.paths["train"].read_bytes()),
+            SENTENCES_HELD_OUT: 0 if dev else len(self.dev_set),
             "model shape": config.to_model_args(),
             "--tokenizer_model": tokenizer.fingerprint,
             "--max_sentence_len": options.max_sentence_len,
@@ -206,9 +215,9 @@ class Classification(Task):
         run = self.run
         predictions = predict(
             self.model, self.dev_set, options=run.options, ranks=run.ranks, stop=run.stop
-        )
+        ).argmax(axis=1)
         labels = labels_of(self.dev_set.examples)
-        scores = Scores.of(labels, predictions, len(self.files.labels.names))
+        scores = Scores.of(labels, predictions.tolist(), len(self.files.labels.names))
         return {"dev_accuracy": scores.accuracy, "dev_f1": scores.macro_f1}
 
     def weights(self) -> dict[str, Any]:
@@ -249,7 +258,7 @@ class Classification(Task):
             run.ranks.on_main(
                 functools.partial(write_result, files.mapping, text, "labels", keep=True)
             )
-        test: list[str | Path] = ["--test", files.paths["dev"]]
+        test: list[str | Path] = ["--test", files.paths.get("dev") or files.paths["train"]]
         for name in ("text_field", "label_field"):  # of a table, whose columns have own names
             if getattr(run.options, name) != getattr(Reading, name):
                 test += [f"--{name}", getattr(run.options, name)]

@@ -25,14 +25,15 @@ LABELLED = "--train"  # the file's fingerprint, of sentences or dialogues
 DATA_WEIGHTS = "--data_weights"  # of a run without any it is not there
 TEXT_TOKENS = "training tokens (--val_fraction, --val_data)"
 DIALOGUES = "dialogues to train on (--dev, --val_fraction)"
-FOLLOW_FROM_DATA = (TEXT, TEXT_TOKENS, LABELLED, DIALOGUES)
+SENTENCES_HELD_OUT = "sentences held out of --train (--dev, --val_fraction)"
+FOLLOW_FROM_DATA = (TEXT, TEXT_TOKENS, LABELLED, DIALOGUES, SENTENCES_HELD_OUT)
 CHUNK_ORDER = "the order of the text's chunks (of another version of this program)"
 GLOBAL_BATCH = (
     "--global_batch_size (--pretrain_batch_size or --batch_size x --gradient_accumulation_steps x "
     "processes)"
 )
 # What runs were before there was a choice, and their checkpoints do not say.
-EARLIER_DEFAULTS = {CHUNK_ORDER: 1, "--pooling": "last"}
+EARLIER_DEFAULTS = {CHUNK_ORDER: 1, "--pooling": "last", SENTENCES_HELD_OUT: 0}
 # The flags that say what a text is, and those with which a model is trained on.
 TEXT_FLAGS = (
     *("pretrain_data", "data_weights", "val_data", "val_fraction", "dedup"),

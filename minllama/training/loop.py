@@ -39,11 +39,14 @@ SHOWN_PLACES = 4  # of the sequences of a skipped step
 # ---------------------------------------------------------------------------- the loop
 
 
-def train(run: Run) -> bool:
+OnStep = Callable[[dict[str, Any]], None]  # gets each step's record, as metrics.jsonl has it
+
+
+def train(run: Run, on_step: OnStep | None = None) -> bool:
     """Train from where the run is to the plan's last step, or until asked to stop.
 
-    Returns whether it was asked to stop. Each step makes one record of the metrics. Every rank must
-    call this.
+    Returns whether it was asked to stop. Each step makes one record of the metrics, which on rank 0
+    a caller's `on_step` gets, too. Every rank must call this.
     """
     plan, task, options, progress = run.plan, run.task, run.options, run.progress
     ranks, checkpoints = run.ranks, run.checkpoints
@@ -106,7 +109,9 @@ def train(run: Run) -> bool:
             # Record.
             progress.pending = None
             record["mfu"] = record["tokens_per_second"] * flops_per_token / peak
-            metrics.append(record | sample_gpu())
+            metrics.append(record := record | sample_gpu())
+            if on_step is not None and ranks.is_main:
+                on_step(record)
             show_record(bar, record)
             checkpoints.after_step(progress.step)
 

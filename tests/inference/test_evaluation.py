@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -178,6 +179,27 @@ def test_pairs_from_the_command_line():
     ]
     assert lines[-2].split()[:4] == ["tie", "1", "1", "0.500"]
     assert lines[-1].split()[1:3] == ["4", "1"] and "95 % interval" in lines[-6]
+
+
+def test_pairs_one_by_one():
+    """As --test_out: a row a pair, in the files' order, that adds up to the figures."""
+    write_pairs()
+    words = f"--option prompt --pretrained_model_path {write_model(Path.cwd())} --pairs own.tsv"
+    done = command(f"{words} --test_out pairs.csv")
+    assert done.status == 0, done.error
+    rows = list(csv.DictReader(Path("pairs.csv").read_text(encoding="utf-8").splitlines()))
+    expected = read_pairs([Path("own.tsv")], Reading())
+    assert [tuple(row[key] for key in ("good", "bad", "category", "where")) for row in rows] == [
+        (pair.good, pair.bad, pair.category, pair.where) for pair in expected
+    ]
+    right = [{"good": 1, "neither": 0.5, "bad": 0}[row["likelier"]] for row in rows]
+    assert f"{sum(right) / len(right):.3f}" == done.out.splitlines()[-2].split()[3]
+    for row in rows:
+        ratio = float(row["log_ratio"])
+        assert row["likelier"] == ("good" if ratio > 0 else "bad" if ratio < 0 else "neither")
+    for out, said in (("pairs.txt", "name it .csv or .jsonl"), ("own.tsv", "name it .csv")):
+        refused = command(f"{words} --test_out {out}")
+        assert refused.status == 2 and said in refused.error
 
 
 def test_lm_eval_judges_the_exported_folder_alike(tmp_path: Path, tokenizer: Tokenizer):

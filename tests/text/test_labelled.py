@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +71,11 @@ def test_labels_without_names_are_bounded(tmp_path: Path) -> None:
     assert read_labelled(written(tmp_path / "a.txt", f"{MAX_LABELS - 1} ||| a\n"))
     with pytest.raises(UsageError, match="is not one of 0 to 999"):
         read_labelled(written(tmp_path / "a.txt", f"{MAX_LABELS} ||| a\n"))
+
+
+def scores_of(*predictions: int) -> np.ndarray:
+    """Log-probabilities by which these are the likelier ones of two labels."""
+    return np.log([[0.25, 0.75] if prediction else [0.75, 0.25] for prediction in predictions])
 
 
 def examples_of(*labels: int | None) -> list[LabelledExample]:
@@ -176,7 +183,7 @@ def test_predictions_are_written_in_the_order_of_the_file(
     CFIMDB's test file has 0 on all lines: an accuracy against it was once printed.
     """
     out, examples = tmp_path / "a" / "out.txt", examples_of(*labels)
-    report_predictions(split, examples, [0, 1, 0, 1], TWO, out)
+    report_predictions(split, examples, scores_of(0, 1, 0, 1), TWO, out)
     printed = capsys.readouterr().out
     assert printed.startswith(said) and f"wrote {out}" in printed
     assert ("label \\ predicted" in printed) == ("accuracy 0." in printed)
@@ -185,12 +192,35 @@ def test_predictions_are_written_in_the_order_of_the_file(
     )
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_predictions_as_a_table(tmp_path: Path, suffix: str) -> None:
+    """Each sentence as it is, its label and prediction as files write them, and how sure it is."""
+    sentences = ['said "a, b" ||| ,', "电影很好。", "=1+1"]
+    examples = [LabelledExample(n, s) for n, s in zip([1, None, 0], sentences, strict=True)]
+    scores = np.log(np.array([[0.2, 0.8], [0.6, 0.4], [0.5, 0.5]])) - 700  # beyond what exp holds
+    out = tmp_path / f"out{suffix}"
+    report_predictions("dev", examples, scores, Labels(["bad", "好, good"], ["1", "2"]), out)
+    text = out.read_text(encoding="utf-8")
+    if suffix == ".csv":
+        rows = list(csv.DictReader(text.splitlines(keepends=True)))
+    else:
+        rows = [json.loads(line) for line in text.splitlines()]
+    assert [*rows[0]] == ["sentence", "gold", "prediction", "class", "p_bad", "p_好, good"]
+    assert [row["sentence"] for row in rows] == sentences
+    assert [row["gold"] or None for row in rows] == ["2", None, "1"]
+    assert [row["prediction"] for row in rows] == ["2", "1", "1"]
+    assert [row["class"] for row in rows] == ["好, good", "bad", "bad"]
+    assert [[float(row["p_bad"]), float(row["p_好, good"])] for row in rows] == [
+        [0.2, 0.8], [0.6, 0.4], [0.5, 0.5],
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(("ones", "said"), [(9, True), (8, False)])
 def test_what_figures_mean_where_one_label_is_nearly_always_predicted(
     tmp_path: Path, capsys: pytest.CaptureFixture, ones: int, said: bool
 ) -> None:
     """Prompting once printed an accuracy, and no word of its being that of one label."""
-    predictions = [1] * ones + [0] * (10 - ones)
+    predictions = scores_of(*[1] * ones, *[0] * (10 - ones))
     examples = examples_of(*[0, 1] * 5)
     report_predictions("dev", examples, predictions, TWO, tmp_path / "out.txt")
     printed = capsys.readouterr().out
@@ -201,11 +231,11 @@ def test_what_another_run_predicted_is_kept(tmp_path: Path, capsys: pytest.Captu
     """Two runs, into folders of their own, wrote their predictions into the same file."""
     out, examples = tmp_path / "out.txt", examples_of(0, 1)
     for predictions in ([0, 1], [0, 1], [1, 1], [0, 0]):
-        report_predictions("dev", examples, predictions, TWO, out, keep=True)
+        report_predictions("dev", examples, scores_of(*predictions), TWO, out, keep=True)
     texts = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()}
     assert {name: text[0] + text[17] for name, text in texts.items()} == {
         "out.txt": "00", "out.1.txt": "01", "out.2.txt": "11",
     }  # fmt: skip
     assert f"kept as {tmp_path / 'out.1.txt'}" in capsys.readouterr().out
-    report_predictions("dev", examples, [1, 0], TWO, out)
+    report_predictions("dev", examples, scores_of(1, 0), TWO, out)
     assert len([*tmp_path.iterdir()]) == 3

@@ -108,10 +108,45 @@ def test_files_that_cannot_be(toy: str, flags: str, words: str) -> None:
     assert Path("toy-dev.txt").read_bytes() == before
 
 
-def test_a_set_to_be_measured_on_is_asked_for(toy: str) -> None:
-    """Of one's own training file the embedded reviews are no measure."""
-    with pytest.raises(UsageError, match="--dev is not given"):
-        find_labelled_files(options_of("--option finetune --train toy-train.txt"), "finetuning")
+def test_a_single_file_is_split_to_train_and_asks_for_another_to_prompt(toy: str) -> None:
+    """Of one's own training file the embedded reviews are no measure: a part of it is."""
+    alone = "--train toy-train.txt"
+    files = find_labelled_files(options_of(f"--option finetune {alone}"), "finetuning")
+    assert files.paths == {"train": Path("toy-train.txt")}
+    assert files.outs == {"dev": Path("checkpoints/toy-dev-finetuning-output.txt")}
+    with pytest.raises(UsageError, match="--val_fraction 0 holds nothing out .* name a --dev"):
+        options = options_of(f"--option finetune {alone} --val_fraction 0")
+        find_labelled_files(options, "finetuning")
+    with pytest.raises(UsageError, match="--test is not given"):
+        find_labelled_files(options_of(f"--option prompt {alone}"), "prompting")
+
+
+def test_to_prompt_any_labelled_file_is_enough(toy: str) -> None:
+    """Zero-shot asked for --train and --dev, of which it read the labels' names alone."""
+
+    def labels_of(line: str) -> Labels:
+        files = find_labelled_files(options_of(f"--option prompt {line}"), "prompting")
+        assert "train" in files.paths or files.mapping is None
+        return files.labels
+
+    assert labels_of("--test toy-test.txt") == Labels.counted(NAMES)  # the mapping beside it
+    written(Path("two.txt"), "1 ||| a\n-1 ||| b\n")  # fewer labels than there are
+    written(Path("names.json"), json.dumps(NAMES))
+    assert labels_of("--test two.txt --label_names names.json") == Labels.counted(NAMES)
+    written(Path("words.txt"), "awful ||| a\nexcellent ||| b\n")
+    assert labels_of("--dev words.txt").names == ["awful", "excellent"]
+    assert labels_of("--test words.txt --label_names names.json") == Labels(NAMES, NAMES)
+    written(Path("plain.txt"), "A sentence.\nAnother one.\n")
+    assert labels_of("--test plain.txt --label_names names.json") == Labels.counted(NAMES)
+    for line, words in (
+        ("--test plain.txt", "--label_names is not given, and plain.txt has no two labels"),
+        ("--test two.txt", "--label_names is not given, and two.txt has no two labels"),
+        ("--test words.txt --label_names two.json", "words.txt:1: label awful is not one of"),
+        ("--train toy-train.txt --test absent.txt", "--test absent.txt: no such file"),
+    ):
+        written(Path("two.json"), '["a", "b"]')
+        with pytest.raises(UsageError, match=words):
+            labels_of(line)
 
 
 def test_one_label_alone_is_nothing_to_learn(toy: str) -> None:
@@ -291,5 +326,3 @@ def test_files_to_classify(toy: str) -> None:
         written(Path("two.json"), '["a", "b"]')
         with pytest.raises(UsageError, match=words):
             find_sentences(options_of(f"--option prompt {line}"), Labels.counted(NAMES))
-    with pytest.raises(UsageError, match="--dev and --test need --train, .* fine-tuned model"):
-        find_labelled_files(options, "prompting")
