@@ -140,6 +140,7 @@ from minllama.formats.find_model import model_in, own_or_given_vocabulary
 from minllama.formats.model_file import format_named, read_contents, read_model
 from minllama.formats.pt_file import tensors_in
 from minllama.formats.stored_model import REAL_DTYPES, Contents, same_bits
+from minllama.formats.vocabulary_fit import check_fit
 from minllama.inference.evaluation import score_text
 from minllama.machine.ranks import check_runs_alone
 from minllama.runs.comparison import as_csv, page_of, read_run, sorted_runs, table, warnings
@@ -397,8 +398,10 @@ def score(
     if tokenizer is None:
         remedy = vocabulary_remedy(model.config.vocab_size)
         raise UsageError(f"--text: {path} has no vocabulary: {remedy}")
+    sample, what = [*sample_texts(texts, reading)], f"--text {' '.join(args.text)}"
+    check_fit(tokenizer, sample, what=what, remedy="FILE", is_default=not args.files)
     result = score_text(model, tokenizer, texts, reading)
-    lost = count_lost(tokenizer.vocabulary, sample_texts(texts, reading))
+    lost = count_lost(tokenizer.vocabulary, sample)
     if not args.json:
         say(f"{path} on {', '.join(args.text)}: {result.line()}", *lost.lines())
     figures = asdict(result) | {"loss": result.loss, "bits_per_byte": result.bits_per_byte}

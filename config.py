@@ -462,6 +462,19 @@ class Options:
         muon = from_scratch and self.parallel == "ddp" and self.pretrain_lr is None
         return dataclasses.replace(self, optimizer="muon" if muon else "adamw")
 
+    def optimizer_reason(self) -> str:
+        """What decided a pretraining's optimizer where the user did not, and how to undo it."""
+        if self.option != "pretrain" or "optimizer" in self.given:
+            return ""
+        if self.optimizer == "muon":
+            return " from scratch (else --optimizer adamw)"
+        if self.parallel == "fsdp":
+            return " with --parallel fsdp"
+        if self.pretrained_model_path is not None:
+            return " since it goes on from a model (else --optimizer muon)"
+        typed = " since --pretrain_lr is typed (else --optimizer muon, and a rate of its own)"
+        return typed * ("pretrain_lr" in self.given)
+
     def llama_config(self, vocab_size: int) -> LlamaConfig:
         """The shape to pretrain: the preset's, changed by the flags of the shape."""
         shape = dict(PRESETS[self.model_size].shape)

@@ -28,6 +28,7 @@ from minllama.cli.command_line import print_error, protect_output
 from minllama.cli.console import progress_bar, say
 from minllama.formats.find_model import find_model, load_model
 from minllama.formats.pt_model import Classifier, read_classifier
+from minllama.formats.vocabulary_fit import check_vocabulary
 from minllama.inference.conversation import converse
 from minllama.inference.copying import report_copies
 from minllama.inference.evaluation import compare_pairs, pair_report, pair_rows, read_pairs
@@ -169,6 +170,10 @@ def prompt(options: Options, stop: StopRequest, ranks: Ranks) -> int:
     for split, out in files.outs.items():
         path, plain = files.paths[split], train is None
         dataset = LlamaDataset(path, tokenizer, labels=texts, reading=reading, plain=plain)
+        if split == min(files.outs):
+            sentences = [example.sentence for example in dataset.examples]
+            with contextlib.redirect_stdout(sys.stderr):
+                check_vocabulary(tokenizer, sentences, options, flag=f"--{split} {path}")
         all_scores = np.zeros((len(dataset), len(texts)))
         batches = dataset.length_sorted_batches(options.batch_size)
         for indices in progress_bar(batches, desc=f"prompting {split}"):
@@ -233,6 +238,8 @@ def judge_pairs(options: Options, stop: StopRequest) -> int:
     device, note = choose_device(options.use_gpu)
     print(f"device       {note}")
     llama, tokenizer = load_model(options, device)
+    both = [text for pair in pairs for text in (pair.good, pair.bad)]
+    check_vocabulary(tokenizer, both, options, flag=f"--pairs {' '.join(options.pairs)}")
     model = LlamaZeroShotClassifier(llama)
     found = compare_pairs(model, tokenizer, pairs, batch_size=options.batch_size, stop=stop)
     print("\n".join(pair_report(pairs, found)))

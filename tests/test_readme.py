@@ -65,6 +65,9 @@ def folder(tmp_path_factory) -> Path:
     chinese = random.Random(0).choices(characters, k=60000)
     sentences = ["".join(chinese[i : i + 20]) + "。" for i in range(0, len(chinese), 20)]
     (path / "我的语料.txt").write_text("\n".join(sentences), encoding="utf-8")
+    chats = [{"prompt": text[:10], "response": text[10:]} for text in sentences[:40]]
+    lines = [json.dumps(chat, ensure_ascii=False) + "\n" for chat in chats]
+    (path / "我的对话.jsonl").write_text("".join(lines), encoding="utf-8")
     (path / "my_pairs.tsv").write_text("She was here.\tShe were here.\n", encoding="utf-8")
     with (path / "my_table.csv").open("w", newline="", encoding="utf-8") as file:
         rows = [(json.loads(story)["text"], n % 2) for n, story in enumerate(stories[:20])]

@@ -17,4 +17,5 @@ hostile files: they run no code, and check sizes before they allocate.
     model_file    the table of formats; reading any of them
     export        writing any of them
     find_model    which model a command means, and its vocabulary
+    vocabulary_fit  whether that vocabulary fits a text, and which model's does
 """

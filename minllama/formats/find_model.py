@@ -57,8 +57,7 @@ def find_model(options: Options) -> Path:
             which = f"using {chat_model}, which is for dialogues"
             print(f"--pretrained_model_path is not given: {which}")
             return chat_model
-    finetune = options.option == "finetune"  # its own models may be in its folder, or will be
-    if "save_dir" in options.given and not (finetune and pretrained_in(run) is None):
+    if is_named(options):
         file = pretrained_in(run) or model_in(run, "--save_dir")
         print(f"--pretrained_model_path is not given: using --save_dir's {file}")
         return file
@@ -67,6 +66,14 @@ def find_model(options: Options) -> Path:
     last = f", of the last pretraining here; before it came {_listed(earlier)}" if earlier else ""
     print(f"--pretrained_model_path is not given: using {path}{last}")
     return path
+
+
+def is_named(options: Options) -> bool:
+    """Whether the model is one that the user named, by its path or by a run's folder."""
+    if "pretrained_model_path" in options.given:
+        return True
+    finetune = options.option == "finetune"  # its own models may be in its folder, or will be
+    return "save_dir" in options.given and not (finetune and not pretrained_in(options.save_dir))
 
 
 # Of a pretraining. Which is its result, the last or the one before it was overfitted, its run.json

@@ -25,7 +25,7 @@ from minllama.formats.stored_model import (
 )
 from minllama.system.errors import UsageError
 from minllama.system.files import atomic_write, open_regular
-from tokenizer import Tokenizer, export_tokenizer_bin
+from tokenizer import Tokenizer, export_tokenizer_bin, tokenizer_bin
 
 if TYPE_CHECKING:
     from llama import Llama
@@ -140,6 +140,8 @@ def write(model: Llama, output: Path, *, dtype: str, tokenizer: Tokenizer | None
         value = getattr(model.config, name)
         if value != only:
             raise UsageError(f"llama2.c knows only {name} {only:g}, not {value:g}")
+    if tokenizer is not None:
+        tokenizer_bin(tokenizer)  # refuses another kind before anything is written
     group = group_size(model.config) if dtype == "int8" else None
     want = dequantized(model, group) if group else model.state_dict()
     with atomic_write(output, verify=lambda p: read(p).check_read_back(p, want)) as file:

@@ -286,7 +286,8 @@ class TrainingPlan:
             f"({options.micro_batch_size} x {self.accumulation_steps} accumulated{processes}); "
             f"warmup {self.warmup_steps:,}{ends}",
             f"learning     up to {options.peak_lr():.3g}, then {options.lr_scheduler} to "
-            f"{options.min_lr:g}; {options.optimizer}, weight decay {options.decay():g}",
+            f"{options.min_lr:g}; {options.optimizer}{options.optimizer_reason()}, weight decay "
+            f"{options.decay():g}",
             f"memory       {human_size(sum(memory.values()))} in {self.dtype}{per_process}: "
             f"{needs}{have}",
             f"files        weights {weights} ({options.save_dtype}), resumable checkpoint "

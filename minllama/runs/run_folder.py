@@ -224,9 +224,12 @@ class RunFolder:
             print(f"note: {path} was damaged; it is kept as {path.name}.damaged")
         self._write_record({"starts": [*starts, record], "copies": None})
 
-    def name_result(self, name: str) -> None:
-        """Say in run.json which of its models is the run's result: later commands take that one."""
-        self._write_record({"result": self.file(name).name})
+    def name_result(self, name: str, schedule_steps: int) -> None:
+        """Say in run.json which of its models is the run's result: later commands take that one.
+
+        And how many steps its schedule came to, which --minutes decides while it trains.
+        """
+        self._write_record({"result": self.file(name).name, "schedule_steps": schedule_steps})
 
     def note_copies(self, copies: Copies) -> None:
         """Add to run.json how much the run's result copies from its text."""
@@ -263,6 +266,8 @@ class RunFolder:
         option = stored.get("option") if isinstance(stored, dict) else None
         if option not in READERS["option"]:
             return []
+        if stored.get("minutes") is not None and self._record().get("schedule_steps") is not None:
+            stored = stored | {"schedule_steps": self._record()["schedule_steps"]}
         fields = {
             name: field
             for name, field in FLAGS.items()

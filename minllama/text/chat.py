@@ -234,7 +234,6 @@ def encode_dialogue(
             if len(asked) >= room:
                 cuts.questions += 1
                 continue
-            cuts.dialogues += len(parts) == 1
             cuts.answers += len(asked) + len(answered) > room
             pair = asked, answered[: room - len(asked)]
             parts.append(Encoded())

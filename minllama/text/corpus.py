@@ -179,7 +179,8 @@ def load_texts(
     text_bytes = cache.document_bytes if chosen is None else cache.document_bytes[chosen]
     per_token = int(text_bytes.sum()) / len(whole)
     print(f"text         {len(whole):,} tokens, {per_token:.2f} bytes per token")
-    print_byte_share(tokenizer.byte_fallback_share(cache.tokens[:SAMPLED_TOKENS]), files.train)
+    share = tokenizer.byte_fallback_share(cache.tokens[:SAMPLED_TOKENS])
+    print_byte_share(share, files.train, model=options.pretrained_model_path)
     say(*count_lost(tokenizer.vocabulary, sample_texts(files.train, files.reading)).lines())
     sources = val_sources = {}
     if documents:
@@ -275,12 +276,19 @@ def _remark(path: Path, reading: Reading, *, alone: bool) -> str:
     return ""
 
 
-def print_byte_share(share: float, files: Sequence[Path]) -> None:
+def print_byte_share(share: float, files: Sequence[Path], model: Path | None) -> None:
     """Say what `share` of the text is encoded byte by byte, if any that matters.
 
-    Where that is most of it, how to train a vocabulary.
+    Where that is most of it, how to train a vocabulary; that of a `model` to go on from stays.
     """
-    if share > MOSTLY:
+    if share > MOSTLY and model is not None:
+        print(
+            f"warning: {share:.0%} of the text is encoded byte by byte, since the vocabulary of "
+            f"--pretrained_model_path {model} has no pieces for its characters, and a model keeps "
+            "its vocabulary: go on from a model of such text, or leave the flag out to begin with "
+            "a vocabulary of this text"
+        )
+    elif share > MOSTLY:
         train = ["--input", *files[:SHOWN_FILES], "--vocab_size", "8000", "--output", "my.model"]
         print(
             f"warning: {share:.0%} of the text is encoded byte by byte, since the vocabulary has "

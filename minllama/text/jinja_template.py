@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tokenizer import Tokenizer
 
 TEMPLATE_CHARS = 1 << 16  # of a template; the longest public ones have a quarter of that
-MOST_STEPS = 1 << 25  # of a rendering: letters of all that it makes, and its turns and calls
+MOST_STEPS = 1 << 24  # of a rendering: letters of all that it makes, and its turns and calls
 STEPS_OF_A_CALL = 100  # as long as that takes
 STEPS_OF_AN_ITEM = 20  # of a list: its size in memory
 MARK = "\ud800"  # in no text, since it is no UTF-8
@@ -233,9 +233,13 @@ def _compiled(text: str) -> Any:
             return node
 
         def visit_Getitem(self, node: Any) -> Any:
-            """A part of a text or list, which is copied."""
+            """A part of a text or list, which is copied; a key, which an error may spell."""
             node = self.generic_visit(node)
-            return call("read", [node]) if isinstance(node.arg, nodes.Slice) else node
+            if isinstance(node.arg, nodes.Slice):
+                return call("read", [node])
+            if not isinstance(node.arg, nodes.Const):
+                node.arg = call("read", [node.arg])
+            return node
 
         def visit_Tuple(self, node: Any) -> Any:
             """A list: a tuple as the key of a dict would be read whole."""
@@ -338,6 +342,9 @@ def _environment(jinja2: ModuleType) -> Any:
                 self.read([text, *args, *kwargs.values()])
                 if name == "replace" and len(args) > 1:
                     self.take(text.count(args[0]) * len(args[1]))
+                elif name.endswith("split"):
+                    most = text.count(args[0]) if args and args[0] else len(text) // 2
+                    self.take(STEPS_OF_AN_ITEM * most)
             return self.counted(super().call(context, function, *args, **kwargs))
 
     class Generation(jinja2.ext.Extension):
@@ -354,9 +361,12 @@ def _environment(jinja2: ModuleType) -> Any:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
 
+    def refuse(message: Any) -> None:
+        raise Refused(" ".join(str(environment.read(message))[:200].split()))
+
     def bounded_range(*bounds: int) -> range:
         numbers = range(*bounds)
-        environment.take(len(numbers))
+        environment.take(STEPS_OF_AN_ITEM * len(numbers))
         return numbers
 
     def join(values: Any, separator: str = "") -> str:
@@ -369,6 +379,10 @@ def _environment(jinja2: ModuleType) -> Any:
         environment.take(text.count(old) * len(new))
         return text.replace(old, new)
 
+    def as_list(value: Any) -> list[Any]:
+        environment.take(STEPS_OF_AN_ITEM * len(value))
+        return list(value)
+
     def to_json(value: Any, **options: Any) -> str:  # without its indent, of any size
         return json.dumps(value, ensure_ascii=False)
 
@@ -377,13 +391,13 @@ def _environment(jinja2: ModuleType) -> Any:
 
         @functools.wraps(function)
         def counted(*args: Any, **kwargs: Any) -> Any:
-            if reads:
-                environment.read([*args[passed:], *kwargs.values()])
+            # An error may spell what stands behind the value, the name of a filter to map by.
+            environment.read([*args[passed + (not reads) :], *kwargs.values()])
             return environment.counted(function(*args, **kwargs))
 
         return counted
 
-    ours = {"tojson": to_json, "join": join, "replace": replace}
+    ours = {"tojson": to_json, "join": join, "replace": replace, "list": as_list}
     filters = {name: environment.filters[name] for name in FILTERS} | ours
     environment.filters = {
         name: counting(function, name not in SHALLOW) for name, function in filters.items()
@@ -395,13 +409,9 @@ def _environment(jinja2: ModuleType) -> Any:
     environment.globals = {
         "range": bounded_range,
         "namespace": environment.globals["namespace"],
-        "raise_exception": _refuse,
+        "raise_exception": refuse,
     }
     return environment
-
-
-def _refuse(message: Any) -> None:
-    raise Refused(str(message)[:200])
 
 
 def _size(value: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from config import Options, check_options, fingerprint
 from llama import Llama, load_pretrained
 from minllama.cli.console import progress_bar, say
 from minllama.formats.find_model import load_model
+from minllama.formats.vocabulary_fit import SAMPLED_TEXTS, check_vocabulary
 from minllama.model.generation import Sampling, generate_tokens
 from minllama.model.lora import add_lora
 from minllama.system.errors import UsageError
@@ -60,6 +62,11 @@ def load_dialogues(
             intake = Intake(options.skip_bad_lines)
             reading = Reading(encoding=options.encoding)
             dialogues = read_dialogues(path, reading, bar.update, intake)
+            if split == "train":
+                first = [*itertools.islice(dialogues, SAMPLED_TEXTS)]
+                texts = [" ".join(map(" ".join, dialogue.exchanges)) for dialogue in first]
+                check_vocabulary(tokenizer, texts, options, flag=f"--{split} {path}")
+                dialogues = itertools.chain(first, dialogues)
             context = llama.config.max_seq_len
             dataset = ChatDataset(dialogues, tokenizer, llama.chat_template, context)
         left_out = [*intake.lines(), *dataset.cuts.lines()]

@@ -17,6 +17,7 @@ from llama import LlamaEmbeddingClassifier
 from minllama.cli.console import progress_bar, say
 from minllama.formats.find_model import load_model
 from minllama.formats.pt_file import load_pt
+from minllama.formats.vocabulary_fit import check_vocabulary
 from minllama.machine.ranks import Ranks
 from minllama.machine.sharding import full_state_dict, load_state, no_gradients
 from minllama.model.generation import NOT_NUMBERS
@@ -67,6 +68,9 @@ def load_splits(
         )
         for split, path in files.paths.items()
     }
+    first, dataset = next(iter(splits.items()))
+    sentences = [example.sentence for example in dataset.examples]
+    check_vocabulary(tokenizer, sentences, options, flag=f"--{first} {dataset.path}")
     for split, dataset in splits.items():
         cut = f", {dataset.cut} of them cut to {max_tokens} tokens" if dataset.cut else ""
         print(f"Loaded {len(dataset)} sentences from {dataset.path} ({split}){cut}")

@@ -268,6 +268,7 @@ def fit(
         "dropout": next(rate for most, rate in DROPOUT if epochs <= most),
         "eval_interval": -(-steps // evaluations),
         "checkpoint_interval": max(1, int(steps * KEPT_SECONDS / training)),
+        "best_model_interval": MAX_EPOCHS + 1,  # the steps between evaluations choose it
     }
     size = config.block_parameters()[0]
     loss = predicted_loss(size, tokens, distinct)
@@ -288,6 +289,9 @@ def describe(best: Fit, typed: Options, timed: int, distinct: int) -> list[str]:
         f"tokens in {options.schedule_steps:,} steps, {epochs:.3g} epochs",
         f"rate         --optimizer {options.optimizer} --pretrain_lr {options.peak_lr():.3g} "
         f"--lr_scheduler {options.lr_scheduler}",
+        f"schedule     --schedule_steps {options.schedule_steps} --eval_interval "
+        f"{options.eval_interval} --val_tokens {options.val_tokens} --best_model_interval "
+        f"{options.best_model_interval}: more or fewer steps, where the speed changes",
         f"repetition   --dropout {options.dropout:g} --weight_decay {options.decay():g} for "
         f"{epochs:.3g} epochs; --early_stopping {options.early_stopping}",
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from config import MAX_CONTEXT, LlamaConfig, Options
 from llama import Llama, load_pretrained
+from minllama.cli.command_line import quoted
 from minllama.cli.console import say
 from minllama.formats.find_model import STARTING_WEIGHTS, Start, find_start_model
 from minllama.formats.model_file import read_model
@@ -241,8 +243,10 @@ class Pretraining(NextTokenTask):
         val_loss = records[-1].get("val_loss") if records else None
         overfitted = None not in (val_loss, progress.best) and val_loss > OVERFITTED * progress.best
         result = "best-model.pt" if overfitted else "final-model.pt"
-        chosen = folder.file(result)
-        run.checkpoints.save_file(folder.file("run.json"), lambda: folder.name_result(result))
+        chosen, steps = folder.file(result), progress.pace.end or run.plan.schedule_steps
+        run.checkpoints.save_file(
+            folder.file("run.json"), lambda: folder.name_result(result, steps)
+        )
         weights = self.weights()
         run.checkpoints.save_weights("final-model.pt", weights)
         run.checkpoints.finish()
@@ -263,6 +267,9 @@ class Pretraining(NextTokenTask):
         copies = self.look_for_copies(model)
         self.print_summary(records, overfitted=overfitted, copies=copies)
         print_results(folder, chosen, "generate", "finetune", prompt=self.opening)
+        if run.options.minutes is not None:
+            again = quoted("python", sys.argv[0], *folder.repeating_words())
+            print(f"the same run again, by its steps instead of the clock:\n  {again}")
 
     def look_for_copies(self, model: Llama) -> Copies | None:
         """How much of its text the model writes word for word; also into the run's record."""

@@ -20,6 +20,7 @@ from minllama.system.packages import import_optional
 from minllama.vocabulary.base import END_TOKENS, Vocabulary
 from minllama.vocabulary.pre_tokenizers import GPT2, PRE_TOKENIZERS, name_of
 
+NAME_CHARS = 1000  # of a token that is searched for in a text
 FILE = "tokenizer"  # the key of tokenizer.json's content; beside it the keys of SETTINGS
 SETTINGS = {"bos_token": str, "eos_token": str, "pad_token": str, "add_bos_token": bool}
 ADDED = ("id", "content", "special", "single_word", "lstrip", "rstrip", "normalized")
@@ -262,7 +263,7 @@ def _is_added_token(token: Any) -> bool:
     return (
         isinstance(token, dict)
         and isinstance(token.get("content"), str)
-        and token["content"] != ""
+        and 0 < len(token["content"]) <= NAME_CHARS
         and type(token.get("id")) is int
         and isinstance(token.get("special"), bool)
     )

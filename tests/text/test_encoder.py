@@ -262,3 +262,16 @@ def test_byte_level_bpe_lets_a_document_be_cut(kind: str) -> None:
         assert len(part_sizes(DocumentEncoder(tokenizer, part_chars=100), "a b " * 300, 64)) == 1
     fine = file | {"added_tokens": [*file["added_tokens"], added | {"content": "<x>"}]}
     assert Tokenizer(pack(fine, KINDS[kind][2], "x")).vocabulary.cut is not None
+
+
+def test_composed_characters_at_a_cut() -> None:
+    """Qwen's vocabulary composes a text (NFC) first: no cut parts what belongs together."""
+    file = json.loads(tokenizer_json("qwen2")) | {"normalizer": {"type": "NFC"}}
+    tokenizer, pick = Tokenizer(pack(file, KINDS["qwen2"][2], "x")), random.Random(5)
+    assert tokenizer.vocabulary.encode("e\u0301") == tokenizer.vocabulary.encode("é")
+    pieces = ["e\u0301", " a\u0301", "x\ne\u0301", "\u1112\u1161\u11ab", " \u1112", "\nA\u030a"]
+    pieces += ["가", "\n\u0301a", " \u0301b", "a", " ", "\u11ab"]
+    for _ in range(200):
+        text = "".join(pick.choices(pieces, k=20))
+        encoder = DocumentEncoder(tokenizer, part_chars=1)
+        assert encode(encoder, [text], [5]) == [tokenizer.vocabulary.encode(text)]

@@ -227,6 +227,11 @@ def test_a_template_that_refuses_says_why(text: str):
         render(text, messages=said, bos_token="", eos_token="", add_generation_prompt=False)
 
 
+def test_a_refusal_is_one_line():
+    with pytest.raises(UsageError, match="refuses this dialogue: a b$"):
+        render("{{ raise_exception('a\n\tb ') }}")
+
+
 def test_several_templates_in_a_file():
     """A list of named ones, of which `default` counts; what is no text is none."""
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]
@@ -303,6 +308,9 @@ BOUNDED = {
     "lists trimmed": NEST + "{{ n.s | trim }}",
     "lists in a join": NEST + "{{ n.s | join }}",
     "lists sorted": NEST + "{{ [n.s, n.t] | sort }}",
+    "lists in a refusal": NEST + "{{ raise_exception(n.s) }}",
+    "lists in an error": NEST + "{{ [][n.s].x }}",
+    "lists as a filter": NEST + "{{ [1] | map(n.s) | list }}",
     "tuples": TUPLES + "{{ n.s in [] }}",
     "JSON": MANY.replace("%s", "{{ messages | tojson }}"),
     "join": "{{ range(100000) | join('" + "a" * 9999 + "') | length }}",
@@ -359,7 +367,16 @@ def test_a_template_that_takes_too_much_is_stopped(name: str):
 def test_what_a_template_may_fill_of_the_memory(monkeypatch):
     """In proportion to its steps, of which it has few here: measuring takes time."""
     monkeypatch.setattr(jinja_template, "MOST_STEPS", 1 << 20)
-    for name in ("list", "captured", "split", "letters", "join", "lists as JSON", "replace"):
+    for name in (
+        "range",
+        "list",
+        "captured",
+        "split",
+        "letters",
+        "join",
+        "lists as JSON",
+        "replace",
+    ):
         tracemalloc.start()
         with pytest.raises(UsageError):
             attack(BOUNDED[name].replace("range(22)", "range(17)"))

