@@ -392,7 +392,11 @@ class Options:
         None, "sample among the likeliest that make up this probability", above=0, at_most=1
     )
     min_p: float | None = flag(
-        None, "drop tokens below this share of the likeliest", at_least=0, below=1
+        None,
+        "drop tokens below this share of the likeliest; unset: 0.01 where a prompt is continued at "
+        "the temperature that is so, too",
+        at_least=0,
+        below=1,
     )
     repetition_penalty: float = flag(1.0, "above 1: avoid what was said before", above=0)
     stop: tuple[str, ...] = flag((), "end before this text; repeatable", metavar="TEXT")

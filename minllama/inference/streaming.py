@@ -22,6 +22,8 @@ from tokenizer import Tokenizer
 
 # Where --temperature is not given: of a text that is continued, and of an answer.
 PROMPT_TEMPERATURE, CHAT_TEMPERATURE = 0.8, 0.2
+# Beside the former: the least that ends bytes that are no character (benchmarks/README.md).
+PROMPT_MIN_P = 0.01
 SAMPLE_TOKENS = 120  # of the text shown after a pretraining
 
 
@@ -159,9 +161,11 @@ class Writer:
             seconds = time.perf_counter() - started
             if seconds >= 1:  # else these shapes had been compiled
                 print(f"compile      took {human_time(seconds)}", file=sys.stderr)
-        penalty = options.repetition_penalty
+        penalty, min_p = options.repetition_penalty, options.min_p
+        if min_p is None and options.temperature is None and temperature == PROMPT_TEMPERATURE:
+            min_p = PROMPT_MIN_P
         steps = generate_steps(
-            sampling=Sampling(temperature, options.top_k, options.top_p, options.min_p, penalty),
+            sampling=Sampling(temperature, options.top_k, options.top_p, min_p, penalty),
             seeds=seeds,
             stop_ids=self.tokenizer.vocabulary.end_ids,
             should_stop=lambda: stop.requested,
@@ -196,7 +200,7 @@ def sample_text(
         model,
         [prompt_ids],
         max_new_tokens=min(tokens, max(1, model.config.max_seq_len - len(prompt_ids))),
-        sampling=Sampling(PROMPT_TEMPERATURE),
+        sampling=Sampling(PROMPT_TEMPERATURE, min_p=PROMPT_MIN_P),
         seeds=[0],
         stop_ids=tokenizer.vocabulary.end_ids,
         should_stop=should_stop,

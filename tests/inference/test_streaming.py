@@ -149,3 +149,31 @@ def test_the_sample_after_a_run_is_a_document_of_its_own(model, tokenizer, monke
     monkeypatch.setattr(writers, "generate_tokens", generate)
     sample_text(model, tokenizer)
     assert asked == [63]
+
+
+@pytest.mark.parametrize(
+    ("line", "temperature", "min_p"),
+    [
+        ("", 0.8, 0.01),
+        ("--min_p 0", 0.8, 0),
+        ("--min_p 0.3", 0.8, 0.3),
+        ("--temperature 0.8", 0.8, None),
+        ("", 1.0, None),  # the original's two files
+        ("", 0.2, None),  # an answer
+    ],
+)
+def test_what_is_hardly_likely_is_dropped_by_default(
+    model, tokenizer, monkeypatch, line, temperature, min_p
+):
+    """At temperature 0.8 rare Chinese characters, spelled in bytes, came out broken."""
+    seen = []
+
+    def generate(*rest, sampling, **more):
+        seen.append((sampling.temperature, sampling.min_p))
+        return generate_tokens(*rest, sampling=sampling, **more)
+
+    monkeypatch.setattr(writers, "generate_tokens", generate)
+    write(model, tokenizer, ["Once"], line, temperature=temperature)
+    assert seen == [(temperature, min_p)]
+    sample_text(model, tokenizer, tokens=2)
+    assert seen[1:] == [(0.8, 0.01)]
