@@ -86,9 +86,7 @@ class StoredModel(NamedTuple):
         for name, tensor in want.items():
             bits = self.weights[name].float().view(torch.int32)  # so that NaN equals itself
             if not torch.equal(bits, tensor.view(torch.int32)):
-                raise UsageError(
-                    f"self-check: {name} read back from {path} differs; nothing written"
-                )
+                raise UsageError(f"self-check: {name} read back from {path} differs")
 
 
 class Contents(NamedTuple):

@@ -19,6 +19,7 @@ from llama import Llama, load_pretrained
 from minllama.cli.command_line import quoted
 from minllama.cli.console import say
 from minllama.formats.find_model import STARTING_WEIGHTS, Start, find_start_model
+from minllama.formats.model_file import read_model
 from minllama.formats.pt_model import read_vocabulary
 from minllama.inference.copying import Original, measure_copies, most_looked_at
 from minllama.inference.evaluation import perplexity
@@ -29,7 +30,7 @@ from minllama.machine.sharding import is_sharded, load_state
 from minllama.runs.advice import Outcome, advise
 from minllama.runs.metrics import add_copies, read_records
 from minllama.runs.plan import Cluster, PlannedSource, TrainingPlan, warn_of_plan
-from minllama.system.errors import UsageError
+from minllama.system.errors import RunFailed, UsageError
 from minllama.system.signals import StopRequest
 from minllama.text.copies import Copies
 from minllama.text.corpus import Texts, find_texts, load_texts
@@ -119,6 +120,15 @@ def plan_for_gpus(options: Options, stop: StopRequest) -> None:
     memory = int(gpu.memory_gb * 1e9)
     say(*plan.lines(memory), *Cluster(gpu).lines(plan))
     warn_of_plan(plan, memory)
+
+
+def check_read_back(path: Path, weights: dict[str, Tensor]) -> None:
+    """Read a run's model as any later command does; RunFailed unless it has these weights."""
+    try:
+        stored = read_model(path)
+        stored.check_read_back(path, {name: tensor.float() for name, tensor in weights.items()})
+    except UsageError as error:
+        raise RunFailed(f"{error}; the same command with --resume auto writes it again") from None
 
 
 class Pretraining(NextTokenTask):
@@ -237,10 +247,12 @@ class Pretraining(NextTokenTask):
         run.checkpoints.save_file(
             folder.file("run.json"), lambda: folder.name_result(result, steps)
         )
-        run.checkpoints.save_weights("final-model.pt", self.weights())
+        weights = self.weights()
+        run.checkpoints.save_weights("final-model.pt", weights)
         run.checkpoints.finish()
         if not run.ranks.is_main:
             return
+        check_read_back(folder.file("final-model.pt"), weights["model"])
         if overfitted:
             print(
                 f"\noverfitted from step {progress.best_step:,} on: the validation loss was best "

@@ -18,7 +18,8 @@ from running import (
     write_stories,
 )
 
-from minllama.formats.pt_file import load_pt
+from minllama.formats.pt_file import load_pt, save_pt
+from minllama.runs.checkpoints import Checkpoints
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +82,29 @@ def test_predictions_are_in_the_folder_of_their_run():
     assert not Path("checkpoints").exists()
     assert command(f"{words} --save_dir three --test_out typed.jsonl").status == 0
     assert Path("typed.jsonl").is_file() and not Path("three", output).exists()
+
+
+@pytest.mark.parametrize("damage", ["bytes", "weights", "shape"])
+def test_the_model_is_read_back_before_the_run_says_that_it_is_done(monkeypatch, damage):
+    """A file that no later command could read, or of other weights, was told of as the result."""
+    final, real = Path("run/final-model.pt"), Checkpoints.finish
+
+    def finish(checkpoints):
+        real(checkpoints)
+        if damage == "bytes":
+            content = bytearray(final.read_bytes())
+            content[len(content) // 2] ^= 1
+            final.write_bytes(content)
+        else:
+            payload = load_pt(final)
+            payload["model"]["norm.weight"] = payload["model"]["norm.weight"] + 1
+            payload["model_args"]["n_layers"] += damage == "shape"
+            save_pt(final, payload)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "finish", finish)
+        done = pretrain("--max_steps 3 --save_dtype bfloat16")
+    assert done.status == 1 and "files:" not in done.out
+    assert "final-model.pt" in done.error and "--resume auto writes it again" in done.error
+    done = command(f"{RESUME} --max_steps 3")
+    assert done.status == 0 and "final-model.pt" in done.out
