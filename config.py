@@ -87,6 +87,22 @@ def recommended_lr(config: LlamaConfig, optimizer: str) -> float:
     return min(PRESETS.values(), key=distance).pretrain_lr
 
 
+def finetuning_lr(config: LlamaConfig, *, chat: bool, lora: bool, head_alone: bool) -> float:
+    """A good peak learning rate to finetune a model with, on dialogues or labelled sentences.
+
+    On dialogues proportional to width^-1.5, 3e-3 at 128, so 4e-4 at 512; on sentences that to go on
+    from trained weights, and from the assignment's size on its own 2e-5. Three times that for LoRA,
+    whose second matrix starts at zero, and ten times for a linear head alone.
+    """
+    factor = 3 if lora else 10 if head_alone else 1
+    if chat:
+        return float(f"{factor * 3e-3 * (128 / config.dim) ** 1.5:.2g}")
+    course = LlamaConfig(**PRESETS["stories42M"].shape)
+    if config.block_parameters()[0] >= course.block_parameters()[0]:
+        return 2e-5
+    return float(f"{factor * CONTINUED_LR * recommended_lr(config, 'adamw'):.2g}")
+
+
 # ---------------------------------------------------------------------------- the table of flags
 
 SHAPE_FLAGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim")  # beside --model_size
@@ -336,7 +352,13 @@ class Options:
     max_sentence_len: int | None = flag(None, "tokens of a sentence to read", at_least=1)
 
     flag = section("--option finetune", "finetune")
-    lr: float = flag(2e-5, "peak learning rate", above=0, below=1e6, instead="pretrain_lr")
+    lr: float = flag(
+        2e-5,
+        "peak learning rate; unset: what suits dialogues, or a model smaller than the assignment's",
+        above=0,
+        below=1e6,
+        instead="pretrain_lr",
+    )
     hidden_dropout_prob: float = flag(0.3, "dropout before the linear head", at_least=0, below=1)
     pooling: Literal["last", "mean"] = flag(
         "last",
@@ -519,6 +541,21 @@ class Options:
             return self
         lr = recommended_lr(config, self.optimizer) * (CONTINUED_LR if continued else 1)
         options = dataclasses.replace(self, pretrain_lr=lr)
+        check_options(options)
+        return options
+
+    def with_finetuning_lr(self, config: LlamaConfig) -> Options:
+        """These options with a learning rate to finetune this model with, where none was typed.
+
+        Says which. Raises UsageError where --min_lr is above it.
+        """
+        if "lr" in self.given:
+            return self
+        ways = {"lora": bool(self.lora_rank), "head_alone": self.freeze_backbone}
+        lr = finetuning_lr(config, chat=self.is_chat, **ways)
+        options = dataclasses.replace(self, lr=lr)
+        what = "dialogues" if self.is_chat else "sentences"
+        print(f"lr           {lr:g}, for {what} with a model of width {config.dim} (--lr)")
         check_options(options)
         return options
 

@@ -110,6 +110,13 @@ class Tokenizer:
         ids = self.vocabulary.encode(s.encode("utf-8", "replace").decode())[: self.max_len]
         return self._opening(bos, ids) + ids + [self.eos_id] * eos
 
+    def encode_opening(self, s: str) -> list[int]:
+        """Token ids of `s` as of a document's beginning, behind BOS whatever prompts have.
+
+        So its first token, too, is one that a model can be asked to predict.
+        """
+        return [self.bos_id, *self.encode(s, bos=False, eos=False)]
+
     def encode_many(self, texts: Sequence[str], bos: bool) -> list[list[int]]:
         """Token ids of each text, as those of `encode` without EOS."""
         arrays = self.vocabulary.encode_many(texts)

@@ -391,7 +391,9 @@ def modelfile(output: Path, model: Llama, tokenizer: Tokenizer) -> str:
     # EOS by its id, too.
     template, stops = "{{ .Prompt }}", [eos] if PLAIN.fullmatch(eos) else []
     if isinstance(model.chat_template, ChatTemplate):
-        template = model.chat_template.ollama(_in_template(bos), _in_template(eos))
+        bos, eos = map(_in_template, (bos, eos))
+        first = "" if tokenizer.vocabulary.adds_bos else bos
+        template = model.chat_template.ollama(bos, eos, first=first)
         stops.append(model.chat_template.user)
     lines = [
         _source(output),

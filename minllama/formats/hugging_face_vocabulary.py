@@ -73,7 +73,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """
     vocabulary = tokenizer.vocabulary
     names = [vocabulary.name(i) for i in range(vocabulary.size)]
-    special = {tokenizer.bos_id, tokenizer.eos_id, vocabulary.unknown_id}
+    special = {*vocabulary.control_tokens.values(), vocabulary.unknown_id}
     symbols = {} if vocabulary.opening_space else vocabulary.added_tokens
     for symbol, token in symbols.items():
         names[token] = symbol

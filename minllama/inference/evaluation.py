@@ -160,7 +160,7 @@ def compare_pairs(
     """
     context, encoded = model.llama.config.max_seq_len, []
     for pair in pairs:
-        both = [tokenizer.encode(text, bos=True, eos=False) for text in (pair.good, pair.bad)]
+        both = [tokenizer.encode_opening(text) for text in (pair.good, pair.bad)]
         if max(map(len, both)) > context + 1:
             raise UsageError(
                 f"{pair.where}: {max(map(len, both)) - 1:,} tokens, and the model reads {context}"

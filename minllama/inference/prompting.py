@@ -52,7 +52,7 @@ class Prompts:
             cut = sentence if kept == len(ids) else self.tokenizer.decode(ids[:kept])
             prompt = self.shots + self.text(cut)
             texts = [prompt, *(f"{prompt} {name}" for name in self.label_names)]
-            encoded = [self.tokenizer.encode(text, bos=True, eos=False) for text in texts]
+            encoded = [self.tokenizer.encode_opening(text) for text in texts]
             over = max(map(len, encoded)) - self.context
             if over <= 0:
                 if kept < len(ids):

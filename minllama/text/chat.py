@@ -69,7 +69,8 @@ class ChatTemplate:
         """BOS and the ids of a question, up to where the answer begins."""
         head = f"{self.system} {system}\n" if system else ""
         text = f"{head}{self.user} {question}\n{self.assistant}"
-        return tokenizer.encode(text, bos=True, eos=False)
+        bos, _ = tokenizer.vocabulary.stated_marks  # those that `jinja` writes
+        return [bos, *tokenizer.encode(text, bos=False, eos=False)]
 
     def prompt_ids(
         self,
@@ -130,10 +131,10 @@ class ChatTemplate:
             f"{{% if add_generation_prompt %}}{{{{ {assistant} }}}}{{% endif %}}"
         )
 
-    def ollama(self, bos: str, eos: str) -> str:
-        """The template for a Modelfile; Ollama itself begins with BOS."""
+    def ollama(self, bos: str, eos: str, *, first: str = "") -> str:
+        """The template for a Modelfile; `first` is BOS where Ollama does not begin with it."""
         return (
-            "{{ range .Messages }}"
+            f"{first}{{{{ range .Messages }}}}"
             f'{{{{ if eq .Role "system" }}}}{self.system} {{{{ .Content }}}}\n'
             f'{{{{ else if eq .Role "user" }}}}{self.user} {{{{ .Content }}}}\n'
             f"{{{{ else }}}}{self.assistant} {{{{ .Content }}}}{eos}{bos}"
@@ -169,8 +170,10 @@ def template_from_stored(stored: Any, where: Path) -> Template:
 
 
 def answer_ids(tokenizer: Tokenizer, answer: str) -> list[int]:
-    """An answer's ids and EOS. Encoded alone it begins with a space, as behind the label."""
-    return tokenizer.encode(answer, bos=False, eos=True)
+    """An answer's ids and EOS. It begins with a space, which many vocabularies put there."""
+    vocabulary = tokenizer.vocabulary
+    text = answer if vocabulary.opening_space else f" {answer}"
+    return [*tokenizer.encode(text, bos=False, eos=False), vocabulary.stated_marks[1]]
 
 
 # ---------------------------------------------------------------------------- token ids

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import Options, check_options, fingerprint
+from config import Options, fingerprint
 from llama import Llama, load_pretrained
 from minllama.cli.console import progress_bar, say
 from minllama.formats.find_model import load_model
@@ -31,25 +30,10 @@ from minllama.training.task import NextTokenTask, trained_sizes
 from tokenizer import Tokenizer
 from utils import ChatDataset, batches_by_length
 
-# Default --lr: proportional to width^-1.5, 3e-3 at 128, so 4e-4 at 512; three times that for LoRA,
-# whose second matrix starts at zero.
-LR, WIDTH, LORA_FACTOR = 3e-3, 128, 3
 SHOWN_ANSWERS = 3
 ANSWER_TOKENS = 200  # at most, of an answer at the end of a run
 
 # ---------------------------------------------------------------------------- before the loop
-
-
-def with_chat_lr(run: Run, width: int) -> Options:
-    """The options with a learning rate that suits a model of this width, where none is typed."""
-    options = run.options
-    if run.checkpoint is not None or "lr" in options.given:  # it has that of the run's start
-        return options
-    lr = LR * (WIDTH / width) ** 1.5 * (LORA_FACTOR if options.lora_rank else 1)
-    options = dataclasses.replace(options, lr=float(f"{lr:.2g}"))
-    print(f"lr           {options.lr:g}, for dialogues with a model of width {width} (--lr)")
-    check_options(options)
-    return options
 
 
 def load_dialogues(
@@ -123,7 +107,9 @@ class ChatTuning(NextTokenTask):
         self.llama, self.tokenizer = load_model(run.options, run.device)
         llama, tokenizer = self.llama, self.tokenizer
         llama.chat_template = llama.chat_template or ChatTemplate()
-        run.options = options = with_chat_lr(run, llama.config.dim)
+        if run.checkpoint is None:  # which has that of the run's start
+            run.options = run.options.with_finetuning_lr(llama.config)
+        options = run.options
         self.train_set, self.val_set = load_dialogues(files, options, llama, tokenizer)
         self.questions = read_questions(
             files.paths.get("test"), options, llama.chat_template, tokenizer

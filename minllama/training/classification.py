@@ -140,10 +140,13 @@ class Classification(Task):
 
     def __init__(self, run: Run, files: SplitFiles) -> None:
         """Load the model and the sentences. Raises UsageError."""
-        self.run, self.files, options = run, files, run.options
-        self.llama, tokenizer = load_model(options, run.device)
+        self.run, self.files = run, files
+        self.llama, tokenizer = load_model(run.options, run.device)
         self.llama.chat_template = None  # a classifier answers no questions
         config = self.llama.config
+        if run.checkpoint is None:  # which has that of the run's start
+            run.options = run.options.with_finetuning_lr(config)
+        options = run.options
         self.splits = load_splits(files, options, tokenizer, context=config.max_seq_len)
         self.train_set, self.dev_set = self.splits["train"], self.splits["dev"]
         if files.mapping:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from byte_vocabularies import KINDS, byte_vocabulary
 from llama_cpp_server import llama_cpp, our_tokens, their_ids, their_tokens
 from oracles import assert_same_weights, make_model
 from vocabularies import vocabulary
@@ -114,8 +115,10 @@ def test_llama_cpp_gives_our_ids_with_llama_2s_vocabulary(tmp_path: Path, real_d
             assert their_ids(ask, text) == tokenizer.encode(text, bos=True, eos=False), text
 
 
-def test_llama_cpp_holds_a_conversation_as_we_do(tmp_path: Path, tokenizer: Tokenizer):
+@pytest.mark.parametrize("kind", ["", *KINDS])
+def test_llama_cpp_holds_a_conversation_as_we_do(tmp_path: Path, tokenizer: Tokenizer, kind: str):
     """Its ids of a dialogue, by the template in the file, are those that were trained on."""
+    tokenizer = byte_vocabulary(kind) if kind else tokenizer
     model = make_model(tokenizer, max_seq_len=256)
     model.chat_template = ChatTemplate()
     path = write(model, tmp_path / "model.gguf", tokenizer)
@@ -125,7 +128,8 @@ def test_llama_cpp_holds_a_conversation_as_we_do(tmp_path: Path, tokenizer: Toke
     ours = ChatTemplate().prompt_ids(tokenizer, said[3], [(said[1], said[2])], said[0])
     with llama_cpp(path) as ask:
         text = ask("apply-template", messages=messages)["prompt"]
-        special = {"add_special": not text.startswith("<s>"), "parse_special": True}
+        bos = tokenizer.vocabulary.name(ours[0])
+        special = {"add_special": not text.startswith(bos), "parse_special": True}
         assert ask("tokenize", content=text, **special)["tokens"] == ours
         options = {"temperature": 0, "max_tokens": 12, "return_tokens": True}
         answer = ask("v1/chat/completions", messages=messages, **options)
@@ -145,6 +149,15 @@ def test_ollamas_recipe_has_the_chat_template(tmp_path: Path, tokenizer: Tokeniz
         '{{ else if eq .Role "user" }}User: {{ .Content }}\n'
         "{{ else }}Assistant: {{ .Content }}</s><s>{{ end }}{{ end }}Assistant:"
     )
+
+
+def test_ollamas_recipe_begins_with_bos_where_ollama_does_not(tmp_path: Path):
+    """With a vocabulary whose prompts have none."""
+    model = make_model(byte_vocabulary("smollm"))
+    model.chat_template = ChatTemplate()
+    recipe = minllama.formats.gguf.modelfile(tmp_path / "a.gguf", model, byte_vocabulary("smollm"))
+    assert 'TEMPLATE """<|im_start|>{{ range .Messages }}' in recipe
+    assert "{{ .Content }}<|im_end|><|im_start|>{{ end }}" in recipe
 
 
 def directives(recipe: str) -> list[str]:
@@ -174,7 +187,7 @@ def test_a_vocabulary_writes_no_directives_into_ollamas_recipe(
 ):
     """An EOS piece that closes the quote and begins a line wrote `ADAPTER ...` into the Modelfile
     beside a converted model, which Ollama obeys."""
-    named = SimpleNamespace(name=["<s>", eos].__getitem__, stated_marks=(0, 1))
+    named = SimpleNamespace(name=["<s>", eos].__getitem__, stated_marks=(0, 1), adds_bos=True)
     piece = SimpleNamespace(vocabulary=named)  # as far as a recipe asks it
     model = make_model()
     model.chat_template = ChatTemplate() if chat else None

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from byte_vocabularies import byte_vocabulary
 from oracles import make_model
 from running import command, pretrain, records, write_model
 
@@ -160,6 +161,24 @@ def test_a_pair_is_judged_as_transformers_judges_it(transformer, tokenizer, batc
         )
         assert difference == pytest.approx(good - bad, abs=1e-3)
     assert found[3] == 0 and found[2] > 0  # a tie; and to go on costs something
+
+
+def test_the_first_token_is_judged_where_prompts_have_no_bos(empty_folder):
+    """Two sentences that differ in it, of a vocabulary like SmolLM's, were once refused."""
+    tokenizer = byte_vocabulary("smollm")
+    assert not tokenizer.vocabulary.adds_bos
+    model = make_model(tokenizer)
+    Path("p.txt").write_text("cat sat\tDog sat\na\tbb\n", encoding="utf-8")
+    pairs = read_pairs([Path("p.txt")], Reading())
+    judge, options = LlamaZeroShotClassifier(model), {"batch_size": 2, "stop": StopRequest()}
+    for pair, difference in zip(
+        pairs, compare_pairs(judge, tokenizer, pairs, **options), strict=True
+    ):
+        sums = []
+        for text in (pair.good, pair.bad):
+            ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(text, False, False)]])
+            sums.append(-model.loss(ids[:, :-1], ids[:, 1:])[0].item())
+        assert difference == pytest.approx(sums[0] - sums[1], abs=1e-3)
 
 
 def test_pairs_from_the_command_line():

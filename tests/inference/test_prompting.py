@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from byte_vocabularies import byte_vocabulary
+from oracles import make_model
 from running import command, write_labelled, write_model
 
 from config import LlamaConfig
@@ -106,6 +109,16 @@ def test_a_score_is_the_log_probability_of_the_label(model, tokenizer, norm):
             wanted = sum(log_probs[i - 1, ids[i]].item() for i in range(start, len(ids)))
             size = {"sum": 1, "token": len(ids) - start, "byte": len(f" {names[label]}")}[norm]
             assert scores[row, label].item() == pytest.approx(wanted / size, abs=1e-4)
+
+
+def test_labels_without_a_prompt_are_scored_where_prompts_have_no_bos():
+    """`pmi` scores them behind no sentence: with the template `{sentence}` nothing was before."""
+    tokenizer = byte_vocabulary("smollm")
+    model = LlamaZeroShotClassifier(make_model(tokenizer))
+    prompts = replace(prompts_of(tokenizer, "bad", "good"), template="{sentence}")
+    sequences, start = prompts.sequences("")
+    assert start == 1 and all(ids[0] == tokenizer.bos_id for ids in sequences)
+    assert score_labels(model, prompts, ["", "A film ."], "sum").isfinite().all()
 
 
 def test_what_a_label_has_without_a_sentence_is_subtracted(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from byte_vocabularies import KINDS, byte_vocabulary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import make_model
@@ -19,7 +20,7 @@ from minllama.model.kernels import linear_cross_entropy
 from minllama.system.errors import UsageError
 from minllama.text.chat import ChatTemplate, Cuts, encode_dialogue
 from minllama.text.dialogues import Dialogue
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, train_vocabulary
 from utils import ChatDataset
 
 ASKED = [("Where does a fox live?", "In a den."), ("And a bear?", "In a cave.")]
@@ -85,6 +86,28 @@ def test_transformers_makes_the_same_ids(tmp_path, system):
     assert spelt.count(tokenizer.bos_id) == 2 and ours.count(tokenizer.bos_id) == 1
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     assert "unless one of its texts spells `<s>` or `</s>`" in readme
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "symbols"])
+def test_transformers_makes_the_same_ids_with_other_vocabularies(tmp_path, kind):
+    """Without a space before an answer, and with BOS and EOS for documents and not for answers,
+    the training once had other ids than the template that is written."""
+    transformers = pytest.importorskip("transformers")
+    if kind == "symbols":
+        (tmp_path / "a.txt").write_text("In a den, e2-e4 a fox lives.\n" * 50, encoding="utf-8")
+        train_vocabulary([tmp_path / "a.txt"], tmp_path / "a", symbols=["e2-e4"])
+        tokenizer = Tokenizer(tokenizer_model=tmp_path / "a")
+    else:
+        tokenizer = byte_vocabulary(kind)
+    model = make_model(tokenizer, max_seq_len=1000)
+    model.chat_template = ChatTemplate()
+    export(model, "hf", tmp_path / "hf", dtype="float32", tokenizer=tokenizer, extra={})
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    texts = zip(["user", "assistant"] * 2, [t for each in ASKED for t in each], strict=True)
+    messages = [{"role": role, "content": text} for role, text in texts]
+    made = theirs.apply_chat_template(messages, return_dict=False)
+    assert made == ChatDataset([Dialogue(ASKED)], tokenizer, ChatTemplate(), 1000).tokens.tolist()
+    assert made[-1] in tokenizer.vocabulary.end_ids
 
 
 def test_the_template_travels_in_the_model_file(tmp_path):

@@ -114,6 +114,30 @@ def test_what_is_learnt_is_between_the_prompt_and_the_end_token(tmp_path, name: 
         assert tokenizer.decode(part.ids)
 
 
+def test_control_tokens_added_to_a_sentence_piece_vocabulary(tmp_path):
+    """The export knew BOS and EOS alone as such, and a template's `<|im_start|>` was a text."""
+    given, asked, written = tmp_path / "given", "Hi <|im_end|>there", "Hi there"
+    write(make_model(Tokenizer()), "hf", given, tokenizer=Tokenizer())
+    (given / "tokenizer.model").unlink()
+    theirs = transformers.AutoTokenizer.from_pretrained(given)
+    theirs.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    theirs.save_pretrained(given)
+    tokenizer = Tokenizer(tokenizer_model=given)
+    assert tokenizer.n_words == Tokenizer().n_words + 2
+    model = make_model(tokenizer)
+    model.chat_template = JinjaTemplate(CHATML)
+    write(model, "hf", tmp_path / "hf", tokenizer=tokenizer)
+    back = load_pretrained(tmp_path / "hf")
+    assert Tokenizer(tokenizer_model=back.vocabulary).fingerprint == tokenizer.fingerprint
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    wanted = theirs.apply_chat_template(
+        messages([(written, None)]), add_generation_prompt=True, return_dict=False
+    )
+    assert model.chat_template.prompt_ids(tokenizer, written) == wanted
+    ends = tokenizer.vocabulary.control_tokens["<|im_end|>"]
+    assert model.chat_template.prompt_ids(tokenizer, asked).count(ends) == wanted.count(ends) == 2
+
+
 def test_a_history_that_is_rewritten(tmp_path):
     """Qwen3 leaves out what was thought, once there is another question: each answer is learnt
     in a part of its own, behind the history as it will be read."""
