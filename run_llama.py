@@ -38,7 +38,7 @@ from minllama.machine.device import (
     check_compiler,
     choose_device,
     is_out_of_memory,
-    keep_freed_memory,
+    keep_memory_low,
 )
 from minllama.machine.ranks import Ranks, check_runs_alone, exit_at_once, is_lost_peer
 from minllama.machine.sharding import load_state
@@ -111,10 +111,10 @@ def run_task(run: Run, task: Task, on_step: OnStep | None) -> int:
 
     Every rank must call this.
     """
+    keep_memory_low()
     make_plan(run, task)  # printed; refuses what cannot be resumed or does not fit on the disk
     if run.options.plan:
         return 0
-    keep_freed_memory()
     run.start()  # builds model and optimizer; loads the checkpoint, or clears the folder
     if note := task.describe_start():
         print(note)

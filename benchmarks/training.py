@@ -29,10 +29,10 @@ def our_step(job: dict[str, Any], tokens: Any, targets: Any) -> tuple[Any, Any, 
     import torch
 
     from llama import NextTokenLoss
-    from minllama.machine.device import keep_freed_memory
+    from minllama.machine.device import keep_memory_low
     from optimizer import make_optimizer
 
-    keep_freed_memory()
+    keep_memory_low()
     model = our_model(job["shape"]).to(tokens.device)
     optimizer = make_optimizer(model, name="adamw", lr=1e-3, weight_decay=0.1)
     next_token_loss = NextTokenLoss(model)

@@ -152,13 +152,24 @@ class TrainingPlan:
         logits = self.logits_width == self.config.vocab_size
         return self.config.flops_per_token(self.sequence_length, logits=logits)
 
+    @property
+    def step_tokens(self) -> float:
+        """Tokens that each process trains on in one step, on average."""
+        return self.tokens / self.steps_per_epoch / self.world_size
+
+    def step_seconds(self, eager_flops: float) -> float:
+        """What a step may be expected to take, at this eager speed in FLOP/s."""
+        seconds = self.step_tokens * self.flops_per_token() / eager_flops
+        if self.device == "cuda":  # small models take longer there than their FLOPs say
+            layers = self.accumulation_steps * self.config.n_layers
+            seconds = max(seconds, SECONDS_PER_LAYER * layers)
+        return seconds
+
     def compiling_pays(self, eager_flops: float) -> tuple[bool, str]:
         """Whether the run is long enough to compile for, at this eager speed in FLOP/s; and why."""
-        tokens = self.tokens * self.last_step / self.steps_per_epoch / self.world_size
-        seconds = tokens * self.flops_per_token() / eager_flops
-        if self.device == "cuda":  # small models take longer there than their FLOPs say
-            layers = self.last_step * self.accumulation_steps * self.config.n_layers
-            seconds = max(seconds, SECONDS_PER_LAYER * layers, 60 * (self.options.minutes or 0))
+        seconds = self.last_step * self.step_seconds(eager_flops)
+        if self.device == "cuda":
+            seconds = max(seconds, 60 * (self.options.minutes or 0))
         saved, takes = COMPILED_SAVES[self.device] * seconds, COMPILING_TAKES[self.device]
         reason = (
             f"it would save about {human_time(saved)} of {human_time(seconds)} and takes about "

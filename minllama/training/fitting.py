@@ -177,9 +177,14 @@ def measure(
 
 
 def time_steps(
-    options: Options, config: LlamaConfig, rows: int, device: torch.device, dtype: torch.dtype
+    options: Options,
+    config: LlamaConfig,
+    rows: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    most: float = TIMED_SECONDS,
 ) -> Speed:
-    """Time steps on a batch of so many rows."""
+    """Time steps on a batch of so many rows, for at most these seconds and the first step's."""
     context = options.max_seq_len
     bos_id = 0 if options.document_mask else None  # any token takes the time of the mask
     llama = Llama(dataclasses.replace(config, max_seq_len=context))
@@ -210,7 +215,7 @@ def time_steps(
     with training_arithmetic(device, dtype, deterministic=options.deterministic):
         for work in (passes, update):  # the first time memory is taken and kernels are chosen
             work()
-        while sum(map(sum, times)) < TIMED_SECONDS and len(times) < 10:
+        while sum(map(sum, times)) < most and len(times) < 10:
             times.append((seconds(passes), seconds(update)))
     pass_times, update_times = zip(*times, strict=True)
     return Speed(statistics.median(pass_times) / (rows * context), statistics.median(update_times))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from config import TYPED_ON_RESUME, Options, check_options
-from minllama.cli.console import human_size, say
+from minllama.cli.console import human_size, human_time, say
 from minllama.formats.pt_file import state_file
 from minllama.machine.device import (
     available_memory,
@@ -26,7 +26,7 @@ from minllama.machine.device import (
     prepare_determinism,
 )
 from minllama.machine.gpus import peak_flops
-from minllama.machine.random_state import seed_everything
+from minllama.machine.random_state import random_state, restore_random_state, seed_everything
 from minllama.machine.ranks import Ranks
 from minllama.runs.checkpoints import read_on_main
 from minllama.runs.plan import TrainingPlan, warn_of_plan
@@ -34,6 +34,7 @@ from minllama.runs.run_folder import RunFolder
 from minllama.system.errors import UsageError
 from minllama.system.files import free_disk, real_path, size_on_disk
 from minllama.system.signals import StopRequest
+from minllama.training.fitting import time_steps
 from minllama.training.identity import GLOBAL_BATCH, check_identity, check_ranks_agree
 from minllama.training.run import Run
 from minllama.training.task import Task
@@ -177,23 +178,27 @@ def make_plan(run: Run, task: Task) -> None:
     if run.checkpoint is not None:
         check_identity(run.checkpoint, run.identity, options=options, folder=run.folder)
     run.plan = plan = TrainingPlan(options, ranks.world_size, device.type, dtype, **task.sizes)
-    ranks.on_main(lambda: print_plan(plan, device, run.folder))
+    done = 0 if run.checkpoint is None else run.checkpoint["progress"]["step"]
+    ranks.on_main(lambda: print_plan(plan, device, run.folder, steps_left=plan.last_step - done))
     if options.option == "pretrain":
         run.options = ranks.on_main(lambda: decide_compile(options, plan, device))
     check_ranks_agree(run.identity | {"--dtype": dtype}, ranks)
 
 
 # Without the compiler: FLOP/s of a CPU's thread, and the share of a GPU's peak.
+TIMED_PARAMETERS = 20_000_000  # at most, of a model that is timed for the plan
 EAGER_FLOPS, EAGER_MFU = {"float32": 60e9, "bfloat16": 120e9, "float16": 60e9}, 0.28
 
 
-def print_plan(plan: TrainingPlan, device: torch.device, folder: RunFolder) -> None:
+def print_plan(
+    plan: TrainingPlan, device: torch.device, folder: RunFolder, *, steps_left: int
+) -> None:
     """Print the plan and warn of what will not fit.
 
     Raises UsageError if the disk is too small for the run; --plan alone warns of that, too.
     """
     available = available_memory(device)
-    say(*plan.lines(available))
+    say(*plan.lines(available), time_line(plan, device, steps_left))
     warn_of_plan(plan, available)
     # What the folder holds is replaced, resumed or pruned: it is not needed twice.
     there, whole = sum(map(size_on_disk, folder.own_files())), sum(plan.disk().values())
@@ -208,6 +213,30 @@ def print_plan(plan: TrainingPlan, device: torch.device, folder: RunFolder) -> N
     if not plan.options.plan:
         raise UsageError(problem)
     say(f"warning: {problem}")
+
+
+def time_line(plan: TrainingPlan, device: torch.device, steps_left: int) -> str:
+    """How long the training will take, by a few steps that are timed here, or by its arithmetic.
+
+    A large model is not made twice for it, and a GPU's peak of memory is left to the training.
+    """
+    options, config = plan.options, plan.config
+    if options.option == "pretrain" and options.minutes is not None:
+        return f"time         {options.minutes:g} minutes in all, whatever the steps (--minutes)"
+    if device.type == "cpu" and sum(config.parameter_counts().values()) <= TIMED_PARAMETERS:
+        rows = min(options.micro_batch_size, plan.sequences)
+        context = max(1, round(plan.tokens / plan.sequences))
+        shape = dataclasses.replace(config, vocab_size=plan.logits_width)  # a classifier's: labels
+        timed = dataclasses.replace(options, max_seq_len=context)
+        before = random_state()
+        speed = time_steps(timed, shape, rows, device, getattr(torch, plan.dtype), most=0.1)
+        restore_random_state(before)
+        seconds, how = plan.step_tokens * speed.token + speed.update, "by steps timed here"
+    else:
+        seconds, how = plan.step_seconds(eager_flops(device, plan.dtype)), "not measured: expected"
+    rate = plan.world_size * plan.step_tokens / seconds
+    took = human_time(max(0, steps_left) * seconds)
+    return f"time         about {took} of training, at {rate:,.0f} tokens/s ({how})"
 
 
 def describe_determinism(device: torch.device) -> str:
@@ -243,6 +272,6 @@ def decide_compile(options: Options, plan: TrainingPlan, device: torch.device) -
 
 def eager_flops(device: torch.device, dtype: str) -> float:
     """FLOP/s that training without the compiler reaches, from what was measured."""
-    if device.type == "cuda":
+    if device.type != "cpu":
         return EAGER_MFU * peak_flops(device, getattr(torch, dtype))
     return EAGER_FLOPS[dtype] * torch.get_num_threads()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +19,7 @@ import several
 import torch
 from running import (
     RESUME,
+    ROOT,
     assert_same,
     command,
     pretrain,
@@ -30,7 +34,7 @@ from running import (
 )
 
 import run_llama
-from config import LlamaConfig, parse_options
+from config import SHIPPED_MODEL, LlamaConfig, parse_options
 from minllama.formats.pt_file import load_pt, save_pt, tensors_in
 from minllama.machine.ranks import Ranks
 from minllama.runs.checkpoints import load_checkpoint
@@ -39,6 +43,7 @@ from minllama.runs.run_folder import RunFolder
 from minllama.system.errors import UsageError
 from minllama.system.signals import StopRequest
 from minllama.training import setup as sessions
+from minllama.training.fitting import Speed
 from minllama.training.identity import CHUNK_ORDER, GLOBAL_BATCH, TEXT_TOKENS, check_identity
 from minllama.training.results import print_results
 from minllama.training.run import Run
@@ -540,3 +545,69 @@ def test_what_to_do_next_is_printed_as_commands(capsys):
     assert words[0][-2:] == ["--prompt", "One day"]
     assert all(str(model) in line for line in words)
     assert Path(words[2][1]).name == "check_model_precision.py"
+
+
+# ---------------------------------------------------------------------------- time and memory
+
+
+def plan_and_task(option: str, **changes) -> TrainingPlan:
+    """300 sequences of 6,000 tokens in steps of ten, ten epochs; a small model."""
+    config = LlamaConfig(vocab_size=64, dim=16, n_layers=1, n_heads=2, max_seq_len=32)
+    flags = "--epochs 10 --batch_size 10 --pretrain_batch_size 10"
+    options = parse_options(["--option", option, *flags.split()])
+    sizes = {"sequences": 300, "tokens": 6000, "sequence_length": 32, "logits_width": 64}
+    sizes |= {"trainable_parameters": 9, "muon_parameters": 0, "config": config} | changes
+    return TrainingPlan(options.with_global_batch(1), 1, "cpu", "float32", **sizes)
+
+
+@pytest.mark.parametrize("option", ["pretrain", "finetune"])
+def test_how_long_it_takes_is_in_the_plan(option, monkeypatch):
+    """By hand: steps of 200 tokens at 1 ms each, and 0.3 s for the update."""
+    plan, timed = plan_and_task(option), []
+
+    def time_steps(options, config, rows, *_, **__):
+        timed.append((options.max_seq_len, rows, config.vocab_size))
+        return Speed(1e-3, 0.3)
+
+    monkeypatch.setattr(sessions, "time_steps", time_steps)
+    line = sessions.time_line(plan, torch.device("cpu"), 300)
+    assert line.split(maxsplit=1)[1] == (
+        "about 2 min 30 s of training, at 400 tokens/s (by steps timed here)"
+    )
+    assert timed == [(20, 10, 64)]
+    assert "about 50 s of" in sessions.time_line(plan, torch.device("cpu"), 100)  # of a resumed run
+    large = plan_and_task(option, config=LlamaConfig(vocab_size=32000))
+    monkeypatch.setattr(sessions, "eager_flops", lambda *_: 200 * large.flops_per_token())
+    line = sessions.time_line(large, torch.device("cpu"), 300)
+    assert "about 5 min" in line and line.endswith("(not measured: expected)")
+    assert len(timed) == 2
+
+
+def test_timing_steps_changes_no_random_number():
+    """The first weights of a run are those that its seed gives."""
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    assert "timed here" in sessions.time_line(plan_and_task("finetune"), torch.device("cpu"), 9)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="the system counts no child's memory")
+@pytest.mark.parametrize("train", ["", "--train chat-train.jsonl"])
+def test_memory_of_finetuning_is_what_the_plan_says(train, tmp_path):
+    """453 MB were planned and 848 measured: the kernels of a thousand shapes were kept.
+
+    Measured by the system when the process has ended.
+    """
+    words = ["--option", "finetune", "--max_steps", "60", "--dtype", "bfloat16", *train.split()]
+    words += ["--pretrained_model_path", str(SHIPPED_MODEL), "--save_dir", str(tmp_path / "run")]
+    with open(tmp_path / "out", "w", encoding="utf-8") as out:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "run_llama.py"), *words], cwd=ROOT / "data", stdout=out
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = status
+    measured = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    text = (tmp_path / "out").read_text(encoding="utf-8")
+    planned = 1e6 * float(re.search(r"^memory +(\d+) MB", text, flags=re.M)[1])
+    assert status == 0 and planned == pytest.approx(measured, rel=0.2)
