@@ -185,8 +185,8 @@ class Options:
     flag = section("the model", *EVERY)
     tokenizer_model: Path | None = flag(
         None,
-        "SentencePiece vocabulary; unset: the model file's own; to pretrain: one trained on your "
-        "text, the embedded one for the stories",
+        "vocabulary: a SentencePiece model, a tokenizer.json, or a folder of one; unset: the model "
+        "file's own; to pretrain: one trained on your text, the embedded one for the stories",
     )
     pretrained_model_path: Path | None = flag(
         None,

@@ -171,7 +171,7 @@ def tokenizer_of(model: Llama | StoredModel, where: str | Path = "the model") ->
 
 def vocabulary_remedy(size: int) -> str:
     """What to do about a model file without its vocabulary of `size` pieces."""
-    remedy = f"name its SentencePiece file of {size:,} pieces with --tokenizer_model"
+    remedy = f"name its vocabulary of {size:,} pieces with --tokenizer_model"
     if size == 32000:
         remedy += "; Llama-2's is fetched by: python data/download.py tokenizer"
     return remedy

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from minllama.formats import hugging_face
+from minllama.formats.hugging_face_vocabulary import read_template
 from minllama.formats.stored_model import Contents, StoredModel
 from minllama.system.errors import UsageError
 from minllama.system.files import read_json_object
@@ -52,7 +53,10 @@ def contents(path: Path) -> Contents:
 
 
 def read(path: Path) -> StoredModel:
-    """Read the model that the adapter names, with the adapter merged. Raises UsageError."""
+    """Read the model that the adapter names, with the adapter merged. Raises UsageError.
+
+    A chat template beside the adapter, with which it was trained, replaces the model's.
+    """
     folder = _folder(path)
     file, settings = folder / SHAPE, read_json_object(folder / SHAPE)
     for key, only in ONLY.items():
@@ -63,7 +67,8 @@ def read(path: Path) -> StoredModel:
         if settings[key]:
             raise UsageError(f"{file}: {key[:40]} is not supported: merge it with PEFT")
     base = _base(file, settings.get("base_model_name_or_path"))
-    return hugging_face.read(base, low_rank=_products(folder, settings))
+    model = hugging_face.read(base, low_rank=_products(folder, settings))
+    return model._replace(chat_template=read_template(folder) or model.chat_template)
 
 
 def _base(file: Path, named: Any) -> Path:

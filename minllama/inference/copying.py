@@ -114,7 +114,8 @@ def measure_copies(
         stream = spread_out(held_out)
         parts = parts_of(stream, original.spelling, spaced=original.spaced)
         base = [part.words for part in parts]
-    texts = write_after(openings, model, original, tokenizer.eos_id, check_stop)
+    end_ids = tokenizer.vocabulary.end_ids
+    texts = write_after(openings, model, original, end_ids, check_stop)
     return original.search([original.words(text) for text in texts], base, check_stop)[1]
 
 
@@ -146,7 +147,7 @@ def write_after(
     openings: list[list[int]],
     model: Llama,
     original: Original,
-    eos_id: int,
+    end_ids: list[int],
     check_stop: Callable[[], None],
 ) -> list[bytes]:
     """What the model writes after each opening, always with the same seeds, in whole words."""
@@ -159,7 +160,7 @@ def write_after(
         max_new_tokens=min(WRITTEN, max(1, model.config.max_seq_len - longest)),
         sampling=Sampling(PROMPT_TEMPERATURE),
         seeds=list(range(len(openings))),
-        stop_ids=[eos_id],
+        stop_ids=end_ids,
     ):
         check_stop()
         for row, token in enumerate(step):

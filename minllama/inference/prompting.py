@@ -49,7 +49,9 @@ class Prompts:
         ids = self.tokenizer.encode(sentence, bos=False, eos=False)
         kept = min(len(ids), self.max_sentence_len or len(ids))
         while True:  # a cut sentence may have more ids than were kept of it
-            cut = sentence if kept == len(ids) else self.tokenizer.decode(ids[:kept])
+            cut = sentence
+            if kept < len(ids):  # perhaps inside a character
+                cut = self.tokenizer.decode(ids[:kept]).rstrip("\ufffd")
             prompt = self.shots + self.text(cut)
             texts = [prompt, *(f"{prompt} {name}" for name in self.label_names)]
             encoded = [self.tokenizer.encode_opening(text) for text in texts]

@@ -34,9 +34,9 @@ HEADS = {  # of the table's columns of figures
 }
 # What losses are of: its name in run.json, how to say that it differs, and what then compares.
 DATA = (
-    ("text", "other texts to train on", "that may be why one loss is lower"),
-    ("held_out", "other held-out text", "neither losses nor bits per byte compare"),
-    ("vocabulary", "other vocabularies", "losses, which are per token, do not compare"),
+    ("text", "different texts to train on", "that may be why one loss is lower"),
+    ("held_out", "different held-out text", "neither losses nor bits per byte compare"),
+    ("vocabulary", "different vocabularies", "losses, which are per token, do not compare"),
 )
 
 

@@ -135,5 +135,5 @@ def looks_binary(data: bytes) -> bool:
 
 
 def is_html(head: bytes) -> bool:
-    """Whether a page of the web begins so."""
+    """Whether a web page begins so."""
     return HTML.match(head.removeprefix(b"\xef\xbb\xbf")) is not None

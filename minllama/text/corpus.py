@@ -265,7 +265,7 @@ def _remark(path: Path, reading: Reading, *, alone: bool) -> str:
         return ""
     start = next(iter(read_blocks(path, reading)), "")
     if is_html(start[:HEAD_BYTES].encode()):
-        return "a page of the web, read with all its markup: a text alone is learnt better"
+        return "a web page, read with its markup: plain text is learnt better"
     if not is_text_name(path):
         return "read as plain text, markup included"
     if reading.document_separator is None and not reading.document_per_line:

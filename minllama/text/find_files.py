@@ -24,7 +24,7 @@ SHOWN_KINDS = 5  # of the files in a folder that are skipped
 TEXT_SUFFIXES = (".txt", ".jsonl", *TABLE_SUFFIXES)
 NEARLY_ALL = 0.9  # of a folder's text: what is skipped is what was meant
 TRIED_FILES = 5  # of a kind, looked at to see whether they are text
-NO_SUFFIX = "without an end"
+NO_SUFFIX = "without a suffix"
 
 
 def is_text_name(path: Path) -> bool:
@@ -180,7 +180,9 @@ def _print_skipped(folder: Path, skipped: Sequence[Path]) -> None:
     if kinds:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds[:SHOWN_KINDS])
         more = ", ..." if len(kinds) > SHOWN_KINDS else ""
-        say(f"{folder}: {counts}{more} skipped; a file is read, whatever its end, if it is named")
+        say(
+            f"{folder}: {counts}{more} skipped; a file is read, whatever its suffix, if it is named"
+        )
 
 
 # ---------------------------------------------------------------------------- public files

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chat_templates import CHATML
 from oracles import make_llama, write, write_adapter
 
 from check_model_precision import inspect
@@ -15,6 +16,7 @@ from llama import Llama, load_pretrained
 from minllama.formats.find_model import model_in
 from minllama.formats.model_file import read_model
 from minllama.system.errors import UsageError
+from minllama.text.jinja_template import JinjaTemplate
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -43,6 +45,15 @@ def test_an_adapter_is_merged_into_the_model_that_it_names(
         want = before[name] + scaling * added.get(name, torch.zeros(()))
         torch.testing.assert_close(tensor, want, rtol=1e-5, atol=1e-5)
     assert inspect(tmp_path / "adapter").format == "PEFT adapter"
+
+
+def test_an_adapter_has_the_chat_template_that_it_was_trained_with(model: Llama, tmp_path: Path):
+    """TRL saves it beside the adapter to a model that may have none, and it was not read."""
+    write(model, "hf", tmp_path / "base")
+    write_adapter(tmp_path / "adapter", "../base")
+    assert load_pretrained(tmp_path / "adapter").chat_template is None
+    (tmp_path / "adapter" / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
+    assert load_pretrained(tmp_path / "adapter").chat_template == JinjaTemplate(CHATML)
 
 
 @pytest.mark.filterwarnings("ignore")  # of theirs, about theirs

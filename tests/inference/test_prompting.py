@@ -67,6 +67,15 @@ def test_a_long_sentence_is_cut_and_the_question_kept(tokenizer):
     assert not prompts_of(tokenizer, "bad", "good").cut
 
 
+def test_a_sentence_is_not_cut_inside_a_character():
+    """Of one whose tokens are bytes a U+FFFD was left, and read by the model."""
+    tokenizer = byte_vocabulary("smollm")
+    for kept in range(1, 12):
+        prompts = prompts_of(tokenizer, "bad", "good", context=200, max_sentence_len=kept)
+        text = tokenizer.decode(prompts.sequences("🙂" * 5)[0][0])
+        assert prompts.cut and "\ufffd" not in text and text.startswith("🙂" * (kept // 4))
+
+
 def test_a_question_that_does_not_fit_is_refused(tokenizer):
     """There is nothing left to cut."""
     prompts = prompts_of(tokenizer, "bad", "good", context=8)

@@ -76,11 +76,17 @@ def test_losses_of_other_texts_and_vocabularies_do_not_compare(capsys):
     assert pretrain(f"{short} --save_dir other").status == 0
     assert compare("one", "own") == 0
     out = capsys.readouterr().out
-    assert "note: these runs have other vocabularies: losses, which are per token, do not" in out
+    assert (
+        "note: these runs have different vocabularies: losses, which are per token, do not" in out
+    )
     assert "other texts" not in out
     assert compare("own", "other", "--output", "page.html") == 0
     out = capsys.readouterr().out
-    for word in ("other texts to train on", "other held-out text", "other vocabularies"):
+    for word in (
+        "different texts to train on",
+        "different held-out text",
+        "different vocabularies",
+    ):
         assert word in out and word in Path("page.html").read_text(encoding="utf-8")
     assert out.index("\nown ") < out.index("\nother ")  # in the order given
     for path in Path("one").glob("run.json"):  # of an earlier version, which did not say
@@ -88,7 +94,7 @@ def test_losses_of_other_texts_and_vocabularies_do_not_compare(capsys):
         del stored["starts"][0]["data"]
         path.write_text(json.dumps(stored), encoding="utf-8")
     assert compare("one", "own") == 0
-    assert "whether these runs have other vocabularies is not on record of one" in (
+    assert "whether these runs have different vocabularies is not on record of one" in (
         capsys.readouterr().out.replace("\n", " ")
     )
 

@@ -98,7 +98,7 @@ def test_what_is_read_as_plain_text_is_told(capsys):
     Path("a.txt").write_text("\n<!DOCTYPE html><p>Not found" * 50, encoding="utf-8")
     load("--pretrain_data a.txt b.md c.txt")
     out = capsys.readouterr().out
-    assert "from a.txt\n  a page of the web, read with all its markup" in out
+    assert "from a.txt\n  a web page, read with its markup" in out
     assert "from b.md\n  read as plain text" in out
     assert "from c.txt\n  " not in out
 
@@ -185,7 +185,7 @@ def test_many_files_are_one_line(capsys):
     first, last = Path("texts/00.txt"), Path("texts/29.txt")
     assert f"Loaded {len(texts.train)} chunks from 30 files, {first} to {last}\n" in out
     assert out.count("chunks from") == 1
-    assert "texts: 2 .md, 1 without an end, 1 .json skipped; a file is read, whatever" in out
+    assert "texts: 2 .md, 1 without a suffix, 1 .json skipped; a file is read, whatever" in out
     load("--pretrain_data texts/00.txt texts/01.txt texts/02.txt")
     out = capsys.readouterr().out
     assert out.count("chunks from") == 3 and "skipped" not in out
