@@ -159,16 +159,23 @@ def candidates(options: Options, *, fixed: bool) -> Iterator[Options]:
 
 
 def measure(
-    options: Options, config: LlamaConfig, device: torch.device, dtype: torch.dtype
+    options: Options,
+    config: LlamaConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    rows: int | None = None,
+    most: float = TIMED_SECONDS,
 ) -> Speed | None:
     """Time some steps of a model of this shape on random tokens, as many as fit the memory.
 
-    None where not even a row of them does.
+    Of so many `rows`, for at most these seconds and the first step's. None where not even a row of
+    them does.
     """
-    rows = max(1, TIMED_TOKENS[device.type] // options.max_seq_len)
+    rows = rows or max(1, TIMED_TOKENS[device.type] // options.max_seq_len)
     while rows:
         try:
-            return time_steps(options, config, rows, device, dtype)
+            return time_steps(options, config, rows, device, dtype, most)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -184,7 +191,7 @@ def time_steps(
     dtype: torch.dtype,
     most: float = TIMED_SECONDS,
 ) -> Speed:
-    """Time steps on a batch of so many rows, for at most these seconds and the first step's."""
+    """Time steps on a batch of so many rows."""
     context = options.max_seq_len
     bos_id = 0 if options.document_mask else None  # any token takes the time of the mask
     llama = Llama(dataclasses.replace(config, max_seq_len=context))

@@ -34,7 +34,7 @@ from minllama.runs.run_folder import RunFolder
 from minllama.system.errors import UsageError
 from minllama.system.files import free_disk, real_path, size_on_disk
 from minllama.system.signals import StopRequest
-from minllama.training.fitting import time_steps
+from minllama.training.fitting import measure
 from minllama.training.identity import GLOBAL_BATCH, check_identity, check_ranks_agree
 from minllama.training.run import Run
 from minllama.training.task import Task
@@ -223,14 +223,16 @@ def time_line(plan: TrainingPlan, device: torch.device, steps_left: int) -> str:
     options, config = plan.options, plan.config
     if options.option == "pretrain" and options.minutes is not None:
         return f"time         {options.minutes:g} minutes in all, whatever the steps (--minutes)"
+    speed = None  # also where the memory is too small for it
     if device.type == "cpu" and sum(config.parameter_counts().values()) <= TIMED_PARAMETERS:
         rows = min(options.micro_batch_size, plan.sequences)
         context = max(1, round(plan.tokens / plan.sequences))
         shape = dataclasses.replace(config, vocab_size=plan.logits_width)  # a classifier's: labels
         timed = dataclasses.replace(options, max_seq_len=context)
         before = random_state()
-        speed = time_steps(timed, shape, rows, device, getattr(torch, plan.dtype), most=0.1)
+        speed = measure(timed, shape, device, getattr(torch, plan.dtype), rows=rows, most=0.1)
         restore_random_state(before)
+    if speed is not None:
         seconds, how = plan.step_tokens * speed.token + speed.update, "by steps timed here"
     else:
         seconds, how = plan.step_seconds(eager_flops(device, plan.dtype)), "not measured: expected"

@@ -565,11 +565,11 @@ def test_how_long_it_takes_is_in_the_plan(option, monkeypatch):
     """By hand: steps of 200 tokens at 1 ms each, and 0.3 s for the update."""
     plan, timed = plan_and_task(option), []
 
-    def time_steps(options, config, rows, *_, **__):
+    def measure(options, config, *_, rows, **__):
         timed.append((options.max_seq_len, rows, config.vocab_size))
         return Speed(1e-3, 0.3)
 
-    monkeypatch.setattr(sessions, "time_steps", time_steps)
+    monkeypatch.setattr(sessions, "measure", measure)
     line = sessions.time_line(plan, torch.device("cpu"), 300)
     assert line.split(maxsplit=1)[1] == (
         "about 2 min 30 s of training, at 400 tokens/s (by steps timed here)"
