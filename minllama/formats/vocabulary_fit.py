@@ -17,7 +17,8 @@ from minllama.system.errors import UsageError
 from minllama.vocabulary.lost import SPACE, count_lost
 from tokenizer import Tokenizer
 
-MISFIT = 0.1  # of a text, from which on its vocabulary was made for another
+MISFIT = 0.1  # of a text, from which on its vocabulary may have been made for another
+MOSTLY = 0.5  # and from which on it was
 SAMPLED_TEXTS, SAMPLED_CHARS = 400, 60_000  # looked at
 TRIED_MODELS, NAMED_MODELS = 20, 3
 
@@ -27,8 +28,8 @@ def check_vocabulary(
 ) -> None:
     """See to it that the model's vocabulary fits the texts of `flag`.
 
-    Raises UsageError that names better models where this one was chosen by default; says so where
-    the user named it.
+    Where this one was chosen by default, raises UsageError that names better ones, or that there is
+    none for a text that hardly fits; where the user named it, says so.
     """
     remedy = "--pretrained_model_path"
     is_default = not is_named(options)
@@ -50,7 +51,8 @@ def check_fit(
         f"{what}: {share:.0%} of the text has no pieces in the model's vocabulary, which was made "
         f"for other text; {names}"
     )
-    if not is_default:
+    # The rare characters of a large script may be a seventh of its own vocabulary's text.
+    if not is_default or not (better or share > MOSTLY):
         say(f"warning: {problem}")
         return
     pretrain = "" if better else "pretrain one on such text, or "

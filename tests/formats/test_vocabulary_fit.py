@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,7 +18,8 @@ import check_model_precision
 from config import LlamaConfig
 from llama import Llama, model_payload
 from minllama.formats.pt_file import save_pt
-from minllama.formats.vocabulary_fit import misfit
+from minllama.formats.vocabulary_fit import check_fit, misfit
+from minllama.system.errors import UsageError
 from tokenizer import Tokenizer, train_vocabulary
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
@@ -84,6 +86,20 @@ def test_a_model_that_fits_is_used_without_a_word():
     for words in ("", " --save_dir checkpoints"):
         done = command(f"--option finetune --train chat.jsonl --plan{words}")
         assert done.status == 0 and "no pieces" not in done.out + done.error
+
+
+def test_a_tenth_of_rare_characters_stops_nobody(capsys):
+    """One's own Chinese model was refused by default: a seventh of its text is in bytes."""
+    write_chinese("zh")
+    tokenizer = Tokenizer("zh.model")
+    known = FOX * 4
+    texts = [known + "".join(map(chr, range(0x9000, 0x9000 + n))) for n in (0, 20, 200)]
+    shares = [misfit(tokenizer, [text]) for text in texts]
+    assert shares[0] < 0.1 < shares[1] < 0.5 < shares[2]
+    for text, share in zip(texts, shares, strict=True):
+        with pytest.raises(UsageError) if share > 0.5 else contextlib.nullcontext():
+            check_fit(tokenizer, [text], what="--train x", remedy="--model", is_default=True)
+        assert ("no model here has a better one" in capsys.readouterr().out) == (0.1 < share < 0.5)
 
 
 def test_scoring_a_text(capsys):
