@@ -591,7 +591,7 @@ class Options:
 
     @property
     def is_chat(self) -> bool:
-        """Whether this finetunes on dialogues, which are JSON, and not on labelled sentences."""
+        """Whether this finetunes on dialogues, and not on labelled sentences."""
         if self.option != "finetune" or self.train is None or "label_field" in self.given:
             return False
         fields = first_object(self.train).keys()

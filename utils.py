@@ -295,12 +295,18 @@ class ChatDataset:
         tokenizer: Tokenizer,
         template: Template,
         context: int,
+        place: Callable[[int], str] = "line {}".format,
     ) -> None:
+        """`place` names a line in a message. Raises UsageError for what a template refuses."""
         tokens, is_answer, stops = array("i"), bytearray(), array("q")
         numbers, lines = array("q"), array("q")
         self.cuts = Cuts(context)
         for number, dialogue in enumerate(dialogues, start=1):
-            for part in encode_dialogue(dialogue, tokenizer, template, self.cuts):
+            try:
+                parts = encode_dialogue(dialogue, tokenizer, template, self.cuts)
+            except UsageError as error:
+                raise UsageError(f"{place(dialogue.line)}: {error}") from None
+            for part in parts:
                 tokens.extend(part.ids)
                 is_answer.extend(part.is_answer)
                 stops.append(len(tokens))

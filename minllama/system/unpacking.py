@@ -52,11 +52,8 @@ def read_unpacked(file: BinaryIO, path: Path, block_bytes: int) -> Iterator[byte
     if named is not None and kind is None:
         raise UsageError(f"{path}: named {path.suffix}, but not a {named} file")
     try:
-        if kind is None:
-            while data := file.read(block_bytes):
-                yield data
-        elif kind == "gzip":
-            stream = gzip.GzipFile(fileobj=file)
+        if kind in (None, "gzip"):
+            stream = gzip.GzipFile(fileobj=file) if kind else file
             while data := stream.read(block_bytes):
                 yield data
         else:

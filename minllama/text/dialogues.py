@@ -241,9 +241,8 @@ TURN = 'a turn is {"role": "user", "content": "..."} or {"from": "human", "value
 SHOWN_KINDS = 10  # of what was left out
 SHOWN_FIELDS = 8
 KEPT = (*("message_id", "parent_id", "role", "text"), *("rank", "deleted", "review_result"))
-COLUMNS = {"history", "label", *SYSTEM, *KEPT, *TREE}.union(*FORMS) - {
-    None
-}  # that are read of a table
+# Those of a table that are read.
+COLUMNS = {"history", "label", *SYSTEM, *KEPT, *TREE}.union(*FORMS) - {None}
 MOST_HELD = 1 << 30  # bytes, about, of the messages of trees
 MESSAGE_BYTES = 1000  # of one, beside its text
 

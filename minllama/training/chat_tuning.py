@@ -51,8 +51,8 @@ def load_dialogues(
                 texts = [" ".join(map(" ".join, dialogue.exchanges)) for dialogue in first]
                 check_vocabulary(tokenizer, texts, options, flag=f"--{split} {path}")
                 dialogues = itertools.chain(first, dialogues)
-            context = llama.config.max_seq_len
-            dataset = ChatDataset(dialogues, tokenizer, llama.chat_template, context)
+            how = (tokenizer, llama.chat_template, llama.config.max_seq_len, places(path))
+            dataset = ChatDataset(dialogues, *how)
         left_out = [*intake.lines(), *dataset.cuts.lines()]
         if not len(dataset):
             why = "; ".join(line.strip() for line in left_out) or "the file is empty"
@@ -89,7 +89,10 @@ def read_questions(
     for dialogue in read_dialogues(path, reading, intake=intake):
         for number, (text, answer) in enumerate(dialogue.exchanges):
             before = dialogue.exchanges[:number]
-            ids = template.prompt_ids(tokenizer, text, before, dialogue.system)
+            try:
+                ids = template.prompt_ids(tokenizer, text, before, dialogue.system)
+            except UsageError as error:
+                raise UsageError(f"{places(path)(dialogue.line)}: {error}") from None
             questions.append(Question(ids, text, answer))
     say(*(f"{line} ({path})" for line in intake.lines()))
     return questions

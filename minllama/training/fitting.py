@@ -165,17 +165,19 @@ def measure(
     dtype: torch.dtype,
     *,
     rows: int | None = None,
+    context: int | None = None,
     most: float = TIMED_SECONDS,
 ) -> Speed | None:
     """Time some steps of a model of this shape on random tokens, as many as fit the memory.
 
-    Of so many `rows`, for at most these seconds and the first step's. None where not even a row of
-    them does.
+    Of so many `rows` of `context` tokens, for at most these seconds and the first step's. None
+    where not even a row of them does.
     """
-    rows = rows or max(1, TIMED_TOKENS[device.type] // options.max_seq_len)
+    context = context or options.max_seq_len
+    rows = rows or max(1, TIMED_TOKENS[device.type] // context)
     while rows:
         try:
-            return time_steps(options, config, rows, device, dtype, most)
+            return time_steps(options, config, (rows, context), device, dtype, most)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -186,14 +188,15 @@ def measure(
 def time_steps(
     options: Options,
     config: LlamaConfig,
-    rows: int,
+    batch: tuple[int, int],
     device: torch.device,
     dtype: torch.dtype,
     most: float = TIMED_SECONDS,
 ) -> Speed:
-    """Time steps on a batch of so many rows."""
-    context = options.max_seq_len
-    bos_id = 0 if options.document_mask else None  # any token takes the time of the mask
+    """Time steps on a batch of so many rows and tokens in each."""
+    rows, context = batch
+    apart = options.option == "pretrain" and options.document_mask
+    bos_id = 0 if apart else None  # any token takes the time of the mask
     llama = Llama(dataclasses.replace(config, max_seq_len=context))
     model = NextTokenLoss(llama, bos_id).to(device)
     optimizer = make_optimizer(

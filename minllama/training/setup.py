@@ -228,9 +228,8 @@ def time_line(plan: TrainingPlan, device: torch.device, steps_left: int) -> str:
         rows = min(options.micro_batch_size, plan.sequences)
         context = max(1, round(plan.tokens / plan.sequences))
         shape = dataclasses.replace(config, vocab_size=plan.logits_width)  # a classifier's: labels
-        timed = dataclasses.replace(options, max_seq_len=context)
-        before = random_state()
-        speed = measure(timed, shape, device, getattr(torch, plan.dtype), rows=rows, most=0.1)
+        dtype, before = getattr(torch, plan.dtype), random_state()
+        speed = measure(options, shape, device, dtype, rows=rows, context=context, most=0.1)
         restore_random_state(before)
     if speed is not None:
         seconds, how = plan.step_tokens * speed.token + speed.update, "by steps timed here"

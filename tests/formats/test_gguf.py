@@ -337,7 +337,7 @@ def test_what_gguf_cannot_hold_is_refused(tmp_path: Path, tokenizer: Tokenizer, 
     """Before a file is there: no vocabulary, one that llama.cpp cuts otherwise, huge weights."""
     unigram = vocabulary("unigram-identity")
     for model, words, message in (
-        (make_model(), None, "llama.cpp needs a vocabulary in the file: name its SentencePiece"),
+        (make_model(), None, "llama.cpp needs a vocabulary in the file: name its vocabulary"),
         (make_model(unigram), unigram, "only BPE vocabularies"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -115,7 +115,7 @@ def test_a_text_that_cannot_be_scored_is_one_line(capsys):
         ([model, "--text", "none.txt"], "--text none.txt: no such file"),
         ([model, "--text", "empty.txt"], "empty.txt: empty"),
         ([model, "--text", "a.jsonl"], "name it with --text_field"),
-        (["bare.bin", "--text", "empty.txt"], "has no vocabulary: name its SentencePiece"),
+        (["bare.bin", "--text", "empty.txt"], "has no vocabulary: name its vocabulary"),
         ([model, "--text", "a.jsonl", "--document_separator", " "], "name a text, or 'blank line'"),
     ):
         capsys.readouterr()

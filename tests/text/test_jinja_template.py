@@ -24,6 +24,7 @@ from minllama.text.chat import ChatTemplate, Cuts, encode_dialogue, template_of_
 from minllama.text.dialogues import Dialogue
 from minllama.text.jinja_template import JinjaTemplate, render
 from tokenizer import Tokenizer
+from utils import ChatDataset
 
 pytest.importorskip("jinja2")
 transformers = pytest.importorskip("transformers")
@@ -136,6 +137,16 @@ def test_control_tokens_added_to_a_sentence_piece_vocabulary(tmp_path):
     assert model.chat_template.prompt_ids(tokenizer, written) == wanted
     ends = tokenizer.vocabulary.control_tokens["<|im_end|>"]
     assert model.chat_template.prompt_ids(tokenizer, asked).count(ends) == wanted.count(ends) == 2
+
+
+def test_a_dialogue_that_a_template_refuses_is_named():
+    """As those with a system text are by templates that have no place for it."""
+    text = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    said = [Dialogue(EXCHANGES[:1], system, line) for line, system in ((7, ""), (8, "Be brief."))]
+    how = (byte_vocabulary("smollm"), JinjaTemplate(text + CHATML), 200, "a.jsonl:{}".format)
+    assert len(ChatDataset(said[:1], *how)) == 1
+    with pytest.raises(UsageError, match="^a.jsonl:8: .* refuses this dialogue: no system"):
+        ChatDataset(said, *how)
 
 
 def test_a_history_that_is_rewritten(tmp_path):

@@ -78,7 +78,7 @@ def test_a_folder_with_both_kinds():
     (folder / "tokenizer.json").write_text(tokenizer_json("llama-bpe"), encoding="utf-8")
     assert isinstance(Tokenizer(tokenizer_model=folder).vocabulary, ByteBPE)
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(UsageError, match="both: not a SentencePiece model"):
+    with pytest.raises(UsageError, match="both: is tiktoken's"):
         Tokenizer(tokenizer_model=folder)
     (folder / "tokenizer.model").unlink()
     with pytest.raises(UsageError, match="holds no tokenizer.model and no tokenizer.json"):
