@@ -173,9 +173,9 @@ def live(folder: str, words: list[str], slow_save: int | None) -> None:
     loop.peak_flops = lambda *_: 1e9  # a tenth of a second that tells nothing here
     train = run_llama.train
 
-    def announced(run: loop.Run) -> bool:
+    def announced(run: loop.Run, *rest: Any) -> bool:
         Path("training").touch()
-        return train(run)
+        return train(run, *rest)
 
     run_llama.train = announced
     if slow_save is not None:

@@ -565,8 +565,8 @@ def test_how_long_it_takes_is_in_the_plan(option, monkeypatch):
     """By hand: steps of 200 tokens at 1 ms each, and 0.3 s for the update."""
     plan, timed = plan_and_task(option), []
 
-    def measure(options, config, *_, rows, **__):
-        timed.append((options.max_seq_len, rows, config.vocab_size))
+    def measure(options, config, *_, rows, context, **__):
+        timed.append((context, rows, config.vocab_size))
         return Speed(1e-3, 0.3)
 
     monkeypatch.setattr(sessions, "measure", measure)
