@@ -8,7 +8,8 @@ Knows no model. A data set of `utils.py` is what comes out.
     documents    files as documents: what a pretraining reads
     labelled     sentences with labels and the scores of predictions
     dialogues    dialogues in every form that files have them in
-    jinja_template  other programs' chat templates, in a sandbox
+    jinja_sandbox   chat templates of strangers, kept from doing anything but render
+    jinja_template  other programs' chat templates, as token ids
     chat         the template that dialogues are written in, and their token ids
     splits       the train, dev and test files, and where predictions on them go
     encoder      documents to token ids

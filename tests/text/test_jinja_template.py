@@ -19,10 +19,11 @@ from vocabularies import vocabulary
 from llama import load_pretrained
 from minllama.inference.streaming import Continuation
 from minllama.system.errors import UsageError
-from minllama.text import jinja_template
+from minllama.text import jinja_sandbox
 from minllama.text.chat import ChatTemplate, Cuts, encode_dialogue, template_of_jinja
 from minllama.text.dialogues import Dialogue
-from minllama.text.jinja_template import JinjaTemplate, render
+from minllama.text.jinja_sandbox import render
+from minllama.text.jinja_template import JinjaTemplate
 from tokenizer import Tokenizer
 from utils import ChatDataset
 
@@ -401,7 +402,7 @@ def test_a_template_that_takes_too_much_is_stopped(name: str):
 
 def test_what_a_template_may_fill_of_the_memory(monkeypatch):
     """In proportion to its steps, of which it has few here: measuring takes time."""
-    monkeypatch.setattr(jinja_template, "MOST_STEPS", 1 << 20)
+    monkeypatch.setattr(jinja_sandbox, "MOST_STEPS", 1 << 20)
     for name in (
         "range",
         "list",
