@@ -281,6 +281,7 @@ def write(model: Llama, output: Path, *, dtype: str, tokenizer: Tokenizer | None
         )
     kind, scaling = architecture_for(config, "gguf"), config.rope_scaling
     metadata = {
+        "general.name": output.stem,  # without one transformers' gguf_file= fails
         "general.file_type": int(package.LlamaFileType[WRITTEN[dtype][1]]),
         "general.quantization_version": package.GGML_QUANT_VERSION,
         **{f"{kind}.{key}": getattr(config, ours) for key, ours in CONFIG.items()},
