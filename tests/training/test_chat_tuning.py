@@ -38,6 +38,17 @@ def own_folder(empty_folder, tmp_path) -> None:
     write_model(tmp_path)
 
 
+def test_too_few_steps_are_noted_with_the_epochs_that_are_enough():
+    """None of 200 dialogues was answered after the default epochs, and nothing said so."""
+    lines = Path("chat.jsonl").read_text(encoding="utf-8").splitlines()
+    Path("chat.jsonl").write_text("\n".join(lines[:4] * 5), encoding="utf-8")
+    plan = f"{TRAIN} --plan --val_fraction 0 --batch_size 4"
+    assert "25 steps are few to learn answers in: --epochs 200 makes 1,000" in (
+        command(f"{plan} --epochs 5").out
+    )
+    assert "few to learn" not in command(f"{plan} --epochs 40").out
+
+
 def test_a_model_learns_the_answers():
     """One by heart; the run leaves what every finetuning does, and tells of the test's answers."""
     lines = Path("chat.jsonl").read_text(encoding="utf-8").splitlines()
