@@ -133,6 +133,23 @@ def test_starts_may_hold_anything():
         assert "@@" not in page("a", [run]) and run["command"] == ""
 
 
+def test_findings_are_tables_of_text_or_left_out(tmp_path):
+    """Of a damaged record, too; a run that goes on has none any more."""
+    folder = RunFolder(write_run(tmp_path / "run", 3), "pretrain")
+    folder.note_findings({"how good": [["this model", "1.5"]]})
+    folder.note_findings({"next": [["a", HOSTILE]]})
+    sound = {"how good": [["this model", "1.5"]], "next": [["a", HOSTILE]]}
+    assert folder.findings() == sound
+    path = folder.file("run.json")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    for strange in ([["a"]], [["a", 1]], [7], 7, None, "ab", ["ab"]):
+        record["findings"] = sound | {"strange": strange}
+        path.write_text(json.dumps(record), encoding="utf-8")
+        assert folder.findings() == sound
+    folder.add_start({})
+    assert folder.findings() == {}
+
+
 def test_names_that_are_no_utf8_show_their_bytes():
     """Of a folder with a GBK name the title had question marks, and the rest of the page boxes."""
     name = "\udcb2\udce2-run"
@@ -211,6 +228,7 @@ def test_the_page_of_a_run_is_drawn_and_tells_its_values(tmp_path, view, monkeyp
     now = SimpleNamespace(perf_counter=lambda: 5.0, monotonic=lambda: 5.0)
     monkeypatch.setattr(metrics, "time", now)
     folder = RunFolder(write_run(tmp_path / "run", 100), "pretrain")
+    folder.note_findings({"how good": [["gzip", f"3.1 {HOSTILE[:-4]}"]]})
     with open_metrics(folder, 99) as opened:
         opened.append(record(100, val_loss=5.4, sample=f"One day {HOSTILE} 100"))
         assert view(folder.path / "report.html").evaluate("page.reload") == RELOAD_SECONDS
@@ -228,7 +246,8 @@ def test_the_page_of_a_run_is_drawn_and_tells_its_values(tmp_path, view, monkeyp
     assert hover(shown, 4, 0.5)["of the run"] == "1.5 GB"
     samples = shown.locator(".sample").all_inner_texts()
     assert len(samples) == 10 and samples[0].endswith("狐狸 100") and "</script>" in samples[0]
-    assert "a b" in shown.locator("body").inner_text()
+    text = shown.locator("body").inner_text()
+    assert "a b" in text and "how good" in text and "3.1 </script>" in text
     shown.select_option("#x", "elapsed")
     shown.check("#log")
     assert hover(shown, 0, 1)["time"] == "0:00:25"
