@@ -261,6 +261,11 @@ class RunFolder:
         """The starts in run.json; none where there is no such file, or it is damaged."""
         return self._record().get("starts", [])
 
+    def typed(self) -> set[str] | None:
+        """The names of the flags that were typed at the first start; None where it is not known."""
+        typed = next((start.get("typed") for start in self.starts()), None)
+        return {*filter(FLAGS.__contains__, map(str, typed))} if isinstance(typed, list) else None
+
     def _record(self) -> dict[str, Any]:
         with contextlib.suppress(UsageError):
             record = read_json_object(self.file("run.json"))
@@ -274,11 +279,12 @@ class RunFolder:
         content = {name: value for name, value in changed if value is not None}
         write_text(self.file("run.json"), json.dumps(content, indent=2) + "\n")
 
-    def repeating_words(self) -> list[str]:
+    def repeating_words(self, changes: dict[str, Any] | None = None) -> list[str]:
         """The command, from --option on, that repeats the run's first start in a new folder.
 
-        What the program chose then is typed now. Empty without a record; raises UsageError for a
-        damaged one.
+        What the program chose then is typed now; not so with `changes`, options with other values,
+        of which the choices may be others. Empty without a record; raises UsageError for a damaged
+        one.
         """
         stored = next((start.get("options") for start in self.starts()), None)
         option = stored.get("option") if isinstance(stored, dict) else None
@@ -286,10 +292,14 @@ class RunFolder:
             return []
         if stored.get("minutes") is not None and self._record().get("schedule_steps") is not None:
             stored = stored | {"schedule_steps": self._record()["schedule_steps"]}
+        names = FLAGS.keys() - NOT_REPEATED
+        if changes is not None:
+            stored, typed = stored | changes, self.typed()
+            names = (names | {"minutes"}) & (FLAGS.keys() if typed is None else typed | {*changes})
         fields = {
             name: field
             for name, field in FLAGS.items()
-            if option in READERS[name] and name not in NOT_REPEATED
+            if option in READERS[name] and name in names
         }
         words = recorded_words(stored, fields, where=str(self.file("run.json")))
         folder = self.path.with_name(f"{Path(real_path(self.path)).name}-again")

@@ -46,4 +46,6 @@ def compare_with_compressors(bits_per_byte: float, dataset: PretrainDataset) -> 
 
 def verdict_line(rows: list[list[str]]) -> str:
     """The same rows in a line for the terminal."""
-    return "verdict      " + "; ".join(f"{name} {text}" for name, text in rows)
+    (_, model), *others = rows
+    numbers = " and ".join(f"{name} {text.split()[0]}" for name, text in others)
+    return f"verdict      {model}; {numbers} {others[-1][1].partition(' ')[2]}"

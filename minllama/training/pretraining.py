@@ -27,7 +27,7 @@ from minllama.inference.streaming import sample_text
 from minllama.machine.gpus import GPUS
 from minllama.machine.ranks import Ranks
 from minllama.machine.sharding import is_sharded, load_state
-from minllama.runs.advice import Outcome, advise
+from minllama.runs.advice import MORE_TEXT, Outcome, advise, find_remedy, remedied
 from minllama.runs.metrics import add_findings, read_records
 from minllama.runs.plan import Cluster, PlannedSource, TrainingPlan, warn_of_plan
 from minllama.runs.run_folder import Findings
@@ -39,7 +39,7 @@ from minllama.text.corpus import Texts, find_texts, load_texts
 from minllama.text.vocabulary import choose_vocabulary
 from minllama.training.fitting import TIMED_CONTEXT, fit_to_time
 from minllama.training.identity import CHUNK_ORDER, DATA_WEIGHTS, TEXT, TEXT_TOKENS
-from minllama.training.results import print_results
+from minllama.training.results import WHAT_NEXT, print_results
 from minllama.training.run import Run
 from minllama.training.task import NextTokenTask
 from utils import ORDER_VERSION, Mixture, batch_indices, batch_positions
@@ -268,8 +268,9 @@ class Pretraining(NextTokenTask):
         print(f"{sample_text(model, self.texts.tokenizer, prompt)}\n")
         copies = self.look_for_copies(model)
         findings = self.print_summary(records, overfitted=overfitted, copies=copies)
+        uses = print_results(folder, chosen, "generate", "finetune", prompt=self.opening)
+        findings.setdefault(WHAT_NEXT, []).extend(uses)
         add_findings(folder, findings, copies, last_step=run.last_step)
-        print_results(folder, chosen, "generate", "finetune", prompt=self.opening)
         if run.options.minutes is not None:
             again = quoted("python", sys.argv[0], *folder.repeating_words())
             print(f"the same run again, by its steps instead of the clock:\n  {again}")
@@ -319,5 +320,18 @@ class Pretraining(NextTokenTask):
             copies=copies,
             is_timed=self.run.options.minutes is not None,
         )
-        say(*advise(outcome, rose=overfitted))
+        if copies is not None:
+            after = " after held-out openings" if copies.held_out else ""
+            say(*copies.lines(f"20 texts that it wrote{after}"))
+        advice = advise(outcome, rose=overfitted)
+        say(*advice)
+        remedy, _ = find_remedy(outcome, rose=overfitted)
+        changes = remedied(remedy, self.run.options, self.config)
+        findings[WHAT_NEXT] = [[*line.split(": ", 1)] for line in advice]
+        if changes and (words := self.run.folder.repeating_words(changes)):
+            name, command = "the same run with that", quoted("python", sys.argv[0], *words)
+            if "pretrain_data" in changes:
+                name += f" ({MORE_TEXT}: the text that you add)"
+            print(f"{name}:\n  {command}")
+            findings[WHAT_NEXT].append([name, command])
         return findings

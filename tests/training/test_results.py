@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -108,3 +109,24 @@ def test_the_model_is_read_back_before_the_run_says_that_it_is_done(monkeypatch,
     assert "final-model.pt" in done.error and "--resume auto writes it again" in done.error
     done = command(f"{RESUME} --max_steps 3")
     assert done.status == 0 and "final-model.pt" in done.out
+
+
+def found(prefix: str = "") -> dict[str, list[list[str]]]:
+    """What was found of a run, from the data in its page; its record has the same."""
+    page = Path(f"run/{prefix}report.html").read_text(encoding="utf-8")
+    tables = json.loads(re.search('id="data">(.*?)</script>', page, re.S)[1])["runs"][0]["findings"]
+    record = json.loads(Path(f"run/{prefix}run.json").read_text(encoding="utf-8"))
+    assert tables == record["findings"]
+    return tables
+
+
+def test_what_next_is_on_the_page_with_commands_that_run():
+    """The advice that was printed, the run with what would help most, and what the model is for."""
+    done = pretrain("--max_steps 2")
+    rows = dict(found()["what next"])
+    assert all(text in done.out for text in rows.values()) and len(rows) > 4
+    again = shlex.split(rows["the same run with that"])
+    assert again[again.index("--max_steps") + 1] == "4" and "--pretrain_lr" in again
+    assert command([*again[2:], "--plan"]).status == 0
+    words = shlex.split(rows["to generate with it"])
+    assert command([*words[2:], "--max_new_tokens", "2"]).status == 0
