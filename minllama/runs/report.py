@@ -146,7 +146,7 @@ def describe_run(
         **curves.to_plain(),
         "copies": [(name, printable(text)) for name, text in copies.rows()] if copies else [],
         "findings": {
-            printable(title): [[*map(printable, row)] for row in rows]
+            printable(title): [[printable(text[:SAMPLE_LENGTH]) for text in row] for row in rows]
             for title, rows in (findings or {}).items()
         },
         "plan": [printable(str(line)) for line in plan],
