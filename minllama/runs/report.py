@@ -140,6 +140,7 @@ def describe_run(
         for flag, field in FLAGS.items()
         if flag in options and options.get("option") in field.metadata["read_by"]
     }
+    typed = [names for start in starts if isinstance(names := start.get("typed"), list)]
     command = environment.get("command")
     return {
         "name": printable(name),
@@ -151,6 +152,7 @@ def describe_run(
         },
         "plan": [printable(str(line)) for line in plan],
         "choices": [(flag, value) for flag, (value, _) in choices.items()],
+        "typed": [flag for flag in choices if any(flag[2:] in names for names in typed)],
         "changed": [flag for flag, (value, default) in choices.items() if value != default],
         "command": quoted("python", *map(str, command)) if isinstance(command, list) else "",
         "environment": [

@@ -133,6 +133,32 @@ def test_starts_may_hold_anything():
         assert "@@" not in page("a", [run]) and run["command"] == ""
 
 
+def test_flags_that_were_typed_stand_apart(tmp_path, view):
+    """From those that the program chose; also those of a resume. Older records do not say."""
+    path = write_run(tmp_path / "run", 3, epochs=7, pretrain_lr=0.25)
+    run = read_run(path)
+    for typed, title in (
+        (None, "choices other than the defaults"),
+        (["epochs"], "choices other than the defaults, made by the program"),
+    ):
+        starts = [run.starts[0] | {"typed": typed}, run.starts[0] | {"typed": ["seed", 7]}]
+        starts = starts[: 2 if typed else 1]
+        described = describe_run("run", run.curves, starts) | {"state": "finished", "last_step": 3}
+        (tmp_path / "page.html").write_text(page("run", [described]), encoding="utf-8")
+        shown = view(tmp_path / "page.html")
+        tables = dict(
+            zip(
+                shown.locator("#rest > h2").all_inner_texts(),
+                shown.locator("#rest > .table").all_inner_texts(),
+                strict=False,
+            )
+        )
+        assert "--pretrain_lr" in tables[title] and ("--epochs" in tables[title]) == (typed is None)
+        if typed:
+            names = [row.split("\t")[0] for row in tables["choices that were typed"].splitlines()]
+            assert sorted(names) == ["--epochs", "--seed"]
+
+
 def test_findings_are_tables_of_text_or_left_out(tmp_path):
     """Of a damaged record, too; a run that goes on has none any more."""
     folder = RunFolder(write_run(tmp_path / "run", 3), "pretrain")
@@ -243,7 +269,15 @@ def test_the_page_of_a_run_is_drawn_and_tells_its_values(tmp_path, view, monkeyp
         assert said["step"] == str(step)
         assert float(said["training"]) == pytest.approx(5 - step / 1000)
         assert float(said["validation"]) == pytest.approx(evaluation)  # the nearest
+        assert float(said["training, smoothed"]) == pytest.approx(5 - step / 1000, abs=0.002)
     assert hover(shown, 4, 0.5)["of the run"] == "1.5 GB"
+    noisy = [random.Random(i).random() if i % 9 else None for i in range(400)]
+    for i, value in enumerate(shown.evaluate("values => smoothed(values)", noisy)):
+        side = min(i, 8)
+        near = [v for v in noisy[i - side : i + side + 1] if v is not None]
+        assert (value is None) == (noisy[i] is None)
+        assert value is None or value == pytest.approx(sum(near) / len(near))
+    assert shown.evaluate("smoothed([1, 2, 3])") == []
     samples = shown.locator(".sample").all_inner_texts()
     assert len(samples) == 10 and samples[0].endswith("狐狸 100") and "</script>" in samples[0]
     text = shown.locator("body").inner_text()
