@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from tqdm import tqdm
 
+from config import DATA_DIR, LlamaConfig, Options
 from minllama.text.copies import Copies
+from minllama.text.corpus import EMBEDDED_TEXTS
 
 GAP = 0.15  # overfitted: a training loss below the validation loss by this share of it
 FEW, MANY = 10, 100  # tokens per parameter; compute-optimal is about 20 (Hoffmann et al., 2022)
 DROPOUT = 0.2  # against overfitting
+MORE_TEXT = "MORE.txt"  # in a command: what its reader has to add
 REREAD = 4  # epochs up to which repeated text is worth about as much as new (Muennighoff, 2023)
 
 
@@ -38,41 +42,63 @@ class Outcome:
         return self.val_loss is not None and self.train_loss < (1 - GAP) * self.val_loss
 
 
-def advise(outcome: Outcome, *, rose: bool) -> list[str]:
-    """What was learnt and what would help most, in lines; `rose`: the validation loss did."""
+Remedy = Literal["text", "training", "both", "model"]  # what there should be more of
+
+
+def find_remedy(outcome: Outcome, *, rose: bool) -> tuple[Remedy, str]:
+    """What would help most, and why; `rose`: the validation loss did."""
     per_parameter = outcome.tokens / outcome.parameters
-    tokens, distinct = map(tqdm.format_sizeof, (outcome.tokens, outcome.distinct))
-    losses = f"training loss {outcome.train_loss:.2f}"
-    if outcome.val_loss is not None:
-        losses += f", validation loss {outcome.val_loss:.2f}"
-    training = "more --minutes" if outcome.is_timed else "more training (--epochs or --minutes)"
     drops_enough = outcome.dropout >= DROPOUT
     if rose:
         fewer = "" if outcome.is_timed else "fewer epochs or "
         dropout = "" if drops_enough else f", or --dropout {DROPOUT}"
-        help_ = f"more text; else {fewer}a smaller model{dropout}"
-    elif outcome.is_overfitted and outcome.epochs > 2:
+        return "text", f"more text; else {fewer}a smaller model{dropout}"
+    if outcome.is_overfitted and outcome.epochs > 2:
         dropout = "" if drops_enough else f"; then --dropout {DROPOUT}"
-        help_ = f"more text: the model is overfitted to its own{dropout}"
-    elif outcome.copies is not None and outcome.copies.is_recited:
-        help_ = "more text: what it writes is in large part its own, word for word"
-    elif outcome.epochs > REREAD:
-        help_ = f"more text: it has read its own {outcome.epochs:.0f} times"
-    elif per_parameter < FEW:
-        help_ = f"{training}: it has seen little for its size"
-    elif per_parameter > MANY:
-        help_ = "a larger model (--dim, --n_layers): this one has read much for its size"
-    else:
-        help_ = "more text and more training together"
-    copies = []
-    if outcome.copies is not None:
-        after = " after held-out openings" if outcome.copies.held_out else ""
-        copies = outcome.copies.lines(f"20 texts that it wrote{after}")
+        return "text", f"more text: the model is overfitted to its own{dropout}"
+    if outcome.copies is not None and outcome.copies.is_recited:
+        return "text", "more text: what it writes is in large part its own, word for word"
+    if outcome.epochs > REREAD:
+        return "text", f"more text: it has read its own {outcome.epochs:.0f} times"
+    if per_parameter < FEW:
+        training = "more --minutes" if outcome.is_timed else "more training (--epochs or --minutes)"
+        return "training", f"{training}: it has seen little for its size"
+    if per_parameter > MANY:
+        larger = "a larger model (--dim, --n_layers)"
+        return "model", f"{larger}: this one has read much for its size"
+    return "both", "more text and more training together"
+
+
+def advise(outcome: Outcome, *, rose: bool) -> list[str]:
+    """What was learnt and what would help most, in lines of `name: text`."""
+    tokens, distinct = map(tqdm.format_sizeof, (outcome.tokens, outcome.distinct))
+    losses = f"training loss {outcome.train_loss:.2f}"
+    if outcome.val_loss is not None:
+        losses += f", validation loss {outcome.val_loss:.2f}"
     return [
-        *copies,
         f"it read {tokens} tokens, {outcome.epochs:.3g} times a text of {distinct}: "
-        f"{per_parameter:.3g} for each of its parameters; {losses} at the end",
-        f"what would help most: {help_}",
+        f"{outcome.tokens / outcome.parameters:.3g} for each of its parameters; "
+        f"{losses} at the end",
+        f"what would help most: {find_remedy(outcome, rose=rose)[1]}",
         "where it repeats itself or makes no sense: --temperature and --top_p (lower: safer, "
         "higher: more varied), --repetition_penalty 1.1",
     ]
+
+
+def remedied(remedy: Remedy, options: Options, config: LlamaConfig) -> dict[str, Any]:
+    """The options that a run of these, again with the remedy, should have, by their names."""
+    changes: dict[str, Any] = {}
+    if remedy in ("text", "both"):
+        text = options.pretrain_data or [str(DATA_DIR / name) for name in EMBEDDED_TEXTS]
+        changes["pretrain_data"] = [*text, MORE_TEXT]
+        if options.data_weights:
+            changes["data_weights"] = [*options.data_weights, 1.0]
+    if remedy in ("training", "both"):
+        lengths = ["schedule_steps" if options.schedule_steps else "epochs", "max_steps"]
+        for name in ["minutes"] if options.minutes else lengths:
+            if getattr(options, name):
+                changes[name] = 2 * getattr(options, name)
+    if remedy == "model" and options.pretrained_model_path is None:  # else it keeps its shape
+        shape = {name: getattr(config, name) for name in ("dim", "n_heads", "n_kv_heads")}
+        changes |= shape | {"n_layers": 2 * config.n_layers}
+    return changes

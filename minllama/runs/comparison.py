@@ -223,7 +223,8 @@ def as_csv(runs: Sequence[Run]) -> str:
 def page_of(runs: Sequence[Run]) -> str:
     """A page of the runs' curves laid over each other, with what is to be said of them."""
     described = [
-        describe_run(run.name, run.curves, run.starts, run.folder.copies()) for run in runs
+        describe_run(r.name, r.curves, r.starts, r.folder.copies(), r.folder.findings())
+        for r in runs
     ]
     title = " and ".join(run["name"] for run in described)
     return page(title, described, notes=warnings(runs))

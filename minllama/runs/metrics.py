@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from minllama.cli.console import by_source
 from minllama.runs.report import Curves, number, write_report
-from minllama.runs.run_folder import RunFolder
+from minllama.runs.run_folder import Findings, RunFolder
 from minllama.system.files import open_regular
 from minllama.text.copies import Copies
 
@@ -226,10 +226,14 @@ class Metrics:
             tqdm.write(f"warning: {path}: no more is written there ({error})")
 
 
-def add_copies(folder: RunFolder, copies: Copies, *, last_step: int) -> None:
-    """Put what a finished run copies from its text into its record and its page."""
+def add_findings(
+    folder: RunFolder, findings: Findings, copies: Copies | None = None, *, last_step: int
+) -> None:
+    """Put what was found of a finished run's result into its record and its page."""
     try:
-        folder.note_copies(copies)
+        if copies is not None:
+            folder.note_copies(copies)
+        folder.note_findings(findings)
         curves = Curves(read_records(folder.file("metrics.jsonl")))
         write_report(folder, curves, state="finished", last_step=last_step, reload=None)
     except OSError as error:

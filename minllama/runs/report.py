@@ -17,7 +17,7 @@ from typing import Any
 from config import FLAGS
 from minllama.cli.command_line import printable, quoted
 from minllama.cli.console import EVALUATED, by_source
-from minllama.runs.run_folder import RunFolder
+from minllama.runs.run_folder import Findings, RunFolder
 from minllama.system.files import write_text
 from minllama.text.copies import Copies
 
@@ -123,7 +123,11 @@ def thinned(items: list, most: int) -> list:
 
 
 def describe_run(
-    name: str, curves: Curves, starts: Sequence[dict[str, Any]], copies: Copies | None = None
+    name: str,
+    curves: Curves,
+    starts: Sequence[dict[str, Any]],
+    copies: Copies | None = None,
+    findings: Findings | None = None,
 ) -> dict[str, Any]:
     """A run as the page's script reads it. `starts` are run.json's, which may hold anything."""
     start = starts[-1] if starts else {}
@@ -136,13 +140,19 @@ def describe_run(
         for flag, field in FLAGS.items()
         if flag in options and options.get("option") in field.metadata["read_by"]
     }
+    typed = [names for start in starts if isinstance(names := start.get("typed"), list)]
     command = environment.get("command")
     return {
         "name": printable(name),
         **curves.to_plain(),
         "copies": [(name, printable(text)) for name, text in copies.rows()] if copies else [],
+        "findings": {
+            printable(title): [[printable(text[:SAMPLE_LENGTH]) for text in row] for row in rows]
+            for title, rows in (findings or {}).items()
+        },
         "plan": [printable(str(line)) for line in plan],
         "choices": [(flag, value) for flag, (value, _) in choices.items()],
+        "typed": [flag for flag in choices if any(flag[2:] in names for names in typed)],
         "changed": [flag for flag, (value, default) in choices.items() if value != default],
         "command": quoted("python", *map(str, command)) if isinstance(command, list) else "",
         "environment": [
@@ -198,6 +208,7 @@ def write_report(
     folder: RunFolder, curves: Curves, *, state: str, last_step: int, reload: int | None
 ) -> None:
     """Write report.html of a run that is in this `state` ("running", "finished", ...)."""
-    run = describe_run(str(folder.path), curves, folder.starts(), folder.copies())
+    what = (folder.starts(), folder.copies(), folder.findings())
+    run = describe_run(str(folder.path), curves, *what)
     run |= {"state": state, "last_step": last_step}
     write_text(folder.file("report.html"), page(run["name"], [run], reload=reload))

@@ -58,6 +58,7 @@ FLAGS_OF_A_START = {"option", "save_dir", "resume", "overwrite", "plan", "profil
 # and sizes that --minutes came to.
 NOT_REPEATED = FLAGS_OF_A_START | {"config", "gradient_accumulation_steps", "minutes"}
 ABANDONED = ".abandoned"
+Findings = dict[str, list[list[str]]]  # by a title, rows of a name and a text
 CHECK_SECONDS = 1.0  # seconds between two checks whether the folder is still there
 
 
@@ -65,6 +66,13 @@ def files_written(options: dict[str, Any]) -> list[str]:
     """Those of RUN_FILES that a run with these options writes."""
     names = [name for name in RUN_FILES if name not in EARLIER_FILES]
     return [name for name in names if options.get(WRITTEN_WITH.get(name), True)]
+
+
+def _is_table(rows: Any) -> bool:
+    return isinstance(rows, list) and all(
+        isinstance(row, list) and len(row) == 2 and all(isinstance(text, str) for text in row)
+        for row in rows
+    )
 
 
 @dataclass
@@ -222,7 +230,7 @@ class RunFolder:
         if not starts and path.exists():
             replace(path, path.with_name(f"{path.name}.damaged"))
             print(f"note: {path} was damaged; it is kept as {path.name}.damaged")
-        self._write_record({"starts": [*starts, record], "copies": None})
+        self._write_record({"starts": [*starts, record], "copies": None, "findings": None})
 
     def name_result(self, name: str, schedule_steps: int) -> None:
         """Say in run.json which of its models is the run's result: later commands take that one.
@@ -239,9 +247,24 @@ class RunFolder:
         """What run.json says of that; None where it does not, or the run has gone on since."""
         return Copies.from_plain(self._record().get("copies"))
 
+    def note_findings(self, findings: Findings) -> None:
+        """Add to run.json what was found of the run's result, beside what is there."""
+        self._write_record({"findings": self.findings() | findings})
+
+    def findings(self) -> Findings:
+        """What run.json says of that; what is damaged is left out."""
+        found = self._record().get("findings")
+        tables = found.items() if isinstance(found, dict) else ()
+        return {title: rows for title, rows in tables if _is_table(rows)}
+
     def starts(self) -> list[dict[str, Any]]:
         """The starts in run.json; none where there is no such file, or it is damaged."""
         return self._record().get("starts", [])
+
+    def typed(self) -> set[str] | None:
+        """The names of the flags that were typed at the first start; None where it is not known."""
+        typed = next((start.get("typed") for start in self.starts()), None)
+        return {*filter(FLAGS.__contains__, map(str, typed))} if isinstance(typed, list) else None
 
     def _record(self) -> dict[str, Any]:
         with contextlib.suppress(UsageError):
@@ -256,11 +279,12 @@ class RunFolder:
         content = {name: value for name, value in changed if value is not None}
         write_text(self.file("run.json"), json.dumps(content, indent=2) + "\n")
 
-    def repeating_words(self) -> list[str]:
+    def repeating_words(self, changes: dict[str, Any] | None = None) -> list[str]:
         """The command, from --option on, that repeats the run's first start in a new folder.
 
-        What the program chose then is typed now. Empty without a record; raises UsageError for a
-        damaged one.
+        What the program chose then is typed now; not so with `changes`, options with other values,
+        of which the choices may be others. Empty without a record; raises UsageError for a damaged
+        one.
         """
         stored = next((start.get("options") for start in self.starts()), None)
         option = stored.get("option") if isinstance(stored, dict) else None
@@ -268,10 +292,14 @@ class RunFolder:
             return []
         if stored.get("minutes") is not None and self._record().get("schedule_steps") is not None:
             stored = stored | {"schedule_steps": self._record()["schedule_steps"]}
+        names = FLAGS.keys() - NOT_REPEATED
+        if changes is not None:
+            stored, typed = stored | changes, self.typed()
+            names = (names | {"minutes"}) & (FLAGS.keys() if typed is None else typed | {*changes})
         fields = {
             name: field
             for name, field in FLAGS.items()
-            if option in READERS[name] and name not in NOT_REPEATED
+            if option in READERS[name] and name in names
         }
         words = recorded_words(stored, fields, where=str(self.file("run.json")))
         folder = self.path.with_name(f"{Path(real_path(self.path)).name}-again")

@@ -19,6 +19,7 @@ Knows no model. A data set of `utils.py` is what comes out.
     spelling     token ids as bytes, and hashes of spans of them
     duplicates   documents that are there more than once
     copies       how much of a text stands word for word in another
+    compression  what gzip and xz need for a text
     corpus       the text of a pretraining, held out and cut
     vocabulary   which vocabulary a pretraining takes
 """

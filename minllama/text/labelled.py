@@ -273,6 +273,20 @@ class Scores:
         ]
         return [head, *rows]
 
+    def rows(self, names: Sequence[str]) -> list[list[str]]:
+        """The figures and the same matrix as rows of a name and a text, for a run's page."""
+        figures = f"accuracy {self.accuracy:.3f}, macro-F1 {self.macro_f1:.3f}"
+        matrix = [line.split(": ", 1) for line in self._confusions(names)]
+        if len(names) <= SHOWN_LABELS:
+            counts = [
+                ", ".join(f"{name} {count:,}" for name, count in zip(names, row, strict=True))
+                for row in self.confusion
+            ]
+            matrix = [
+                [f"{name}, predicted as", text] for name, text in zip(names, counts, strict=True)
+            ]
+        return [[f"{self.confusion.sum():,} labelled", figures], *matrix]
+
     def _confusions(self, names: Sequence[str]) -> list[str]:
         wrong = self.confusion.copy()
         np.fill_diagonal(wrong, 0)
@@ -293,16 +307,17 @@ def report_predictions(
     out: Path,
     *,
     keep: bool = False,
-) -> None:
+) -> list[list[str]]:
     """Print a split's figures, or that it has none, and write what was predicted.
 
     `scores` (n, n_labels) are logarithms; of a row the largest is the prediction, and their softmax
     the probabilities. `out` gets `prediction ||| sentence` lines with labels as the files write
     them; where it is called .csv or .jsonl, a table of these with the probabilities. Where nearly
     all are one label it says what the figures mean. `keep` renames what another run wrote there, if
-    it is not the same.
+    it is not the same. Returns the figures in rows for a page, if there are any.
     """
     names, predictions = labels.names, scores.argmax(axis=1).tolist()
+    rows: list[list[str]] = []
     if is_unlabelled(examples):
         print(f"{split}: unlabelled ({len(examples)} sentences), so no accuracy")
         counts = Counter(names[prediction] for prediction in predictions)
@@ -317,6 +332,7 @@ def report_predictions(
             f"{figures.majority:.3f})"
         )
         print("\n".join("  " + line for line in figures.lines(names)))
+        rows = figures.rows(names)
     label, count = Counter(predictions).most_common(1)[0]
     if count >= NEARLY_ALL * len(predictions) and len(predictions) > 1:
         print(
@@ -329,6 +345,7 @@ def report_predictions(
         lines = zip(predictions, examples, strict=True)
         text = "".join(f"{labels.texts[number]} ||| {line.sentence}\n" for number, line in lines)
     write_result(out, text, "predictions", keep=keep)
+    return rows
 
 
 def _prediction_rows(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ from minllama.formats.find_model import load_model
 from minllama.formats.vocabulary_fit import SAMPLED_TEXTS, check_vocabulary
 from minllama.model.generation import Sampling, generate_tokens
 from minllama.model.lora import add_lora
+from minllama.runs.metrics import add_findings
+from minllama.runs.run_folder import Findings
 from minllama.system.errors import UsageError
 from minllama.text.chat import ChatTemplate, Template
 from minllama.text.dialogues import Intake, read_dialogues
@@ -24,13 +27,13 @@ from minllama.text.reading import Reading, byte_bar
 from minllama.text.records import places
 from minllama.text.splits import SplitFiles
 from minllama.training.identity import DIALOGUES, LABELLED
-from minllama.training.results import print_best, print_results
+from minllama.training.results import WHAT_NEXT, print_best, print_results
 from minllama.training.run import Run
 from minllama.training.task import NextTokenTask, trained_sizes
 from tokenizer import Tokenizer
 from utils import ChatDataset, batches_by_length
 
-SHOWN_ANSWERS = 3
+SHOWN_ANSWERS, ANSWERS_ON_PAGE = 3, 50
 ANSWER_TOKENS = 200  # at most, of an answer at the end of a run
 
 # ---------------------------------------------------------------------------- before the loop
@@ -168,11 +171,16 @@ class ChatTuning(NextTokenTask):
         shown = self.val_set or self.train_set
         prompts = [shown.first_question(i) for i in range(min(SHOWN_ANSWERS, len(shown)))]
         print("what it answers:")
-        for prompt, answer in zip(prompts, answers_to(prompts, model, tokenizer), strict=True):
-            print(f"  {tokenizer.decode(prompt)} {answer}".replace("\n", "\n  "))
+        asked = [tokenizer.decode(prompt) for prompt in prompts]
+        answers = answers_to(prompts, model, tokenizer)
+        for prompt, answer in zip(asked, answers, strict=True):
+            print(f"  {prompt} {answer}".replace("\n", "\n  "))
+        findings: Findings = {"what it answers": numbered(zip(asked, answers, strict=True))}
         if self.questions:
-            report_answers(self.questions, self.files, model, tokenizer, run)
-        print_results(run.folder, best, "generate")
+            rows = report_answers(self.questions, self.files, model, tokenizer, run)
+            findings["answers to --test"] = rows
+        findings[WHAT_NEXT] = print_results(run.folder, best, "generate")
+        add_findings(run.folder, findings, last_step=run.last_step)
 
 
 # ---------------------------------------------------------------------------- the answers
@@ -195,11 +203,12 @@ def answers_to(prompts: list[list[int]], model: Llama, tokenizer: Tokenizer) -> 
 
 def report_answers(
     questions: list[Question], files: SplitFiles, model: Llama, tokenizer: Tokenizer, run: Run
-) -> None:
+) -> list[list[str]]:
     """Answer the questions and say how many of the answers are those of the file word for word.
 
-    The others are for a reader of --test_out to judge.
+    The others are for a reader of --test_out to judge. Returns this and the first answers in rows.
     """
+    rows: list[tuple[str, str]] = []
     lines, exact_matches, size = [], 0, run.options.batch_size
     parts = [questions[start : start + size] for start in range(0, len(questions), size)]
     for part in progress_bar(parts, desc="answering", leave=False, disable=None):
@@ -209,9 +218,18 @@ def report_answers(
             exact_matches += answer == question.answer
             record = {"prompt": question.text, "response": answer, "expected": question.answer}
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    print(
-        f"test: {exact_matches:,} of {len(questions):,} answers are those of "
+            shown = answer + f" (expected: {question.answer})" * (answer != question.answer)
+            rows.append((question.text, shown))
+    score = (
+        f"{exact_matches:,} of {len(questions):,} answers are those of "
         f"{files.paths['test']} word for word ({exact_matches / len(questions):.1%})"
     )
+    print(f"test: {score}")
     keep = "test_out" not in run.options.given
     write_result(files.outs["test"], "".join(lines), "answers", keep=keep)
+    return [["score", score], *numbered(rows[:ANSWERS_ON_PAGE])]
+
+
+def numbered(rows: Iterable[tuple[str, str]]) -> list[list[str]]:
+    """Questions and answers as rows of a page, which tells them apart by their names."""
+    return [[f"{number}. {name}", text] for number, (name, text) in enumerate(rows, start=1)]

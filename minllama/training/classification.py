@@ -22,6 +22,8 @@ from minllama.machine.ranks import Ranks
 from minllama.machine.sharding import full_state_dict, load_state, no_gradients
 from minllama.model.generation import NOT_NUMBERS
 from minllama.model.lora import add_lora, merge_lora
+from minllama.runs.metrics import add_findings
+from minllama.runs.run_folder import Findings
 from minllama.system.errors import UsageError
 from minllama.system.signals import StopRequest
 from minllama.text.labelled import (
@@ -35,7 +37,7 @@ from minllama.text.labelled import (
 from minllama.text.reading import Reading
 from minllama.text.splits import SplitFiles
 from minllama.training.identity import LABELLED, SENTENCES_HELD_OUT
-from minllama.training.results import print_best, print_results
+from minllama.training.results import WHAT_NEXT, print_best, print_results
 from minllama.training.run import Run
 from minllama.training.task import Batch, Task, trained_sizes
 from tokenizer import Tokenizer
@@ -126,13 +128,19 @@ def predict_files(
     options: Options,
     ranks: Ranks,
     stop: StopRequest,
-) -> None:
-    """Report and write the predictions on each file that has a place for them."""
+) -> Findings:
+    """Report and write the predictions on each file that has a place for them.
+
+    Returns the figures by split, as a page has them.
+    """
+    findings = {}
     for split, out in files.outs.items():
         scores = predict(model, splits[split], options=options, ranks=ranks, stop=stop)
         report = (split, splits[split].examples, scores, files.labels, out)
         keep = f"{split}_out" not in options.given
-        ranks.on_main(functools.partial(report_predictions, *report, keep=keep))
+        rows = ranks.on_main(functools.partial(report_predictions, *report, keep=keep))
+        findings |= {f"predictions on {split}": rows} if rows else {}
+    return findings
 
 
 class Classification(Task):
@@ -252,7 +260,7 @@ class Classification(Task):
         run.checkpoints.finish()
         best = print_best(run)
         self.load_weights(best)
-        predict_files(
+        findings = predict_files(
             self.model, files, self.splits, options=run.options, ranks=run.ranks, stop=run.stop
         )
         if files.mapping:
@@ -265,4 +273,5 @@ class Classification(Task):
         for name in ("text_field", "label_field"):  # of a table, whose columns have own names
             if getattr(run.options, name) != getattr(Reading, name):
                 test += [f"--{name}", getattr(run.options, name)]
-        print_results(run.folder, best, "prompt", test=test)
+        findings[WHAT_NEXT] = print_results(run.folder, best, "prompt", test=test)
+        run.ranks.on_main(lambda: add_findings(run.folder, findings, last_step=run.last_step))

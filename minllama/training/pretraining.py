@@ -27,17 +27,19 @@ from minllama.inference.streaming import sample_text
 from minllama.machine.gpus import GPUS
 from minllama.machine.ranks import Ranks
 from minllama.machine.sharding import is_sharded, load_state
-from minllama.runs.advice import Outcome, advise
-from minllama.runs.metrics import add_copies, read_records
+from minllama.runs.advice import MORE_TEXT, Outcome, advise, find_remedy, remedied
+from minllama.runs.metrics import add_findings, read_records
 from minllama.runs.plan import Cluster, PlannedSource, TrainingPlan, warn_of_plan
+from minllama.runs.run_folder import Findings
 from minllama.system.errors import RunFailed, UsageError
 from minllama.system.signals import StopRequest
+from minllama.text.compression import compare_with_compressors, verdict_line
 from minllama.text.copies import Copies
 from minllama.text.corpus import Texts, find_texts, load_texts
 from minllama.text.vocabulary import choose_vocabulary
 from minllama.training.fitting import TIMED_CONTEXT, fit_to_time
 from minllama.training.identity import CHUNK_ORDER, DATA_WEIGHTS, TEXT, TEXT_TOKENS
-from minllama.training.results import print_results
+from minllama.training.results import WHAT_NEXT, print_results
 from minllama.training.run import Run
 from minllama.training.task import NextTokenTask
 from utils import ORDER_VERSION, Mixture, batch_indices, batch_positions
@@ -265,14 +267,16 @@ class Pretraining(NextTokenTask):
         print("\na sample of what it writes:")
         print(f"{sample_text(model, self.texts.tokenizer, prompt)}\n")
         copies = self.look_for_copies(model)
-        self.print_summary(records, overfitted=overfitted, copies=copies)
-        print_results(folder, chosen, "generate", "finetune", prompt=self.opening)
+        findings = self.print_summary(records, overfitted=overfitted, copies=copies)
+        uses = print_results(folder, chosen, "generate", "finetune", prompt=self.opening)
+        findings.setdefault(WHAT_NEXT, []).extend(uses)
+        add_findings(folder, findings, copies, last_step=run.last_step)
         if run.options.minutes is not None:
             again = quoted("python", sys.argv[0], *folder.repeating_words())
             print(f"the same run again, by its steps instead of the clock:\n  {again}")
 
     def look_for_copies(self, model: Llama) -> Copies | None:
-        """How much of its text the model writes word for word; also into the run's record."""
+        """How much of its text the model writes word for word."""
         run, texts = self.run, self.texts
         if is_sharded(self.model):  # a model that large writes slowly on one process's CPU
             return None
@@ -280,16 +284,18 @@ class Pretraining(NextTokenTask):
         most = most_looked_at(minutes)
         original = Original(texts.cache, texts.files, stream, texts.tokenizer, most=most)
         held_out = self.val_set and self.val_set.stream
-        copies = measure_copies(model, texts.tokenizer, original, held_out, run.stop.check)
-        add_copies(run.folder, copies, last_step=run.last_step)
-        return copies
+        return measure_copies(model, texts.tokenizer, original, held_out, run.stop.check)
 
     def print_summary(
         self, records: Sequence[dict[str, Any]], *, overfitted: bool, copies: Copies | None
-    ) -> None:
-        """Print what was reached, by the last `records` of the run, and what would help most."""
+    ) -> Findings:
+        """Print what was reached, by the last `records` of the run, and what would help most.
+
+        Returns the same for the page.
+        """
         if not records:
-            return
+            return {}
+        findings: Findings = {}
         progress, val_loss = self.run.progress, records[-1].get("val_loss")
         if None not in (val_loss, progress.first, progress.best):
             last = f", {perplexity(val_loss):.2f} after {progress.step:,}" if overfitted else ""
@@ -297,6 +303,12 @@ class Pretraining(NextTokenTask):
                 f"validation perplexity {perplexity(progress.first):,.1f} before training, "
                 f"{perplexity(progress.best):.2f} after {progress.best_step:,} steps{last}"
             )
+        bits = records[-1].get("bits_per_byte")
+        if overfitted and bits:  # of the result, which is the best model: they go with the loss
+            bits *= progress.best / val_loss
+        if bits and (rows := compare_with_compressors(bits, self.val_set)):
+            findings["how good"] = rows
+            say(verdict_line(rows))
         losses = [record["loss"] for record in records if record.get("loss") is not None]
         outcome = Outcome(
             parameters=sum(self.config.parameter_counts().values()),
@@ -308,4 +320,18 @@ class Pretraining(NextTokenTask):
             copies=copies,
             is_timed=self.run.options.minutes is not None,
         )
-        say(*advise(outcome, rose=overfitted))
+        if copies is not None:
+            after = " after held-out openings" if copies.held_out else ""
+            say(*copies.lines(f"20 texts that it wrote{after}"))
+        advice = advise(outcome, rose=overfitted)
+        say(*advice)
+        remedy, _ = find_remedy(outcome, rose=overfitted)
+        changes = remedied(remedy, self.run.options, self.config)
+        findings[WHAT_NEXT] = [[*line.split(": ", 1)] for line in advice]
+        if changes and (words := self.run.folder.repeating_words(changes)):
+            name, command = "the same run with that", quoted("python", sys.argv[0], *words)
+            if "pretrain_data" in changes:
+                name += f" ({MORE_TEXT}: the text that you add)"
+            print(f"{name}:\n  {command}")
+            findings[WHAT_NEXT].append([name, command])
+        return findings

@@ -13,6 +13,8 @@ from minllama.runs.run_folder import FLAGS_OF_A_START, RunFolder
 from minllama.system.files import size_on_disk
 from minllama.training.run import Run
 
+WHAT_NEXT = "what next"  # of what was found, on the page
+
 
 def say_interrupted(run: Run) -> int:
     """Say what was saved and how to continue; returns the exit status."""
@@ -45,19 +47,23 @@ def print_results(
     *options: str,
     prompt: str | None = None,
     test: Sequence[str | Path] = (),
-) -> None:
+) -> list[list[str]]:
     """Print the run's files with their sizes, and the commands that its new model is for.
 
     These are the `options`. `prompt` is a text to continue, None for a model to converse with;
-    `test` are the words that name sentences that a classifier can be applied to.
+    `test` are the words that name sentences that a classifier can be applied to. Returns rows of
+    the commands for the page.
     """
     print("files:")
     for path in folder.own_files():
         print(f"  {human_size(size_on_disk(path)):>8}  {path}")
     print("next:")
+    commands = []
     for option in options:
         words = ["python", sys.argv[0], "--option", option, "--pretrained_model_path", model]
         text = ["--interactive"] if prompt is None else ["--prompt", prompt]
         words += {"generate": text, "prompt": test}.get(option, [])
-        print(" ", quoted(*words))
+        commands.append([f"to {option} with it", quoted(*words)])
+        print(" ", commands[-1][1])
     print(" ", quoted("python", Path(sys.argv[0]).with_name("check_model_precision.py"), model))
+    return commands

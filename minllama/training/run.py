@@ -196,6 +196,7 @@ class Run:
         self.folder.remove_incomplete()
         start = {
             "options": self.options.to_plain(),
+            "typed": sorted(self.options.given),
             "environment": environment(),
             "device": describe_device(self.device),
             "dtype": dtype_name(self.dtype),

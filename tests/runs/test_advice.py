@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 
 import pytest
 
-from minllama.runs.advice import Outcome, advise
+from config import LlamaConfig, parse_options
+from minllama.runs.advice import MORE_TEXT, Outcome, advise, remedied
+from minllama.runs.run_folder import RunFolder
 
 USUAL = Outcome(
     parameters=10**6,
@@ -58,3 +61,49 @@ def test_what_the_run_had_is_not_proposed(change, rose, words):
     assert all(word in help_ for word in words)
     assert ("--dropout" in help_) == (not change.get("dropout") and "train_loss" in change)
     assert not (change.get("is_timed") and "epochs" in help_)
+
+
+@pytest.mark.parametrize(
+    "typed, remedy, more",
+    [
+        ("--epochs 3", "training", {"epochs": 6}),
+        ("--max_steps 7", "training", {"epochs": 10, "max_steps": 14}),
+        ("--schedule_steps 9 --max_steps 7", "training", {"schedule_steps": 18, "max_steps": 14}),
+        ("--minutes 4", "training", {"minutes": 8.0}),
+        ("--minutes 4 --dropout 0.1", "text", {"pretrain_data": ("a b.txt", MORE_TEXT)}),
+        (
+            "--pretrain_data a c --data_weights 3 1 --epochs 2",
+            "both",
+            {"pretrain_data": ("a", "c", MORE_TEXT), "data_weights": (3.0, 1.0, 1.0), "epochs": 4},
+        ),
+        ("--minutes 4", "model", {"dim": 96, "n_layers": 10, "n_heads": 6, "n_kv_heads": 3}),
+        ("--model_size tiny", "model", {"dim": 96, "n_layers": 10, "n_heads": 6, "n_kv_heads": 3}),
+    ],
+)
+def test_the_command_with_the_remedy_is_the_one_typed_but_for_that(typed, remedy, more, tmp_path):
+    """What the program chose is not in it, since it chooses again; read back, only that differs."""
+    if "pretrain_data" not in typed:
+        typed = f"--pretrain_data 'a b.txt' {typed}"
+    options = parse_options(["--option", "pretrain", *shlex.split(typed)])
+    # As the program replaces what was not typed.
+    chosen = dataclasses.replace(options, pretrain_lr=0.5, eval_interval=77)
+    config = LlamaConfig(dim=96, n_layers=5, n_heads=6, n_kv_heads=3)
+    folder = RunFolder(tmp_path / "run", "pretrain")
+    folder.path.mkdir()
+    folder.add_start({"options": chosen.to_plain(), "typed": sorted(options.given)})
+    words = folder.repeating_words(remedied(remedy, options, config))
+    again = parse_options(words)
+    assert again.save_dir.name == "run-again"
+    differs = {
+        name: value
+        for name in options.to_plain()
+        if (value := getattr(again, name)) != getattr(options, name) and name != "save_dir"
+    }
+    assert differs == more
+
+
+def test_a_model_that_was_continued_keeps_its_shape(tmp_path):
+    """A command with another one would be refused."""
+    (tmp_path / "a.pt").write_bytes(b"")
+    words = ["--option", "pretrain", "--pretrained_model_path", str(tmp_path / "a.pt")]
+    assert not remedied("model", parse_options(words), LlamaConfig())

@@ -133,6 +133,49 @@ def test_starts_may_hold_anything():
         assert "@@" not in page("a", [run]) and run["command"] == ""
 
 
+def test_flags_that_were_typed_stand_apart(tmp_path, view):
+    """From those that the program chose; also those of a resume. Older records do not say."""
+    path = write_run(tmp_path / "run", 3, epochs=7, pretrain_lr=0.25)
+    run = read_run(path)
+    for typed, title in (
+        (None, "choices other than the defaults"),
+        (["epochs"], "choices other than the defaults, made by the program"),
+    ):
+        starts = [run.starts[0] | {"typed": typed}, run.starts[0] | {"typed": ["seed", 7]}]
+        starts = starts[: 2 if typed else 1]
+        described = describe_run("run", run.curves, starts) | {"state": "finished", "last_step": 3}
+        (tmp_path / "page.html").write_text(page("run", [described]), encoding="utf-8")
+        shown = view(tmp_path / "page.html")
+        tables = dict(
+            zip(
+                shown.locator("#rest > h2").all_inner_texts(),
+                shown.locator("#rest > .table").all_inner_texts(),
+                strict=False,
+            )
+        )
+        assert "--pretrain_lr" in tables[title] and ("--epochs" in tables[title]) == (typed is None)
+        if typed:
+            names = [row.split("\t")[0] for row in tables["choices that were typed"].splitlines()]
+            assert sorted(names) == ["--epochs", "--seed"]
+
+
+def test_findings_are_tables_of_text_or_left_out(tmp_path):
+    """Of a damaged record, too; a run that goes on has none any more."""
+    folder = RunFolder(write_run(tmp_path / "run", 3), "pretrain")
+    folder.note_findings({"how good": [["this model", "1.5"]]})
+    folder.note_findings({"next": [["a", HOSTILE]]})
+    sound = {"how good": [["this model", "1.5"]], "next": [["a", HOSTILE]]}
+    assert folder.findings() == sound
+    path = folder.file("run.json")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    for strange in ([["a"]], [["a", 1]], [7], 7, None, "ab", ["ab"]):
+        record["findings"] = sound | {"strange": strange}
+        path.write_text(json.dumps(record), encoding="utf-8")
+        assert folder.findings() == sound
+    folder.add_start({})
+    assert folder.findings() == {}
+
+
 def test_names_that_are_no_utf8_show_their_bytes():
     """Of a folder with a GBK name the title had question marks, and the rest of the page boxes."""
     name = "\udcb2\udce2-run"
@@ -211,6 +254,7 @@ def test_the_page_of_a_run_is_drawn_and_tells_its_values(tmp_path, view, monkeyp
     now = SimpleNamespace(perf_counter=lambda: 5.0, monotonic=lambda: 5.0)
     monkeypatch.setattr(metrics, "time", now)
     folder = RunFolder(write_run(tmp_path / "run", 100), "pretrain")
+    folder.note_findings({"how good": [["gzip", f"3.1 {HOSTILE[:-4]}"]]})
     with open_metrics(folder, 99) as opened:
         opened.append(record(100, val_loss=5.4, sample=f"One day {HOSTILE} 100"))
         assert view(folder.path / "report.html").evaluate("page.reload") == RELOAD_SECONDS
@@ -225,10 +269,19 @@ def test_the_page_of_a_run_is_drawn_and_tells_its_values(tmp_path, view, monkeyp
         assert said["step"] == str(step)
         assert float(said["training"]) == pytest.approx(5 - step / 1000)
         assert float(said["validation"]) == pytest.approx(evaluation)  # the nearest
+        assert float(said["training, smoothed"]) == pytest.approx(5 - step / 1000, abs=0.002)
     assert hover(shown, 4, 0.5)["of the run"] == "1.5 GB"
+    noisy = [random.Random(i).random() if i % 9 else None for i in range(400)]
+    for i, value in enumerate(shown.evaluate("values => smoothed(values)", noisy)):
+        side = min(i, 8)
+        near = [v for v in noisy[i - side : i + side + 1] if v is not None]
+        assert (value is None) == (noisy[i] is None)
+        assert value is None or value == pytest.approx(sum(near) / len(near))
+    assert shown.evaluate("smoothed([1, 2, 3])") == []
     samples = shown.locator(".sample").all_inner_texts()
     assert len(samples) == 10 and samples[0].endswith("狐狸 100") and "</script>" in samples[0]
-    assert "a b" in shown.locator("body").inner_text()
+    text = shown.locator("body").inner_text()
+    assert "a b" in text and "how good" in text and "3.1 </script>" in text
     shown.select_option("#x", "elapsed")
     shown.check("#log")
     assert hover(shown, 0, 1)["time"] == "0:00:25"

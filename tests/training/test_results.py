@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -108,3 +110,63 @@ def test_the_model_is_read_back_before_the_run_says_that_it_is_done(monkeypatch,
     assert "final-model.pt" in done.error and "--resume auto writes it again" in done.error
     done = command(f"{RESUME} --max_steps 3")
     assert done.status == 0 and "final-model.pt" in done.out
+
+
+def found(prefix: str = "") -> dict[str, list[list[str]]]:
+    """What was found of a run, from the data in its page; its record has the same."""
+    page = Path(f"run/{prefix}report.html").read_text(encoding="utf-8")
+    tables = json.loads(re.search('id="data">(.*?)</script>', page, re.S)[1])["runs"][0]["findings"]
+    record = json.loads(Path(f"run/{prefix}run.json").read_text(encoding="utf-8"))
+    assert tables == record["findings"]
+    return tables
+
+
+def test_what_next_is_on_the_page_with_commands_that_run():
+    """The advice that was printed, the run with what would help most, and what the model is for."""
+    done = pretrain("--max_steps 2")
+    rows = dict(found()["what next"])
+    assert all(text in done.out for text in rows.values()) and len(rows) > 4
+    again = shlex.split(rows["the same run with that"])
+    assert again[again.index("--max_steps") + 1] == "4" and "--pretrain_lr" in again
+    assert command([*again[2:], "--plan"]).status == 0
+    words = shlex.split(rows["to generate with it"])
+    assert command([*words[2:], "--max_new_tokens", "2"]).status == 0
+
+
+def test_a_classifiers_confusions_are_on_its_page():
+    """Counted again from the predictions that it wrote and the labels in the file."""
+    words = f"{write_labelled(Path.cwd())} --pretrained_model_path {write_model(Path.cwd())}"
+    done = command(f"--option finetune {words} --save_dir run --max_steps 12 --lr 0.003")
+    assert done.status == 0, done.error
+    lines = Path("run/toy-dev-finetuning-output.txt").read_text(encoding="utf-8").splitlines()
+    gold = Path("toy-dev.txt").read_text(encoding="utf-8").splitlines()
+    pairs = Counter((g[0], line[0]) for g, line in zip(gold, lines, strict=True))
+    tables = found("finetune-toy-")
+    (labelled, figures), *matrix = tables["predictions on dev"]
+    names = ["awful", "average", "excellent"]
+    assert labelled == "21 labelled" and "predictions on test" in tables
+    assert figures.startswith(f"accuracy {sum(pairs[i, i] for i in '012') / 21:.3f}, macro-F1")
+    for i, (row, text) in zip("012", matrix, strict=True):
+        assert row == f"{names[int(i)]}, predicted as"
+        assert text == ", ".join(f"{names[int(j)]} {pairs[i, j]}" for j in "012")
+    assert shlex.split(dict(tables["what next"])["to prompt with it"])[3] == "prompt"
+
+
+def test_a_chats_answers_and_score_are_on_its_page():
+    """As they are in the file of answers; of many the first."""
+    write_dialogues(Path.cwd())
+    write_dialogues(Path.cwd(), "chat-test.jsonl")
+    words = f"--train chat.jsonl --pretrained_model_path {write_model(Path.cwd())}"
+    done = command(f"--option finetune {words} --test chat-test.jsonl --save_dir run --max_steps 2")
+    assert done.status == 0, done.error
+    out = Path("run/chat-test-finetuning-output.jsonl").read_text(encoding="utf-8").splitlines()
+    written = [json.loads(line) for line in out]
+    right = sum(each["response"] == each["expected"] for each in written)
+    tables = found("finetune-chat-")
+    (_, score), *rows = tables["answers to --test"]
+    assert score.startswith(f"{right} of {len(written)} answers are those of chat-test.jsonl")
+    for number, (each, (name, text)) in enumerate(zip(written, rows, strict=True), start=1):
+        assert name == f"{number}. {each['prompt']}" and text.startswith(each["response"])
+        wrong = each["response"] != each["expected"]
+        assert text.endswith(f"(expected: {each['expected']})") == wrong
+    assert 1 <= len(tables["what it answers"]) <= 3
