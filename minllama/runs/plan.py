@@ -174,10 +174,7 @@ class TrainingPlan:
         if self.device == "cuda":
             seconds = max(seconds, 60 * (self.options.minutes or 0))
         saved, takes = COMPILED_SAVES[self.device] * seconds, COMPILING_TAKES[self.device]
-        reason = (
-            f"it would save about {human_time(saved)} of {human_time(seconds)} and takes about "
-            f"{human_time(takes)}"
-        )
+        reason = f"it would save about {human_time(saved)} and takes about {human_time(takes)}"
         return saved > 2 * takes, reason
 
     @property
