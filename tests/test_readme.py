@@ -128,7 +128,17 @@ def start(line: str) -> int:
     """
     program, script, *words = shlex.split(line)
     if script == "-m":
-        arguments = [sys.executable, "-m", *words, "--collect-only", "-q", "-p", "no:cacheprovider"]
+        arguments = [
+            sys.executable,
+            "-m",
+            *words,
+            "--collect-only",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-n",
+            "0",
+        ]
         return subprocess.run(arguments, cwd=ROOT, stdout=subprocess.DEVNULL).returncode
     if program == "torchrun":
         before, after = line.removeprefix("torchrun ").split("run_llama.py")
