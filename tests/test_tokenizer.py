@@ -339,3 +339,11 @@ def test_a_damaged_vocabulary_is_found(corpus_file, tmp_path):
             path.write_bytes(content)
             with pytest.raises(UsageError, match="is damaged|not a SentencePiece model"):
                 Tokenizer(tokenizer_model=path)
+
+
+def test_what_is_no_utf8_is_read_alike_alone_and_among_others(tokenizer: Tokenizer):
+    """JSON can spell half of a character: SentencePiece took no list with one, which ended it."""
+    texts = ["a \ud800 b", "fox"]
+    encoded = tokenizer.encode_many(texts, bos=True)
+    assert encoded == [tokenizer.encode(text, True, False) for text in texts]
+    assert tokenizer.decode(encoded[0]) == "a ? b"

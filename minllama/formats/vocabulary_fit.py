@@ -63,7 +63,8 @@ def sampled(texts: Iterable[str]) -> list[str]:
     """Some of the texts, from all of a sequence evenly, each of them cut."""
     texts = texts if isinstance(texts, Sequence) else [*texts]
     chosen = texts[:: -(-len(texts) // SAMPLED_TEXTS) or 1]
-    return [text[: SAMPLED_CHARS // len(chosen)] for text in chosen]
+    cut = (text[: SAMPLED_CHARS // len(chosen)] for text in chosen)
+    return [text.encode("utf-8", "replace").decode() for text in cut]  # JSON can spell what is none
 
 
 def misfit(tokenizer: Tokenizer, texts: Sequence[str]) -> float:

@@ -302,7 +302,7 @@ class RunFolder:
             if option in READERS[name] and name in names
         }
         words = recorded_words(stored, fields, where=str(self.file("run.json")))
-        folder = self.path.with_name(f"{Path(real_path(self.path)).name}-again")
+        folder = self.path.parent / f"{Path(real_path(self.path)).name}-again"  # "." has no name
         return ["--option", option, "--save_dir", str(folder), *words]
 
     # ------------------------------------------------------------------------ checkpoints

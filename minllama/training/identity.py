@@ -112,7 +112,7 @@ def command_to_train_on(options: Options, folder: RunFolder) -> str:
     }
     words = recorded_words(options.to_plain(), fields, where="the run's flags")
     name = Path(real_path(folder.path)).name
-    names = (folder.path.with_name(f"{name}-{number}") for number in itertools.count(2))
+    names = (folder.path.parent / f"{name}-{number}" for number in itertools.count(2))
     words += ["--save_dir", str(next(path for path in names if not path.exists()))]
     start = ["--option", options.option, "--pretrained_model_path", str(model)]
     return quoted("python", sys.argv[0], *start, *words)

@@ -23,6 +23,7 @@ from minllama.runs import run_folder
 from minllama.runs.checkpoints import Checkpoints, read_on_main
 from minllama.runs.run_folder import RunFolder, files_written
 from minllama.system.errors import UsageError
+from minllama.training.identity import command_to_train_on
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
 
@@ -534,6 +535,17 @@ def test_the_record_of_a_run_is_a_command_again(line, tmp_path, monkeypatch):
         "gradient_accumulation_steps": options.gradient_accumulation_steps,
     }
     assert plain == settled.to_plain()
+
+
+def test_the_record_of_a_run_in_the_current_folder(tmp_path, monkeypatch):
+    """`--save_dir .` ended in a traceback, since "." has no name."""
+    Path(tmp_path, "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    folder = RunFolder(Path("."), "pretrain")
+    options = parse_options(["--option", "pretrain", "--save_dir", "."])
+    folder.add_start({"options": options.to_plain()})
+    assert parse_options(folder.repeating_words()).save_dir == Path("here-again")
+    assert "--save_dir here-2" in command_to_train_on(options, folder)
 
 
 def test_a_damaged_record_is_no_command(tmp_path):
