@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minllama.system.errors import UsageError
-from minllama.system.files import replace, write_text
+from minllama.system.files import is_text, replace, write_text
 from minllama.system.peek import has_records, is_csv_name, is_table
 from minllama.system.tables import open_table
 from minllama.text.reading import UTF8, Reading, read_blocks, read_lines
@@ -136,6 +136,8 @@ def _row_of(record: dict[str, Any], names: Sequence[str], label_field: str, wher
     if not isinstance(sentence, str) or not sentence.strip():
         remedy = "--text_field names another"
         raise UsageError(f'{where}: no sentence in "{names[0]}" (has: {has}); {remedy}')
+    if not is_text(sentence):  # JSON can escape what UTF-8 cannot encode
+        raise UsageError(f"{where}: half a surrogate pair in its sentence; repair it")
     if label_field not in record and label is None and label_field != Reading.label_field:
         raise UsageError(f"{where}: no --label_field {label_field} (has: {has})")
     if not isinstance(label, str | int | float | None):

@@ -239,3 +239,11 @@ def test_what_another_run_predicted_is_kept(tmp_path: Path, capsys: pytest.Captu
     assert f"kept as {tmp_path / 'out.1.txt'}" in capsys.readouterr().out
     report_predictions("dev", examples, scores_of(1, 0), TWO, out)
     assert len([*tmp_path.iterdir()]) == 3
+
+
+def test_half_a_character_in_json_is_one_line(tmp_path: Path) -> None:
+    """It was trained on, and ended the run when the predictions were written."""
+    path = tmp_path / "l.json"
+    path.write_text('{"text": "good", "label": 1}\n{"text": "a \\ud800 b", "label": 0}\n', "utf-8")
+    with pytest.raises(UsageError, match="l.json:2: half a surrogate pair in its sentence; repair"):
+        read_labelled(path)
