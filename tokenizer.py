@@ -34,7 +34,7 @@ from minllama.cli.command_line import (
     protect_output,
     read_path,
 )
-from minllama.system.encodings import check_encoding
+from minllama.system.encodings import as_utf8, check_encoding
 from minllama.system.errors import UsageError
 from minllama.system.files import atomic_write
 from minllama.system.unpacking import COMPRESSED_SUFFIXES
@@ -107,7 +107,7 @@ class Tokenizer:
         be there. Bytes of a command line that are no UTF-8, which Python reads as surrogates,
         become `?`.
         """
-        ids = self.vocabulary.encode(_utf8(s))[: self.max_len]
+        ids = self.vocabulary.encode(as_utf8(s))[: self.max_len]
         return self._opening(bos, ids) + ids + [self.eos_id] * eos
 
     def encode_opening(self, s: str) -> list[int]:
@@ -119,7 +119,7 @@ class Tokenizer:
 
     def encode_many(self, texts: Sequence[str], bos: bool) -> list[list[int]]:
         """Token ids of each text, as those of `encode` without EOS."""
-        arrays = self.vocabulary.encode_many([_utf8(text) for text in texts])
+        arrays = self.vocabulary.encode_many([as_utf8(text) for text in texts])
         encoded = (array[: self.max_len].tolist() for array in arrays)
         return [self._opening(bos, ids) + ids for ids in encoded]
 
@@ -175,10 +175,6 @@ def vocabulary_remedy(size: int) -> str:
     if size == 32000:
         remedy += "; Llama-2's is fetched by: python data/download.py tokenizer"
     return remedy
-
-
-def _utf8(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()
 
 
 def _read_model(path: Path) -> bytes:

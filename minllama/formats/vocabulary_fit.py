@@ -13,6 +13,7 @@ from minllama.cli.console import say
 from minllama.formats.find_model import MODELS, is_named, pretrained_in
 from minllama.formats.pt_file import load_pt
 from minllama.formats.pt_model import read_vocabulary
+from minllama.system.encodings import as_utf8
 from minllama.system.errors import UsageError
 from minllama.vocabulary.lost import SPACE, count_lost
 from tokenizer import Tokenizer
@@ -63,8 +64,7 @@ def sampled(texts: Iterable[str]) -> list[str]:
     """Some of the texts, from all of a sequence evenly, each of them cut."""
     texts = texts if isinstance(texts, Sequence) else [*texts]
     chosen = texts[:: -(-len(texts) // SAMPLED_TEXTS) or 1]
-    cut = (text[: SAMPLED_CHARS // len(chosen)] for text in chosen)
-    return [text.encode("utf-8", "replace").decode() for text in cut]  # JSON can spell what is none
+    return [as_utf8(text[: SAMPLED_CHARS // len(chosen)]) for text in chosen]
 
 
 def misfit(tokenizer: Tokenizer, texts: Sequence[str]) -> float:

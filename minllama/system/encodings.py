@@ -1,4 +1,4 @@
-"""Which encoding a text may have that is not UTF-8, guessed by its language's common characters.
+"""What is UTF-8, and which encoding a text may have that is not, guessed by its common characters.
 
 The guess is for messages: no text is read in an encoding that the user did not name.
 """
@@ -83,3 +83,11 @@ def _share(data: bytes, name: str, looks: str) -> float:
         return 0.0
     beyond_ascii = sum(character > "\x7f" for character in text)
     return len("".join(re.findall(looks, text))) / beyond_ascii if beyond_ascii else 0.0
+
+
+def as_utf8(text: str) -> str:
+    """The text with `?` for what UTF-8 cannot encode, which Python reads as surrogates.
+
+    Such are a command line's odd bytes, and half a character that JSON spells.
+    """
+    return text.encode("utf-8", "replace").decode()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import fingerprint
+from minllama.system.encodings import as_utf8
 from minllama.system.errors import UsageError
 from minllama.text.dialogues import Dialogue, Exchange
 from minllama.text.jinja_template import JinjaTemplate
@@ -155,7 +156,7 @@ def template_of_jinja(text: Any) -> Template | None:
         text = next(named, {}).get("template")
     if not isinstance(text, str) or not text.strip():
         return None
-    text = text.encode("utf-8", "replace").decode()  # JSON can spell what is no UTF-8
+    text = as_utf8(text)
     plain = ChatTemplate()
     ours = (plain.jinja(), plain.jinja(marks_answers=True))
     is_plain = text in ours or fingerprint(text.encode()) == EARLIER_JINJA

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from minllama.system.encodings import as_utf8
 from minllama.system.errors import UsageError
 from minllama.text.dialogues import Exchange
 from minllama.text.jinja_sandbox import render
@@ -108,7 +109,7 @@ def _messages(
     for question, answer in exchanges:
         said += [("user", question), ("assistant", answer)][: 1 + (answer is not None)]
     named = re.compile(f"(?={vocabulary.control_pattern.pattern})")
-    return [{"role": role, "content": named.sub(MARK, _utf8(text))} for role, text in said]
+    return [{"role": role, "content": named.sub(MARK, as_utf8(text))} for role, text in said]
 
 
 def _written(vocabulary: Vocabulary) -> re.Pattern[str]:
@@ -124,7 +125,7 @@ def _encode(vocabulary: Vocabulary, text: str, *, behind: str = "") -> list[int]
         if number % 2:
             ids.append(vocabulary.control_tokens[part])
         else:
-            ids += (encode or vocabulary.encode)(_utf8(part.replace(MARK, "")))
+            ids += (encode or vocabulary.encode)(as_utf8(part.replace(MARK, "")))
         encode = None
     return ids
 
@@ -133,8 +134,3 @@ def _up_to_control(vocabulary: Vocabulary, text: str) -> str:
     """A text without what is behind its last control token; without any, where it has none."""
     ends = [match.end() for match in _written(vocabulary).finditer(text)]
     return text[: ends[-1]] if ends else ""
-
-
-def _utf8(text: str) -> str:
-    """A text with `?` for what is no UTF-8, which Python reads as surrogates."""
-    return text.encode("utf-8", "replace").decode()
