@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from pathlib import Path
 
@@ -17,6 +18,7 @@ NAMES = ("tokenizer.model", "tokenizer.json")  # in a folder; the first that is 
 CONFIG = "tokenizer_config.json"
 
 
+@functools.lru_cache(maxsize=2)  # a model's is asked for when it is read and when it is used
 def open_vocabulary(content: bytes, where: str) -> Vocabulary:
     """The vocabulary of a model file's bytes; UsageError, naming `where`, for anything else."""
     if content[:1] == b"{":
