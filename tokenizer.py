@@ -146,7 +146,7 @@ class Tokenizer:
         They stand for characters that the vocabulary has no piece for.
         """
         sizes = np.bincount(tokens, minlength=self.n_words) * self.token_byte_lengths()
-        return float(sizes[list(self.vocabulary.byte_tokens)].sum() / max(1, sizes.sum()))
+        return float(sizes[self.vocabulary.byte_tokens].sum() / max(1, sizes.sum()))
 
 
 def tokenizer_of(model: Llama | StoredModel, where: str | Path = "the model") -> Tokenizer:

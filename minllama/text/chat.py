@@ -23,9 +23,8 @@ from minllama.text.jinja_template import JinjaTemplate
 if TYPE_CHECKING:
     from tokenizer import Tokenizer
 
-EARLIER_JINJA = (
-    "239f6a35119abc5b"  # fingerprint of what `ChatTemplate.jinja` gave before it had roles
-)
+# The fingerprint of what `ChatTemplate.jinja` gave before it refused other roles.
+EARLIER_JINJA = "239f6a35119abc5b"
 LABEL = re.compile(r"[^\s{}%\"'\\]{1,40}")  # safe inside Jinja's, Go's and Ollama's quotes
 
 

@@ -218,9 +218,7 @@ def _engine(package: ModuleType, file: dict[str, Any], where: str) -> Any:
     """The package's own object, for which the name of a control token in a text is text."""
     try:
         engine = package.Tokenizer.from_str(json.dumps(file))
-    except (
-        BaseException
-    ) as error:  # its class is none in particular, and of its panics no Exception
+    except BaseException as error:  # its errors have no class of their own, its panics no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise UsageError(f"{where}: no vocabulary ({str(error)[:200]!r})") from None
