@@ -122,6 +122,11 @@ class Options:
     seed: int = flag(1337, "of every random number", at_least=0, below=2**63)
     encoding: str = flag("utf-8", "of text files: gb18030, big5, utf-16, or any that Python knows")
     flag = section("the run", *EVERY, on_resume="typed")
+    lang: Literal["en", "zh"] | None = flag(
+        None,
+        "zh: the plan's labels, the results and the commonest errors in Chinese; files stay "
+        "English; unset: by the locale",
+    )
     option: Literal["pretrain", "finetune", "prompt", "generate"] = flag("generate", "what to do")
     config: Path | None = flag(
         None,

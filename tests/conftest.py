@@ -12,6 +12,10 @@ from pathlib import Path
 # would do nothing in the tests of it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is first imported
+# Messages are English whatever the locale; what it says of the encoding stays.
+if everything := os.environ.pop("LC_ALL", None):
+    os.environ["LC_CTYPE"] = everything
+os.environ["LC_MESSAGES"] = "C"
 
 import pytest
 import torch

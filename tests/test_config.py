@@ -43,7 +43,7 @@ def test_the_flags_are_exactly_these():
     """The command line is a contract: a flag that goes, or a new one, is a decision."""
     assert set(FLAGS) == set(
         """
-        option config seed use_gpu plan save_dir resume overwrite profile tensorboard
+        option lang config seed use_gpu plan save_dir resume overwrite profile tensorboard
         dtype save_dtype deterministic compile
         model_size dim n_layers n_heads n_kv_heads hidden_dim max_seq_len dropout
         tokenizer_model pretrained_model_path

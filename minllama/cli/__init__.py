@@ -7,5 +7,6 @@ Knows flags by their table in `config.py`, and nothing of what they are for.
     contradictions  flags that contradict each other
     config_file     flags in a TOML file; a run's record as a command line
     scripts         the commands as programs, of pip install
+    chinese         labels, results and the commonest errors in Chinese
     console         progress bars, status lines at the terminal's width, sizes and durations
 """

@@ -20,6 +20,7 @@ from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TextIO, TypeVar
 
+from minllama.cli.chinese import read_language, translate
 from minllama.system.errors import UsageError
 
 Parsed = TypeVar("Parsed")
@@ -36,6 +37,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = [with_underscores(word) for word in (sys.argv[1:] if args is None else args)]
+        read_language(words)  # what is wrong with these words is said in it
         for word in words:  # up to Python 3.12 argparse makes an empty list of this value
             if re.fullmatch(r"--\w+=--", word):
                 self.error(f"{word}: -- is no value; a path of that name is ./--")
@@ -279,7 +281,7 @@ def print_error(program: str, error: Exception | str) -> None:
         line = printable(line)
         if len(line) > LONGEST:  # it quotes something endless; the remedy stands last
             line = f"{line[: LONGEST - LAST]} [{len(line) - LONGEST:,} more] {line[-LAST:]}"
-        print(f"{program}: error: {line}", file=sys.stderr)
+        print(f"{program}: {translate(f'error: {line}', sys.stderr)}", file=sys.stderr)
 
 
 def quoted(*words: str | Path) -> str:

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from minllama.cli.chinese import columns_of, translate
 from minllama.cli.command_line import for_drawing, printable
 
 REFRESH_SECONDS, LOG_SECONDS = 0.2, 60  # between updates of a bar: on a terminal, in a log
@@ -90,16 +91,27 @@ def show_record(bar: tqdm, record: dict[str, Any]) -> None:
 
 
 def say(*lines: str) -> None:
-    """Print status lines; on a terminal wrapped, and indented by the label that they begin with."""
+    """Print status lines; on a terminal wrapped, and indented by the label that they begin with.
+
+    In the user's language, where there is a translation.
+    """
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
     for line in lines:
         line = printable(line).replace("\n", "\\n")  # in a file's name, or a label
-        if columns > 0:
-            label = re.match(r"\w* {2,}", line) if columns >= NARROW else None
-            indent = " " * (label.end() if label else 2)
-            unbroken = {"break_long_words": False, "break_on_hyphens": False}  # flags, paths
-            line = textwrap.fill(line, columns, subsequent_indent=indent, **unbroken)
-        print(line)
+        line = translate(line, sys.stdout)
+        print(wrapped(line, columns) if columns > 0 else line)
+
+
+def wrapped(line: str, columns: int) -> str:
+    """A status line in lines of so many columns, broken at spaces and after Chinese punctuation."""
+    # For textwrap, which counts characters: \0 is a wide one's second column, "\1 " no real space.
+    line = "".join(char + "\0" * (columns_of(char) - 1) for char in line)
+    line = re.sub("(?<=[，。；：、）]\0)(?! )", "\1 ", line)
+    label = re.match(r"[\w\0]* {2,}", line) if columns >= NARROW else None
+    indent = " " * (label.end() if label else 2)
+    unbroken = {"break_long_words": False, "break_on_hyphens": False}  # flags, paths
+    line = textwrap.fill(line, columns, subsequent_indent=indent, **unbroken)
+    return re.sub("\1 ?|\0", "", line)
 
 
 def human_size(size: float) -> str:

@@ -20,7 +20,7 @@ from minllama.system.errors import UsageError
 
 MOST_BESIDE = 5  # flags that differ, as columns beside the figures
 RECENT_STEPS = 20  # whose mean is the training loss at the end
-NOT_COMPARED = FLAGS_OF_A_START | {"cache_dir", "config", "tensorboard"}
+NOT_COMPARED = FLAGS_OF_A_START | {"cache_dir", "config", "lang", "tensorboard"}
 BEST = {"val_loss": min, "bits_per_byte": min, "dev_accuracy": max}
 HEADS = {  # of the table's columns of figures
     "best_val_loss": "val loss",

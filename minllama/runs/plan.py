@@ -404,7 +404,7 @@ def warn_of_plan(plan: TrainingPlan, available: int | None) -> None:
     if plan.options.option == "pretrain" and plan.schedule_steps < FEW_STEPS:
         is_timed = plan.options.minutes is not None
         longer, chosen = ("--minutes", "") if is_timed else ("--epochs", "; --minutes chooses them")
-        print(
+        say(
             f"note: {plan.schedule_steps:,} steps are few to learn in: more come from {longer}, a "
             f"smaller --pretrain_batch_size and a shorter --max_seq_len{chosen}"
         )

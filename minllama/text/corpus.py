@@ -178,7 +178,7 @@ def load_texts(
         print_loaded(files.val, val_cache, files.reading, length)
     text_bytes = cache.document_bytes if chosen is None else cache.document_bytes[chosen]
     per_token = int(text_bytes.sum()) / len(whole)
-    print(f"text         {len(whole):,} tokens, {per_token:.2f} bytes per token")
+    say(f"text         {len(whole):,} tokens, {per_token:.2f} bytes per token")
     share = tokenizer.byte_fallback_share(cache.tokens[:SAMPLED_TOKENS])
     print_byte_share(share, files.train, model=options.pretrained_model_path)
     say(*count_lost(tokenizer.vocabulary, sample_texts(files.train, files.reading)).lines())
@@ -188,7 +188,7 @@ def load_texts(
     else:
         train, val = split_documents(cache, val_fraction, chunk_length=length, chosen=chosen)
         if val is None and val_fraction:
-            print("no validation: the text is too short to hold some of it out; --val_data FILE")
+            say("no validation: the text is too short to hold some of it out; --val_data FILE")
     if val_cache is not None:
         val, val_sources = whole_stream(val_cache), tokens_by_source(val_cache, files.val_sources)
     if chosen is None:
@@ -199,7 +199,7 @@ def load_texts(
         share = len(val) / (len(val) + len(train))
         say(f"validation   {len(val):,} tokens held out ({share:.1%} of all)")
     if len(train) <= length:
-        print(f"the text is shorter than --max_seq_len {length}: training on one short chunk")
+        say(f"the text is shorter than --max_seq_len {length}: training on one short chunk")
 
     key = cache.key.hex()[:16]
     if chosen is not None and not chosen.all():
@@ -224,7 +224,7 @@ def fit_context(options: Options, tokens: int, longest: int) -> int:
     context = longest
     while steps(context) < WANTED_STEPS and context > MIN_CONTEXT:
         context //= 2
-    print(f"context      {context:,} tokens, for {steps(context):,} steps; --max_seq_len N sets it")
+    say(f"context      {context:,} tokens, for {steps(context):,} steps; --max_seq_len N sets it")
     return context
 
 
@@ -282,7 +282,7 @@ def print_byte_share(share: float, files: Sequence[Path], model: Path | None) ->
     Where that is most of it, how to train a vocabulary; that of a `model` to go on from stays.
     """
     if share > MOSTLY and model is not None:
-        print(
+        say(
             f"warning: {share:.0%} of the text is encoded byte by byte, since the vocabulary of "
             f"--pretrained_model_path {model} has no pieces for its characters, and a model keeps "
             "its vocabulary: go on from a model of such text, or leave the flag out to begin with "

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from config import Options
+from minllama.cli.console import say
 from minllama.machine.ranks import Ranks
 from minllama.system.errors import UsageError
 from minllama.system.files import check_writable, remove, remove_temporaries
@@ -43,7 +44,7 @@ def choose_vocabulary(
         )
         source = f"trained on the text, in {path}"
     tokenizer = Tokenizer(tokenizer_model=model)
-    print(f"vocabulary   {tokenizer.n_words:,} pieces: {source}")
+    say(f"vocabulary   {tokenizer.n_words:,} pieces: {source}")
     beside = Path("tokenizer.model")
     if beside.is_file() and Path(source) != beside:
         print(f"             {beside} is not used: --tokenizer_model {beside} takes it")
@@ -60,7 +61,7 @@ def _train_or_load(
     try:
         return Tokenizer(tokenizer_model=path).model_bytes, path
     except UsageError:  # none yet, or a damaged one
-        print("vocabulary   training one on the text, since --tokenizer_model names none")
+        say("vocabulary   training one on the text, since --tokenizer_model names none")
     check_writable(cache_dir, "--cache_dir")
     train_vocabulary(files, path, reading=reading, max_bytes=SAMPLED_BYTES, check_stop=check_stop)
     remove_temporaries(cache_dir, r".*\.model", older_than=86400)  # of trainings that were killed

@@ -264,7 +264,8 @@ class Pretraining(NextTokenTask):
         model = self.llama.eval() if in_memory else load_pretrained(chosen)
         # Where documents are few, hardly anything was learnt of how one begins.
         prompt = self.opening if len(self.texts.cache.document_starts) < FEW_DOCUMENTS else ""
-        print("\na sample of what it writes:")
+        print()
+        say("a sample of what it writes:")
         print(f"{sample_text(model, self.texts.tokenizer, prompt)}\n")
         copies = self.look_for_copies(model)
         findings = self.print_summary(records, overfitted=overfitted, copies=copies)
@@ -273,7 +274,8 @@ class Pretraining(NextTokenTask):
         add_findings(folder, findings, copies, last_step=run.last_step)
         if run.options.minutes is not None:
             again = quoted("python", sys.argv[0], *folder.repeating_words())
-            print(f"the same run again, by its steps instead of the clock:\n  {again}")
+            say("the same run again, by its steps instead of the clock:")
+            print(" ", again)
 
     def look_for_copies(self, model: Llama) -> Copies | None:
         """How much of its text the model writes word for word."""
@@ -299,7 +301,7 @@ class Pretraining(NextTokenTask):
         progress, val_loss = self.run.progress, records[-1].get("val_loss")
         if None not in (val_loss, progress.first, progress.best):
             last = f", {perplexity(val_loss):.2f} after {progress.step:,}" if overfitted else ""
-            print(
+            say(
                 f"validation perplexity {perplexity(progress.first):,.1f} before training, "
                 f"{perplexity(progress.best):.2f} after {progress.best_step:,} steps{last}"
             )
@@ -332,6 +334,7 @@ class Pretraining(NextTokenTask):
             name, command = "the same run with that", quoted("python", sys.argv[0], *words)
             if "pretrain_data" in changes:
                 name += f" ({MORE_TEXT}: the text that you add)"
-            print(f"{name}:\n  {command}")
+            say(f"{name}:")
+            print(" ", command)
             findings[WHAT_NEXT].append([name, command])
         return findings

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from config import TYPED_ON_RESUME
 from minllama.cli.command_line import quoted
-from minllama.cli.console import human_size
+from minllama.cli.console import human_size, say
 from minllama.runs.run_folder import FLAGS_OF_A_START, RunFolder
 from minllama.system.files import size_on_disk
 from minllama.training.run import Run
@@ -26,10 +26,11 @@ def say_interrupted(run: Run) -> int:
     for name in sorted((options.given & TYPED_ON_RESUME) - FLAGS_OF_A_START):
         value = getattr(options, name)
         words += [f"--{name}", *([] if value is True else [str(value)])]
-    command = f"continue with:\n  {quoted(*words)}"
-    if ranks.nodes > 1:
-        command = "started as before, with --resume auto, it continues"
-    print(f"stopped after step {step:,}, and saved; {command}")
+    several = ranks.nodes > 1
+    how = "started as before, with --resume auto, it continues" if several else "continue with:"
+    say(f"stopped after step {step:,}, and saved; {how}")
+    if not several:
+        print(" ", quoted(*words))
     return run.stop.exit_status
 
 
@@ -37,7 +38,8 @@ def print_best(run: Run) -> Path:
     """Say which model is the best of a fine-tuning; returns its file."""
     best = run.folder.file("best-model.pt")
     epoch = run.progress.best_step / run.plan.steps_per_epoch
-    print(f"\nbest model: {best}, after step {run.progress.best_step:,} (epoch {epoch:.3g})")
+    print()
+    say(f"best model: {best}, after step {run.progress.best_step:,} (epoch {epoch:.3g})")
     return best
 
 
@@ -54,10 +56,10 @@ def print_results(
     `test` are the words that name sentences that a classifier can be applied to. Returns rows of
     the commands for the page.
     """
-    print("files:")
+    say("files:")
     for path in folder.own_files():
         print(f"  {human_size(size_on_disk(path)):>8}  {path}")
-    print("next:")
+    say("next:")
     commands = []
     for option in options:
         words = ["python", sys.argv[0], "--option", option, "--pretrained_model_path", model]

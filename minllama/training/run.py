@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from config import Options
 from llama import model_payload
+from minllama.cli.console import say
 from minllama.formats.pt_file import load_pt
 from minllama.inference.copying import copying_seconds, most_looked_at
 from minllama.machine.device import describe_device, dtype_name, is_out_of_memory
@@ -211,20 +212,22 @@ class Run:
 
     def _say_nothing_is_left(self) -> None:
         """Of a resumed run that had ended: what would let it continue."""
-        remedy = "a larger --epochs lets it continue"
+        remedy, command = "a larger --epochs lets it continue", None
         if self.out_of_patience():
             remedy = "a larger --early_stopping lets it continue"
         elif self.plan.last_step < self.plan.schedule_steps:
             remedy = "a larger --max_steps lets it continue"
         elif self.deadline is not None:
             command = command_to_train_on(self.options, self.folder)
-            remedy = f"its minutes are over. This trains its model on:\n  {command}"
+            remedy = "its minutes are over. This trains its model on:"
         elif self.options.schedule_steps is not None:
             remedy = "a larger --schedule_steps lets it continue"
-        print(
+        say(
             "nothing is left to train, and the last files are written again: the run ended after "
             f"step {self.progress.step:,}; {remedy}"
         )
+        if command is not None:
+            print(" ", command)
 
     # ------------------------------------------------------------------------ its state
 

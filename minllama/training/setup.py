@@ -125,7 +125,7 @@ def find_start(
     if newest is None:
         return options.with_global_batch(ranks.world_size), None
     path, checkpoint = newest
-    print(f"resuming     {path}, made after step {checkpoint['progress']['step']:,}")
+    say(f"resuming     {path}, made after step {checkpoint['progress']['step']:,}")
     before = checkpoint.get("options", {})
     if not isinstance(before, dict):
         raise UsageError(f"{path} is damaged: its options are no dict")
