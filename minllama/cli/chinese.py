@@ -7,6 +7,7 @@ the table lacks stays English, and so does what is written into files.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import re
 import sys
@@ -139,10 +140,10 @@ LINES = {
     "the text is shorter than --max_seq_len {length}: training on one short chunk": (
         "文本比 --max_seq_len {length} 还短：只能在一个短块上训练"
     ),
-    "{n} steps are few to learn in: more come from {flag}, a smaller --pretrain_batch_size and a "
-    "shorter --max_seq_len{more}": (
-        "{n} 步太少，学不到多少：增大 {flag}，减小 --pretrain_batch_size 和 --max_seq_len "
-        "可以增加步数{more}"
+    "{n} steps are few to learn in: more come from --epochs, a smaller --pretrain_batch_size and a "
+    "shorter --max_seq_len; --minutes chooses them": (
+        "{n} 步太少，学不到多少：增大 --epochs，减小 --pretrain_batch_size 和 --max_seq_len "
+        "可以增加步数；写 --minutes 会自动选择它们"
     ),
     "about {needed} of memory are needed and {free} are free: try --activation_checkpointing{more}"
     ", a smaller batch with more --gradient_accumulation_steps, or a smaller model": (
@@ -179,6 +180,9 @@ LINES = {
     ),
     "what would help most: {what}": "最有帮助的是：{what}",
     "the same run with that:": "照这样再训练一次：",
+    "the same run with that ({file}: the text that you add):": (
+        "照这样再训练一次（{file}：你要加的文本）："
+    ),
     "the same run again, by its steps instead of the clock:": "重复这次训练（按步数，不按时间）：",
     "stopped after step {n}, and saved; continue with:": "已在第 {n} 步停止并保存；继续训练：",
     "best model: {file}, after step {n} (epoch {epoch})": (
@@ -194,7 +198,7 @@ _typed: str | None = None  # the language that a command line names
 def read_language(words: Sequence[str]) -> None:
     """Take the language from the words of a command line, before they are parsed."""
     global _typed
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in itertools.pairwise([*words, ""]):
         flag, equals, value = word.partition("=")
         if flag == "--lang":
             _typed = value if equals else following
@@ -255,5 +259,5 @@ def _pattern(english: str) -> re.Pattern[str]:
     pattern = re.escape(first)
     for name, literal in zip(rest[::2], rest[1::2], strict=True):
         # Atomic: each hole ends where its literal first comes, so that no line takes long.
-        pattern += f"(?>(?P<{name}>.*?){re.escape(literal) or '$'})"
-    return re.compile(pattern)
+        pattern += f"(?>(?P<{name}>.*?){re.escape(literal)})"
+    return re.compile(pattern.removesuffix(")") + "$)" if rest else pattern)
