@@ -571,7 +571,7 @@ def test_an_option_reads_the_flags_that_are_said_to_be_its(option, tmp_path, mon
     own = {name for name, flag in FLAGS.items() if option in flag.metadata["read_by"]}
     unsaid = Watched.reads - own - {"option"}
     assert not unsaid, f"--option {option} reads {sorted(unsaid)}, and says that it does not"
-    in_main = {"option", "config", "use_gpu", "dist_timeout"}  # or by the parser
+    in_main = {"option", "config", "lang", "use_gpu", "dist_timeout"}  # or by the parser
     rarely = {"seed", "on_nonfinite"}  # by prompts with shots; where numbers go wrong
     unread = own - Watched.reads - in_main - rarely
     assert not unread, f"--option {option} never reads {sorted(unread)}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
 import subprocess
 import sys
 import time
+import types
 import zipfile
 from pathlib import Path
 
@@ -386,6 +388,18 @@ def test_the_language_by_locale(variables, expected, monkeypatch):
         assert language() == typed
 
 
+@pytest.mark.parametrize(("number", "expected"), [(0x0804, "zh"), (0x0404, "zh"), (0x0409, "en")])
+def test_the_language_of_windows(number, expected, monkeypatch):
+    """Where no variable names one, that of its windows: Chinese, Taiwan's, English."""
+    for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+    kernel = types.SimpleNamespace(GetUserDefaultUILanguage=lambda: number)
+    windows = types.SimpleNamespace(kernel32=kernel)
+    monkeypatch.setattr(ctypes, "windll", windows, raising=False)
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert language() == expected
+
+
 @pytest.mark.parametrize(
     ("encoding", "locale", "expected"),
     [
@@ -444,6 +458,7 @@ def test_rows_are_sound():
     for english, chinese in LINES.items():
         holes = [set(re.findall(r"\{\w+\}", text)) for text in (english, chinese)]
         assert holes[0] >= holes[1], english
+        assert chinese.encode("gbk")  # that of Chinese Windows
     assert len(LABELS) + len(LINES) <= 85
     assert all(columns_of(label) <= LABEL_COLUMNS - 2 for label in LABELS.values())
 
