@@ -121,12 +121,10 @@ LINES = {
     ),
     "{flag}: {share} of the text has no pieces in the model's vocabulary, which was made for other "
     "text; {line}": "{flag}：模型的词表来自别的文本，这些文本有 {share} 不在词表里；{line}",
-    "better of those here: {models}; to use this one all the same name it: {flag}": (
-        "这里更合适的模型：{models}；仍要用这一个，就写上 {flag}"
-    ),
-    "no model here has a better one: pretrain one on text with such characters; to use this one "
-    "all the same name it: {flag}": (
-        "这里没有更合适的模型：请用含有这些字的文本预训练一个；仍要用这一个，就写上 {flag}"
+    "{line}; to use this one all the same name it: {flag}": "{line}；仍要用这一个，就写上 {flag}",
+    "better of those here: {models}": "这里更合适的模型：{models}",
+    "no model here has a better one: pretrain one on text with such characters": (
+        "这里没有更合适的模型：请用含有这些字的文本预训练一个"
     ),
     "{share} of the text is encoded byte by byte, since the vocabulary of --pretrained_model_path "
     "{model} has no pieces for its characters, and a model keeps its vocabulary: go on from a "

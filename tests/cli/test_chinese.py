@@ -191,20 +191,22 @@ def test_vocabularies_that_do_not_fit():
     Path("c.jsonl").write_text("\n".join(lines), encoding="utf-8")
     line = "--option finetune --train c.jsonl --plan --save_dir x"
     said = answer(line)
-    problem = r"错误：--train c.jsonl：模型的词表来自别的文本，这些文本有 \d+% 不在词表里；"
+    problem = r"：--train c.jsonl：模型的词表来自别的文本，这些文本有 \d+% 不在词表里；"
     assert re.search(
-        f"{problem}这里没有更合适的模型：请用含有这些字的文本预训练一个；"
+        f"错误{problem}这里没有更合适的模型：请用含有这些字的文本预训练一个；"
         "仍要用这一个，就写上 --pretrained_model_path\n",
         said,
     )
+    shipped = ROOT / "data" / "stories-tiny.pt"
+    said = answer(f"{line} --pretrained_model_path {shipped}")
+    assert re.search(f"警告{problem}这里没有更合适的模型：请用含有这些字的文本预训练一个\n", said)
     save_zh_model()
     assert re.search(
-        rf"{problem}这里更合适的模型：--pretrained_model_path zh.final-model.pt \(\d+%\)；"
+        rf"错误{problem}这里更合适的模型：--pretrained_model_path zh.final-model.pt \(\d+%\)；"
         "仍要用这一个，就写上 --pretrained_model_path\n",
         answer(line),
     )
     Path("zh.txt").write_text(ZH * 200, encoding="utf-8")
-    shipped = ROOT / "data" / "stories-tiny.pt"
     said = answer(f"{PLAN} zh.txt --pretrained_model_path {shipped}")
     assert re.search(r"\n上下文       \d+ tokens, for", said)
     assert re.search(
