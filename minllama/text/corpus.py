@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from config import DATA_DIR, MAX_CONTEXT, Options, fingerprint
-from minllama.cli.command_line import quoted
+from minllama.cli.command_line import launch_command, quoted
 from minllama.cli.console import say
 from minllama.machine.ranks import Ranks
 from minllama.system.errors import UsageError
@@ -294,7 +294,7 @@ def print_byte_share(share: float, files: Sequence[Path], model: Path | None) ->
             f"warning: {share:.0%} of the text is encoded byte by byte, since the vocabulary has "
             "no pieces for its characters: the model would learn slowly and see little at a time. "
             "Train a vocabulary on the text, then name it with --tokenizer_model my.model:\n"
-            f"  {quoted('python', 'tokenizer.py', 'train', *train)}"
+            f"  {launch_command('tokenizer.py', 'train', *train)}"
         )
     elif share >= SOME:
         print(f"byte pieces  {share:.1%} of the text: characters that the vocabulary lacks")

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from config import MAX_CONTEXT, LlamaConfig, Options
 from llama import Llama, load_pretrained
-from minllama.cli.command_line import quoted
 from minllama.cli.console import say
 from minllama.formats.find_model import STARTING_WEIGHTS, Start, find_start_model
 from minllama.formats.model_file import read_model
@@ -272,7 +271,7 @@ class Pretraining(NextTokenTask):
         findings.setdefault(WHAT_NEXT, []).extend(uses)
         add_findings(folder, findings, copies, last_step=run.last_step)
         if run.options.minutes is not None:
-            again = quoted("python", sys.argv[0], *folder.repeating_words())
+            again = folder.repeating_command(sys.argv[0])
             print(f"the same run again, by its steps instead of the clock:\n  {again}")
 
     def look_for_copies(self, model: Llama) -> Copies | None:
@@ -328,10 +327,10 @@ class Pretraining(NextTokenTask):
         remedy, _ = find_remedy(outcome, rose=overfitted)
         changes = remedied(remedy, self.run.options, self.config)
         findings[WHAT_NEXT] = [[*line.split(": ", 1)] for line in advice]
-        if changes and (words := self.run.folder.repeating_words(changes)):
-            name, command = "the same run with that", quoted("python", sys.argv[0], *words)
+        if changes and (again := self.run.folder.repeating_command(sys.argv[0], changes)):
+            name = "the same run with that"
             if "pretrain_data" in changes:
                 name += f" ({MORE_TEXT}: the text that you add)"
-            print(f"{name}:\n  {command}")
-            findings[WHAT_NEXT].append([name, command])
+            print(f"{name}:\n  {again}")
+            findings[WHAT_NEXT].append([name, again])
         return findings

@@ -201,6 +201,7 @@ class Run:
             "device": describe_device(self.device),
             "dtype": dtype_name(self.dtype),
             "processes": self.ranks.world_size,
+            "machines": self.ranks.nodes,
             "launch": self.ranks.launch,
             "resumed_at_step": self.progress.step,
             "plan": self.plan.lines(None),
@@ -217,8 +218,8 @@ class Run:
         elif self.plan.last_step < self.plan.schedule_steps:
             remedy = "a larger --max_steps lets it continue"
         elif self.deadline is not None:
-            command = command_to_train_on(self.options, self.folder)
-            remedy = f"its minutes are over. This trains its model on:\n  {command}"
+            onward = command_to_train_on(self.options, self.folder, self.ranks)
+            remedy = f"its minutes are over. This trains its model on:\n  {onward}"
         elif self.options.schedule_steps is not None:
             remedy = "a larger --schedule_steps lets it continue"
         print(
