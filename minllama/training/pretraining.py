@@ -27,7 +27,7 @@ from minllama.machine.gpus import GPUS
 from minllama.machine.ranks import Ranks
 from minllama.machine.sharding import is_sharded, load_state
 from minllama.runs.advice import MORE_TEXT, Outcome, advise, find_remedy, remedied
-from minllama.runs.metrics import add_findings, read_records
+from minllama.runs.metrics import add_findings, finite_or_none, read_records
 from minllama.runs.plan import Cluster, PlannedSource, TrainingPlan, warn_of_plan
 from minllama.runs.run_folder import Findings
 from minllama.system.errors import RunFailed, UsageError
@@ -38,9 +38,18 @@ from minllama.text.corpus import Texts, find_texts, load_texts
 from minllama.text.vocabulary import choose_vocabulary
 from minllama.training.fitting import TIMED_CONTEXT, fit_to_time
 from minllama.training.identity import CHUNK_ORDER, DATA_WEIGHTS, TEXT, TEXT_TOKENS
+from minllama.training.old_text import (
+    HELD_OUT_KEY,
+    OLD_LOSS,
+    OLD_PERPLEXITY,
+    find_old_text,
+    held_out_key,
+    mixed_in,
+    verdict_on_old_text,
+)
 from minllama.training.results import WHAT_NEXT, print_results
 from minllama.training.run import Run
-from minllama.training.task import NextTokenTask
+from minllama.training.task import NextTokenTask, score_tokens
 from utils import ORDER_VERSION, Mixture, batch_indices, batch_positions
 
 RECENT_STEPS = 20  # whose mean is the training loss at the end
@@ -145,10 +154,16 @@ class Pretraining(NextTokenTask):
         self.train_set, self.val_set = texts.train, texts.val
         self.opening, val = texts.opening(), texts.val
         self.held_out = val and f"{len(val.stream)} tokens, {val.utf8_bytes} bytes"
+        self.old_text = find_old_text(run, texts) if self.start else None
+        self.old_set = self.old_text and self.old_text.dataset(texts)
+        if self.old_set is not None:
+            tokens = f"{len(self.old_set.stream):,} tokens held out of {self.old_text.name}"
+            print(f"old text     {tokens} are measured, too: it may forget it")
         documents = texts.cache.document_bytes
         self.data = {
             "text": f"{documents.sum():,} bytes in {len(documents):,} documents",
             "held_out": val and f"{val.utf8_bytes:,} bytes",
+            HELD_OUT_KEY: held_out_key(val),
             "vocabulary": texts.tokenizer.fingerprint,
         }
         # A run that keeps to a time is evaluated at steps: its epochs may be seconds or hours.
@@ -191,9 +206,12 @@ class Pretraining(NextTokenTask):
         progress = self.run.progress
         if progress.step or progress.first is None or self.start is None:
             return None
+        old = ""
+        if progress.first_old is not None:
+            old = f"; of the old text val perplexity {perplexity(progress.first_old):,.4f}"
         return (
             f"before the first step: val loss {progress.first:.4f}, val perplexity "
-            f"{perplexity(progress.first):,.4f}"
+            f"{perplexity(progress.first):,.4f}{old}"
         )
 
     def sequences(self, epoch: int, index: int) -> np.ndarray:
@@ -210,6 +228,16 @@ class Pretraining(NextTokenTask):
         options = self.run.options
         whole = tokens.shape == (-(-options.pretrain_batch_size // self.split), options.max_seq_len)
         return (self.compiled if whole else self.parallel)(tokens, targets)[0]
+
+    def evaluate(self) -> dict[str, Any]:
+        metrics = super().evaluate()
+        if self.old_set is not None:
+            loss = score_tokens(self.next_token_loss, self.old_set, self.run).loss
+            metrics |= {OLD_LOSS: loss, OLD_PERPLEXITY: perplexity(loss)}
+            progress = self.run.progress
+            if progress.step == 0:
+                progress.first_old, progress.old_text = finite_or_none(loss), self.old_text.key
+        return metrics
 
     def sample(self) -> str | None:
         options, stop = self.run.options, self.run.stop
@@ -302,6 +330,7 @@ class Pretraining(NextTokenTask):
                 f"validation perplexity {perplexity(progress.first):,.1f} before training, "
                 f"{perplexity(progress.best):.2f} after {progress.best_step:,} steps{last}"
             )
+        findings |= self.say_what_became_of_old_text(overfitted=overfitted)
         bits = records[-1].get("bits_per_byte")
         if overfitted and bits:  # of the result, which is the best model: they go with the loss
             bits *= progress.best / val_loss
@@ -334,3 +363,21 @@ class Pretraining(NextTokenTask):
             print(f"{name}:\n  {again}")
             findings[WHAT_NEXT].append([name, again])
         return findings
+
+    def say_what_became_of_old_text(self, *, overfitted: bool) -> Findings:
+        """Say whether the run's result forgets what it was trained on before; the same in rows."""
+        run, progress = self.run, self.run.progress
+        result = progress.best_step if overfitted else progress.step
+        records = read_records(run.folder.file("metrics.jsonl"))
+        now = next((r.get(OLD_LOSS) for r in records if r["step"] == result), None)
+        if self.old_text is None or None in (now, progress.first_old):
+            return {}
+        verdict, forgets = verdict_on_old_text(progress.first_old, now)
+        print(f"old text     {verdict}")
+        rows = [["held-out part", verdict]]
+        changes = mixed_in(self.old_text.options, run.options) if forgets else None
+        if changes and (again := run.folder.repeating_command(sys.argv[0], changes)):
+            name = "the same run with the old text mixed in"
+            print(f"{name}:\n  {again}")
+            rows.append([name, again])
+        return {"the old text": rows}

@@ -66,6 +66,8 @@ class Progress:
     lr_scale: float = 1.0  # halved by each rollback
     split: int = 1  # parts in which a micro-batch is trained on, since it did not fit the memory
     first: float | None = None  # the goal before training
+    first_old: float | None = None  # then, too: the loss of the text that the model was trained on
+    old_text: str | None = None  # names the held-out part of that text
     best: float | None = None  # the goal's best value
     best_step: int = 0
     without_better: int = 0  # evaluations since then that could have chosen a new best
