@@ -22,6 +22,7 @@ from minllama.formats.model_file import read_model
 from minllama.formats.pt_model import read_vocabulary
 from minllama.inference.copying import Original, measure_copies, most_looked_at
 from minllama.inference.evaluation import perplexity
+from minllama.inference.repeating import measure_repeats, repeat_line
 from minllama.inference.streaming import sample_text
 from minllama.machine.gpus import GPUS
 from minllama.machine.ranks import Ranks
@@ -293,8 +294,8 @@ class Pretraining(NextTokenTask):
         prompt = self.opening if len(self.texts.cache.document_starts) < FEW_DOCUMENTS else ""
         print("\na sample of what it writes:")
         print(f"{sample_text(model, self.texts.tokenizer, prompt)}\n")
-        copies = self.look_for_copies(model)
-        findings = self.print_summary(records, overfitted=overfitted, copies=copies)
+        copies, findings = self.read_what_it_writes(model)
+        findings |= self.print_summary(records, overfitted=overfitted, copies=copies)
         uses = print_results(folder, chosen, "generate", "finetune", prompt=self.opening)
         findings.setdefault(WHAT_NEXT, []).extend(uses)
         add_findings(folder, findings, copies, last_step=run.last_step)
@@ -302,16 +303,24 @@ class Pretraining(NextTokenTask):
             again = folder.repeating_command(sys.argv[0])
             print(f"the same run again, by its steps instead of the clock:\n  {again}")
 
-    def look_for_copies(self, model: Llama) -> Copies | None:
-        """How much of its text the model writes word for word."""
+    def read_what_it_writes(self, model: Llama) -> tuple[Copies | None, Findings]:
+        """How much of its text the model writes word for word, and whether it repeats itself."""
         run, texts = self.run, self.texts
         if is_sharded(self.model):  # a model that large writes slowly on one process's CPU
-            return None
+            return None, {}
         stream, minutes = self.train_set.stream, run.options.minutes
         most = most_looked_at(minutes)
         original = Original(texts.cache, texts.files, stream, texts.tokenizer, most=most)
         held_out = self.val_set and self.val_set.stream
-        return measure_copies(model, texts.tokenizer, original, held_out, run.stop.check)
+        what = (model, texts.tokenizer, original, held_out)
+        copies, written = measure_copies(*what, run.stop.check)
+        after = " after held-out openings" if copies.held_out else ""
+        say(*copies.lines(f"20 texts that it wrote{after}"))
+        repeats = measure_repeats(*what, written, run.stop.check)
+        if not repeats:
+            return copies, {}
+        say(repeat_line(repeats, original.unit))
+        return copies, {"does it repeat itself": repeats}
 
     def print_summary(
         self, records: Sequence[dict[str, Any]], *, overfitted: bool, copies: Copies | None
@@ -348,9 +357,6 @@ class Pretraining(NextTokenTask):
             copies=copies,
             is_timed=self.run.options.minutes is not None,
         )
-        if copies is not None:
-            after = " after held-out openings" if copies.held_out else ""
-            say(*copies.lines(f"20 texts that it wrote{after}"))
         advice = advise(outcome, rose=overfitted)
         say(*advice)
         remedy, _ = find_remedy(outcome, rose=overfitted)
