@@ -82,7 +82,8 @@ def measure_repeats(
 def loops(counts: Counts, base: Counts) -> bool:
     """Whether these are far more repeats than held-out texts have."""
     usual = base[0] / max(1, base[1])
-    return counts[0] > max(LOOPS, MANY_TIMES * usual) * counts[1]
+    most = min(MANY_TIMES * usual, (1 + usual) / 2)  # of a text of refrains the first is all
+    return counts[0] > max(LOOPS, most) * counts[1]
 
 
 def _as_text(counts: Counts) -> str:

@@ -22,7 +22,12 @@ from minllama.system.files import real_path
 from minllama.system.kinds import HEAD_BYTES, is_html
 from minllama.system.peek import has_records
 from minllama.system.signals import StopRequest
-from minllama.text.documents import first_words, sample_texts, seen_separator
+from minllama.text.documents import (
+    REST_OF_MARK,
+    first_words,
+    sample_texts,
+    seen_separator,
+)
 from minllama.text.duplicates import (
     drop_duplicates,
     first_occurrences,
@@ -95,7 +100,10 @@ class Texts:
         ids = stream.read(0, min(len(stream), OPENING_TOKENS)).tolist()
         start = int(ids[:1] == [tokenizer.bos_id])
         document = itertools.takewhile(lambda token: token not in marks, ids[start:])
-        return first_words(tokenizer.decode(document).rstrip("\ufffd"))
+        text = tokenizer.decode(document).rstrip("\ufffd")
+        if not start:  # within a document, and perhaps within a marker in it
+            text = REST_OF_MARK.sub("", text)
+        return first_words(text, [*tokenizer.vocabulary.added_tokens])
 
 
 def find_texts(options: Options) -> TextFiles:

@@ -157,7 +157,7 @@ def verdict_on_old_text(before: float, now: float) -> tuple[str, bool]:
     forgets = math.exp(now - before) > FORGOTTEN
     what = "it forgets; mix the old text in" if forgets else "it does not forget"
     figures = f"perplexity {perplexity(before):.2f} before, {perplexity(now):.2f} now"
-    return f"its held-out part: {figures}: {what}", forgets
+    return f"{figures}: {what}", forgets
 
 
 def mixed_in(old: Options, new: Options) -> dict[str, Any] | None:

@@ -137,7 +137,8 @@ def check_read_back(path: Path, weights: dict[str, Tensor]) -> None:
     """Read a run's model as any later command does; RunFailed unless it has these weights."""
     try:
         stored = read_model(path)
-        stored.check_read_back(path, {name: tensor.float() for name, tensor in weights.items()})
+        want = {name: tensor.float() for name, tensor in weights.items()}
+        stored.check_read_back(path, want, outcome="")
     except UsageError as error:
         raise RunFailed(f"{error}; the same command with --resume auto writes it again") from None
 
@@ -294,10 +295,10 @@ class Pretraining(NextTokenTask):
         prompt = self.opening if len(self.texts.cache.document_starts) < FEW_DOCUMENTS else ""
         print("\na sample of what it writes:")
         print(f"{sample_text(model, self.texts.tokenizer, prompt)}\n")
-        copies, findings = self.read_what_it_writes(model)
-        findings |= self.print_summary(records, overfitted=overfitted, copies=copies)
+        copies, repeats = self.read_what_it_writes(model)
+        findings = self.print_summary(records, overfitted=overfitted, copies=copies) | repeats
         uses = print_results(folder, chosen, "generate", "finetune", prompt=self.opening)
-        findings.setdefault(WHAT_NEXT, []).extend(uses)
+        findings[WHAT_NEXT] = [*findings.pop(WHAT_NEXT, []), *uses]  # last
         add_findings(folder, findings, copies, last_step=run.last_step)
         if run.options.minutes is not None:
             again = folder.repeating_command(sys.argv[0])
@@ -379,7 +380,7 @@ class Pretraining(NextTokenTask):
         if self.old_text is None or None in (now, progress.first_old):
             return {}
         verdict, forgets = verdict_on_old_text(progress.first_old, now)
-        print(f"old text     {verdict}")
+        print(f"old text     its held-out part: {verdict}")
         rows = [["held-out part", verdict]]
         changes = mixed_in(self.old_text.options, run.options) if forgets else None
         if changes and (again := run.folder.repeating_command(sys.argv[0], changes)):

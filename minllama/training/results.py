@@ -14,6 +14,8 @@ from minllama.system.files import size_on_disk
 from minllama.training.run import Run
 
 WHAT_NEXT = "what next"  # of what was found, on the page
+# In a command: what its reader has to add.
+NEW_SENTENCES, OWN_SENTENCES = "SENTENCES.txt", "sentences that it was not trained on, one a line"
 
 
 def say_interrupted(run: Run) -> int:
@@ -63,5 +65,8 @@ def print_results(
         words += {"generate": text, "prompt": test}.get(option, [])
         commands.append([f"to {option} with it", launch_command(sys.argv[0], *words)])
         print(" ", commands[-1][1])
+        if NEW_SENTENCES in words:
+            commands[-1][0] += f" ({NEW_SENTENCES}: {OWN_SENTENCES})"
+            print(f"    {NEW_SENTENCES}: {OWN_SENTENCES}")
     print(" ", launch_command(Path(sys.argv[0]).with_name("check_model_precision.py"), model))
     return commands

@@ -45,6 +45,7 @@ from minllama.runs.run_folder import RunFolder, files_written
 from minllama.runs.telemetry import environment
 from minllama.system.errors import TextLost, UsageError
 from minllama.system.signals import StopRequest
+from minllama.text.compression import compressing_seconds
 from minllama.training.deadline import FINISHING, MAX_EPOCHS, WRITE_RATE, Deadline, Pace
 from minllama.training.identity import command_to_train_on
 from optimizer import make_optimizer
@@ -182,6 +183,7 @@ class Run:
                 sum(self.plan.config.parameter_counts().values()),
                 min(self.plan.tokens, most_looked_at(options.minutes)),
             )
+            finishing += compressing_seconds(self.task.val_set)
             self.deadline = Deadline(60 * options.minutes, options.started, finishing)
 
     def _resume(self, checkpoint: dict[str, Any]) -> None:

@@ -75,4 +75,5 @@ def test_held_out_text_says_what_is_usual():
     assert repeating.loops((30, 100), (5, 100))
     assert not repeating.loops((30, 100), (12, 100))
     assert not repeating.loops((9, 100), (0, 100))
+    assert repeating.loops((98, 100), (57, 100)) and not repeating.loops((60, 100), (57, 100))
     assert not repeating.loops((0, 0), (0, 0))
