@@ -114,8 +114,11 @@ def read_old_text(run: Run, texts: Texts) -> OldText | None:
         raise UsageError(f"{where} does not say how it was held out")
     with contextlib.redirect_stdout(io.StringIO()):
         files = find_texts(options)
-    if {*map(real_path, files.train)} <= {*map(real_path, texts.files)}:
+    trained = {*map(real_path, texts.files)}
+    if trained.issuperset(map(real_path, files.train)):
         raise UsageError("its files are among those to train on")
+    if not trained.isdisjoint(map(real_path, files.val)):
+        raise UsageError("what was held out of it is trained on now")
     check_is_affordable(files, texts, options)
     with contextlib.redirect_stdout(io.StringIO()):
         held_out = load_held_out(options, files, texts.tokenizer, stop=run.stop)
@@ -154,24 +157,31 @@ def check_is_affordable(files: TextFiles, texts: Texts, options: Options) -> Non
 
 def verdict_on_old_text(before: float, now: float) -> tuple[str, bool]:
     """What became of the old text, by the losses of its held-out part; whether it is forgotten."""
-    forgets = math.exp(now - before) > FORGOTTEN
+    forgets = now - before > math.log(FORGOTTEN)
     what = "it forgets; mix the old text in" if forgets else "it does not forget"
-    figures = f"perplexity {perplexity(before):.2f} before, {perplexity(now):.2f} now"
+    figures = f"perplexity {_shown(before)} before, {_shown(now)} now"
     return f"{figures}: {what}", forgets
+
+
+def _shown(loss: float) -> str:
+    value = perplexity(loss)
+    return f"{value:.2f}" if value < 1e6 else f"{value:.3g}"
 
 
 def mixed_in(old: Options, new: Options) -> dict[str, Any] | None:
     """The options of a run that reads as much of the old text as of the new.
 
-    None where the two are read in different ways, which one run cannot.
+    None where the two are read in different ways, which one run cannot, or have the same names.
     """
     if any(getattr(old, name) != getattr(new, name) for name in READING_FLAGS):
         return None
     embedded = tuple(str(DATA_DIR / name) for name in EMBEDDED_TEXTS)
     texts = new.pretrain_data or embedded
     added = [name for name in old.pretrain_data or embedded if name not in texts]
+    if not added:
+        return None
     weights = new.data_weights or (1.0,) * len(texts)
-    share = sum(weights) / max(1, len(added))
+    share = sum(weights) / len(added)
     return {
         "pretrain_data": [*added, *texts],
         "data_weights": [*(share,) * len(added), *weights],

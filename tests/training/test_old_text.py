@@ -152,6 +152,7 @@ def change(**changes: Any) -> None:
         (lambda: Path("old-val.jsonl").write_text('{"text": "other"}\n'), "has changed since"),
         (lambda: Path("old-val.jsonl").unlink(), "no such file"),
         (lambda: Path("text.jsonl").unlink(), "no such file"),
+        (lambda: "--pretrain_data old-val.jsonl", "is trained on now"),
         (lambda: Path("old/run.json").unlink(), None),  # as of a model from elsewhere
         (lambda: shutil.copy("old/final-model.pt", "old/public.pt"), None),
         (lambda: change(data={"held_out": "9 bytes"}), "of an earlier version"),
@@ -164,9 +165,10 @@ def change(**changes: Any) -> None:
 )
 def test_what_is_not_as_it_was_is_not_believed(happen, reason):
     """One line says that it is not measured and why; the run goes on. Of a public model, none."""
-    happen()
+    flags = happen()
     is_public = Path("old/public.pt").exists()
-    done = go_on(model="old/public.pt" if is_public else "old/final-model.pt")
+    line = flags if isinstance(flags, str) and flags.startswith("--") else ""
+    done = go_on(line, model="old/public.pt" if is_public else "old/final-model.pt")
     assert done.status == 0, done.error
     assert "old_val_loss" not in records()[-1]
     if reason is None:
@@ -220,3 +222,10 @@ def test_several_ranks_measure_what_one_does():
         for name in ("alone", "run")
     )
     assert len(one) == 3 and one == pytest.approx(two, abs=1e-5)
+
+
+def test_a_loss_beyond_all_bounds_is_forgotten():
+    """Its perplexity is no number that a float holds."""
+    verdict, forgets = old_text.verdict_on_old_text(2.0, 5000.0)
+    assert forgets and "perplexity 7.39 before, 1.01e+304 now: it forgets" in verdict
+    assert not old_text.verdict_on_old_text(2.0, 2.001)[1]
