@@ -321,7 +321,7 @@ class Pretraining(NextTokenTask):
         if not repeats:
             return copies, {}
         say(repeat_line(repeats, original.unit))
-        return copies, {"does it repeat itself": repeats}
+        return copies, {f"does it repeat itself: 4 {original.unit} again in one text": repeats}
 
     def print_summary(
         self, records: Sequence[dict[str, Any]], *, overfitted: bool, copies: Copies | None
