@@ -26,7 +26,6 @@ from minllama.cli.command_line import (
     parse_or_exit,
     print_error,
     protect_output,
-    quoted,
     read_path,
 )
 from minllama.system.errors import UsageError
@@ -421,11 +420,9 @@ def print_runs(folder: Path) -> None:
     """Print the command that repeats each run in the folder."""
     for record in sorted(folder.glob("*run.json")):
         prefix = record.name.removesuffix("run.json").removesuffix("-") or "pretrain"
-        words = RunFolder(folder, prefix).repeating_words()
-        if words:
-            script = Path(sys.argv[0]).with_name("run_llama.py")
-            command = quoted("python", script, *words)
-            print(f"{record}: to repeat the run in another folder\n  {command}")
+        script = Path(sys.argv[0]).with_name("run_llama.py")
+        if again := RunFolder(folder, prefix).repeating_command(script):
+            print(f"{record}: to repeat the run in another folder\n  {again}")
 
 
 # ---------------------------------------------------------------------------- several runs

@@ -15,6 +15,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main, Ctrl-C ends it without a traceback
 
 import argparse
+import itertools
 import random
 import struct
 import sys
@@ -38,6 +39,7 @@ from minllama.system.encodings import as_utf8, check_encoding
 from minllama.system.errors import UsageError
 from minllama.system.files import atomic_write
 from minllama.system.unpacking import COMPRESSED_SUFFIXES
+from minllama.text.dialogues import holds_dialogues, read_dialogues
 from minllama.text.documents import Block, read_documents
 from minllama.text.find_files import download_hint, find_text_files
 from minllama.text.reading import READ_BYTES, Reading
@@ -211,9 +213,9 @@ def train_vocabulary(
     a tokenizer.json. `vocab_size` and `character_coverage` are by default what suits the text (see
     `fit_vocabulary`); "chars" is one token for every character. `symbols` are one token wherever
     they stand. The same inputs and options give the same bytes: the file holds no path and no date.
-    At most `max_bytes` of text are used, sampled evenly. Raises UsageError, naming the largest (or
-    the smallest) size that works, when `vocab_size` does not fit the corpus, and what `check_stop`
-    raises, which is called several times a second.
+    Of dialogues it is all that is said. At most `max_bytes` of text are used, sampled evenly.
+    Raises UsageError, naming the largest (or the smallest) size that works, when `vocab_size` does
+    not fit the corpus, and what `check_stop` raises, which is called several times a second.
     """
     wanted = Wanted(kind, vocab_size, character_coverage, symbols)
     wanted.check()
@@ -239,7 +241,7 @@ def _sample(
     rng, kept = random.Random(0), []
     room = max_bytes * 5 // 4  # ends the sampling where a .gz unpacks to more than was estimated
     for path in inputs:
-        for sentence in cut(read_documents(path, reading)):
+        for sentence in cut(_documents(path, reading)):
             if share < 1 and rng.random() >= share:
                 continue
             room -= len(sentence.encode())
@@ -247,6 +249,16 @@ def _sample(
                 return kept
             kept.append(sentence)
     return kept
+
+
+def _documents(path: Path, reading: Reading) -> Iterator[Block]:
+    """The documents of a file; where it holds dialogues, each as one."""
+    if not holds_dialogues(path, reading):
+        yield from read_documents(path, reading)
+        return
+    for dialogue in read_dialogues(path, reading):
+        said = [dialogue.system, *itertools.chain.from_iterable(dialogue.exchanges)]
+        yield Block("\n".join(filter(None, said)), True)
 
 
 def _lines(blocks: Iterable[Block]) -> Iterator[str]:
@@ -336,7 +348,9 @@ def _build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="tokenizer.py", description="Train or export a vocabulary.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
     train = commands.add_parser("train", help="train a vocabulary on text")
-    train.add_argument("--input", nargs="+", required=True, help="text files, folders, globs")
+    train.add_argument(
+        "--input", nargs="+", required=True, help="texts or dialogues: files, folders, globs"
+    )
     train.add_argument("--output", type=read_path, required=True, help="the model file to write")
     train.add_argument(
         "--kind",

@@ -63,7 +63,8 @@ def command(line: str | list[str], *, stop: StopRequest | None = None) -> Done:
         # A timed product of matrices, and a text at the end of every run, are of no use here.
         mock.patch.object(loop, "peak_flops", lambda device, dtype: 1e9),
         mock.patch.object(pretraining, "sample_text", sample_text),
-        mock.patch.object(pretraining, "measure_copies", lambda *_: NO_COPIES),
+        mock.patch.object(pretraining, "measure_copies", lambda *_: (NO_COPIES, [])),
+        mock.patch.object(pretraining, "measure_repeats", lambda *_: []),
     ):
         status = run_llama.main(parse_options(words), stop)
     return Done(status, out.getvalue(), error.getvalue())

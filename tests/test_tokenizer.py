@@ -22,7 +22,7 @@ from config import LlamaConfig
 from llama import Llama
 from minllama.system.errors import Interrupted, UsageError
 from minllama.text.reading import Reading
-from minllama.vocabulary.lost import count_lost
+from minllama.vocabulary.lost import Lost, count_lost
 from minllama.vocabulary.sentence_piece import SPACE
 from tokenizer import (
     Tokenizer,
@@ -152,6 +152,14 @@ def test_what_a_vocabulary_loses_is_counted() -> None:
     assert "do not compare" in line and lost.spoils_bits_per_byte
     lost = count_lost(vocabulary("nfkc").vocabulary, ["\ufb01t"])
     assert lost.unknown == 0 and lost.lost == Counter("\ufb01") and lost.spoils_bits_per_byte
+    (line,) = lost.lines()
+    assert line.startswith("warning: the vocabulary loses some of the text: 1 of 2 characters")
+    assert "<unk>" not in line, "of which there are 0.0 %"
+    lost = count_lost(vocabulary("nfkc").vocabulary, ["\ufb01t" + "a cat sat " * 1000])
+    assert lost.lines()[0].startswith("note: ")
+    few = Lost(10_000, 2, 40_000, Counter({"x": 3}))
+    assert few.lines()[0].startswith("note: ")
+    assert "text: 2 of its tokens are <unk>" in few.lines()[0]
     lost = count_lost(vocabulary("embedded").vocabulary, [f"{SPACE}\u2582\u2583"])
     assert "U+2581" in "".join(lost.lines()) and not lost.spoils_bits_per_byte
 
@@ -253,6 +261,35 @@ def test_training_reads_what_is_asked(tmp_path: Path) -> None:
     many.write_text("\n".join(corpus_lines() * 20), encoding="utf-8")
     train_vocabulary([many], tmp_path / "c.model", vocab_size=400, max_bytes=20_000)
     assert Tokenizer(tokenizer_model=tmp_path / "c.model").n_words == 400
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte-bpe"])
+def test_a_vocabulary_is_trained_on_dialogues(kind: str, tmp_path: Path) -> None:
+    """The file that --option finetune reads was refused for a chat's vocabulary: no field 'text'.
+
+    It is the vocabulary of all that is said in it, in whatever form.
+    """
+    if kind == "byte-bpe":
+        pytest.importorskip("tokenizers")
+    lines, plain = [], []
+    for number, line in enumerate(corpus_lines()):
+        question, answer = line[: len(line) // 2].strip() or "a", line[len(line) // 2 :].strip()
+        answer = answer or "b"
+        turns = [{"role": "system", "content": "Be short."}]
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        record = {"messages": turns} if number % 2 else {"prompt": question, "response": answer}
+        lines.append(json.dumps(record))
+        plain.append("\n".join([*["Be short."] * (number % 2), question, answer]))
+    (tmp_path / "chat.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    texts = "\n".join(json.dumps({"text": text}) for text in plain)
+    (tmp_path / "text.jsonl").write_text(texts, encoding="utf-8")
+    for name in ("chat", "text"):
+        output = tmp_path / f"{name}.json"
+        train_vocabulary([tmp_path / f"{name}.jsonl"], output, vocab_size=400, kind=kind)
+    assert (tmp_path / "chat.json").read_bytes() == (tmp_path / "text.json").read_bytes()
+    (tmp_path / "chat.jsonl").write_text(f"{lines[0]}\n{{}}\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="chat.jsonl:2"):
+        train_vocabulary([tmp_path / "chat.jsonl"], tmp_path / "bad", vocab_size=400, kind=kind)
 
 
 # ---------------------------------------------------------------------------- export

@@ -292,6 +292,22 @@ def quoted(*words: str | Path) -> str:
     return " ".join(shlex.quote(word) if word.isprintable() else _in_octal(word) for word in plain)
 
 
+def launch_command(
+    script: str | Path, *words: str | Path, processes: int = 1, machines: int = 1
+) -> str:
+    """A command that starts a script of this program, several processes of it with torchrun.
+
+    Of several machines it is typed on each; HOST is for the user to fill in.
+    """
+    launcher = ["python"]
+    if machines > 1:
+        launcher = ["torchrun", f"--nnodes={machines}", f"--nproc_per_node={processes // machines}"]
+        launcher += ["--rdzv_backend=c10d", "--rdzv_endpoint=HOST:29400"]
+    elif processes > 1:
+        launcher = ["torchrun", "--standalone", f"--nproc_per_node={processes}"]
+    return quoted(*launcher, script, *words)
+
+
 def _in_octal(word: str) -> str:
     """A word in which control characters and bytes are octal, as bash and zsh read it."""
 

@@ -20,7 +20,10 @@ from minllama.cli.command_line import for_drawing, printable
 
 REFRESH_SECONDS, LOG_SECONDS = 0.2, 60  # between updates of a bar: on a terminal, in a log
 NARROW = 48  # columns: a narrower bar has no room for words
-EVALUATED = ("val_loss", "val_perplexity", "bits_per_byte", "dev_accuracy", "dev_f1")
+EVALUATED = (
+    *("val_loss", "val_perplexity", "bits_per_byte", "old_val_loss", "old_val_perplexity"),
+    *("dev_accuracy", "dev_f1"),
+)
 
 
 class LogLines:

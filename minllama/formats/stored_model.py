@@ -81,12 +81,14 @@ class StoredModel(NamedTuple):
             raise UsageError(f"{path}: says that embedding and output are tied, but they differ")
         return self._replace(weights=weights)
 
-    def check_read_back(self, path: Path, want: dict[str, Tensor]) -> None:
-        """UsageError unless the tensors, which were read back from `path`, are exactly these."""
+    def check_read_back(
+        self, path: Path, want: dict[str, Tensor], *, outcome: str = "; nothing written"
+    ) -> None:
+        """UsageError, with what comes of it, unless the tensors read back from `path` are these."""
         for name, tensor in want.items():
             bits = self.weights[name].float().view(torch.int32)  # so that NaN equals itself
             if not torch.equal(bits, tensor.view(torch.int32)):
-                raise UsageError(f"self-check: {name} read back from {path} differs")
+                raise UsageError(f"self-check: {name} read back from {path} differs{outcome}")
 
 
 class Contents(NamedTuple):

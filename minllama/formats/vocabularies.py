@@ -32,7 +32,7 @@ def check_same_ids(tokenizer: Tokenizer, encode: Callable[[str], list[int]], nam
     texts = [text for s in symbols for text in (s, f"a{s}b", f" {s} {s[:-1]}{s}\n{s}{s}")]
     for text in SAMPLES + texts:
         if encode(text) != tokenizer.vocabulary.encode(text):
-            raise UsageError(f"self-check: {name} gives other ids for {text!r}")
+            raise UsageError(f"self-check: {name} gives other ids for {text!r}; nothing written")
 
 
 def require_exportable(tokenizer: Tokenizer) -> None:

@@ -6,5 +6,6 @@ Knows nothing of training.
     streaming     text shown as its tokens come
     conversation  questions and answers in the terminal
     evaluation    bits per byte; minimal pairs
+    repeating    whether a model repeats itself, and what helps
     copying       what of it stands in a text word for word
 """

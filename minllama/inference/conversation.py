@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from config import DATA_DIR
-from minllama.cli.command_line import number_reader, printable, quoted
+from minllama.cli.command_line import launch_command, number_reader, printable
 from minllama.inference.streaming import Continuation, Writer
 from minllama.system.files import write_text
 from minllama.system.signals import StopRequest
@@ -37,12 +37,12 @@ def converse(writer: Writer, temperature: float) -> int:
     if writer.template is not None:
         return Conversation(writer, temperature).run()
     train = DATA_DIR / "chat-train.jsonl"
-    words = ["python", sys.argv[0], "--option", "finetune"]
+    words = ["--option", "finetune"]
     if "pretrained_model_path" in writer.options.given:
         words += ["--pretrained_model_path", writer.options.pretrained_model_path]
     here = Path.cwd()
     words += ["--train", train.relative_to(here) if train.is_relative_to(here) else train]
-    print(f"This model continues texts. To converse: {quoted(*words)}")
+    print(f"This model continues texts. To converse: {launch_command(sys.argv[0], *words)}")
     typed = TypedLines()
     for line in typed:
         with StopRequest(silent=True).listening() as stop:

@@ -32,11 +32,12 @@ SAMPLES, OPENING, WRITTEN = 20, 16, 64  # texts; tokens of their openings, and w
 HELD_OUT_PARTS, HELD_OUT_TOKENS = 32, 1 << 17  # of the text that gives the base rate
 # Measured on two CPU cores: tokens looked at in a second, and seconds to write, for each parameter.
 LOOKED_AT_PER_SECOND, SECONDS_PER_PARAMETER, SECONDS = 4e6, 1.2e-7, 0.5
+WRITINGS = 3  # of so many texts after a run, at most: `repeating` has two more
 
 
 def copying_seconds(parameters: int, tokens: int) -> float:
-    """About how long `measure_copies` takes."""
-    return SECONDS + SECONDS_PER_PARAMETER * parameters + tokens / LOOKED_AT_PER_SECOND
+    """About how long `measure_copies` takes, and `measure_repeats` after it."""
+    return SECONDS + WRITINGS * SECONDS_PER_PARAMETER * parameters + tokens / LOOKED_AT_PER_SECOND
 
 
 def most_looked_at(minutes: float | None) -> int | None:
@@ -102,21 +103,40 @@ def measure_copies(
     original: Original,
     held_out: TokenStream | None,
     check_stop: Callable[[], None] = lambda: None,
-) -> Copies:
+) -> tuple[Copies, list[Words]]:
     """How much the model copies after openings of held-out text, beside that text itself.
 
-    Without any it writes documents from their beginning. Raises what `check_stop` raises.
+    And the texts that it wrote. Raises what `check_stop` raises.
     """
+    sampling = Sampling(PROMPT_TEMPERATURE)
+    texts = write_texts(model, tokenizer, original, held_out, sampling, check_stop)
+    base = held_out_words(held_out, original)
+    return original.search(texts, base, check_stop)[1], texts
+
+
+def write_texts(
+    model: Llama,
+    tokenizer: Tokenizer,
+    original: Original,
+    held_out: TokenStream | None,
+    sampling: Sampling,
+    check_stop: Callable[[], None],
+) -> list[Words]:
+    """What the model writes after openings of held-out text, else from a document's beginning."""
     openings = [[tokenizer.bos_id]] * SAMPLES
-    base: list[Words] = []
     if held_out is not None:
         openings = find_openings(held_out, tokenizer, model.config.max_seq_len)
-        stream = spread_out(held_out)
-        parts = parts_of(stream, original.spelling, spaced=original.spaced)
-        base = [part.words for part in parts]
     end_ids = tokenizer.vocabulary.end_ids
-    texts = write_after(openings, model, original, end_ids, check_stop)
-    return original.search([original.words(text) for text in texts], base, check_stop)[1]
+    texts = write_after(openings, model, original, sampling, end_ids, check_stop)
+    return [original.words(text) for text in texts]
+
+
+def held_out_words(held_out: TokenStream | None, original: Original) -> list[Words]:
+    """The words of a held-out text, or of a long one's parts from all over it."""
+    if held_out is None:
+        return []
+    parts = parts_of(spread_out(held_out), original.spelling, spaced=original.spaced)
+    return [part.words for part in parts]
 
 
 def find_openings(held_out: TokenStream, tokenizer: Tokenizer, context: int) -> list[list[int]]:
@@ -147,6 +167,7 @@ def write_after(
     openings: list[list[int]],
     model: Llama,
     original: Original,
+    sampling: Sampling,
     end_ids: list[int],
     check_stop: Callable[[], None],
 ) -> list[bytes]:
@@ -158,7 +179,7 @@ def write_after(
         model,
         openings,
         max_new_tokens=min(WRITTEN, max(1, model.config.max_seq_len - longest)),
-        sampling=Sampling(PROMPT_TEMPERATURE),
+        sampling=sampling,
         seeds=list(range(len(openings))),
         stop_ids=end_ids,
     ):

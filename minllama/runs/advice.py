@@ -80,8 +80,7 @@ def advise(outcome: Outcome, *, rose: bool) -> list[str]:
         f"{outcome.tokens / outcome.parameters:.3g} for each of its parameters; "
         f"{losses} at the end",
         f"what would help most: {find_remedy(outcome, rose=rose)[1]}",
-        "where it repeats itself or makes no sense: --temperature and --top_p (lower: safer, "
-        "higher: more varied), --repetition_penalty 1.1",
+        "where it makes no sense: --temperature and --top_p (lower: safer, higher: more varied)",
     ]
 
 

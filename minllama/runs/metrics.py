@@ -23,7 +23,8 @@ from minllama.system.files import open_regular
 from minllama.text.copies import Copies
 
 LINE_BYTES = 1 << 20  # read at once; a record's line is shorter
-FIGURES = ("step", "loss", "val_loss", "val_perplexity", "elapsed")  # the program computes with
+# That the program computes with.
+FIGURES = ("step", "loss", "val_loss", "val_perplexity", "old_val_loss", "elapsed")
 REWRITE_SECONDS = 10  # between two writings of the page, which take at most 1 % of the time
 RELOAD_SECONDS = 15  # of the page in a browser
 # By the names that other programs give them.
@@ -32,6 +33,8 @@ BOARD_NAMES = {
     "grad_norm": "train/grad_norm",
     "val_loss": "val/loss",
     "val_perplexity": "val/perplexity",
+    "old_val_loss": "val/loss_of_old_text",
+    "old_val_perplexity": "val/perplexity_of_old_text",
     "bits_per_byte": "val/bits_per_byte",
     "dev_accuracy": "dev/accuracy",
     "dev_f1": "dev/f1",

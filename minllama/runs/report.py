@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from config import FLAGS
-from minllama.cli.command_line import printable, quoted
+from minllama.cli.command_line import launch_command, printable
 from minllama.cli.console import EVALUATED, by_source
-from minllama.runs.run_folder import Findings, RunFolder
+from minllama.runs.run_folder import Findings, RunFolder, launch_of
 from minllama.system.files import write_text
 from minllama.text.copies import Copies
 
@@ -141,7 +141,7 @@ def describe_run(
         if flag in options and options.get("option") in field.metadata["read_by"]
     }
     typed = [names for start in starts if isinstance(names := start.get("typed"), list)]
-    command = environment.get("command")
+    words = environment.get("command")
     return {
         "name": printable(name),
         **curves.to_plain(),
@@ -154,7 +154,11 @@ def describe_run(
         "choices": [(flag, value) for flag, (value, _) in choices.items()],
         "typed": [flag for flag in choices if any(flag[2:] in names for names in typed)],
         "changed": [flag for flag, (value, default) in choices.items() if value != default],
-        "command": quoted("python", *map(str, command)) if isinstance(command, list) else "",
+        "command": (
+            launch_command(*map(str, words), **launch_of(start))
+            if isinstance(words, list) and words
+            else ""
+        ),
         "environment": [
             (key.replace("_", " "), plain_text(value))
             for key, value in (environment | {k: start.get(k) for k in ENVIRONMENT}).items()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from config import FLAGS, READERS
+from minllama.cli.command_line import launch_command
 from minllama.cli.config_file import recorded_words
 from minllama.formats.pt_file import STATE_FILE
 from minllama.machine.ranks import Ranks
@@ -66,6 +67,12 @@ def files_written(options: dict[str, Any]) -> list[str]:
     """Those of RUN_FILES that a run with these options writes."""
     names = [name for name in RUN_FILES if name not in EARLIER_FILES]
     return [name for name in names if options.get(WRITTEN_WITH.get(name), True)]
+
+
+def launch_of(start: dict[str, Any]) -> dict[str, int]:
+    """How many processes and machines a start in run.json was of; 1 of what it does not say."""
+    counts = {name: start.get(name) for name in ("processes", "machines")}
+    return {name: count if type(count) is int else 1 for name, count in counts.items()}
 
 
 def _is_table(rows: Any) -> bool:
@@ -304,6 +311,13 @@ class RunFolder:
         words = recorded_words(stored, fields, where=str(self.file("run.json")))
         folder = self.path.parent / f"{Path(real_path(self.path)).name}-again"  # "." has no name
         return ["--option", option, "--save_dir", str(folder), *words]
+
+    def repeating_command(
+        self, script: str | Path, changes: dict[str, Any] | None = None
+    ) -> str | None:
+        """The command of `repeating_words`, by as many processes as the run was; None without."""
+        words, start = self.repeating_words(changes), next(iter(self.starts()), {})
+        return launch_command(script, *words, **launch_of(start)) if words else None
 
     # ------------------------------------------------------------------------ checkpoints
 

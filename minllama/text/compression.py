@@ -8,7 +8,8 @@ import lzma
 from minllama.text.spelling import Spelling
 from utils import PretrainDataset
 
-MOST_BYTES = 1 << 19  # of a text; xz takes half a second for them
+MOST_BYTES = 1 << 19  # of a text
+SECONDS_PER_BYTE = 1e-6  # of both, on a core
 COMPRESSORS = {
     "gzip": lambda text: gzip.compress(text, compresslevel=9, mtime=0),
     "xz": lzma.compress,  # preset 6, as the command
@@ -20,6 +21,12 @@ def compressed_bits(text: bytes) -> dict[str, float]:
     if not text:
         raise ValueError("an empty text has no bits per byte")
     return {name: 8 * len(pack(text)) / len(text) for name, pack in COMPRESSORS.items()}
+
+
+def compressing_seconds(dataset: PretrainDataset | None) -> float:
+    """About how long `compare_with_compressors` takes."""
+    size = (dataset.utf8_bytes or 0) if dataset else 0
+    return SECONDS_PER_BYTE * min(MOST_BYTES, size)
 
 
 def text_of(dataset: PretrainDataset, most: int = MOST_BYTES) -> bytes:

@@ -249,9 +249,8 @@ class Copies:
     def lines(self, of_what: str) -> list[str]:
         """The same, for the terminal."""
         name = "word" if self.unit == "words" else "character"
-        head = f"copies       of {of_what}, what stands in the text {name} for {name}:"
-        if self.unit == "characters":
-            head += " (its script has no spaces)"
+        script = " (its script has no spaces)" if self.unit == "characters" else ""
+        head = f"copies       of {of_what}, what stands in the text {name} for {name}{script}:"
         return [head, *(f"             {name}: {text}" for name, text in self.rows())]
 
     def to_plain(self) -> dict[str, Any]:

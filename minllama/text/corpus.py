@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from config import DATA_DIR, MAX_CONTEXT, Options, fingerprint
-from minllama.cli.command_line import quoted
+from minllama.cli.command_line import launch_command, quoted
 from minllama.cli.console import say
 from minllama.machine.ranks import Ranks
 from minllama.system.errors import UsageError
@@ -22,8 +22,18 @@ from minllama.system.files import real_path
 from minllama.system.kinds import HEAD_BYTES, is_html
 from minllama.system.peek import has_records
 from minllama.system.signals import StopRequest
-from minllama.text.documents import first_words, sample_texts, seen_separator
-from minllama.text.duplicates import drop_duplicates, report_duplicates, report_near_copies
+from minllama.text.documents import (
+    REST_OF_MARK,
+    first_words,
+    sample_texts,
+    seen_separator,
+)
+from minllama.text.duplicates import (
+    drop_duplicates,
+    first_occurrences,
+    report_duplicates,
+    report_near_copies,
+)
 from minllama.text.find_files import SHOWN_FILES, find_text_files, is_text_name
 from minllama.text.labelled import is_labelled
 from minllama.text.reading import BLANK_LINE, Reading, encoding_line, read_blocks
@@ -33,7 +43,7 @@ from minllama.text.sources import (
     split_sources,
     tokens_by_source,
 )
-from minllama.text.stream import split_documents, whole_stream
+from minllama.text.stream import TokenStream, split_documents, whole_stream
 from minllama.text.token_cache import TokenCache, build_or_load
 from minllama.vocabulary.lost import count_lost
 from tokenizer import Tokenizer
@@ -90,7 +100,10 @@ class Texts:
         ids = stream.read(0, min(len(stream), OPENING_TOKENS)).tolist()
         start = int(ids[:1] == [tokenizer.bos_id])
         document = itertools.takewhile(lambda token: token not in marks, ids[start:])
-        return first_words(tokenizer.decode(document).rstrip("\ufffd"))
+        text = tokenizer.decode(document).rstrip("\ufffd")
+        if not start:  # within a document, and perhaps within a marker in it
+            text = REST_OF_MARK.sub("", text)
+        return first_words(text, [*tokenizer.vocabulary.added_tokens])
 
 
 def find_texts(options: Options) -> TextFiles:
@@ -182,13 +195,10 @@ def load_texts(
     share = tokenizer.byte_fallback_share(cache.tokens[:SAMPLED_TOKENS])
     print_byte_share(share, files.train, model=options.pretrained_model_path)
     say(*count_lost(tokenizer.vocabulary, sample_texts(files.train, files.reading)).lines())
-    sources = val_sources = {}
-    if documents:
-        train, sources, val, val_sources = split_sources(cache, documents, val_fraction, length)
-    else:
-        train, val = split_documents(cache, val_fraction, chunk_length=length, chosen=chosen)
-        if val is None and val_fraction:
-            say("no validation: the text is too short to hold some of it out; --val_data FILE")
+    split = _split(cache, documents, chosen, val_fraction, length)
+    train, sources, val, val_sources = split
+    if val is None and val_fraction:
+        say("no validation: the text is too short to hold some of it out; --val_data FILE")
     if val_cache is not None:
         val, val_sources = whole_stream(val_cache), tokens_by_source(val_cache, files.val_sources)
     if chosen is None:
@@ -208,6 +218,50 @@ def load_texts(
     val_set = None if val is None else cut(val, sources=val_sources)
     train_set = cut(train, sources=sources)
     return Texts(train_set, val_set, tokenizer, length, key, cache, files.train)
+
+
+def load_held_out(
+    options: Options, files: TextFiles, tokenizer: Tokenizer, *, stop: StopRequest
+) -> PretrainDataset | None:
+    """What an earlier run of these options, its --max_seq_len among them, held out of its text.
+
+    By its token cache, which is made again where it is gone. Raises UsageError.
+    """
+    load = functools.partial(
+        build_or_load,
+        tokenizer=tokenizer,
+        reading=files.reading,
+        cache_dir=options.cache_dir,
+        check_stop=stop.check,
+    )
+    length = options.max_seq_len
+    if files.val:
+        cache = load(files.val)
+        val, sources = whole_stream(cache), tokens_by_source(cache, files.val_sources)
+    else:
+        cache = load(files.train)
+        first = first_occurrences(cache.fingerprints)
+        chosen = first == np.arange(len(first)) if options.dedup else None
+        documents = documents_by_source(cache, files.sources, chosen)
+        *_, val, sources = _split(cache, documents, chosen, options.val_fraction, length)
+    if val is None:
+        return None
+    val_set = PretrainDataset(val, length, tokenizer=tokenizer, sources=sources)
+    return val_set.cut(length, options.val_tokens)
+
+
+def _split(
+    cache: TokenCache,
+    documents: dict[str, np.ndarray],
+    chosen: np.ndarray | None,
+    val_fraction: float,
+    length: int,
+) -> tuple[TokenStream, dict[str, int], TokenStream | None, dict[str, int]]:
+    """The text to train on and what is held out of it, each with the tokens of its sources."""
+    if documents:
+        return split_sources(cache, documents, val_fraction, length)
+    train, val = split_documents(cache, val_fraction, chunk_length=length, chosen=chosen)
+    return train, {}, val, {}
 
 
 def fit_context(options: Options, tokens: int, longest: int) -> int:
@@ -294,7 +348,7 @@ def print_byte_share(share: float, files: Sequence[Path], model: Path | None) ->
             f"warning: {share:.0%} of the text is encoded byte by byte, since the vocabulary has "
             "no pieces for its characters: the model would learn slowly and see little at a time. "
             "Train a vocabulary on the text, then name it with --tokenizer_model my.model:\n"
-            f"  {quoted('python', 'tokenizer.py', 'train', *train)}"
+            f"  {launch_command('tokenizer.py', 'train', *train)}"
         )
     elif share >= SOME:
         print(f"byte pieces  {share:.1%} of the text: characters that the vocabulary lacks")

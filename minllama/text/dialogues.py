@@ -120,6 +120,12 @@ def read_dialogues(
     intake.check(path)
 
 
+def holds_dialogues(path: Path, reading: Reading) -> bool:
+    """Whether a file's first record is a dialogue, and has no text of its own."""
+    names = first_object(path).keys()
+    return reading.text_field not in names and any(form.fields <= names for form in FORMS)
+
+
 def _columns(path: Path) -> set[str] | None:
     """The columns of a table that forms have; UsageError where none fits.
 

@@ -23,6 +23,7 @@ SAMPLED_FILES, SAMPLED_CHARS = 10, 1 << 18  # on which a vocabulary is tried
 SPECIAL = re.compile(r"<\|[\w-]{1,30}\|>|</s>|<eos>|<EOS>|<endoftext>|\[SEP\]")
 RULE = re.compile(r"^(?:-{3,}|={3,}|\*{3,}|#{3,}|~{3,}|%)$", re.MULTILINE)
 GAP = re.compile(r"\n(?:[^\S\n]*\n)+")
+REST_OF_MARK = re.compile(r"\A[/|\w-]{0,32}>")  # of a text that was cut inside it
 LEAST_MARKS, LEAST_GAPS = 3, 10  # fewer may be chance
 
 
@@ -158,9 +159,16 @@ def sample_texts(files: Sequence[Path], reading: Reading) -> Iterator[str]:
                 break
 
 
-def first_words(text: str) -> str:
-    """How a text begins: four words of it, or a few characters where words have no spaces."""
+def first_words(text: str, markers: Sequence[str] = ()) -> str:
+    """How a text begins: four words of it, or a few characters where words have no spaces.
+
+    It ends in none of the `markers`, nor in what looks like one.
+    """
     words = text.split()
     if len(words) >= 8:
         return " ".join(words[:4])
-    return text.strip()[: min(8, len(text) // 2)].strip()
+    text, end = text.strip(), min(8, len(text) // 2)
+    for mark in re.finditer("|".join([*map(re.escape, markers), SPECIAL.pattern]), text):
+        if mark.start() < end < mark.end():
+            end = mark.start() or mark.end()
+    return text[:end].strip()

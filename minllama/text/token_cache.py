@@ -214,8 +214,7 @@ def build_or_load(
     folder that cannot be written.
     """
     signature = text_signature(files, reading, tokenizer)
-    # Named by the place of the text, not its content: changed text replaces its old cache.
-    path = cache_dir / f"{place_name(files, reading, tokenizer.fingerprint)}.tokens"
+    path = cache_path(files, tokenizer, reading, cache_dir)
 
     def load() -> TokenCache:
         return TokenCache(path, signature=signature, verify=not is_verified, check_stop=check_stop)
@@ -252,6 +251,26 @@ def build_or_load(
                 cache = TokenCache(path, verify=False)
                 cache.rebuilt_because = str(reason)
     return cache
+
+
+def is_cached(
+    files: Sequence[Path], tokenizer: Tokenizer, reading: Reading, cache_dir: Path
+) -> bool:
+    """Whether `build_or_load` would find a cache, by its header; raises UsageError for no file."""
+    with contextlib.suppress(BadCache):
+        signature = text_signature(files, reading, tokenizer)
+        TokenCache(
+            cache_path(files, tokenizer, reading, cache_dir), signature=signature, verify=False
+        )
+        return True
+    return False
+
+
+def cache_path(
+    files: Sequence[Path], tokenizer: Tokenizer, reading: Reading, cache_dir: Path
+) -> Path:
+    """Where the cache is: named by the text's place, so that changed text replaces its old one."""
+    return cache_dir / f"{place_name(files, reading, tokenizer.fingerprint)}.tokens"
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ The floor above all others: nothing of this package imports from it.
     identity        what a resumed run must share with its first one
     task            what a task is; predicting next tokens
     pretraining     the task on text
+    old_text        what a model was trained on before: whether it forgets it
     classification  the task on labelled sentences; a classifier's predictions
     chat_tuning     the task on dialogues
     fitting         shape, batch and schedule for --minutes

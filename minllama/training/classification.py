@@ -37,7 +37,7 @@ from minllama.text.labelled import (
 from minllama.text.reading import Reading
 from minllama.text.splits import SplitFiles
 from minllama.training.identity import LABELLED, SENTENCES_HELD_OUT
-from minllama.training.results import WHAT_NEXT, print_best, print_results
+from minllama.training.results import NEW_SENTENCES, WHAT_NEXT, print_best, print_results
 from minllama.training.run import Run
 from minllama.training.task import Batch, Task, trained_sizes
 from tokenizer import Tokenizer
@@ -269,9 +269,11 @@ class Classification(Task):
             run.ranks.on_main(
                 functools.partial(write_result, files.mapping, text, "labels", keep=True)
             )
-        test: list[str | Path] = ["--test", files.paths.get("dev") or files.paths["train"]]
+        # Never on --train, of which it has learnt the answers.
+        known = files.paths.get("test") or files.paths.get("dev")
+        test: list[str | Path] = ["--test", known or NEW_SENTENCES]
         for name in ("text_field", "label_field"):  # of a table, whose columns have own names
-            if getattr(run.options, name) != getattr(Reading, name):
+            if known and getattr(run.options, name) != getattr(Reading, name):
                 test += [f"--{name}", getattr(run.options, name)]
         findings[WHAT_NEXT] = print_results(run.folder, best, "prompt", test=test)
         run.ranks.on_main(lambda: add_findings(run.folder, findings, last_step=run.last_step))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from config import FLAGS, READERS, READING_FLAGS, Options
-from minllama.cli.command_line import quoted
+from minllama.cli.command_line import launch_command
 from minllama.cli.config_file import recorded_words
 from minllama.formats.find_model import pretraining_result
 from minllama.machine.ranks import Ranks
@@ -44,7 +44,12 @@ TRAINED_ON_WITH = {*TEXT_FLAGS, *LABELLED_FLAGS, "document_mask", "cache_dir", "
 
 
 def check_identity(
-    checkpoint: dict[str, Any], identity: dict[str, Any], *, options: Options, folder: RunFolder
+    checkpoint: dict[str, Any],
+    identity: dict[str, Any],
+    *,
+    options: Options,
+    folder: RunFolder,
+    ranks: Ranks,
 ) -> None:
     """Raise UsageError, a line for each thing in which a run differs from its checkpoint.
 
@@ -58,7 +63,7 @@ def check_identity(
         problems.append(
             f"{_describe_change(checkpoint, identity, options)}: a run is resumed with the data "
             "that it was started with. This trains its model on with what there is now: "
-            f"{command_to_train_on(options, folder)}"
+            f"{command_to_train_on(options, folder, ranks)}"
         )
     for name, value in identity.items():
         before = earlier.get(name, EARLIER_DEFAULTS.get(name))
@@ -98,7 +103,7 @@ def _as_typed(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def command_to_train_on(options: Options, folder: RunFolder) -> str:
+def command_to_train_on(options: Options, folder: RunFolder, ranks: Ranks) -> str:
     """The command that trains a run's model on, with the data of `options`, in a new folder."""
     models = [folder.file(name) for name in ("best-model.pt", "final-model.pt")]
     models += [path for path in folder.checkpoints() if path.is_file()]
@@ -115,7 +120,8 @@ def command_to_train_on(options: Options, folder: RunFolder) -> str:
     names = (folder.path.parent / f"{name}-{number}" for number in itertools.count(2))
     words += ["--save_dir", str(next(path for path in names if not path.exists()))]
     start = ["--option", options.option, "--pretrained_model_path", str(model)]
-    return quoted("python", sys.argv[0], *start, *words)
+    launch = {"processes": ranks.world_size, "machines": ranks.nodes}
+    return launch_command(sys.argv[0], *start, *words, **launch)
 
 
 def check_ranks_agree(identity: dict[str, Any], ranks: Ranks) -> None:

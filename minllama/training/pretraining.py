@@ -16,19 +16,19 @@ from torch import Tensor
 
 from config import MAX_CONTEXT, LlamaConfig, Options
 from llama import Llama, load_pretrained
-from minllama.cli.command_line import quoted
 from minllama.cli.console import say
 from minllama.formats.find_model import STARTING_WEIGHTS, Start, find_start_model
 from minllama.formats.model_file import read_model
 from minllama.formats.pt_model import read_vocabulary
 from minllama.inference.copying import Original, measure_copies, most_looked_at
 from minllama.inference.evaluation import perplexity
+from minllama.inference.repeating import measure_repeats, repeat_line
 from minllama.inference.streaming import sample_text
 from minllama.machine.gpus import GPUS
 from minllama.machine.ranks import Ranks
 from minllama.machine.sharding import is_sharded, load_state
 from minllama.runs.advice import MORE_TEXT, Outcome, advise, find_remedy, remedied
-from minllama.runs.metrics import add_findings, read_records
+from minllama.runs.metrics import add_findings, finite_or_none, read_records
 from minllama.runs.plan import Cluster, PlannedSource, TrainingPlan, warn_of_plan
 from minllama.runs.run_folder import Findings
 from minllama.system.errors import RunFailed, UsageError
@@ -39,9 +39,18 @@ from minllama.text.corpus import Texts, find_texts, load_texts
 from minllama.text.vocabulary import choose_vocabulary
 from minllama.training.fitting import TIMED_CONTEXT, fit_to_time
 from minllama.training.identity import CHUNK_ORDER, DATA_WEIGHTS, TEXT, TEXT_TOKENS
+from minllama.training.old_text import (
+    HELD_OUT_KEY,
+    OLD_LOSS,
+    OLD_PERPLEXITY,
+    find_old_text,
+    held_out_key,
+    mixed_in,
+    verdict_on_old_text,
+)
 from minllama.training.results import WHAT_NEXT, print_results
 from minllama.training.run import Run
-from minllama.training.task import NextTokenTask
+from minllama.training.task import NextTokenTask, score_tokens
 from utils import ORDER_VERSION, Mixture, batch_indices, batch_positions
 
 RECENT_STEPS = 20  # whose mean is the training loss at the end
@@ -128,7 +137,8 @@ def check_read_back(path: Path, weights: dict[str, Tensor]) -> None:
     """Read a run's model as any later command does; RunFailed unless it has these weights."""
     try:
         stored = read_model(path)
-        stored.check_read_back(path, {name: tensor.float() for name, tensor in weights.items()})
+        want = {name: tensor.float() for name, tensor in weights.items()}
+        stored.check_read_back(path, want, outcome="")
     except UsageError as error:
         raise RunFailed(f"{error}; the same command with --resume auto writes it again") from None
 
@@ -146,10 +156,16 @@ class Pretraining(NextTokenTask):
         self.train_set, self.val_set = texts.train, texts.val
         self.opening, val = texts.opening(), texts.val
         self.held_out = val and f"{len(val.stream)} tokens, {val.utf8_bytes} bytes"
+        self.old_text = find_old_text(run, texts) if self.start else None
+        self.old_set = self.old_text and self.old_text.dataset(texts)
+        if self.old_set is not None:
+            tokens = f"{len(self.old_set.stream):,} tokens held out of {self.old_text.name}"
+            print(f"old text     {tokens} are measured, too: it may forget it")
         documents = texts.cache.document_bytes
         self.data = {
             "text": f"{documents.sum():,} bytes in {len(documents):,} documents",
             "held_out": val and f"{val.utf8_bytes:,} bytes",
+            HELD_OUT_KEY: held_out_key(val),
             "vocabulary": texts.tokenizer.fingerprint,
         }
         # A run that keeps to a time is evaluated at steps: its epochs may be seconds or hours.
@@ -192,9 +208,12 @@ class Pretraining(NextTokenTask):
         progress = self.run.progress
         if progress.step or progress.first is None or self.start is None:
             return None
+        old = ""
+        if progress.first_old is not None:
+            old = f"; of the old text val perplexity {perplexity(progress.first_old):,.4f}"
         return (
             f"before the first step: val loss {progress.first:.4f}, val perplexity "
-            f"{perplexity(progress.first):,.4f}"
+            f"{perplexity(progress.first):,.4f}{old}"
         )
 
     def sequences(self, epoch: int, index: int) -> np.ndarray:
@@ -211,6 +230,16 @@ class Pretraining(NextTokenTask):
         options = self.run.options
         whole = tokens.shape == (-(-options.pretrain_batch_size // self.split), options.max_seq_len)
         return (self.compiled if whole else self.parallel)(tokens, targets)[0]
+
+    def evaluate(self) -> dict[str, Any]:
+        metrics = super().evaluate()
+        if self.old_set is not None:
+            loss = score_tokens(self.next_token_loss, self.old_set, self.run).loss
+            metrics |= {OLD_LOSS: loss, OLD_PERPLEXITY: perplexity(loss)}
+            progress = self.run.progress
+            if progress.step == 0:
+                progress.first_old, progress.old_text = finite_or_none(loss), self.old_text.key
+        return metrics
 
     def sample(self) -> str | None:
         options, stop = self.run.options, self.run.stop
@@ -267,26 +296,33 @@ class Pretraining(NextTokenTask):
         print()
         say("a sample of what it writes:")
         print(f"{sample_text(model, self.texts.tokenizer, prompt)}\n")
-        copies = self.look_for_copies(model)
-        findings = self.print_summary(records, overfitted=overfitted, copies=copies)
+        copies, repeats = self.read_what_it_writes(model)
+        findings = self.print_summary(records, overfitted=overfitted, copies=copies) | repeats
         uses = print_results(folder, chosen, "generate", "finetune", prompt=self.opening)
-        findings.setdefault(WHAT_NEXT, []).extend(uses)
+        findings[WHAT_NEXT] = [*findings.pop(WHAT_NEXT, []), *uses]  # last
         add_findings(folder, findings, copies, last_step=run.last_step)
         if run.options.minutes is not None:
-            again = quoted("python", sys.argv[0], *folder.repeating_words())
             say("the same run again, by its steps instead of the clock:")
-            print(" ", again)
+            print(" ", folder.repeating_command(sys.argv[0]))
 
-    def look_for_copies(self, model: Llama) -> Copies | None:
-        """How much of its text the model writes word for word."""
+    def read_what_it_writes(self, model: Llama) -> tuple[Copies | None, Findings]:
+        """How much of its text the model writes word for word, and whether it repeats itself."""
         run, texts = self.run, self.texts
         if is_sharded(self.model):  # a model that large writes slowly on one process's CPU
-            return None
+            return None, {}
         stream, minutes = self.train_set.stream, run.options.minutes
         most = most_looked_at(minutes)
         original = Original(texts.cache, texts.files, stream, texts.tokenizer, most=most)
         held_out = self.val_set and self.val_set.stream
-        return measure_copies(model, texts.tokenizer, original, held_out, run.stop.check)
+        what = (model, texts.tokenizer, original, held_out)
+        copies, written = measure_copies(*what, run.stop.check)
+        after = " after held-out openings" if copies.held_out else ""
+        say(*copies.lines(f"20 texts that it wrote{after}"))
+        repeats = measure_repeats(*what, written, run.stop.check)
+        if not repeats:
+            return copies, {}
+        say(repeat_line(repeats, original.unit))
+        return copies, {f"does it repeat itself: 4 {original.unit} again in one text": repeats}
 
     def print_summary(
         self, records: Sequence[dict[str, Any]], *, overfitted: bool, copies: Copies | None
@@ -305,6 +341,7 @@ class Pretraining(NextTokenTask):
                 f"validation perplexity {perplexity(progress.first):,.1f} before training, "
                 f"{perplexity(progress.best):.2f} after {progress.best_step:,} steps{last}"
             )
+        findings |= self.say_what_became_of_old_text(overfitted=overfitted)
         bits = records[-1].get("bits_per_byte")
         if overfitted and bits:  # of the result, which is the best model: they go with the loss
             bits *= progress.best / val_loss
@@ -322,19 +359,34 @@ class Pretraining(NextTokenTask):
             copies=copies,
             is_timed=self.run.options.minutes is not None,
         )
-        if copies is not None:
-            after = " after held-out openings" if copies.held_out else ""
-            say(*copies.lines(f"20 texts that it wrote{after}"))
         advice = advise(outcome, rose=overfitted)
         say(*advice)
         remedy, _ = find_remedy(outcome, rose=overfitted)
         changes = remedied(remedy, self.run.options, self.config)
         findings[WHAT_NEXT] = [[*line.split(": ", 1)] for line in advice]
-        if changes and (words := self.run.folder.repeating_words(changes)):
-            name, command = "the same run with that", quoted("python", sys.argv[0], *words)
+        if changes and (again := self.run.folder.repeating_command(sys.argv[0], changes)):
+            name = "the same run with that"
             if "pretrain_data" in changes:
                 name += f" ({MORE_TEXT}: the text that you add)"
             say(f"{name}:")
-            print(" ", command)
-            findings[WHAT_NEXT].append([name, command])
+            print(" ", again)
+            findings[WHAT_NEXT].append([name, again])
         return findings
+
+    def say_what_became_of_old_text(self, *, overfitted: bool) -> Findings:
+        """Say whether the run's result forgets what it was trained on before; the same in rows."""
+        run, progress = self.run, self.run.progress
+        result = progress.best_step if overfitted else progress.step
+        records = read_records(run.folder.file("metrics.jsonl"))
+        now = next((r.get(OLD_LOSS) for r in records if r["step"] == result), None)
+        if self.old_text is None or None in (now, progress.first_old):
+            return {}
+        verdict, forgets = verdict_on_old_text(progress.first_old, now)
+        print(f"old text     its held-out part: {verdict}")
+        rows = [["held-out part", verdict]]
+        changes = mixed_in(self.old_text.options, run.options) if forgets else None
+        if changes and (again := run.folder.repeating_command(sys.argv[0], changes)):
+            name = "the same run with the old text mixed in"
+            print(f"{name}:\n  {again}")
+            rows.append([name, again])
+        return {"the old text": rows}

@@ -7,22 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from config import TYPED_ON_RESUME
-from minllama.cli.command_line import quoted
+from minllama.cli.command_line import launch_command
 from minllama.cli.console import human_size, say
 from minllama.runs.run_folder import FLAGS_OF_A_START, RunFolder
 from minllama.system.files import size_on_disk
 from minllama.training.run import Run
 
 WHAT_NEXT = "what next"  # of what was found, on the page
+# In a command: what its reader has to add.
+NEW_SENTENCES, OWN_SENTENCES = "SENTENCES.txt", "sentences that it was not trained on, one a line"
 
 
 def say_interrupted(run: Run) -> int:
     """Say what was saved and how to continue; returns the exit status."""
     options, ranks, step = run.options, run.ranks, run.progress.step
-    words = ["python", sys.argv[0], "--option", options.option]
-    if ranks.world_size > 1:
-        words[:1] = ["torchrun", "--standalone", f"--nproc_per_node={ranks.world_size}"]
-    words += ["--save_dir", str(run.folder.path), "--resume", "auto"]
+    words = ["--option", options.option, "--save_dir", str(run.folder.path), "--resume", "auto"]
     for name in sorted((options.given & TYPED_ON_RESUME) - FLAGS_OF_A_START):
         value = getattr(options, name)
         words += [f"--{name}", *([] if value is True else [str(value)])]
@@ -30,7 +29,7 @@ def say_interrupted(run: Run) -> int:
     how = "started as before, with --resume auto, it continues" if several else "continue with:"
     say(f"stopped after step {step:,}, and saved; {how}")
     if not several:
-        print(" ", quoted(*words))
+        print(" ", launch_command(sys.argv[0], *words, processes=ranks.world_size))
     return run.stop.exit_status
 
 
@@ -62,10 +61,13 @@ def print_results(
     say("next:")
     commands = []
     for option in options:
-        words = ["python", sys.argv[0], "--option", option, "--pretrained_model_path", model]
+        words = ["--option", option, "--pretrained_model_path", model]
         text = ["--interactive"] if prompt is None else ["--prompt", prompt]
         words += {"generate": text, "prompt": test}.get(option, [])
-        commands.append([f"to {option} with it", quoted(*words)])
+        commands.append([f"to {option} with it", launch_command(sys.argv[0], *words)])
         print(" ", commands[-1][1])
-    print(" ", quoted("python", Path(sys.argv[0]).with_name("check_model_precision.py"), model))
+        if NEW_SENTENCES in words:
+            commands[-1][0] += f" ({NEW_SENTENCES}: {OWN_SENTENCES})"
+            print(f"    {NEW_SENTENCES}: {OWN_SENTENCES}")
+    print(" ", launch_command(Path(sys.argv[0]).with_name("check_model_precision.py"), model))
     return commands

@@ -46,6 +46,7 @@ from minllama.runs.run_folder import RunFolder, files_written
 from minllama.runs.telemetry import environment
 from minllama.system.errors import TextLost, UsageError
 from minllama.system.signals import StopRequest
+from minllama.text.compression import compressing_seconds
 from minllama.training.deadline import FINISHING, MAX_EPOCHS, WRITE_RATE, Deadline, Pace
 from minllama.training.identity import command_to_train_on
 from optimizer import make_optimizer
@@ -67,6 +68,8 @@ class Progress:
     lr_scale: float = 1.0  # halved by each rollback
     split: int = 1  # parts in which a micro-batch is trained on, since it did not fit the memory
     first: float | None = None  # the goal before training
+    first_old: float | None = None  # then, too: the loss of the text that the model was trained on
+    old_text: str | None = None  # names the held-out part of that text
     best: float | None = None  # the goal's best value
     best_step: int = 0
     without_better: int = 0  # evaluations since then that could have chosen a new best
@@ -181,6 +184,7 @@ class Run:
                 sum(self.plan.config.parameter_counts().values()),
                 min(self.plan.tokens, most_looked_at(options.minutes)),
             )
+            finishing += compressing_seconds(self.task.val_set)
             self.deadline = Deadline(60 * options.minutes, options.started, finishing)
 
     def _resume(self, checkpoint: dict[str, Any]) -> None:
@@ -202,6 +206,7 @@ class Run:
             "device": describe_device(self.device),
             "dtype": dtype_name(self.dtype),
             "processes": self.ranks.world_size,
+            "machines": self.ranks.nodes,
             "launch": self.ranks.launch,
             "resumed_at_step": self.progress.step,
             "plan": self.plan.lines(None),
@@ -218,7 +223,7 @@ class Run:
         elif self.plan.last_step < self.plan.schedule_steps:
             remedy = "a larger --max_steps lets it continue"
         elif self.deadline is not None:
-            command = command_to_train_on(self.options, self.folder)
+            command = command_to_train_on(self.options, self.folder, self.ranks)
             remedy = "its minutes are over. This trains its model on:"
         elif self.options.schedule_steps is not None:
             remedy = "a larger --schedule_steps lets it continue"

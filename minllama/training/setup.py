@@ -176,7 +176,8 @@ def make_plan(run: Run, task: Task) -> None:
         "--optimizer": options.optimizer,
     }
     if run.checkpoint is not None:
-        check_identity(run.checkpoint, run.identity, options=options, folder=run.folder)
+        where = {"folder": run.folder, "ranks": ranks}
+        check_identity(run.checkpoint, run.identity, options=options, **where)
     run.plan = plan = TrainingPlan(options, ranks.world_size, device.type, dtype, **task.sizes)
     done = 0 if run.checkpoint is None else run.checkpoint["progress"]["step"]
     ranks.on_main(lambda: print_plan(plan, device, run.folder, steps_left=plan.last_step - done))

@@ -9,6 +9,8 @@ from typing import NamedTuple
 from minllama.vocabulary.base import Vocabulary
 from minllama.vocabulary.sentence_piece import SPACE
 
+LITTLE = 0.0005  # of the characters, that rounds to 0.0 %
+
 
 class Lost(NamedTuple):
     """What of a text does not come back from a vocabulary's tokens."""
@@ -34,13 +36,22 @@ class Lost(NamedTuple):
             newlines_first = sorted(lost.items(), key=lambda item: (item[0] != "\n", -item[1]))
             counts = [f"{character!r} {count:,}" for character, count in newlines_first[:5]]
             counts += ["..."] if len(lost) > 5 else []
+            unknown = f"{_share(self.unknown, self.tokens)} of its tokens are <unk>, and "
+            is_little = self.unknown + lost.total() < LITTLE * self.characters
             lines.append(
-                f"warning: the vocabulary loses some of the text: {self.unknown / self.tokens:.1%} "
-                f"of its tokens are <unk>, and {lost.total():,} of {self.characters:,} characters "
-                f"do not come back ({', '.join(counts)}). Bits per byte are of what does, and do "
-                "not compare with another vocabulary's; tokenizer.py train makes one without loss"
+                f"{'note' if is_little else 'warning'}: the vocabulary loses some of the text: "
+                f"{unknown if self.unknown else ''}{lost.total():,} of {self.characters:,} "
+                f"characters do not come back ({', '.join(counts)}). Bits per byte are of what "
+                "does, and do not compare with another vocabulary's; tokenizer.py train makes one "
+                "without loss"
             )
         return lines
+
+
+def _share(count: int, total: int) -> str:
+    """A share, where it rounds to nothing as a count."""
+    share = f"{count / total:.1%}"
+    return f"{count:,}" if share == "0.0%" else share
 
 
 def count_lost(vocabulary: Vocabulary, texts: Iterable[str]) -> Lost:

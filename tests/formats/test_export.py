@@ -65,7 +65,9 @@ def test_a_failing_self_check_publishes_nothing(tmp_path: Path, monkeypatch):
         write(model, "bin", tmp_path / "a.bin")
     real = H.to_half_split
     monkeypatch.setattr(H, "to_half_split", lambda weight, heads: -real(weight, heads))
-    with pytest.raises(UsageError, match="self-check: layers.0.attention.compute_"):
+    # Which it no longer said, since a run that reads its model back has the same check.
+    message = "self-check: layers.0.attention.compute_.* differs; nothing written$"
+    with pytest.raises(UsageError, match=message):
         write(model, "hf", tmp_path / "hf")
     assert list(tmp_path.iterdir()) == []
 

@@ -35,19 +35,20 @@ def stream_of(tokens: list[int]) -> TokenStream:
 def test_the_shares_that_a_run_prints_are_those_of_its_texts(monkeypatch, capsys):
     """What is printed, recorded and on the page: counted from what was written, by brute force."""
     write_stories(Path.cwd(), 600)
-    write_after, look_for_copies = copying.write_after, Pretraining.look_for_copies
+    write_after, read = copying.write_after, Pretraining.read_what_it_writes
     kept = {}
 
     def keep_written(*arguments):
-        kept["written"] = write_after(*arguments)
-        return kept["written"]
+        written = write_after(*arguments)
+        kept.setdefault("written", written)  # others are written at temperature 0
+        return written
 
     def keep_streams(task, model):
         kept["train"], kept["val"] = task.train_set.stream, task.val_set.stream
-        return look_for_copies(task, model)
+        return read(task, model)
 
     monkeypatch.setattr(copying, "write_after", keep_written)
-    monkeypatch.setattr(Pretraining, "look_for_copies", keep_streams)
+    monkeypatch.setattr(Pretraining, "read_what_it_writes", keep_streams)
     # The shipped model, which knows some of these stories by heart.
     words = f"--option pretrain --pretrain_data text.jsonl --pretrained_model_path {SHIPPED_MODEL}"
     words += " --max_steps 1 --pretrain_lr 1e-6 --cache_dir cache --save_dir run"
@@ -63,6 +64,8 @@ def test_the_shares_that_a_run_prints_are_those_of_its_texts(monkeypatch, capsys
         line = f"{share:.1%} ({one:,} of {total:,}); of the held-out text {base_share:.1%} ("
         assert f"             {length} words in a row: {line}" in printed and line in page
     assert f"longest: {copies.longest} words" in printed
+    assert "repeats      4 words again in the same text: " in printed
+    assert "does it repeat itself" in page and "--temperature 0" in page
 
 
 def test_a_run_that_goes_on_forgets_what_it_copied():
@@ -164,6 +167,6 @@ def test_it_can_be_interrupted():
 
     with pytest.raises(Interrupted):
         copying.measure_copies(model, Tokenizer(), original, stream, stop)
-    copies = copying.measure_copies(model, Tokenizer(), original, stream)
+    copies, _ = copying.measure_copies(model, Tokenizer(), original, stream)
     assert copies.share(32, held_out=True) == 1.0
-    assert not copying.measure_copies(model, Tokenizer(), original, None).held_out
+    assert not copying.measure_copies(model, Tokenizer(), original, None)[0].held_out

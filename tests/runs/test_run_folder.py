@@ -19,7 +19,7 @@ from survivor import small_payload, start_process
 from config import parse_options
 from minllama.formats.pt_file import STATE_FILE, save_pt
 from minllama.machine.ranks import Ranks
-from minllama.runs import run_folder
+from minllama.runs import report, run_folder
 from minllama.runs.checkpoints import Checkpoints, read_on_main
 from minllama.runs.run_folder import RunFolder, files_written
 from minllama.system.errors import UsageError
@@ -545,7 +545,7 @@ def test_the_record_of_a_run_in_the_current_folder(tmp_path, monkeypatch):
     options = parse_options(["--option", "pretrain", "--save_dir", "."])
     folder.add_start({"options": options.to_plain()})
     assert parse_options(folder.repeating_words()).save_dir == Path("here-again")
-    assert "--save_dir here-2" in command_to_train_on(options, folder)
+    assert "--save_dir here-2" in command_to_train_on(options, folder, Ranks())
 
 
 def test_a_damaged_record_is_no_command(tmp_path):
@@ -554,3 +554,32 @@ def test_a_damaged_record_is_no_command(tmp_path):
     folder.add_start({"options": {"option": "pretrain", "epochs": "3; rm x"}})
     with pytest.raises(UsageError, match="run.json's --epochs is '3; rm x'"):
         folder.repeating_words()
+
+
+@pytest.mark.parametrize(
+    ("start", "launcher"),
+    [
+        ({}, "python"),
+        ({"processes": 1, "machines": 1}, "python"),
+        ({"processes": "8", "machines": None}, "python"),  # damaged
+        ({"processes": 8, "machines": 1}, "torchrun --standalone --nproc_per_node=8"),
+        (
+            {"processes": 8, "machines": 2},
+            "torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400",
+        ),
+    ],
+)
+def test_a_run_is_repeated_with_its_launcher(start, launcher, tmp_path):
+    """Runs that torchrun had started were told to be repeated, and trained on, with `python`."""
+    folder = RunFolder(tmp_path, "pretrain")
+    options = parse_options(["--option", "pretrain"])
+    assert folder.repeating_command("run_llama.py") is None
+    folder.add_start({"options": options.to_plain(), **start})
+    again = folder.repeating_command("run_llama.py")
+    assert again.startswith(f"{launcher} run_llama.py --option pretrain --save_dir ")
+    if launcher != "python" and start["machines"] == 1:
+        ranks = Ranks(world_size=8)
+        assert command_to_train_on(options, folder, ranks).startswith(f"{launcher} ")
+    words = {"options": options.to_plain(), "environment": {"command": ["run_llama.py"]}}
+    page = report.describe_run("run", report.Curves(), [words | start])
+    assert page["command"] == f"{launcher} run_llama.py"

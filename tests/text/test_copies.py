@@ -168,3 +168,11 @@ def test_by_heart_is_far_more_than_other_text_has_in_common():
     assert COPIES.is_recited
     same = Copies("words", COPIES.written, COPIES.written)
     assert not same.is_recited
+
+
+def test_the_line_of_a_text_without_spaces_ends_in_its_colon():
+    """It read "character for character: (its script has no spaces)"."""
+    none = dict.fromkeys(LENGTHS, (0, 9))
+    head = Copies("characters", none, none).lines("20 texts")[0]
+    assert head.endswith("character for character (its script has no spaces):")
+    assert Copies("words", none, none).lines("20 texts")[0].endswith("word for word:")

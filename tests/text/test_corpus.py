@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from running import pretrain, write_stories
 from vocabularies import vocabulary
@@ -239,3 +240,18 @@ def test_a_text_in_another_encoding_is_the_same_text():
         found.append((texts.key, read_labelled(Path("l.txt"), reading=Reading(encoding=encoding))))
     assert found[0] == found[1]
     assert Path("utf-8").read_bytes() == Path("gb18030").read_bytes()
+
+
+@pytest.mark.parametrize("cut", range(1, 9))
+def test_an_opening_begins_outside_of_a_marker(cut, monkeypatch):
+    """Blocks held out of a long text begin anywhere, also within `<|user|>` and `</s>`.
+
+    A sample's prompt was then `ser|> Where does`.
+    """
+    text = "<|user|> Where does the fox live in winter, and why there? </s> In its den, as ever."
+    Path("a.txt").write_text(text * 9, encoding="utf-8")
+    texts = load("--pretrain_data a.txt --val_fraction 0.3")
+    ids = Tokenizer().encode(text[cut:].lstrip(), False, False)
+    monkeypatch.setattr(type(texts.val.stream), "read", lambda *_: np.array(ids))
+    monkeypatch.setattr(type(texts.val.stream), "__len__", lambda _: len(ids))
+    assert texts.opening() == "Where does the fox"

@@ -496,6 +496,20 @@ def test_the_first_words_of_a_text_leave_something_to_continue(text, words):
     assert first_words(text) == words
 
 
+@pytest.mark.parametrize(
+    ("text", "markers", "words"),
+    [
+        ("从前<|im_end|>有一只小狐狸，它住在山里。", [], "从前"),
+        ("<|im_start|>从前有一只小狐狸，它住在山里。", [], "<|im_start|>"),
+        ("从前有一<人名标记>只小狐狸，它住在山里的屋。", ["<人名标记>"], "从前有一"),
+        ("One day <|im_end|> a little fox went away", [], "One day <|im_end|> a"),
+    ],
+)
+def test_the_first_words_end_outside_of_a_marker(text, markers, words):
+    """A sample's prompt ended in `<|im_s`, which a model then had to go on from."""
+    assert first_words(text, markers) == words
+
+
 def test_labels_that_are_words_are_left_out_too(tmp_path: Path) -> None:
     """`--sentences_only` knew numbers alone, and trained on the labels of everyone else."""
     path = written(tmp_path / "a.txt", b"neg ||| a bad film\npos ||| a good one\n")

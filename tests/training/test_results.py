@@ -61,6 +61,23 @@ def test_a_classifier_is_for_sentences():
     assert command(printed[0][2:]).status == 0 and printed[0][3] == "prompt"
 
 
+def test_a_classifier_is_not_tried_on_what_it_has_learnt():
+    """Of a file that was split by itself `next:` tested on the training sentences."""
+    write_labelled(Path.cwd())
+    words = "--option finetune --train toy-train.txt --pretrained_model_path "
+    words += f"{write_model(Path.cwd())} --save_dir run --max_steps 2"
+    done = command(words)
+    after = done.out.partition("next:")[2]
+    assert done.status == 0 and "toy-train.txt" not in after
+    line, note = after.strip().splitlines()[:2]
+    assert shlex.split(line)[-2:] == ["--test", "SENTENCES.txt"]
+    assert "SENTENCES.txt: sentences that it was not trained on" in note
+    Path("SENTENCES.txt").write_text("The film number 1 is average .\n", encoding="utf-8")
+    assert command(shlex.split(line)[2:]).status == 0
+    page = Path("run/finetune-toy-report.html").read_text(encoding="utf-8")
+    assert "to prompt with it (SENTENCES.txt: sentences" in page
+
+
 def test_predictions_are_in_the_folder_of_their_run():
     """A second chat finetuning replaced the first one's answers, of another folder."""
     write_dialogues(Path.cwd())

@@ -284,7 +284,9 @@ def test_identity_shows_only_what_differs():
     folder = RunFolder(Path("run"), "pretrain")
 
     def check(earlier: dict[str, Any]) -> None:
-        check_identity({"identity": earlier}, now, options=parse_options([]), folder=folder)
+        check_identity(
+            {"identity": earlier}, now, options=parse_options([]), folder=folder, ranks=Ranks()
+        )
 
     check(now)
     with pytest.raises(UsageError) as raised:
