@@ -87,6 +87,16 @@ def recommended_lr(config: LlamaConfig, optimizer: str) -> float:
     return min(PRESETS.values(), key=distance).pretrain_lr
 
 
+def recommended_decay(config: LlamaConfig, *, epochs: float, distinct: int) -> float:
+    """A weight decay that suits Muon from scratch, for some epochs of `distinct` tokens.
+
+    A model with many parameters for each token of its text, read often, learns the text by heart:
+    the more of both, the more decay was best (benchmarks/README.md).
+    """
+    decay = 0.015 * sum(config.parameter_counts().values()) / distinct * math.sqrt(epochs)
+    return float(f"{min(3.0, max(0.1, decay)):.2g}")
+
+
 def finetuning_lr(config: LlamaConfig, *, chat: bool, lora: bool, head_alone: bool) -> float:
     """A good peak learning rate to finetune a model with, on dialogues or labelled sentences.
 
@@ -260,7 +270,10 @@ class Options:
     warmup_steps: int | None = flag(None, "of linear warmup; unset: 5 %% of the run", at_least=0)
     min_lr: float = flag(0.0, "learning rate at the end of the schedule", at_least=0)
     weight_decay: float | None = flag(
-        None, "decay of the matrices; unset: 0.1 to pretrain, 0 to finetune", at_least=0
+        None,
+        "decay of the matrices; unset: 0 to finetune, 0.1 to pretrain, and with Muon from scratch "
+        "the more, up to 3, the more parameters learn each token of the text and the more often",
+        at_least=0,
     )
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0: never clipped", at_least=0)
     activation_checkpointing: bool = flag(
@@ -548,6 +561,19 @@ class Options:
         options = dataclasses.replace(self, pretrain_lr=lr)
         check_options(options)
         return options
+
+    def with_recommended_decay(
+        self, config: LlamaConfig, *, epochs: float, distinct: int
+    ) -> Options:
+        """These options with the weight decay to pretrain this model with, where none was typed.
+
+        Trained weights and AdamW keep the usual one.
+        """
+        from_scratch = self.pretrained_model_path is None
+        if self.weight_decay is not None or self.optimizer != "muon" or not from_scratch:
+            return self
+        decay = recommended_decay(config, epochs=epochs, distinct=distinct)
+        return dataclasses.replace(self, weight_decay=decay)
 
     def with_finetuning_lr(self, config: LlamaConfig) -> Options:
         """These options with a learning rate to finetune this model with, where none was typed.

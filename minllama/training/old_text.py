@@ -17,6 +17,7 @@ import numpy as np
 
 from config import DATA_DIR, FLAGS, READING_FLAGS, Options, fingerprint
 from minllama.cli.command_line import read_stored
+from minllama.cli.console import say
 from minllama.inference.evaluation import perplexity
 from minllama.runs.run_folder import RunFolder
 from minllama.system.errors import UsageError
@@ -83,7 +84,7 @@ def find_old_text(run: Run, texts: Texts) -> OldText | None:
     found = run.ranks.on_main(find)
     if not isinstance(found, str):
         return found
-    print(f"old text     not measured by itself: {found}")
+    say(f"old text     not measured by itself: {found}")
     return None
 
 

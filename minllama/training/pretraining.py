@@ -90,6 +90,12 @@ def prepare_pretraining(
     texts = texts.cut(options.max_seq_len, options.val_tokens)
     config = start.config if start else options.llama_config(tokenizer.n_words)
     options = options.with_recommended_lr(config, continued=False)
+    if checkpoint is None:
+        distinct, epochs = len(texts.train.stream), float(options.epochs)
+        if options.schedule_steps is not None:
+            batch = options.global_batch_size * options.max_seq_len
+            epochs = options.schedule_steps * batch / distinct
+        options = options.with_recommended_decay(config, epochs=epochs, distinct=distinct)
     return options, config, texts, start
 
 
@@ -160,7 +166,7 @@ class Pretraining(NextTokenTask):
         self.old_set = self.old_text and self.old_text.dataset(texts)
         if self.old_set is not None:
             tokens = f"{len(self.old_set.stream):,} tokens held out of {self.old_text.name}"
-            print(f"old text     {tokens} are measured, too: it may forget it")
+            say(f"old text     {tokens} are measured, too: it may forget it")
         documents = texts.cache.document_bytes
         self.data = {
             "text": f"{documents.sum():,} bytes in {len(documents):,} documents",
@@ -382,11 +388,12 @@ class Pretraining(NextTokenTask):
         if self.old_text is None or None in (now, progress.first_old):
             return {}
         verdict, forgets = verdict_on_old_text(progress.first_old, now)
-        print(f"old text     its held-out part: {verdict}")
+        say(f"old text     its held-out part: {verdict}")
         rows = [["held-out part", verdict]]
         changes = mixed_in(self.old_text.options, run.options) if forgets else None
         if changes and (again := run.folder.repeating_command(sys.argv[0], changes)):
             name = "the same run with the old text mixed in"
-            print(f"{name}:\n  {again}")
+            say(f"{name}:")
+            print(" ", again)
             rows.append([name, again])
         return {"the old text": rows}
