@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+from hurried import hurried
 
 import run_llama
 from config import LlamaConfig, parse_options
@@ -21,7 +22,6 @@ from minllama.formats.pt_file import save_pt
 from minllama.inference import streaming
 from minllama.runs.checkpoints import load_checkpoint
 from minllama.system.signals import StopRequest
-from minllama.text.copies import LENGTHS, Copies
 from minllama.training import loop, pretraining, task
 from minllama.training.loop import Prefetch
 from tokenizer import EMBEDDED_VOCABULARY, Tokenizer
@@ -41,9 +41,6 @@ def sample_text(model: Llama, tokenizer: Tokenizer, *prompt: str, **settings: An
     return streaming.sample_text(model, tokenizer, *prompt, **settings) if settings else "One day."
 
 
-NO_COPIES = Copies("words", dict.fromkeys(LENGTHS, (0, 9)), dict.fromkeys(LENGTHS, (1, 99)))
-
-
 class Done(NamedTuple):
     """How a command ended, and what it printed."""
 
@@ -60,10 +57,8 @@ def command(line: str | list[str], *, stop: StopRequest | None = None) -> Done:
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(error),
         mock.patch.object(sys, "argv", ["run_llama.py", *words]),
-        # A timed product of matrices, and a text at the end of every run, are of no use here.
-        mock.patch.object(loop, "peak_flops", lambda device, dtype: 1e9),
         mock.patch.object(pretraining, "sample_text", sample_text),
-        mock.patch.object(pretraining, "measure_copies", lambda *_: NO_COPIES),
+        hurried(),
     ):
         status = run_llama.main(parse_options(words), stop)
     return Done(status, out.getvalue(), error.getvalue())
