@@ -120,11 +120,7 @@ class TokenCache:
             opened.pop_all()  # the tokens keep it open
 
     def _open(
-        self,
-        file: BinaryIO,
-        signature: bytes | None,
-        verify: bool,
-        check_stop: Callable[[], None],
+        self, file: BinaryIO, signature: bytes | None, verify: bool, check_stop: Callable[[], None]
     ) -> None:
         data, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
         if len(data) < HEADER.size or zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):

@@ -12,13 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import (
-    assert_same_weights,
-    make_llama,
-    make_model,
-    to_hugging_face,
-    write,
-)
+from oracles import assert_same_weights, make_llama, make_model, to_hugging_face, write
 
 import check_model_precision
 import minllama.formats.hugging_face_vocabulary as V

@@ -11,10 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import (
-    assert_same_weights,
-    make_llama,
-)
+from oracles import assert_same_weights, make_llama
 
 from config import LlamaConfig
 from llama import Llama, load_pretrained, model_payload
