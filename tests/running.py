@@ -8,10 +8,9 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
-import pytest
 import torch
 from hurried import hurried
 
@@ -25,6 +24,9 @@ from minllama.system.signals import StopRequest
 from minllama.training import loop, pretraining, task
 from minllama.training.loop import Prefetch
 from tokenizer import EMBEDDED_VOCABULARY, Tokenizer
+
+if TYPE_CHECKING:
+    import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (

@@ -34,7 +34,7 @@ from minllama.training import loop
 TESTS = Path(__file__).resolve().parent
 PATHS = os.pathsep.join((str(TESTS.parent), str(TESTS)))  # for a process that imports this first
 # What ranks import that are started by fork: what a rank needs, with shards seconds of importing.
-PRELOADED = ["several", "torch._dynamo", "torch.distributed.fsdp"]
+PRELOADED = ["several", "survivor", "torch._dynamo", "torch.distributed.fsdp"]
 CONTEXT = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
 SECONDS = 100  # after which ranks count as hanging
 
