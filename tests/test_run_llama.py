@@ -758,6 +758,7 @@ def test_names_that_are_not_utf8_are_as_good_as_others(tmp_path):
     lines = done.stdout.decode().splitlines()
     pasted = next(line for line in lines if "--option generate" in line)
     assert r"--pretrained_model_path $'\262\342\312\324-run/final-model.pt'" in pasted
-    pasted = pasted.replace("python", sys.executable, 1) + " --max_new_tokens 2"
-    done = subprocess.run(["bash", "-c", pasted], cwd=tmp_path, capture_output=True)
-    assert done.returncode == 0 and done.stdout
+    shell = subprocess.run(["bash", "-c", f"printf '%s\\0' {pasted}"], capture_output=True)
+    _, _, *words = map(os.fsdecode, shell.stdout.split(b"\0")[:-1])
+    generated = command([*words, "--max_new_tokens", "2"])
+    assert generated.status == 0 and generated.out
