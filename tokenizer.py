@@ -73,9 +73,7 @@ class Tokenizer:
     """
 
     def __init__(
-        self,
-        max_len: int | None = None,
-        tokenizer_model: str | Path | bytes | None = None,
+        self, max_len: int | None = None, tokenizer_model: str | Path | bytes | None = None
     ) -> None:
         if isinstance(max_len, str | Path | bytes):
             max_len, tokenizer_model = None, max_len

@@ -29,6 +29,7 @@ from typing import Any
 
 import survivor
 import torch
+from hurried import hurry
 from oracles import write_adapter, write_litgpt
 from survivor import ROOT, SMALL, Malicious, Tally, run_here, start_process, write_labelled
 
@@ -69,7 +70,7 @@ def attack(attacks: list[tuple[str, str, list[str], bool]]) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     torch.set_num_threads(1)
     sys.stdin = open(os.devnull, encoding="utf-8")
-    survivor.loop.peak_flops = lambda *_: 1e9
+    hurry()
     pretraining.sample_text = lambda *_, **__: "One day."
     download.TIMEOUT, download.PAUSE, download.LARGEST = 0.3, 0.0, 1 << 22
     os.environ["no_proxy"] = "*"

@@ -9,9 +9,14 @@ from minllama.text.stream import TokenStream
 from tokenizer import Tokenizer
 
 
+def words_of(text: str, *, spaced: bool) -> list[str]:
+    """By the text itself: its words, or characters."""
+    return text.split() if spaced else [*"".join(text.split())]
+
+
 def stretches(text: str, length: int, *, spaced: bool) -> list[tuple[str, ...]]:
-    """By the text itself: every stretch of so many words, or characters."""
-    words = text.split() if spaced else [*"".join(text.split())]
+    """Every stretch of so many words."""
+    words = words_of(text, spaced=spaced)
     return [tuple(words[i : i + length]) for i in range(len(words) - length + 1)]
 
 
@@ -25,12 +30,18 @@ def texts_of(stream: TokenStream) -> list[str]:
     return texts
 
 
-def common(some: list[str], others: list[str], length: int, *, spaced: bool) -> set:
-    """The stretches of a length that are in both."""
-    both = [
-        {s for text in t for s in stretches(text, length, spaced=spaced)} for t in (some, others)
-    ]
-    return both[0] & both[1]
+def longest_common(some: list[str], others: list[str], *, spaced: bool) -> int:
+    """How many words the longest stretch has that is in both."""
+
+    def joined(words: list[str]) -> str:
+        return f" {' '.join(words)} "
+
+    known, longest = "\n".join(joined(words_of(text, spaced=spaced)) for text in others), 0
+    for words in (words_of(text, spaced=spaced) for text in some):
+        for i in range(len(words)):
+            while i + longest < len(words) and joined(words[i : i + longest + 1]) in known:
+                longest += 1
+    return longest
 
 
 def check(written: list[str], val: list[str], train: list[str], found: Copies, *, spaced) -> None:
@@ -40,7 +51,5 @@ def check(written: list[str], val: list[str], train: list[str], found: Copies, *
         for texts, counts in ((written, found.written), (val, found.held_out)):
             wanted = [s for text in texts for s in stretches(text, length, spaced=spaced)]
             assert counts[length] == (sum(s in known for s in wanted), len(wanted))
-    longest = 0
-    while common(written, train, longest + 1, spaced=spaced):
-        longest += 1
+    longest = longest_common(written, train, spaced=spaced)
     assert found.longest == (longest if longest >= LENGTHS[0] else 0)

@@ -22,17 +22,9 @@ CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # By pre-tokenizer: control tokens, others that are searched for in a text, and what their
 # tokenizer_config.json says.
 KINDS: dict[str, tuple[list[str], list[str], dict[str, Any]]] = {
-    "gpt-2": (
-        ["<|endoftext|>"],
-        [],
-        {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
-    ),
+    "gpt-2": (["<|endoftext|>"], [], {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}),
     "smollm": (CHATML, [], {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}),
-    "llama-bpe": (
-        LLAMA_3,
-        [],
-        {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
-    ),
+    "llama-bpe": (LLAMA_3, [], {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}),
     "qwen2": (
         CHATML,
         ["<think>", "</think>", "<tool_call>"],

@@ -8,11 +8,11 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
-import pytest
 import torch
+from hurried import hurried
 
 import run_llama
 from config import LlamaConfig, parse_options
@@ -21,10 +21,12 @@ from minllama.formats.pt_file import save_pt
 from minllama.inference import streaming
 from minllama.runs.checkpoints import load_checkpoint
 from minllama.system.signals import StopRequest
-from minllama.text.copies import LENGTHS, Copies
 from minllama.training import loop, pretraining, task
 from minllama.training.loop import Prefetch
 from tokenizer import EMBEDDED_VOCABULARY, Tokenizer
+
+if TYPE_CHECKING:
+    import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
@@ -39,9 +41,6 @@ TIMED = {"elapsed", "tokens_per_second", "mfu", "memory"}
 def sample_text(model: Llama, tokenizer: Tokenizer, *prompt: str, **settings: Any) -> str:
     """The samples of a run; without the long one after it."""
     return streaming.sample_text(model, tokenizer, *prompt, **settings) if settings else "One day."
-
-
-NO_COPIES = Copies("words", dict.fromkeys(LENGTHS, (0, 9)), dict.fromkeys(LENGTHS, (1, 99)))
 
 
 class Done(NamedTuple):
@@ -60,11 +59,8 @@ def command(line: str | list[str], *, stop: StopRequest | None = None) -> Done:
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(error),
         mock.patch.object(sys, "argv", ["run_llama.py", *words]),
-        # A timed product of matrices, and a text at the end of every run, are of no use here.
-        mock.patch.object(loop, "peak_flops", lambda device, dtype: 1e9),
         mock.patch.object(pretraining, "sample_text", sample_text),
-        mock.patch.object(pretraining, "measure_copies", lambda *_: (NO_COPIES, [])),
-        mock.patch.object(pretraining, "measure_repeats", lambda *_: []),
+        hurried(),
     ):
         status = run_llama.main(parse_options(words), stop)
     return Done(status, out.getvalue(), error.getvalue())

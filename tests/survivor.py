@@ -11,8 +11,6 @@ import contextlib
 import errno
 import hashlib
 import io
-import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -32,6 +30,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 import torch._dynamo  # every optimizer imports it, for two seconds; here once for all processes
+from hurried import hurried, hurry
+from running import TIMED, records
+from several import start_process
 
 import run_llama
 from config import LlamaConfig, parse_options
@@ -56,22 +57,6 @@ SMALL = (
     "--max_seq_len 16 --pretrain_batch_size 4 --dtype float32 --dropout 0.1 --pretrain_lr 0.01 "
     "--cache_dir cache --checkpoint_interval 3 --eval_interval 20 --val_fraction 0.02"
 ).split() + ["--tokenizer_model", str(EMBEDDED_VOCABULARY)]
-TIMED = {"elapsed", "tokens_per_second", "mfu", "memory"}
-CONTEXT = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
-
-
-def start_process(target: Callable, *args: Any) -> Any:
-    """A process of its own; forked from a server that has imported torch, where there is fork."""
-    if os.name != "nt":
-        CONTEXT.set_forkserver_preload(["survivor"])
-        # The server starts with the first process, and finds what to import by this alone.
-        from multiprocessing import forkserver
-
-        with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT / "tests")):
-            forkserver.ensure_running()
-    process = CONTEXT.Process(target=target, args=args)
-    process.start()
-    return process
 
 
 @dataclass
@@ -114,7 +99,7 @@ def run_here(folder: Path, *words: str) -> tuple[int, str]:
     with (
         inside(folder) as output,
         mock.patch.object(sys, "argv", ["run_llama.py", *words]),
-        mock.patch.object(loop, "peak_flops", lambda *_: 1e9),
+        hurried(),
     ):
         status = run_llama.main(parse_options([*SMALL, *words]))
     return status, output.getvalue()
@@ -130,11 +115,6 @@ def outcome(folder: Path, step: int) -> dict[str, Any]:
     metrics = records(folder / "run" / "metrics.jsonl")
     found["metrics"] = [{k: v for k, v in r.items() if k not in TIMED} for r in metrics]
     return found
-
-
-def records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, all of which must be whole."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def content_digest(content: Any) -> str:
@@ -170,7 +150,7 @@ def live(folder: str, words: list[str], slow_save: int | None) -> None:
     torch.set_num_threads(1)
     sys.argv = ["run_llama.py", *words]
     sys.stdout = sys.stderr = open("output.txt", "a", encoding="utf-8", buffering=1)
-    loop.peak_flops = lambda *_: 1e9  # a tenth of a second that tells nothing here
+    hurry()
     train = run_llama.train
 
     def announced(run: loop.Run, *rest: Any) -> bool:

@@ -53,22 +53,23 @@ def test_nine_hundred_hostile_texts(tmp_path):
     assert_all_held(hostile_texts.hostile_texts(tmp_path, 900, seed=1))
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "--option prompt --train ",  # "PosixPath('.') has an empty name"
-        "--option prompt --train toy-train.txt --dev toy-train.txt --dev_out link",  # a circle
-        "--option finetune --train toy-train.txt --dev toy-train.txt --lora_rank 100000000",
-    ],
+FOUND = (
+    "--option prompt --train ",  # "PosixPath('.') has an empty name"
+    "--option prompt --train toy-train.txt --dev toy-train.txt --dev_out link",  # a circle
+    "--option finetune --train toy-train.txt --dev toy-train.txt --lora_rank 100000000",
 )
-def test_what_the_attack_found(words, tmp_path):
+
+
+def test_what_the_attack_found(tmp_path):
     """Each ended in a traceback, the last one because Linux words a lack of memory otherwise."""
     attacker.write_place(tmp_path / "place")
-    line = ["--pretrained_model_path", "model.pt", *words.split(" ")]
-    one = attacker.Attack("found", attacker.copy_of(tmp_path, 0), "run_llama.py", line)
-    tally = attacker.run_task(iter([one]))
+    lines = [["--pretrained_model_path", "model.pt", *words.split(" ")] for words in FOUND]
+    tally = attacker.run_task(
+        attacker.Attack("found", attacker.copy_of(tmp_path, number), "run_llama.py", line)
+        for number, line in enumerate(lines)
+    )
     assert_all_held(tally)
-    assert tally.tried.total() == 1
+    assert tally.tried.total() == len(FOUND)
 
 
 def test_the_judge_sees_what_went_wrong(tmp_path):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import random
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import pytest
 import torch
 from byte_vocabularies import byte_vocabulary
 from chat_templates import CHATML
+from hurried import hurried
 from torch.distributed.run import get_args_parser
 
 import check_model_precision
@@ -27,7 +28,6 @@ from llama import Llama
 from minllama.formats.export import export
 from minllama.text import corpus, splits
 from minllama.text.jinja_template import JinjaTemplate
-from minllama.training import loop
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORTER = {
@@ -128,18 +128,8 @@ def start(line: str) -> int:
     """
     program, script, *words = shlex.split(line)
     if script == "-m":
-        arguments = [
-            sys.executable,
-            "-m",
-            *words,
-            "--collect-only",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-n",
-            "0",
-        ]
-        return subprocess.run(arguments, cwd=ROOT, stdout=subprocess.DEVNULL).returncode
+        with contextlib.chdir(ROOT):
+            return pytest.main([*words[1:], *"--collect-only -q -p no:cacheprovider -n 0".split()])
     if program == "torchrun":
         before, after = line.removeprefix("torchrun ").split("run_llama.py")
         parsed = get_args_parser().parse_args([*before.split(), "run_llama.py", *after.split()])
@@ -150,7 +140,8 @@ def start(line: str) -> int:
         shorter = SHORTER[option]
         if option == "pretrain" and "--pretrained_model_path" in words:  # which has its shape
             shorter = ["--max_steps", "2"]
-        return run_llama.main(parse_options([*words, *shorter]))
+        with hurried():
+            return run_llama.main(parse_options([*words, *shorter]))
     if script == "tokenizer.py":
         return tokenizer.main(words)
     assert script == "check_model_precision.py", line
@@ -167,7 +158,6 @@ def run_all(lines: list[str], folder: Path, monkeypatch) -> None:
     monkeypatch.setattr("builtins.input", say_nothing)
     for module in (corpus, splits):
         monkeypatch.setattr(module, "DATA_DIR", folder / "data")
-    monkeypatch.setattr(loop, "peak_flops", lambda *_: 1e9)  # half a second of each run
     monkeypatch.setattr(sys, "argv", ["run_llama.py"])
     torch.manual_seed(0)
     for line in lines:
@@ -208,7 +198,6 @@ def test_every_command_for_contributors_runs(folder, monkeypatch):
     """A test that was renamed must not leave a command behind that finds none."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(corpus, "DATA_DIR", folder / "data")
-    monkeypatch.setattr(loop, "peak_flops", lambda *_: 1e9)
     # All of tests/ is what this runs in.
     lines = [line for line in commands(CONTRIBUTING) if line != "python -m pytest"]
     assert len(lines) == 5
@@ -251,13 +240,13 @@ def test_every_snippet_runs(folder, monkeypatch, capsys):
     """What a reader pastes into Python, from top to bottom in one session."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(corpus, "DATA_DIR", folder / "data")
-    monkeypatch.setattr(loop, "peak_flops", lambda *_: 1e9)
     monkeypatch.setattr(sys, "argv", ["run_llama.py"])
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     session: dict = {}
     snippets = re.findall(r"```python\n(.*?)```", text, flags=re.S)
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), session)
+    with hurried():
+        for snippet in snippets:
+            exec(compile(snippet, "README.md", "exec"), session)
     records = (folder / "from-python" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert session["losses"] == [json.loads(line)["loss"] for line in records]
     assert len(snippets) == len(records) == 3

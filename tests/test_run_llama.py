@@ -744,23 +744,21 @@ def test_names_that_are_not_utf8_are_as_good_as_others(tmp_path):
     text, folder, script = name + b".jsonl", name + b"-run", bytes(ROOT / "run_llama.py")
     (tmp_path / "text.jsonl").rename(os.fsdecode(text))
     words = [sys.executable, script, b"--option", b"pretrain", b"--pretrain_data", text]
-    words += [*(word.encode() for word in SMALL), b"--save_dir", folder, b"--max_steps"]
-
-    def run(*more: bytes) -> str:
-        done = subprocess.run([*words, *more], cwd=tmp_path, capture_output=True)
-        assert done.returncode == 0 and b"rror" not in done.stderr, done.stderr
-        assert b"from \\xb2\\xe2\\xca\\xd4.jsonl\n" in done.stdout
-        return done.stdout.decode()
-
-    first, resumed = run(b"2"), run(b"3", b"--resume")
-    assert "stopped" not in first and "made after step 2" in resumed
+    words += [*(word.encode() for word in SMALL), b"--save_dir", folder, b"--max_steps", b"2"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0 and b"rror" not in done.stderr, done.stderr
+    assert b"from \\xb2\\xe2\\xca\\xd4.jsonl\n" in done.stdout and b"stopped" not in done.stdout
+    resumed = command([*map(os.fsdecode, words[2:-1]), "3", "--resume"])
+    assert resumed.status == 0 and "made after step 2" in resumed.out
     page = (tmp_path / os.fsdecode(folder) / "report.html").read_text(encoding="utf-8")
     assert "<title>\\xb2\\xe2\\xca\\xd4-run</title>" in page and "udcb2" not in page
     record = json.loads((tmp_path / os.fsdecode(folder) / "run.json").read_text(encoding="utf-8"))
     assert os.fsencode(record["starts"][0]["options"]["save_dir"]) == folder
     # The command that is printed names the model by its bytes.
-    pasted = next(line for line in resumed.splitlines() if "--option generate" in line)
+    lines = done.stdout.decode().splitlines()
+    pasted = next(line for line in lines if "--option generate" in line)
     assert r"--pretrained_model_path $'\262\342\312\324-run/final-model.pt'" in pasted
-    pasted = pasted.replace("python", sys.executable, 1) + " --max_new_tokens 2"
-    done = subprocess.run(["bash", "-c", pasted], cwd=tmp_path, capture_output=True)
-    assert done.returncode == 0 and done.stdout
+    shell = subprocess.run(["bash", "-c", f"printf '%s\\0' {pasted}"], capture_output=True)
+    _, _, *words = map(os.fsdecode, shell.stdout.split(b"\0")[:-1])
+    generated = command([*words, "--max_new_tokens", "2"])
+    assert generated.status == 0 and generated.out

@@ -59,12 +59,7 @@ def test_two_hundred_kills(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "every"),
-    [
-        ("a save", 23),
-        ("a sharded save", 23),
-        ("replacing a folder", 2),
-    ],
+    ("kind", "every"), [("a save", 23), ("a sharded save", 23), ("replacing a folder", 2)]
 )
 def test_some_crash_points_of_a_save(tmp_path, kind, every):
     """The process ends at a write, fsync, rename or deletion: what is there is always whole."""

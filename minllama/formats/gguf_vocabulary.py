@@ -11,11 +11,7 @@ from typing import Any
 
 from minllama.system.errors import UsageError
 from minllama.vocabulary.byte_bpe import ByteBPE, pack
-from minllama.vocabulary.pre_tokenizers import (
-    IGNORE_MERGES,
-    PRE_TOKENIZERS,
-    find_pre_tokenizer,
-)
+from minllama.vocabulary.pre_tokenizers import IGNORE_MERGES, PRE_TOKENIZERS, find_pre_tokenizer
 from minllama.vocabulary.sentence_piece_file import (
     BYTE,
     CONTROL,

@@ -41,12 +41,7 @@ from minllama.formats.stored_model import (
 )
 from minllama.model.shape import SCALING_BOUNDS
 from minllama.system.errors import UsageError
-from minllama.system.files import (
-    atomic_folder,
-    check_regular,
-    is_text,
-    read_json_object,
-)
+from minllama.system.files import atomic_folder, check_regular, is_text, read_json_object
 from minllama.system.packages import import_optional
 from tokenizer import Tokenizer
 

@@ -154,7 +154,5 @@ def check_token_ids(tokenizer: Tokenizer, folder: Path) -> None:
     theirs = TheirTokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
     theirs.encode_special_tokens = True
     check_same_ids(
-        tokenizer,
-        lambda text: theirs.encode(text, add_special_tokens=False).ids,
-        "tokenizer.json",
+        tokenizer, lambda text: theirs.encode(text, add_special_tokens=False).ids, "tokenizer.json"
     )

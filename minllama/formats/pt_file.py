@@ -84,7 +84,7 @@ def write_sealed(file: BinaryIO, payload: dict[str, Any]) -> str:
 def verify_seal(path: Path) -> str | None:
     """Read every byte of a sealed file; returns its SHA-256 in hex, None for one without a seal.
 
-    Raises UsageError where a byte is not what was written, OSError where it cannot be read.
+    Raises UsageError where a byte is not what was written, and where it cannot be read.
     """
     with open_regular(path) as file:
         left = file.seek(0, 2) - len(SEAL) - 64

@@ -208,7 +208,11 @@ def real_path(path: Path) -> str:
 
 def is_text(path: str | Path) -> bool:
     """Whether a path or name is text; a zip of another encoding has bytes, read as surrogates."""
-    return not any("\ud800" <= character <= "\udfff" for character in str(path))
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def size_on_disk(path: Path) -> int:
@@ -226,13 +230,15 @@ def check_regular(path: Path) -> None:
         raise UsageError(f"{path}: not a regular file (a pipe or a device)")
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """A file opened for reading; raises UsageError for what is none, or cannot be read."""
+@contextlib.contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """A file to read within the block; raises UsageError for what is none, or cannot be read."""
     check_regular(path)
     try:
-        return path.open("rb")
+        with path.open("rb") as file:
+            yield file
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def read_whole(path: Path, most: int) -> bytes:
@@ -240,11 +246,8 @@ def read_whole(path: Path, most: int) -> bytes:
 
     Without a bound a sparse file, which takes nothing on the disk, fills the memory.
     """
-    try:
-        with open_regular(path) as file:
-            data = file.read(most + 1)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+    with open_regular(path) as file:
+        data = file.read(most + 1)
     if len(data) > most:
         raise UsageError(f"{path}: larger than {most:,} bytes, which no such file is")
     return data

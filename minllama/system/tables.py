@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from minllama.system.arrow_messages import ARROW_MAGIC, check_messages
 from minllama.system.errors import UsageError
-from minllama.system.files import check_regular
+from minllama.system.files import open_regular
 from minllama.system.kinds import CONTROLS
 from minllama.system.packages import import_optional
 from minllama.system.parquet_pages import check_row_groups
@@ -29,12 +29,8 @@ Format = Literal["parquet", "arrow file", "arrow stream"]
 
 def table_format(path: Path) -> Format | None:
     """How a file holds a table; None for one that is none. Raises UsageError for a misnamed one."""
-    check_regular(path)
-    try:
-        with path.open("rb") as file:
-            head = file.read(64)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
+    with open_regular(path) as file:
+        head = file.read(64)
     if head.startswith(b"PAR1") and len(head.translate(None, CONTROLS)) < len(head):
         return "parquet"
     if head.startswith(ARROW_MAGIC):

@@ -160,12 +160,7 @@ def load_texts(
 
     def load(paths: Sequence[Path]) -> TokenCache:
         build = functools.partial(
-            build_or_load,
-            paths,
-            tokenizer,
-            files.reading,
-            options.cache_dir,
-            check_stop=stop.check,
+            build_or_load, paths, tokenizer, files.reading, options.cache_dir, check_stop=stop.check
         )
         # A machine's other processes need not compare the checksum again.
         cache = ranks.first_on_node(build, then=functools.partial(build, is_verified=True))

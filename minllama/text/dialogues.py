@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import re
-import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,10 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minllama.system.errors import UsageError
+from minllama.system.files import is_text
 from minllama.system.json_lines import read_values
 from minllama.system.peek import first_object, is_csv_name, is_table
 from minllama.text.reading import UTF8, Reading, read_lines
-from minllama.text.records import places, read_records
+from minllama.text.records import places, read_records, shown
 
 Exchange = tuple[str, str]  # a question and its answer
 Record = dict[str, Any]  # an object of a file, or a row of a table
@@ -288,10 +288,10 @@ def _no_form(record: Record) -> BadDialogue:
         if isinstance(value, str) and (mark := MARKS.match(value.lstrip())):
             return BadDialogue(
                 "text of a template",
-                f"its {_shown(name)!r} is text in a chat template ({mark[0]}), not turns: name a "
+                f"its {shown(name)!r} is text in a chat template ({mark[0]}), not turns: name a "
                 "file that has these as lists, or train on the text by --option pretrain",
             )
-    has = ", ".join(map(_shown, sorted(record)[:SHOWN_FIELDS])) or "nothing"
+    has = ", ".join(map(shown, sorted(record)[:SHOWN_FIELDS])) or "nothing"
     return BadDialogue("no dialogue", f"no dialogue (has: {has}); the forms read are {READ}")
 
 
@@ -302,7 +302,7 @@ def _all_turns(value: Any) -> list[Any]:
     if turns is None and isinstance(value, list):
         turns = value  # what is wrong with its items is told of these
     if not turns:
-        raise BadDialogue("no turns", f"its turns are {_shown(value)!r}; {TURN}")
+        raise BadDialogue("no turns", f"its turns are {shown(value)!r}; {TURN}")
     return turns
 
 
@@ -318,7 +318,7 @@ def _one_side(record: Record, name: str, role: str, about: str | None = None) ->
     if isinstance(value, str) and isinstance(below, str) and below.strip():
         value = f"{value}\n{below}"
     elif below and not isinstance(below, str):
-        raise BadDialogue("no text", f"its {about!r} is {_shown(below)!r}; give it words")
+        raise BadDialogue("no text", f"its {about!r} is {shown(below)!r}; give it words")
     return [{"role": role, "content": value}]
 
 
@@ -354,7 +354,7 @@ def _parsed(value: Any) -> Any:
 
 def _turns_of_pair(pair: Any, names: tuple[str, str]) -> list[Any]:
     if not isinstance(pair, dict) or not {*names} <= pair.keys():
-        raise BadDialogue("no turn", f"the turn {_shown(pair)!r} is not {' and '.join(names)}")
+        raise BadDialogue("no turn", f"the turn {shown(pair)!r} is not {' and '.join(names)}")
     system = [{"role": "system", "content": pair["system"]}] if pair.get("system") else []
     sides = zip(("user", "assistant"), names, strict=True)
     return [*system, *({"role": role, "content": pair[name]} for role, name in sides)]
@@ -417,9 +417,9 @@ def _message_problem(message: Record, ids: set[str]) -> str | None:
     for name in ("message_id", "parent_id", "text"):
         value = message[name]
         if not isinstance(value, str) and (value is not None or name != "parent_id"):
-            return f"the {name} of a message is {_shown(value)!r}; give it a text"
+            return f"the {name} of a message is {shown(value)!r}; give it a text"
     name = message["message_id"]
-    return f"the message_id {_shown(name)!r} is there twice" if name in ids else None
+    return f"the message_id {shown(name)!r} is there twice" if name in ids else None
 
 
 def _messages(root: Record) -> Iterator[Record]:
@@ -434,7 +434,7 @@ def _messages(root: Record) -> Iterator[Record]:
 def _replies(message: Record) -> list[Record]:
     replies = message.get("replies") or []
     if not isinstance(replies, list) or not all(isinstance(each, dict) for each in replies):
-        raise BadDialogue("bad replies", f"the replies of a message are {_shown(replies)!r}")
+        raise BadDialogue("bad replies", f"the replies of a message are {shown(replies)!r}")
     return replies
 
 
@@ -503,7 +503,7 @@ def _turn(turn: Any, left_out: Counter[str]) -> tuple[str, str] | None:
     None for a tool's. An assistant's text may be empty: of a call of a tool, or no answer.
     """
     if not isinstance(turn, dict):
-        raise BadDialogue("no turn", f"the turn {_shown(turn)!r} is not an object; {TURN}")
+        raise BadDialogue("no turn", f"the turn {shown(turn)!r} is not an object; {TURN}")
     named, role, text = _named(turn), _role(turn), turn.get("content")
     text = turn.get("value") if text is None else text
     if isinstance(named, str) and named.lower() in TOOLS:
@@ -512,7 +512,7 @@ def _turn(turn: Any, left_out: Counter[str]) -> tuple[str, str] | None:
     if role is None:
         raise BadDialogue(
             "an unknown role",
-            f"the role {_shown(named)!r} is not one of {', '.join(ROLES)}; rename it or take the "
+            f"the role {shown(named)!r} is not one of {', '.join(ROLES)}; rename it or take the "
             "line out",
         )
     if isinstance(text, list):
@@ -522,14 +522,12 @@ def _turn(turn: Any, left_out: Counter[str]) -> tuple[str, str] | None:
     if not isinstance(text, str) or not (text.strip() or role == "assistant"):
         raise BadDialogue(
             "a turn without text",
-            f"the text of a turn of {named!r} is {_shown(text)!r}; give it words or take the "
+            f"the text of a turn of {named!r} is {shown(text)!r}; give it words or take the "
             "line out",
         )
-    try:  # JSON can escape half a surrogate pair, which UTF-8 cannot encode
-        text.encode()
-    except UnicodeEncodeError:
-        words = "half a surrogate pair in a text; repair the line"
-        raise BadDialogue("half a surrogate pair", words) from None
+    if not is_text(text):  # JSON can escape what UTF-8 cannot encode
+        kind = "half a surrogate pair"
+        raise BadDialogue(kind, f"{kind} in a text; repair the line")
     return role, text.replace("\r\n", "\n").strip()
 
 
@@ -555,9 +553,3 @@ def _role(turn: Any) -> str | None:
     """Who speaks a turn: user, assistant or system; None for anybody else."""
     named = _named(turn)
     return ROLES.get(named.lower()) if isinstance(named, str) else None
-
-
-def _shown(value: Any) -> str:
-    """A value for a message: a stranger may have put anything there, of any size and depth."""
-    text = value if isinstance(value, str) else reprlib.repr(value)
-    return text[:40] if text[:40].isprintable() else ascii(text[:40])[1:-1]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minllama.system.errors import UsageError
+from minllama.system.files import is_text
 from minllama.system.json_lines import read_values
 from minllama.system.peek import first_object, has_records, is_csv_name, is_json_name, is_table
 from minllama.text.labelled import is_labelled, split_labelled
@@ -134,14 +135,12 @@ def _record_texts(path: Path, reading: Reading, on_bytes: Callable[[int], object
 
 def _clean(value: str, place: Callable[[int], str], number: int, reading: Reading) -> str:
     text = with_lf(value)
-    try:  # JSON can escape half a surrogate pair, which UTF-8 cannot encode
-        text.isascii() or text.encode()
-    except UnicodeEncodeError:
-        if reading.encoding_errors == "strict":
-            where, remedy = place(number), "repair it, or --encoding_errors replace"
-            raise UsageError(f"{where}: half a surrogate pair in its text; {remedy}") from None
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+    if is_text(text):  # JSON can escape half a surrogate pair, which UTF-8 cannot encode
+        return text
+    if reading.encoding_errors == "strict":
+        remedy = "repair it, or --encoding_errors replace"
+        raise UsageError(f"{place(number)}: half a surrogate pair in its text; {remedy}")
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 # ---------------------------------------------------------------------------- samples

@@ -93,11 +93,7 @@ class JinjaTemplate:
         """The text of messages, and with `opens` of how an answer opens; raises UsageError."""
         bos, eos = map(tokenizer.vocabulary.name, tokenizer.vocabulary.stated_marks)
         return render(
-            self.text,
-            messages=messages,
-            add_generation_prompt=opens,
-            bos_token=bos,
-            eos_token=eos,
+            self.text, messages=messages, add_generation_prompt=opens, bos_token=bos, eos_token=eos
         )
 
 

@@ -168,11 +168,7 @@ def is_fit_label(text: str) -> bool:
 
 
 def read_labelled(
-    path: Path,
-    labels: Sequence[str] | None = None,
-    *,
-    reading: Reading = UTF8,
-    plain: bool = False,
+    path: Path, labels: Sequence[str] | None = None, *, reading: Reading = UTF8, plain: bool = False
 ) -> list[LabelledExample]:
     """The sentences of a file with the numbers of their labels; see `read_rows`.
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from minllama.cli.console import progress_bar
 from minllama.system.encodings import BOMS, is_utf8, likely_encoding
 from minllama.system.errors import UsageError
-from minllama.system.files import check_regular
+from minllama.system.files import open_regular
 from minllama.system.kinds import UNKNOWN, binary_kind, looks_binary
 from minllama.system.peek import is_json_name, is_table
 from minllama.system.unpacking import compression_of, read_unpacked
@@ -75,25 +75,21 @@ UTF8 = Reading()
 
 def _raw_blocks(path: Path, on_bytes: Callable[[int], object]) -> Iterator[bytes]:
     """Unpacked bytes of what may be text, and b"" at the end."""
-    check_regular(path)
-    try:
-        with open(path, "rb") as file:
-            packed = compression_of(file.read(16)) is not None
-            file.seek(0)
-            size, before, first = os.fstat(file.fileno()).st_size, 0, True
-            for data in read_unpacked(file, path, READ_BYTES):
-                kind = binary_kind(data, None if packed else path) if first else None
-                if kind is not None:
-                    inside = "unpacked, is" if packed else "is"
-                    raise UsageError(f"{path}: {inside} {kind}")
-                position, first = file.tell(), False
-                if position > size:  # a log that grows faster than it is read has no end
-                    raise UsageError(f"{path}: grew while it was read; wait for its end")
-                on_bytes(position - before)
-                before = position
-                yield data
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
+    with open_regular(path) as file:
+        packed = compression_of(file.read(16)) is not None
+        file.seek(0)
+        size, before, first = os.fstat(file.fileno()).st_size, 0, True
+        for data in read_unpacked(file, path, READ_BYTES):
+            kind = binary_kind(data, None if packed else path) if first else None
+            if kind is not None:
+                inside = "unpacked, is" if packed else "is"
+                raise UsageError(f"{path}: {inside} {kind}")
+            position, first = file.tell(), False
+            if position > size:  # a log that grows faster than it is read has no end
+                raise UsageError(f"{path}: grew while it was read; wait for its end")
+            on_bytes(position - before)
+            before = position
+            yield data
     yield b""
 
 
@@ -153,9 +149,7 @@ def encoding_line(files: Sequence[Path], reading: Reading) -> str | None:
 
 
 def read_blocks(
-    path: Path,
-    reading: Reading = UTF8,
-    on_bytes: Callable[[int], object] = lambda count: None,
+    path: Path, reading: Reading = UTF8, on_bytes: Callable[[int], object] = lambda count: None
 ) -> Iterator[str]:
     """A file's text, unpacked, in blocks of about READ_BYTES, every line end turned into LF.
 

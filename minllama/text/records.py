@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import itertools
 import re
+import reprlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -130,7 +131,7 @@ def _check_columns(where: str, names: Sequence[str], columns: Collection[str] | 
     wanted = [*(names if columns is None else columns)]
     twice = [name for name in wanted if names.count(name) > 1]
     if columns is not None and twice:
-        raise UsageError(f"{where}: has the column {_shown(twice[0])!r} more than once")
+        raise UsageError(f"{where}: has the column {shown(twice[0])!r} more than once")
     if columns is not None and not {*wanted} & {*names}:
         raise UsageError(
             f"{where}: no column {' or '.join(map(repr, sorted(wanted)))} (has: {_listed(names)}); "
@@ -195,7 +196,7 @@ def field_problem(record: dict[str, Any], name: str, path: Path) -> str:
         if isinstance(value, list) and value and isinstance(value[0], dict):
             inside = [key for key, text in value[0].items() if isinstance(text, str)]
             if inside:
-                reads = f"--text_field {_shown(field)}.{_shown(inside[0])}"
+                reads = f"--text_field {shown(field)}.{shown(inside[0])}"
                 return f"{problem}: of its list {reads} reads a document each"
     others = [value for field, value in record.items() if field != name]
     if any(value is None or isinstance(value, str) for value in others):
@@ -205,9 +206,10 @@ def field_problem(record: dict[str, Any], name: str, path: Path) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     more = ", ..." if len(names) > SHOWN_FIELDS else ""
-    return (", ".join(map(_shown, names[:SHOWN_FIELDS])) or "no fields") + more
+    return (", ".join(map(shown, names[:SHOWN_FIELDS])) or "no fields") + more
 
 
-def _shown(field: str) -> str:
-    """A field's name for a message: a stranger may have put anything there, of any length."""
-    return field[:40] if field[:40].isprintable() else ascii(field[:40])
+def shown(value: Any) -> str:
+    """A value for a message: a stranger may have put anything there, of any size and depth."""
+    text = value if isinstance(value, str) else reprlib.repr(value)
+    return text[:40] if text[:40].isprintable() else ascii(text[:40])[1:-1]

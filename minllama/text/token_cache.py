@@ -120,11 +120,7 @@ class TokenCache:
             opened.pop_all()  # the tokens keep it open
 
     def _open(
-        self,
-        file: BinaryIO,
-        signature: bytes | None,
-        verify: bool,
-        check_stop: Callable[[], None],
+        self, file: BinaryIO, signature: bytes | None, verify: bool, check_stop: Callable[[], None]
     ) -> None:
         data, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
         if len(data) < HEADER.size or zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
@@ -348,18 +344,8 @@ def _write_cache(
     write(np.stack([np.diff(file_starts), file_documents], axis=1).astype("<i8").tobytes())
     key, digest = digest.digest(), hashlib.sha256()
     write_columns(slice(2, 4))
-    counts = (n_tokens, sum(file_documents), len(file_documents))
-    fields = (
-        MAGIC,
-        CACHE_VERSION,
-        encoder.dtype.itemsize,
-        *counts,
-        key,
-        digest.digest(),
-        signature,
-        0,
-    )
-    header = HEADER.pack(*fields)[:-4]
+    counts = (encoder.dtype.itemsize, n_tokens, sum(file_documents), len(file_documents))
+    header = HEADER.pack(MAGIC, CACHE_VERSION, *counts, key, digest.digest(), signature, 0)[:-4]
     file.seek(0)
     file.write(header + zlib.crc32(header).to_bytes(4, "little"))
 

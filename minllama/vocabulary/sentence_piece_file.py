@@ -136,10 +136,7 @@ def _puts_space(file: dict[str, Any], where: str) -> bool:
     if normalizer is None and isinstance(words, dict) and words.get("type") == "Metaspace":
         rest = {key: words.get(key) for key in ("replacement", "split")}
         scheme = words.get("prepend_scheme")
-        if rest == {"replacement": SPACE, "split": False} and scheme in (
-            "first",
-            "always",
-            "never",
-        ):
+        known = scheme in ("first", "always", "never")
+        if rest == {"replacement": SPACE, "split": False} and known:
             return scheme != "never"
     raise UsageError(f"{where}: its normalizer or pre-tokenizer is not Llama's: not supported")

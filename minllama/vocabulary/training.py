@@ -218,10 +218,7 @@ def _with_signs(symbols: Sequence[str]) -> list[str]:
 
 
 def _train_byte_bpe(
-    sentences: Sequence[str],
-    fitting: int,
-    wanted: Wanted,
-    check_stop: Callable[[], None],
+    sentences: Sequence[str], fitting: int, wanted: Wanted, check_stop: Callable[[], None]
 ) -> bytes:
     """A tokenizer.json: 256 bytes and merges, then the symbols, then BOS and EOS."""
     package = import_optional("tokenizers", "--kind byte-bpe")

@@ -6,11 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import (
-    assert_holds,
-    make_model,
-    write,
-)
+from oracles import assert_holds, make_model, write
 
 import minllama.formats.hugging_face as H
 import minllama.formats.llama2c as L

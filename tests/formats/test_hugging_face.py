@@ -12,13 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import (
-    assert_same_weights,
-    make_llama,
-    make_model,
-    to_hugging_face,
-    write,
-)
+from oracles import assert_same_weights, make_llama, make_model, to_hugging_face, write
+from survivor import Malicious
 
 import check_model_precision
 import minllama.formats.hugging_face_vocabulary as V
@@ -209,13 +204,6 @@ def test_older_folders_hold_pickles(model: Llama, tmp_path: Path, shards: int):
     for path in (folder, folder / names[-1]):
         assert_same_weights(load_pretrained(path), model)
     assert check_model_precision.inspect(folder, verify=True).sound
-
-
-class Malicious:
-    """What a pickle can do to who loads it."""
-
-    def __reduce__(self):
-        return (sys.exit, ("code from the file was run",))
 
 
 def test_code_in_an_older_folder_is_not_run(model: Llama, tmp_path: Path):

@@ -8,12 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import (
-    assert_same_weights,
-    make_llama,
-    make_model,
-    write,
-)
+from oracles import assert_same_weights, make_llama, make_model, write
 
 import minllama.formats.llama2c as L
 from check_model_precision import inspect

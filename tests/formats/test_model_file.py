@@ -6,9 +6,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from oracles import (
-    make_llama,
-)
+from oracles import make_llama
 
 import check_model_precision
 from config import LlamaConfig

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from oracles import (
-    assert_same_weights,
-    make_llama,
-)
+from oracles import assert_same_weights, make_llama
 
 from config import LlamaConfig
 from llama import Llama, load_pretrained, model_payload
@@ -264,28 +260,3 @@ def test_what_a_file_claims_costs_nothing(model: Llama, tmp_path: Path, claim: d
     assert time.process_time() - start < 1
     unit = 1 if sys.platform == "darwin" else 1024
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit < 50e6
-
-
-class Malicious:
-    """What a pickle can do to who loads it."""
-
-    def __reduce__(self):
-        return (sys.exit, ("code from the file was run",))
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_file_is_never_run(tmp_path: Path, zipped: bool):
-    path = tmp_path / "a.pt"
-    if zipped:
-        torch.save({"model": Malicious()}, path)
-    else:
-        path.write_bytes(pickle.dumps(Malicious(), protocol=2))
-    with pytest.raises(UsageError, match="a.pt: (carries code|is damaged)"):
-        read_model(path)
-
-
-def test_half_a_file_is_said_to_be_cut_off(model: Llama, tmp_path: Path):
-    path = save(tmp_path / "cut.pt", **model_payload(model))
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(UsageError, match="cut.pt: .*cut off"):
-        read_model(path)

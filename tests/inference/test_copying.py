@@ -34,7 +34,7 @@ def stream_of(tokens: list[int]) -> TokenStream:
 
 def test_the_shares_that_a_run_prints_are_those_of_its_texts(monkeypatch, capsys):
     """What is printed, recorded and on the page: counted from what was written, by brute force."""
-    write_stories(Path.cwd(), 600)
+    write_stories(Path.cwd(), 300)
     write_after, read = copying.write_after, Pretraining.read_what_it_writes
     kept = {}
 

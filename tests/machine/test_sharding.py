@@ -173,12 +173,7 @@ def test_ranks_train_what_one_process_trains(count, tmp_path, monkeypatch):
 def test_alone_a_model_is_left_as_it_is():
     module = nn.Linear(3, 2)
     same = distribute(
-        module,
-        [],
-        ranks=Ranks(),
-        parallel="fsdp",
-        device=torch.device("cpu"),
-        dtype=torch.float32,
+        module, [], ranks=Ranks(), parallel="fsdp", device=torch.device("cpu"), dtype=torch.float32
     )
     assert same is module and not is_sharded(module)
     assert full_state_dict(module, Ranks()).keys() == {"weight", "bias"}
@@ -260,11 +255,7 @@ def folder(tmp_path) -> RunFolder:
 
 
 def save(
-    folder: RunFolder,
-    *steps: int,
-    under: int | None = None,
-    timeout: float = 5,
-    **settings: Any,
+    folder: RunFolder, *steps: int, under: int | None = None, timeout: float = 5, **settings: Any
 ) -> list[Any]:
     """Two ranks save after each of some steps, and wait; returns what each raised or None."""
 

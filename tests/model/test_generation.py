@@ -114,11 +114,7 @@ def test_batched_prompts_give_what_each_gives_alone(model: Llama, sampling: G.Sa
 def test_generation_streams_and_stops_when_asked(model: Llama):
     asked = []
     steps = G.generate_tokens(
-        model,
-        [[1, 2]],
-        max_new_tokens=10,
-        sampling=GREEDY,
-        should_stop=lambda: len(asked) == 3,
+        model, [[1, 2]], max_new_tokens=10, sampling=GREEDY, should_stop=lambda: len(asked) == 3
     )
     for step in steps:
         asked.append(step)

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
-from running import NO_COPIES, pretrain, records, write_stories
+from hurried import NO_COPIES
+from running import pretrain, records, write_stories
 
 import check_model_precision
 from minllama.runs.comparison import read_run, sorted_runs, table, warnings
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("empty_folder")
 @pytest.fixture
 def sweep() -> list[str]:
     """Three runs, of which each has another learning rate; the second is the longest."""
-    write_stories(Path.cwd(), 12)
+    write_stories(Path.cwd(), 5)
     for name, words in (
         ("slow", "--pretrain_lr 1e-5"),
         ("fast", "--pretrain_lr 0.02 --epochs 2"),
@@ -54,7 +55,7 @@ def test_a_sweep_is_a_table(sweep, capsys):
         assert float(line["seconds"]) == kept[-1]["elapsed"]
         losses = [record["loss"] for record in kept[-20:]]
         assert float(line["train_loss"]) == pytest.approx(sum(losses) / len(losses))
-        assert line["text"].endswith("bytes in 12 documents")
+        assert line["text"].endswith("bytes in 5 documents")
         flags = {"--epochs", "--pretrain_lr"}
         assert flags == {name for name in line if name.startswith("--")}
     assert {line["run"]: line["--pretrain_lr"] for line in lines}["slow"] == "1e-05"

@@ -70,12 +70,7 @@ KINDS = {
     "a NumPy array": [saved(lambda value, out: np.save(out, value), np.arange(5))],
     "a model (GGUF)": [b"GGUF\3\0\0\0" + bytes(64)],
     "a model (safetensors)": [(64).to_bytes(8, "little") + b'{"a":{"dtype":"F32"}}'],
-    "an image": [
-        b"\x89PNG\r\n\x1a\n",
-        b"\xff\xd8\xff\xe0\0\x10JFIF",
-        b"GIF89a\1\0",
-        b"BM\0\0\0\0",
-    ],
+    "an image": [b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0\0\x10JFIF", b"GIF89a\1\0", b"BM\0\0\0\0"],
     "audio": [b"ID3\3\0\0", b"OggS\0\2", b"fLaC\0\0", b"RIFF\0\0\0\0WAVE"],
     "a video": [bytes(3) + b" ftypisom\0\0", b"\x1aE\xdf\xa3"],
     "a pointer of Git LFS": [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"],

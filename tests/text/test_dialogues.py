@@ -497,7 +497,7 @@ def chain(count: int) -> list[dict[str, Any]]:
 
 def test_trees_of_any_shape_take_little_time_and_memory(tmp_path):
     """A long chain, very many replies to one message, and as many that hang on nothing."""
-    first, count = chain(2), 20_000
+    first, count = chain(2), 5_000
     many = [first[1] | {"message_id": f"m{i}", "parent_id": "0"} for i in range(count)]
     nothing = [first[1] | {"message_id": f"m{i}", "parent_id": f"m{i + 1}"} for i in range(count)]
     for name, records in {
@@ -511,7 +511,7 @@ def test_trees_of_any_shape_take_little_time_and_memory(tmp_path):
         assert len(list(read_dialogues(path))) == 1
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert time.process_time() - started < 20 and peak < count * 2_000
+        assert time.process_time() - started < 5 and peak < count * 2_000
 
 
 def test_more_trees_than_memory_holds_are_refused(tmp_path, monkeypatch):

@@ -229,12 +229,16 @@ def test_the_ids_of_byte_level_bpe_are_those_of_whole_documents(
     assert encode(encoder, documents, sizes) == wanted
 
 
+@pytest.mark.parametrize("share", [8, pytest.param(1, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_character_at_a_cut(kind: str) -> None:
-    """Where the rule for cuts may take it for a letter; of the many beyond Hangul every 20th."""
+def test_every_character_at_a_cut(kind: str, share: int) -> None:
+    """Where the rule for cuts may take it for a letter; of the many beyond Hangul every 20th.
+
+    Of them all in the soak; else an eighth for each kind, of each another, and ASCII.
+    """
     tokenizer = byte_vocabulary(kind)
     codes = [*range(0x3100), *range(0x3100, 0xD800, 20), *range(0xE000, 0x30000, 20)]
-    characters = [chr(code) for code in codes]
+    characters = [chr(code) for code in [*range(0x80), *codes[[*KINDS].index(kind) :: share]]]
     for start in range(0, len(characters), 1000):
         text = "".join(
             f"{c} a{c} {c}b.\n{c}{c}\nx {c}1{c}\n1" for c in characters[start : start + 1000]

@@ -196,8 +196,9 @@ def test_the_command_that_repeats_a_run_of_minutes(moves, monkeypatch):
     A run whose end the clock did not move is repeated bit for bit.
     """
     write_stories(Path.cwd(), 60)
-    monkeypatch.setattr(fitting, "SHAPES", fitting.SHAPES[:1])
-    monkeypatch.setattr(Deadline, "last_step", lambda self, _, end, __: 30 if moves else end)
+    monkeypatch.setattr(fitting, "SHAPES", [(16, 1, 2)])
+    monkeypatch.setattr(fitting, "time_steps", lambda *_: Speed(1e-5, 0.1))  # some 40 steps
+    monkeypatch.setattr(Deadline, "last_step", lambda self, _, end, __: 20 if moves else end)
     line = "--option pretrain --minutes 0.1 --pretrain_data text.jsonl --cache_dir cache"
     done = command(f"{line} --save_dir run --compile off")
     assert done.status == 0, done.error

@@ -81,11 +81,11 @@ def test_a_classifier_is_not_tried_on_what_it_has_learnt():
 def test_predictions_are_in_the_folder_of_their_run():
     """A second chat finetuning replaced the first one's answers, of another folder."""
     write_dialogues(Path.cwd())
+    first, *_ = Path("chat.jsonl").read_text(encoding="utf-8").splitlines()
+    Path("asked.jsonl").write_text(first, encoding="utf-8")
     model = write_model(Path.cwd(), dim=16, n_layers=1)
-    words = (
-        f"--option finetune --train chat.jsonl --test chat.jsonl --pretrained_model_path {model}"
-    )
-    words += " --cache_dir cache --epochs 1"
+    words = "--option finetune --train chat.jsonl --test asked.jsonl --cache_dir cache --epochs 1"
+    words += f" --pretrained_model_path {model}"
     output = "chat-test-finetuning-output.jsonl"
     assert command(f"{words} --save_dir one --lr 0.02").status == 0
     first = Path("one", output).read_text(encoding="utf-8")

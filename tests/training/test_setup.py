@@ -602,7 +602,7 @@ def test_memory_of_finetuning_is_what_the_plan_says(train, tmp_path):
     Measured by the system, in the process itself: what it reports of a child that has ended is no
     less than what its parent had.
     """
-    words = ["--option", "finetune", "--max_steps", "60", "--dtype", "bfloat16", *train.split()]
+    words = ["--option", "finetune", "--max_steps", "20", "--dtype", "bfloat16", *train.split()]
     words += ["--pretrained_model_path", str(SHIPPED_MODEL), "--save_dir", str(tmp_path / "run")]
     code = (
         "import sys; from pathlib import Path; import run_llama; from config import parse_options\n"

@@ -181,10 +181,7 @@ def test_character_coverage_leaves_out_rare_characters(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("ab" * 500 + "c", encoding="utf-8")
     for coverage, size in ((None, 3), (0.99, 2)):
         train_vocabulary(
-            [tmp_path / "a.txt"],
-            tmp_path / "a",
-            vocab_size="chars",
-            character_coverage=coverage,
+            [tmp_path / "a.txt"], tmp_path / "a", vocab_size="chars", character_coverage=coverage
         )
         pieces = Tokenizer(tokenizer_model=tmp_path / "a")
         assert pieces.n_words == 3 + 256 + size + 1  # the sign for a space
