@@ -87,14 +87,18 @@ def recommended_lr(config: LlamaConfig, optimizer: str) -> float:
     return min(PRESETS.values(), key=distance).pretrain_lr
 
 
-def recommended_decay(config: LlamaConfig, *, epochs: float, distinct: int) -> float:
-    """A weight decay that suits Muon from scratch, for some epochs of `distinct` tokens.
+def recommended_decay(
+    config: LlamaConfig, lr: float, *, tokens: int, distinct: int, batch: int
+) -> float:
+    """A weight decay that suits Muon from scratch, for `tokens` read of a text of `distinct` ones.
 
-    A model with many parameters for each token of its text, read often, learns the text by heart:
-    the more of both, the more decay was best (benchmarks/README.md).
+    A model learns by heart what it reads often, the sooner the more parameters it has for each
+    token: then weights should forget what is some epochs old. A step of `batch` tokens takes
+    lr x decay of them away (best of each in benchmarks/README.md).
     """
-    decay = 0.015 * sum(config.parameter_counts().values()) / distinct * math.sqrt(epochs)
-    return float(f"{min(3.0, max(0.1, decay)):.2g}")
+    parameters = sum(config.parameter_counts().values())
+    an_epoch = 0.027 * math.sqrt(parameters * tokens) / distinct  # of a weight, at the peak
+    return float(f"{min(3.0, max(0.1, an_epoch * batch / (lr * distinct))):.2g}")
 
 
 def finetuning_lr(config: LlamaConfig, *, chat: bool, lora: bool, head_alone: bool) -> float:
@@ -562,18 +566,22 @@ class Options:
         check_options(options)
         return options
 
-    def with_recommended_decay(
-        self, config: LlamaConfig, *, epochs: float, distinct: int
-    ) -> Options:
-        """These options with the weight decay to pretrain this model with, where none was typed.
+    def with_recommended_decay(self, config: LlamaConfig, *, distinct: int) -> Options:
+        """These options with a weight decay to pretrain on `distinct` tokens, where none was typed.
 
         Trained weights and AdamW keep the usual one.
         """
         from_scratch = self.pretrained_model_path is None
         if self.weight_decay is not None or self.optimizer != "muon" or not from_scratch:
             return self
-        decay = recommended_decay(config, epochs=epochs, distinct=distinct)
-        return dataclasses.replace(self, weight_decay=decay)
+        batch = self.global_batch_size * self.max_seq_len
+        tokens = self.epochs * distinct
+        if self.schedule_steps is not None:
+            tokens = self.schedule_steps * batch
+        sizes = {"tokens": tokens, "distinct": distinct, "batch": batch}
+        return dataclasses.replace(
+            self, weight_decay=recommended_decay(config, self.peak_lr(), **sizes)
+        )
 
     def with_finetuning_lr(self, config: LlamaConfig) -> Options:
         """These options with a learning rate to finetune this model with, where none was typed.

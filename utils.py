@@ -49,6 +49,9 @@ class PretrainDataset:
     stream and never truncates the text. Where it is of several `sources`, each by its name and
     tokens, these are cut one by one, and numbered on. A document's BOS, which only `tokenizer`
     knows, is no target. Raises UsageError for fewer than two tokens.
+
+    Numbers from len(self) on are the chunks of later epochs, n + epoch x len(self), which are cut
+    elsewhere: from a token that (seed, epoch) chooses, round to that token again.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class PretrainDataset:
         *,
         tokenizer: Tokenizer | None = None,
         sources: dict[str, int] | None = None,
+        seed: int = 0,
     ) -> None:
         if chunk_length < 1:
             raise UsageError(f"--max_seq_len {chunk_length}: must be at least 1")
@@ -67,7 +71,7 @@ class PretrainDataset:
                 "and one to predict"
             )
         self.stream, self.chunk_length, self.tokenizer = stream, chunk_length, tokenizer
-        self.bos_id = tokenizer and tokenizer.bos_id
+        self.bos_id, self.seed = tokenizer and tokenizer.bos_id, seed
         # BOS always follows EOS: nothing to learn, and the loss would only look lower. A vocabulary
         # with one token for both has no EOS before it, and learns where a document ends by it.
         self.ignored_id = None if tokenizer and self.bos_id == tokenizer.eos_id else self.bos_id
@@ -103,7 +107,8 @@ class PretrainDataset:
         starts = self.source_starts.tolist()
         kept = [(start, start + n) for start, n in zip(starts, sizes.values(), strict=True)]
         stream = self.stream if most == whole else self.stream.select(kept)
-        return PretrainDataset(stream, chunk_length, tokenizer=self.tokenizer, sources=sizes)
+        kept_as = {"tokenizer": self.tokenizer, "sources": sizes, "seed": self.seed}
+        return PretrainDataset(stream, chunk_length, **kept_as)
 
     @functools.cached_property
     def by_source(self) -> dict[str, PretrainDataset]:
@@ -133,22 +138,38 @@ class PretrainDataset:
             total += int(lengths.sum())
         return total
 
-    def bounds(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(starts, stops) in the stream of these chunks, each with the target after its last."""
+    def bounds(
+        self, indices: Sequence[int] | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(starts, stops, rests) of these chunks, each with the target after its last.
+
+        A chunk is tokens starts..stops-1 of the stream, and where it goes on at its source's
+        beginning, the first `rests` tokens of that.
+        """
         # Chunks overlap by one token: the last target of one is the first input of the next, so
-        # every token but a source's first is predicted exactly once.
-        indices = np.asarray(indices)
+        # that every token is predicted once in an epoch but the first of its first chunk.
+        epochs, indices = np.divmod(np.asarray(indices, np.int64), len(self))
         source = np.searchsorted(self.first_chunks, indices, side="right") - 1
-        starts = self.source_starts[source]
-        starts = starts + (indices - self.first_chunks[source]) * self.chunk_length
-        return starts, np.minimum(starts + self.chunk_length + 1, self.source_stops[source])
+        begin, end = self.source_starts[source], self.source_stops[source]
+        first = begin + first_token(epochs, source, self.seed) % np.minimum(
+            self.chunk_length, end - begin
+        )
+        starts = first + (indices - self.first_chunks[source]) * self.chunk_length
+        stops = np.minimum(starts + self.chunk_length + 1, first + end - begin)
+        over = starts >= end  # all of it is beyond the end
+        starts, stops = starts - over * (end - begin), stops - over * (end - begin)
+        return starts, np.minimum(stops, end), np.maximum(stops - end, 0)
 
     def chunk(self, index: int) -> np.ndarray:
         """Inputs and the target after the last, (up to chunk_length + 1,)."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"chunk {index} of {len(self)}")
-        start, stop = self.bounds([index])
-        return self.stream.read(int(start[0]), int(stop[0]))
+        if index < 0:
+            raise IndexError(f"chunk {index}")
+        start, stop, rest = (int(bound[0]) for bound in self.bounds([index]))
+        tokens = self.stream.read(start, stop)
+        if not rest:
+            return tokens
+        begin = int(self.source_starts[np.searchsorted(self.source_stops, start, side="right")])
+        return np.concatenate([tokens, self.stream.read(begin, begin + rest)])
 
     def batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens, targets), both (B, T) int64, T the longest's; IGNORE_INDEX pads targets."""
@@ -166,15 +187,26 @@ class PretrainDataset:
         # So each rank knows the others' counts, by which the loss is divided, without asking them.
         if self.ignored_id is not None and self.stream.document_starts is None:
             return int((self.batch(indices)[1] != IGNORE_INDEX).sum())
-        starts, stops = self.bounds(indices)
-        count = int((stops - starts - 1).sum())
+        starts, stops, rests = self.bounds(indices)
+        count = int((stops - starts - 1 + rests).sum())
         if self.ignored_id is None:
             return count
-        return count - self.stream.count_documents(starts + 1, stops)
+        begin = self.source_starts[np.searchsorted(self.source_stops, starts, side="right")]
+        count -= self.stream.count_documents(starts + 1, stops)
+        return count - self.stream.count_documents(begin, begin + rests)
 
 
-ORDER_VERSION = 2  # of `shuffled`, in a run's identity: 1 was a sorted table
-ROUNDS = 6  # of its Feistel network
+# In a run's identity: 1 was a sorted table instead of `shuffled`, 2 cut every epoch at token 0.
+ORDER_VERSION = 3
+ROUNDS = 6  # of the Feistel network of `shuffled`
+
+
+def first_token(epochs: np.ndarray, sources: np.ndarray, seed: int) -> np.ndarray:
+    """Of each epoch of a source, from where it is cut: any number, int64, and 0 in the first."""
+    # Never to change, as `shuffled`. A model that reads a text often reads it in other contexts.
+    key = splitmix64(np.array([seed], np.uint64)) + epochs.astype(np.uint64)
+    drawn = splitmix64(splitmix64(key) + sources.astype(np.uint64)) >> np.uint64(1)
+    return np.where(epochs == 0, 0, drawn.astype(np.int64))
 
 
 def shuffled(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
@@ -211,8 +243,11 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def batch_indices(n: int, batch_size: int, seed: int, epoch: int, index: int) -> np.ndarray:
-    """Chunk numbers of batch `index` of an epoch, (up to batch_size,) int64; the last is short."""
-    return shuffled(batch_positions(n, batch_size, index), n, seed, epoch)
+    """Numbers of the n chunks of an epoch in its batch `index`, (up to batch_size,) int64.
+
+    From epoch x n on, as `PretrainDataset` numbers them; the last batch is short.
+    """
+    return epoch * n + shuffled(batch_positions(n, batch_size, index), n, seed, epoch)
 
 
 def batch_positions(n: int, batch_size: int, index: int) -> np.ndarray:
@@ -274,7 +309,7 @@ class Mixture:
         for (source, epoch), chosen in places.items():
             at, index = np.array(chosen).T
             order = shuffled(index, self.chunks[source], seed + (source << 32), epoch)
-            found[at] = self.first_chunks[source] + order
+            found[at] = epoch * sum(self.chunks) + self.first_chunks[source] + order
         return found
 
 

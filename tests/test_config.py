@@ -29,6 +29,8 @@ from config import (
     Options,
     find_idle_flags,
     parse_options,
+    recommended_decay,
+    recommended_lr,
 )
 from minllama.cli.suggestions import FOREIGN_NAMES, suggest
 from minllama.system.errors import UsageError
@@ -755,3 +757,40 @@ def test_the_rate_of_a_classifier_suits_its_model(shape, flags, lr, capsys):
     options = parse_options(["--option", "finetune", *flags.split()])
     options = options.with_finetuning_lr(LlamaConfig(vocab_size=2048, **shape))
     assert options.lr == lr and ("(--lr)" in capsys.readouterr().out) == ("--lr" not in flags)
+
+
+def test_the_decay_suits_how_often_how_large_a_model_reads_its_text() -> None:
+    """What was best of a few in short runs (benchmarks/README.md); 0.1 of a text that is long."""
+
+    def decay(dim: int, n_layers: int, pieces: int, distinct: int, epochs: int) -> float:
+        shape = LlamaConfig(dim=dim, n_layers=n_layers, n_heads=2, vocab_size=pieces)
+        sizes = {"tokens": epochs * distinct, "distinct": distinct, "batch": 1024}
+        return recommended_decay(shape, recommended_lr(shape, "muon"), **sizes)
+
+    for shape, best in {
+        (64, 3, 960, 42_506, 12): (0.2, 0.5),  # below 0.1 and 1.2
+        (128, 4, 960, 42_506, 12): (0.8, 1.6),
+        (128, 4, 960, 42_506, 4): (0.3, 1.0),
+        (128, 4, 960, 34_030, 12): (1.2, 1.6),
+        (64, 3, 1088, 62_119, 12): (0.1, 0.4),
+    }.items():
+        assert best[0] <= decay(*shape) <= best[1], shape
+    assert decay(128, 4, 2048, 10**8, 1) == 0.1
+    assert decay(512, 8, 2048, 10**4, 1000) == 3.0
+
+
+def test_a_decay_is_chosen_for_muon_from_scratch_alone() -> None:
+    """A typed one stays, AdamW's, and that of a model that is trained on."""
+    shape = LlamaConfig(dim=64, n_layers=3, n_heads=2, vocab_size=960, max_seq_len=256)
+
+    def decay(line: str) -> float:
+        options = parse_options(f"--option pretrain --max_seq_len 256 {line}".split())
+        options = options.with_global_batch(1).with_recommended_lr(shape, continued=False)
+        return options.with_recommended_decay(shape, distinct=40_000).decay()
+
+    muon, longer = decay("--epochs 12"), decay("--epochs 48")
+    assert muon == pytest.approx(longer / 2, rel=0.05) and muon > 0.3
+    assert decay("--schedule_steps 234") == pytest.approx(muon, rel=0.05)  # of 2,048 tokens
+    assert decay("--epochs 12 --weight_decay 0.2") == 0.2
+    for line in ("--optimizer adamw", "--pretrain_lr 0.01", "--pretrained_model_path model.pt"):
+        assert decay(f"--epochs 12 {line}") == 0.1

@@ -50,6 +50,45 @@ def test_chunks_cover_every_token_once(size: int) -> None:
     assert real.sum() == size - 1
 
 
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    sizes=st.lists(st.integers(2, 40), min_size=1, max_size=3),
+    length=st.integers(1, 12),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_each_epoch_reads_all_of_every_source_from_another_token(
+    sizes: list[int], length: int, seed: int
+) -> None:
+    """As many chunks in each epoch, none of them longer; of each source round from some token to it
+    again, every pair of neighbours once but the one at which it was cut."""
+    whole = sum(sizes)
+    sources = {str(i): size for i, size in enumerate(sizes)}
+    dataset = PretrainDataset(stream_of(whole), length, sources=sources, seed=seed)
+    firsts = set()
+    for epoch in range(6):
+        read: list[list[int]] = [[] for _ in sizes]
+        for index in range(len(dataset)):
+            chunk = dataset.chunk(epoch * len(dataset) + index).tolist()
+            assert 2 <= len(chunk) <= length + 1
+            source = int(np.searchsorted(np.cumsum(sizes), chunk[0], side="right"))
+            assert not read[source] or read[source].pop() == chunk[0]  # the target before it
+            read[source] += chunk
+        for source, (size, tokens) in enumerate(zip(sizes, read, strict=True)):
+            first = sum(sizes[:source])
+            turned = [first + (tokens[0] - first + i) % size for i in range(size)]
+            assert tokens == turned and tokens[0] - first < length
+            assert epoch or tokens[0] == first
+        firsts.add(tuple(tokens[0] for tokens in read))
+    assert len(firsts) > 1 or max(min(size, length) for size in sizes) < 12
+
+
+def test_where_epochs_are_cut_is_for_ever() -> None:
+    """A resumed run reads what the uninterrupted one would have: literal numbers, any version."""
+    dataset = PretrainDataset(stream_of(1000), 256, seed=1337)
+    starts = [int(dataset.bounds([epoch * len(dataset)])[0][0]) for epoch in range(6)]
+    assert starts == [0, 244, 9, 162, 35, 210]
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     sizes=st.lists(st.integers(2, 9), min_size=1, max_size=12),
@@ -72,7 +111,7 @@ def test_targets_are_counted_without_reading(
             continue
         for tokenizer in (SimpleNamespace(bos_id=bos, eos_id=bos + 1), None):
             dataset = PretrainDataset(part, length, tokenizer=tokenizer)
-            chosen = epoch_order(len(dataset), seed, 0)[: 1 + seed]
+            chosen = epoch_order(3 * len(dataset), seed, 0)[: 1 + seed]  # of three epochs
             counted = int((dataset.batch(chosen)[1] != IGNORE_INDEX).sum())
             assert part.document_starts is not None
             assert dataset.count_targets(chosen) == counted
@@ -124,7 +163,7 @@ def test_a_batch_is_padded_to_its_longest_only() -> None:
     dataset = PretrainDataset(stream_of(24), 10)
     assert dataset.batch([2])[0].tolist() == [[20, 21, 22]]
     with pytest.raises(IndexError):
-        dataset.chunk(3)
+        dataset.chunk(-1)
 
 
 def test_too_little_text() -> None:
@@ -197,7 +236,7 @@ def test_batches_of_an_epoch() -> None:
     """Each chunk once; the last batch is short; no batch beyond it."""
     batches = [batch_indices(23, 5, 7, 3, index) for index in range(5)]
     assert [len(batch) for batch in batches] == [5, 5, 5, 5, 3]
-    assert np.array_equal(np.concatenate(batches), shuffled(np.arange(23), 23, 7, 3))
+    assert np.array_equal(np.concatenate(batches) - 3 * 23, shuffled(np.arange(23), 23, 7, 3))
     with pytest.raises(IndexError):
         batch_indices(23, 5, 7, 3, 5)
 
@@ -237,9 +276,9 @@ def mixture_of(sizes: list[int], weights: list[float], length: int) -> Mixture:
 
 
 def sources_of(numbers: np.ndarray, sizes: list[int], length: int) -> np.ndarray:
-    """Which source each chunk is of."""
+    """Which source each chunk is of, whatever its epoch."""
     chunks = [count_chunks(size, length) for size in sizes]
-    return np.searchsorted(np.cumsum(chunks), numbers, side="right")
+    return np.searchsorted(np.cumsum(chunks), numbers % sum(chunks), side="right")
 
 
 some_sources = st.lists(
@@ -272,11 +311,12 @@ def test_each_pass_over_a_source_has_every_chunk_once(sources, length, seed) -> 
     mixture = mixture_of(sizes, weights, length)
     numbers = mixture.chunks_at(range(300), seed)
     found = sources_of(numbers, sizes, length)
-    first = 0
+    first, whole = 0, sum(count_chunks(size, length) for size in sizes)
     for source, size in enumerate(sizes):
         count, own = count_chunks(size, length), numbers[found == source]
         for start in range(0, len(own) - count + 1, count):
-            assert sorted(own[start : start + count] - first) == list(range(count))
+            begin = start // count * whole + first  # of this pass, which is cut in its own way
+            assert sorted(own[start : start + count] - begin) == list(range(count))
         first += count
     pieces = [mixture.chunks_at(range(at, min(300, at + 17)), seed) for at in range(0, 300, 17)]
     assert np.concatenate(pieces).tolist() == numbers.tolist()
@@ -303,16 +343,19 @@ def test_one_weighted_source_is_read_as_without_weights() -> None:
     """Whatever the weight: the order of its chunks is that of every run."""
     mixture = mixture_of([233], [0.3], 10)
     assert mixture.epoch_chunks == count_chunks(233, 10) == 24
-    expected = [shuffled(np.arange(24), 24, 1337, epoch) for epoch in range(3)]
+    expected = [epoch * 24 + shuffled(np.arange(24), 24, 1337, epoch) for epoch in range(3)]
     assert mixture.chunks_at(range(72), 1337).tolist() == np.concatenate(expected).tolist()
 
 
 def test_the_order_of_weighted_chunks_is_for_ever() -> None:
     """A resumed run reads what the uninterrupted one would have: literal numbers, any version."""
     mixture = mixture_of([41, 25, 30], [3, 1, 0.1], 8)
-    order = mixture.chunks_at(range(24), 1337).tolist()
+    epochs, order = np.divmod(mixture.chunks_at(range(24), 1337), 5 + 3 + 4)
+    order = order.tolist()
     assert order == [3, 7, 1, 4, 2, 6, 0, 4, 1, 5, 2, 3, 5, 0, 3, 2, 7, 4, 1, 0, 9, 2, 0, 3]
-    assert mixture.chunks_at(range(10**12, 10**12 + 4), 1337).tolist() == [2, 4, 6, 0]
+    of_the_first = [epoch for epoch, chunk in zip(epochs.tolist(), order, strict=True) if chunk < 5]
+    assert of_the_first == [i // 5 for i in range(len(of_the_first))]
+    assert (mixture.chunks_at(range(10**12, 10**12 + 4), 1337) % 12).tolist() == [2, 4, 6, 0]
 
 
 # ---------------------------------------------------------------------------- labelled sentences

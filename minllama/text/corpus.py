@@ -211,7 +211,7 @@ def load_texts(
         key = fingerprint(cache.key + np.packbits(chosen).tobytes())
     cut = functools.partial(PretrainDataset, chunk_length=length, tokenizer=tokenizer)
     val_set = None if val is None else cut(val, sources=val_sources)
-    train_set = cut(train, sources=sources)
+    train_set = cut(train, sources=sources, seed=options.seed)
     return Texts(train_set, val_set, tokenizer, length, key, cache, files.train)
 
 

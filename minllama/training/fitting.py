@@ -292,7 +292,7 @@ def fit(
     size = config.block_parameters()[0]
     loss = predicted_loss(size, tokens, distinct)
     options = options.choose(chosen).with_recommended_lr(config, continued=False)
-    options = options.with_recommended_decay(config, epochs=epochs, distinct=distinct)
+    options = options.with_recommended_decay(config, distinct=distinct)
     return Fit(options, tokens, loss, training)
 
 

@@ -90,12 +90,8 @@ def prepare_pretraining(
     texts = texts.cut(options.max_seq_len, options.val_tokens)
     config = start.config if start else options.llama_config(tokenizer.n_words)
     options = options.with_recommended_lr(config, continued=False)
-    if checkpoint is None:
-        distinct, epochs = len(texts.train.stream), float(options.epochs)
-        if options.schedule_steps is not None:
-            batch = options.global_batch_size * options.max_seq_len
-            epochs = options.schedule_steps * batch / distinct
-        options = options.with_recommended_decay(config, epochs=epochs, distinct=distinct)
+    if checkpoint is None:  # that of a resumed run is the checkpoint's
+        options = options.with_recommended_decay(config, distinct=len(texts.train.stream))
     return options, config, texts, start
 
 
