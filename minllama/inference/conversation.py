@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from config import DATA_DIR
-from minllama.cli.command_line import launch_command, number_reader, printable
+from minllama.cli.command_line import launch_command, number_reader, own_script, printable
 from minllama.inference.streaming import Continuation, Writer
 from minllama.system.files import write_text
 from minllama.system.signals import StopRequest
@@ -42,7 +42,7 @@ def converse(writer: Writer, temperature: float) -> int:
         words += ["--pretrained_model_path", writer.options.pretrained_model_path]
     here = Path.cwd()
     words += ["--train", train.relative_to(here) if train.is_relative_to(here) else train]
-    print(f"This model continues texts. To converse: {launch_command(sys.argv[0], *words)}")
+    print(f"This model continues texts. To converse: {launch_command(own_script(), *words)}")
     typed = TypedLines()
     for line in typed:
         with StopRequest(silent=True).listening() as stop:

@@ -315,7 +315,8 @@ def test_a_run_from_its_plan_to_its_end_and_after():
     write_stories(Path(), count=8)
     changed = pretrain("--resume auto --epochs 3 --lang zh").error
     assert re.fullmatch(
-        r"run_llama.py: 错误：训练文本与开始训练时不同（[\d,]+ tokens to train on, then [\d,]+）："
+        r"run_llama.py: 错误：训练文本与开始训练时不同"
+        r"（[\d,]+ tokens to train on now, [\d,]+ then）："
         r"继续训练只能用原来的数据。要用现在的数据接着训练它的模型：python \S+ --option pretrain "
         r"--pretrained_model_path run.final-model.pt .*\n",
         changed,

@@ -224,7 +224,7 @@ def test_a_text_that_has_grown_is_told_how_to_be_trained_on():
     done = command(f"{RESUME} --max_steps 2")
     assert done.status == 2 and done.error.count("\n") == 1
     assert "the text has changed since the run was started (" in done.error
-    counts = re.search(r"\(([\d,]+) tokens to train on, then ([\d,]+)\)", done.error).groups()
+    counts = re.search(r"\(([\d,]+) tokens to train on now, ([\d,]+) then\)", done.error).groups()
     new, old = (int(count.replace(",", "")) for count in counts)
     assert new > old == load_checkpoint(Path("run/pretrain-step-1.pt"))["identity"][TEXT_TOKENS]
     printed = shlex.split(done.error.rpartition("now: ")[2])
@@ -242,7 +242,7 @@ def test_what_is_read_otherwise_is_named():
     Path("more.jsonl").write_text('{"text": "One more day came."}\n', encoding="utf-8")
     files = "--pretrain_data text.jsonl more.jsonl --dedup"
     error = command(f"{RESUME} {files} --max_steps 2").error
-    assert "--pretrain_data text.jsonl more.jsonl, then text.jsonl; --dedup True, then" in error
+    assert "--pretrain_data text.jsonl more.jsonl now, text.jsonl then; --dedup True now," in error
     printed = shlex.split(error.rpartition("now: ")[2])
     assert "--dedup" in printed and "more.jsonl" in printed
     assert command([*printed[2:], "--max_steps", "1"]).status == 0
