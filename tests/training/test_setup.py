@@ -520,6 +520,26 @@ def test_the_command_that_is_printed_resumes(monkeypatch):
     assert steps() == list(range(1, 10)) and records()[-1]["lr"] > 0
 
 
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_the_command_that_is_printed_resumes_on_a_table(monkeypatch, form):
+    """Its columns' names were not in it, so it ended in `no column 'label' or 'text'`."""
+    model = write_model(Path.cwd(), dim=16, n_layers=1)
+    rows = [("Der Film ist schön .", "gut"), ("So ein Ärger .", "übel")] * 8
+    lines = ["satz,urteil", *map(",".join, rows)]
+    if form == "jsonl":
+        lines = [json.dumps({"satz": s, "urteil": u}, ensure_ascii=False) for s, u in rows]
+    Path(f"films.{form}").write_text("\n".join(lines), encoding="cp1252")
+    words = f"--option finetune --train films.{form} --text_field satz --label_field urteil"
+    words += f" --encoding cp1252 --epochs 3 --save_dir run --pretrained_model_path {model}"
+    with monkeypatch.context() as patch:
+        done = command(words, stop=stop_after(2, patch))
+    assert done.status == 130, done.error
+    done = command(shlex.split(done.out.rsplit("continue with:", 1)[1])[2:])
+    assert done.status == 0 and "dev accuracy" in done.out, done.error
+    stored = {"satz", "urteil"} & set(RunFolder(Path("run"), "finetune-films").repeating_words())
+    assert stored == {"satz", "urteil"}
+
+
 def test_the_printed_command_has_a_folder_with_a_space(monkeypatch):
     """Pasted as it is, it has to name the same folder."""
     with monkeypatch.context() as patch:
