@@ -23,6 +23,7 @@ from pathlib import Path
 from config import DTYPE_BYTES, add_reading_flags
 from minllama.cli.command_line import (
     OneLineParser,
+    own_script,
     parse_or_exit,
     print_error,
     protect_output,
@@ -420,8 +421,7 @@ def print_runs(folder: Path) -> None:
     """Print the command that repeats each run in the folder."""
     for record in sorted(folder.glob("*run.json")):
         prefix = record.name.removesuffix("run.json").removesuffix("-") or "pretrain"
-        script = Path(sys.argv[0]).with_name("run_llama.py")
-        if again := RunFolder(folder, prefix).repeating_command(script):
+        if again := RunFolder(folder, prefix).repeating_command(own_script()):
             print(f"{record}: to repeat the run in another folder\n  {again}")
 
 

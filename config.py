@@ -120,6 +120,7 @@ def finetuning_lr(config: LlamaConfig, *, chat: bool, lora: bool, head_alone: bo
 # ---------------------------------------------------------------------------- the table of flags
 
 SHAPE_FLAGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim")  # beside --model_size
+USUAL_DECAY = 0.1  # of a pretraining's weights
 MAX_CONTEXT = 1024  # where --max_seq_len is not given, as in the original
 TRAINING = ("pretrain", "finetune")
 LABELLED = ("finetune", "prompt")
@@ -521,7 +522,14 @@ class Options:
         if self.pretrained_model_path is not None:
             return " since it goes on from a model (else --optimizer muon)"
         typed = " since --pretrain_lr is typed (else --optimizer muon, and a rate of its own)"
-        return typed * ("pretrain_lr" in self.given)
+        return typed * self.is_adamw_by_rate
+
+    @property
+    def is_adamw_by_rate(self) -> bool:
+        """Whether a pretraining would have Muon, but for a rate that was typed."""
+        by_rate = self.optimizer == "adamw" and {"pretrain_lr", "optimizer"} & self.given
+        from_scratch = self.option == "pretrain" and self.pretrained_model_path is None
+        return from_scratch and self.parallel == "ddp" and by_rate == {"pretrain_lr"}
 
     def llama_config(self, vocab_size: int) -> LlamaConfig:
         """The shape to pretrain: the preset's, changed by the flags of the shape."""
@@ -565,23 +573,6 @@ class Options:
         options = dataclasses.replace(self, pretrain_lr=lr)
         check_options(options)
         return options
-
-    def with_recommended_decay(self, config: LlamaConfig, *, distinct: int) -> Options:
-        """These options with a weight decay to pretrain on `distinct` tokens, where none was typed.
-
-        Trained weights and AdamW keep the usual one.
-        """
-        from_scratch = self.pretrained_model_path is None
-        if self.weight_decay is not None or self.optimizer != "muon" or not from_scratch:
-            return self
-        batch = self.global_batch_size * self.max_seq_len
-        tokens = self.epochs * distinct
-        if self.schedule_steps is not None:
-            tokens = self.schedule_steps * batch
-        sizes = {"tokens": tokens, "distinct": distinct, "batch": batch}
-        return dataclasses.replace(
-            self, weight_decay=recommended_decay(config, self.peak_lr(), **sizes)
-        )
 
     def with_finetuning_lr(self, config: LlamaConfig) -> Options:
         """These options with a learning rate to finetune this model with, where none was typed.
@@ -642,7 +633,7 @@ class Options:
         """The weight decay: as given, else 0.1 to pretrain and 0 to finetune."""
         if self.weight_decay is not None:
             return self.weight_decay
-        return 0.1 if self.option == "pretrain" else 0.0
+        return USUAL_DECAY if self.option == "pretrain" else 0.0
 
     def peak_lr(self) -> float:
         """The learning rate after warmup."""

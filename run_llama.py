@@ -74,7 +74,12 @@ from minllama.training.loop import OnStep, train
 from minllama.training.pretraining import Pretraining, plan_for_gpus
 from minllama.training.results import say_interrupted
 from minllama.training.run import Run
-from minllama.training.setup import make_plan, open_run, use_checkpoint_folder
+from minllama.training.setup import (
+    make_plan,
+    open_run,
+    use_checkpoint_folder,
+    use_recorded_reading,
+)
 from minllama.training.task import Task
 from utils import LlamaDataset
 
@@ -98,6 +103,7 @@ def finetune(
     """Train a pretrained model on dialogues, or a classifier on it; returns the exit status."""
     prefix = f"finetune-{data_set_name(options.train)}"
     options = use_checkpoint_folder(options, prefix)  # predictions go there, too
+    options = use_recorded_reading(options, prefix)
     if options.is_chat:
         files, task_class = find_dialogue_files(options), ChatTuning
     else:

@@ -777,20 +777,3 @@ def test_the_decay_suits_how_often_how_large_a_model_reads_its_text() -> None:
         assert best[0] <= decay(*shape) <= best[1], shape
     assert decay(128, 4, 2048, 10**8, 1) == 0.1
     assert decay(512, 8, 2048, 10**4, 1000) == 3.0
-
-
-def test_a_decay_is_chosen_for_muon_from_scratch_alone() -> None:
-    """A typed one stays, AdamW's, and that of a model that is trained on."""
-    shape = LlamaConfig(dim=64, n_layers=3, n_heads=2, vocab_size=960, max_seq_len=256)
-
-    def decay(line: str) -> float:
-        options = parse_options(f"--option pretrain --max_seq_len 256 {line}".split())
-        options = options.with_global_batch(1).with_recommended_lr(shape, continued=False)
-        return options.with_recommended_decay(shape, distinct=40_000).decay()
-
-    muon, longer = decay("--epochs 12"), decay("--epochs 48")
-    assert muon == pytest.approx(longer / 2, rel=0.05) and muon > 0.3
-    assert decay("--schedule_steps 234") == pytest.approx(muon, rel=0.05)  # of 2,048 tokens
-    assert decay("--epochs 12 --weight_decay 0.2") == 0.2
-    for line in ("--optimizer adamw", "--pretrain_lr 0.01", "--pretrained_model_path model.pt"):
-        assert decay(f"--epochs 12 {line}") == 0.1

@@ -28,6 +28,8 @@ Parsed = TypeVar("Parsed")
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 UNTYPABLE = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # surrogates that stand for no byte
 LONGEST, LAST = 2000, 500  # characters of an error's line, of which the last hold the remedy
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ("run_llama.py", "check_model_precision.py", "tokenizer.py")
 PATH_BYTES, NAME_CHARS = 4096, 255  # of a path and of each name in it: the highest limits known
 BOUNDS = {"at_least": ge, "above": gt, "at_most": le, "below": lt}
 
@@ -290,6 +292,17 @@ def quoted(*words: str | Path) -> str:
     if os.name == "nt":  # where nothing stands for a line's end, which would end the command
         return subprocess.list2cmdline([printable(" ".join(word.splitlines())) for word in plain])
     return " ".join(shlex.quote(word) if word.isprintable() else _in_octal(word) for word in plain)
+
+
+def own_script(name: str = "run_llama.py") -> Path:
+    """A script of this program, as it is named in a command to type.
+
+    Beside the one that runs; where that is the user's own, which imports this, where it is.
+    """
+    running = Path(sys.argv[0])
+    if running.name in SCRIPTS:
+        return running.with_name(name)
+    return Path(name) if Path.cwd() == ROOT else ROOT / name
 
 
 def launch_command(

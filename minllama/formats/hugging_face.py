@@ -43,6 +43,7 @@ from minllama.model.shape import SCALING_BOUNDS
 from minllama.system.errors import UsageError
 from minllama.system.files import atomic_folder, check_regular, is_text, read_json_object
 from minllama.system.packages import import_optional
+from minllama.text.find_files import SHOWN_FILES
 from tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -119,6 +120,9 @@ def _folder(path: Path) -> Path:
     """The folder that is meant by its path or that of its weights; UsageError where it is none."""
     folder = path if path.is_dir() else path.parent
     if not any((folder / name).exists() for name in ("config.json", WEIGHTS, INDEX)):
+        if files := sorted(folder.glob("*-model.pt")) or sorted(folder.glob("*.pt")):
+            named = ", ".join(map(str, files[:SHOWN_FILES]))
+            raise UsageError(f"{folder}: is a folder; name one of its files, such as {named}")
         raise UsageError(
             f"{folder}: the folder holds no model: neither a .pt file, nor config.json with "
             f"{WEIGHTS} (Hugging Face), nor consolidated.00.pth with params.json (Meta), nor "

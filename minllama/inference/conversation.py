@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from config import DATA_DIR
-from minllama.cli.command_line import launch_command, number_reader, printable
+from minllama.cli.command_line import launch_command, number_reader, own_script, printable
 from minllama.inference.streaming import Continuation, Writer
 from minllama.system.files import write_text
 from minllama.system.signals import StopRequest
 from minllama.text.dialogues import Exchange
 
 GREETING = "Ask something. Ctrl-C ends an answer, Ctrl-D the conversation; /help lists commands."
+HOW_TO_END = "Type how a text begins. Ctrl-C ends what follows, Ctrl-D the program."
 HELP = """\
 /reset          forget what was said
 /save FILE      write the conversation as a line of .jsonl, which --train reads
@@ -38,11 +39,13 @@ def converse(writer: Writer, temperature: float) -> int:
         return Conversation(writer, temperature).run()
     train = DATA_DIR / "chat-train.jsonl"
     words = ["--option", "finetune"]
-    if "pretrained_model_path" in writer.options.given:
-        words += ["--pretrained_model_path", writer.options.pretrained_model_path]
+    for name in ("save_dir", "pretrained_model_path"):  # of the two the second is what is used
+        if name in writer.options.given:
+            words[2:] = ["--pretrained_model_path", getattr(writer.options, name)]
     here = Path.cwd()
     words += ["--train", train.relative_to(here) if train.is_relative_to(here) else train]
-    print(f"This model continues texts. To converse: {launch_command(sys.argv[0], *words)}")
+    print(f"This model continues texts. To converse: {launch_command(own_script(), *words)}")
+    print(HOW_TO_END)
     typed = TypedLines()
     for line in typed:
         with StopRequest(silent=True).listening() as stop:

@@ -29,6 +29,7 @@ class Outcome:
     val_loss: float | None
     dropout: float = 0.0  # that it was trained with
     is_timed: bool = False  # --minutes chose its steps
+    is_rate_typed: bool = False  # AdamW from scratch for that alone: Muon is the better one
     copies: Copies | None = None  # of its text in what it writes
 
     @property
@@ -42,7 +43,8 @@ class Outcome:
         return self.val_loss is not None and self.train_loss < (1 - GAP) * self.val_loss
 
 
-Remedy = Literal["text", "training", "both", "model"]  # what there should be more of
+# What there should be more of, or in place of AdamW.
+Remedy = Literal["text", "training", "both", "model", "muon"]
 
 
 def find_remedy(outcome: Outcome, *, rose: bool) -> tuple[Remedy, str]:
@@ -60,6 +62,9 @@ def find_remedy(outcome: Outcome, *, rose: bool) -> tuple[Remedy, str]:
         return "text", "more text: what it writes is in large part its own, word for word"
     if outcome.epochs > REREAD:
         return "text", f"more text: it has read its own {outcome.epochs:.0f} times"
+    if outcome.is_rate_typed:
+        muon = "leave --pretrain_lr out, or add --optimizer muon with a rate of its own"
+        return "muon", f"Muon, which learns more in as many steps than AdamW: {muon}"
     if per_parameter < FEW:
         training = "more --minutes" if outcome.is_timed else "more training (--epochs or --minutes)"
         return "training", f"{training}: it has seen little for its size"
@@ -97,6 +102,8 @@ def remedied(remedy: Remedy, options: Options, config: LlamaConfig) -> dict[str,
         for name in ["minutes"] if options.minutes else lengths:
             if getattr(options, name):
                 changes[name] = 2 * getattr(options, name)
+    if remedy == "muon":
+        changes |= {"optimizer": "muon", "pretrain_lr": None}
     if remedy == "model" and options.pretrained_model_path is None:  # else it keeps its shape
         shape = {name: getattr(config, name) for name in ("dim", "n_heads", "n_kv_heads")}
         changes |= shape | {"n_layers": 2 * config.n_layers}

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from config import CONTINUED_LR, DTYPE_BYTES, LlamaConfig, Options, recommended_lr
+from config import CONTINUED_LR, DTYPE_BYTES, USUAL_DECAY, LlamaConfig, Options, recommended_lr
 from minllama.cli.console import human_size, human_time, say
 from minllama.machine.gpus import Gpu
 from minllama.model.kernels import chunk_rows_for, max_materialized_len
@@ -104,6 +104,16 @@ class TrainingPlan:
         """Steps of linear warmup: as given, else 5 % of the schedule."""
         given = self.options.warmup_steps
         return round(0.05 * self.schedule_steps) if given is None else given
+
+    def decay_reason(self) -> str:
+        """Why the program chose another weight decay than the usual one, and how to undo it."""
+        options = self.options
+        was_typed = "weight_decay" in options.given or options.resume is not None
+        if options.option != "pretrain" or was_typed or options.decay() == USUAL_DECAY:
+            return ""
+        epochs = self.schedule_steps / self.steps_per_epoch
+        read = f"for so little text, read {epochs:,.3g} times"
+        return f" {read} (else --weight_decay {USUAL_DECAY})"
 
     @property
     def micro_tokens(self) -> int:
@@ -298,7 +308,7 @@ class TrainingPlan:
             f"warmup {self.warmup_steps:,}{ends}",
             f"learning     up to {options.peak_lr():.3g}, then {options.lr_scheduler} to "
             f"{options.min_lr:g}; {options.optimizer}{options.optimizer_reason()}, weight decay "
-            f"{options.decay():g}",
+            f"{options.decay():g}{self.decay_reason()}",
             f"memory       {human_size(sum(memory.values()))} in {self.dtype}{per_process}: "
             f"{needs}{have}",
             f"files        weights {weights} ({options.save_dtype}), resumable checkpoint "

@@ -40,8 +40,14 @@ def find_text_files(patterns: Sequence[str | Path], *, flag: str = "--pretrain_d
     UsageError, naming `flag`, for a pattern that matches nothing or something that is not a file.
     """
     files: dict[str, Path] = {}
-    for pattern in patterns:
-        for path in _expand(str(pattern), flag):
+    matched: dict[str, list[Path]] = {}
+    named: set[str] = set()  # beside the folders, which are not said to skip them
+    for pattern in sorted(map(str, patterns), key=os.path.isdir):  # folders last
+        matched[pattern] = _expand(pattern, flag, named)
+        if not os.path.isdir(pattern):
+            named.update(map(real_path, matched[pattern]))
+    for pattern in map(str, patterns):
+        for path in matched[pattern]:
             if has_line_break(path):
                 raise UsageError(f"{flag} {str(path)!r} has a line break in its name: rename it")
             files.setdefault(real_path(path), path)
@@ -50,10 +56,10 @@ def find_text_files(patterns: Sequence[str | Path], *, flag: str = "--pretrain_d
     return list(files.values())
 
 
-def _expand(pattern: str, flag: str) -> list[Path]:
+def _expand(pattern: str, flag: str, named: set[str]) -> list[Path]:
     path = Path(pattern)
     if path.is_dir():
-        return _files_of_folder(path, flag)
+        return _files_of_folder(path, flag, named)
     if path.exists():
         check_regular(path)
         return [path]
@@ -72,12 +78,12 @@ def _expand(pattern: str, flag: str) -> list[Path]:
 # ---------------------------------------------------------------------------- folders
 
 
-def _files_of_folder(folder: Path, flag: str) -> list[Path]:
+def _files_of_folder(folder: Path, flag: str, named: set[str]) -> list[Path]:
     there = sorted(p for p in folder.rglob("*") if p.is_file())
     inside = [p for p in there if not _hidden_part(p, folder)]
     _print_hidden(folder, [p for p in there if is_text_name(p) and _hidden_part(p, folder)])
     files = _without_scratch([p for p in inside if is_text_name(p)])
-    skipped = [p for p in inside if not is_text_name(p)]
+    skipped = [p for p in inside if not is_text_name(p) and real_path(p) not in named]
     meant = _skipped_text(skipped)
     if not files:
         problem = f"the folder holds no {', '.join(TEXT_SUFFIXES)} file"
@@ -93,7 +99,7 @@ def _files_of_folder(folder: Path, flag: str) -> list[Path]:
             "alone are meant"
         )
     _print_splits(folder)
-    _print_skipped(folder, skipped)
+    _print_skipped(folder, skipped, _glob_of(folder, meant, inside) if meant else None)
     return files
 
 
@@ -175,13 +181,15 @@ def _print_hidden(folder: Path, hidden: Sequence[Path]) -> None:
         say(f"{folder}: {files} left out ({shown}); what is named is read, hidden or not")
 
 
-def _print_skipped(folder: Path, skipped: Sequence[Path]) -> None:
+def _print_skipped(folder: Path, skipped: Sequence[Path], pattern: str | None) -> None:
     kinds = Counter(map(_kind_of, skipped)).most_common()
     if kinds:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds[:SHOWN_KINDS])
         more = ", ..." if len(kinds) > SHOWN_KINDS else ""
+        example = f", as in {pattern}" if pattern else ""
         say(
-            f"{folder}: {counts}{more} skipped; a file is read, whatever its suffix, if it is named"
+            f"{folder}: {counts}{more} skipped; a file is read, whatever its suffix, if it is "
+            f"named{example}"
         )
 
 

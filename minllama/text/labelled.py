@@ -179,17 +179,22 @@ def read_labelled(
     return label_rows(rows, labels or [str(number) for number in range(MAX_LABELS)])
 
 
-def label_rows(rows: Iterable[Row], labels: Sequence[str]) -> list[LabelledExample]:
-    """The rows with the places of their labels in `labels`; raises UsageError."""
+def label_rows(
+    rows: Iterable[Row], labels: Sequence[str], names: Path | None = None
+) -> list[LabelledExample]:
+    """The rows with the places of their labels in `labels`, which the file `names` may have.
+
+    Raises UsageError.
+    """
     numbers: dict[str, int | None] = {"": None, str(UNLABELLED): None}
     numbers |= {text: number for number, text in enumerate(labels)}
     for row in rows:
         if row.label not in numbers:
-            raise UsageError(_wrong_label(row, labels))
+            raise UsageError(_wrong_label(row, labels, names))
     return [LabelledExample(numbers[row.label], row.sentence) for row in rows]
 
 
-def _wrong_label(row: Row, labels: Sequence[str]) -> str:
+def _wrong_label(row: Row, labels: Sequence[str], names: Path | None) -> str:
     if WHOLE.fullmatch(labels[0]) and not WHOLE.fullmatch(row.label):
         return f"{row.where}: label {row.label[:40]!r} is not a whole number"
     among = ", ".join(labels[:SHOWN_LABELS]) + (", ..." if len(labels) > SHOWN_LABELS else "")
@@ -197,7 +202,7 @@ def _wrong_label(row: Row, labels: Sequence[str]) -> str:
         among = f"0 to {labels[-1]}"
     return (
         f"{row.where}: label {row.label[:40]} is not one of {among} (-1 for unlabelled); do the "
-        "label names belong to this file?"
+        f"label names {f'in {names} ' if names else ''}belong to this file?"
     )
 
 

@@ -79,7 +79,7 @@ def find_labelled_files(options: Options, suffix: str) -> SplitFiles:
     labels = find_labels(source, read_rows(source, reading), given, named)
     if not trains or given is not None or labels.is_counted:
         return replace(files, labels=labels)
-    return replace(files, labels=labels, mapping=files.outs["dev"].with_name(mapping.name))
+    return replace(files, labels=labels, mapping=options.save_dir / mapping.name)
 
 
 def _labels_to_prompt(path: Path, rows: list[Row], given: Labels | None, mapping: Path) -> Labels:
@@ -95,7 +95,7 @@ def _labels_to_prompt(path: Path, rows: list[Row], given: Labels | None, mapping
         return find_labels(path, rows, None, mapping, flag="")
     if given.is_counted and texts and _are_words(texts):  # a list of the words themselves
         given = Labels(given.names, given.names)
-    label_rows(rows, given.texts)
+    label_rows(rows, given.texts, mapping)
     return given
 
 
@@ -132,7 +132,7 @@ def find_labels(
             labels = Labels(given.names, given.names)
     elif labels.is_counted and len(labels.names) == len(numbers) == len(counts):
         _check_numbers(f"{flag}{train}", numbers, labels, mapping)
-    label_rows(rows, labels.texts)
+    label_rows(rows, labels.texts, mapping if mapping.is_file() else None)
     if len(counts) != len(labels.names):
         shown = ", ".join(sorted(counts)[:SHOWN_LABELS])
         raise UsageError(

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from config import SHAPE_FLAGS, LlamaConfig, Options
+from config import SHAPE_FLAGS, LlamaConfig, Options, recommended_decay
 from llama import Llama, NextTokenLoss
 from minllama.cli.console import human_time, say
 from minllama.machine.device import autocast, is_out_of_memory, training_arithmetic
@@ -292,8 +292,25 @@ def fit(
     size = config.block_parameters()[0]
     loss = predicted_loss(size, tokens, distinct)
     options = options.choose(chosen).with_recommended_lr(config, continued=False)
-    options = options.with_recommended_decay(config, distinct=distinct)
+    options = with_recommended_decay(options, config, distinct)
     return Fit(options, tokens, loss, training)
+
+
+def with_recommended_decay(options: Options, config: LlamaConfig, distinct: int) -> Options:
+    """The options with a weight decay to pretrain on `distinct` tokens, where none was typed.
+
+    It follows from the text for Muon from scratch alone.
+    """
+    decay = options.decay()
+    from_scratch = options.pretrained_model_path is None
+    if options.weight_decay is None and options.optimizer == "muon" and from_scratch:
+        batch = options.global_batch_size * options.max_seq_len
+        tokens = options.epochs * distinct
+        if options.schedule_steps is not None:
+            tokens = options.schedule_steps * batch
+        sizes = {"tokens": tokens, "distinct": distinct, "batch": batch}
+        decay = recommended_decay(config, options.peak_lr(), **sizes)
+    return dataclasses.replace(options, weight_decay=decay)
 
 
 def describe(best: Fit, typed: Options, timed: int, distinct: int) -> list[str]:

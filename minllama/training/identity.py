@@ -6,12 +6,11 @@ And how a model is trained on where a run cannot be: because its data changed, o
 from __future__ import annotations
 
 import itertools
-import sys
 from pathlib import Path
 from typing import Any
 
 from config import FLAGS, READERS, READING_FLAGS, Options
-from minllama.cli.command_line import launch_command
+from minllama.cli.command_line import launch_command, own_script
 from minllama.cli.config_file import recorded_words
 from minllama.formats.find_model import pretraining_result
 from minllama.machine.ranks import Ranks
@@ -85,7 +84,7 @@ def _describe_change(checkpoint: dict[str, Any], identity: dict[str, Any], optio
     """In words: which data changed, by how much, and which of its flags."""
     before, now = checkpoint.get("options", {}), options.to_plain()
     changed = [
-        f"--{name} {_as_typed(now[name])}, then {_as_typed(before[name])}"
+        f"--{name} {_as_typed(now[name])} now, {_as_typed(before[name])} then"
         for name in (*TEXT_FLAGS, *LABELLED_FLAGS, "tokenizer_model")
         if name in before and before[name] != now[name]
     ]
@@ -93,7 +92,7 @@ def _describe_change(checkpoint: dict[str, Any], identity: dict[str, Any], optio
     for name, unit in ((TEXT_TOKENS, "tokens"), (DIALOGUES, "dialogues")):
         count, count_before = identity.get(name), checkpoint["identity"].get(name)
         if isinstance(count, int) and isinstance(count_before, int) and count != count_before:
-            changed.insert(0, f"{count:,} {unit} to train on, then {count_before:,}")
+            changed.insert(0, f"{count:,} {unit} to train on now, {count_before:,} then")
     return f"{what} has changed since the run was started" + (
         f" ({'; '.join(changed)})" if changed else ""
     )
@@ -121,7 +120,7 @@ def command_to_train_on(options: Options, folder: RunFolder, ranks: Ranks) -> st
     words += ["--save_dir", str(next(path for path in names if not path.exists()))]
     start = ["--option", options.option, "--pretrained_model_path", str(model)]
     launch = {"processes": ranks.world_size, "machines": ranks.nodes}
-    return launch_command(sys.argv[0], *start, *words, **launch)
+    return launch_command(own_script(), *start, *words, **launch)
 
 
 def check_ranks_agree(identity: dict[str, Any], ranks: Ranks) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from config import MAX_CONTEXT, LlamaConfig, Options
 from llama import Llama, load_pretrained
+from minllama.cli.command_line import own_script
 from minllama.cli.console import say
 from minllama.formats.find_model import STARTING_WEIGHTS, Start, find_start_model
 from minllama.formats.model_file import read_model
@@ -37,7 +37,7 @@ from minllama.text.compression import compare_with_compressors, verdict_line
 from minllama.text.copies import Copies
 from minllama.text.corpus import Texts, find_texts, load_texts
 from minllama.text.vocabulary import choose_vocabulary
-from minllama.training.fitting import TIMED_CONTEXT, fit_to_time
+from minllama.training.fitting import TIMED_CONTEXT, fit_to_time, with_recommended_decay
 from minllama.training.identity import CHUNK_ORDER, DATA_WEIGHTS, TEXT, TEXT_TOKENS
 from minllama.training.old_text import (
     HELD_OUT_KEY,
@@ -91,7 +91,7 @@ def prepare_pretraining(
     config = start.config if start else options.llama_config(tokenizer.n_words)
     options = options.with_recommended_lr(config, continued=False)
     if checkpoint is None:  # that of a resumed run is the checkpoint's
-        options = options.with_recommended_decay(config, distinct=len(texts.train.stream))
+        options = with_recommended_decay(options, config, len(texts.train.stream))
     return options, config, texts, start
 
 
@@ -305,7 +305,7 @@ class Pretraining(NextTokenTask):
         add_findings(folder, findings, copies, last_step=run.last_step)
         if run.options.minutes is not None:
             say("the same run again, by its steps instead of the clock:")
-            print(" ", folder.repeating_command(sys.argv[0]))
+            print(" ", folder.repeating_command(own_script()))
 
     def read_what_it_writes(self, model: Llama) -> tuple[Copies | None, Findings]:
         """How much of its text the model writes word for word, and whether it repeats itself."""
@@ -360,13 +360,14 @@ class Pretraining(NextTokenTask):
             dropout=self.run.options.dropout,
             copies=copies,
             is_timed=self.run.options.minutes is not None,
+            is_rate_typed=self.run.options.is_adamw_by_rate,
         )
         advice = advise(outcome, rose=overfitted)
         say(*advice)
         remedy, _ = find_remedy(outcome, rose=overfitted)
         changes = remedied(remedy, self.run.options, self.config)
         findings[WHAT_NEXT] = [[*line.split(": ", 1)] for line in advice]
-        if changes and (again := self.run.folder.repeating_command(sys.argv[0], changes)):
+        if changes and (again := self.run.folder.repeating_command(own_script(), changes)):
             name = "the same run with that"
             if "pretrain_data" in changes:
                 name += f" ({MORE_TEXT}: the text that you add)"
@@ -387,7 +388,7 @@ class Pretraining(NextTokenTask):
         say(f"old text     its held-out part: {verdict}")
         rows = [["held-out part", verdict]]
         changes = mixed_in(self.old_text.options, run.options) if forgets else None
-        if changes and (again := run.folder.repeating_command(sys.argv[0], changes)):
+        if changes and (again := run.folder.repeating_command(own_script(), changes)):
             name = "the same run with the old text mixed in"
             say(f"{name}:")
             print(" ", again)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from config import TYPED_ON_RESUME
-from minllama.cli.command_line import launch_command
+from minllama.cli.command_line import launch_command, own_script
 from minllama.cli.console import human_size, say
 from minllama.runs.run_folder import FLAGS_OF_A_START, RunFolder
 from minllama.system.files import size_on_disk
@@ -29,7 +28,7 @@ def say_interrupted(run: Run) -> int:
     how = "started as before, with --resume auto, it continues" if several else "continue with:"
     say(f"stopped after step {step:,}, and saved; {how}")
     if not several:
-        print(" ", launch_command(sys.argv[0], *words, processes=ranks.world_size))
+        print(" ", launch_command(own_script(), *words, processes=ranks.world_size))
     return run.stop.exit_status
 
 
@@ -64,10 +63,10 @@ def print_results(
         words = ["--option", option, "--pretrained_model_path", model]
         text = ["--interactive"] if prompt is None else ["--prompt", prompt]
         words += {"generate": text, "prompt": test}.get(option, [])
-        commands.append([f"to {option} with it", launch_command(sys.argv[0], *words)])
+        commands.append([f"to {option} with it", launch_command(own_script(), *words)])
         print(" ", commands[-1][1])
         if NEW_SENTENCES in words:
             commands[-1][0] += f" ({NEW_SENTENCES}: {OWN_SENTENCES})"
             print(f"    {NEW_SENTENCES}: {OWN_SENTENCES}")
-    print(" ", launch_command(Path(sys.argv[0]).with_name("check_model_precision.py"), model))
+    print(" ", launch_command(own_script("check_model_precision.py"), model))
     return commands

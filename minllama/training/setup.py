@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from config import TYPED_ON_RESUME, Options, check_options
+from config import FLAGS, TYPED_ON_RESUME, Options, check_options
+from minllama.cli.command_line import read_stored
 from minllama.cli.console import human_size, human_time, say
 from minllama.formats.pt_file import state_file
 from minllama.machine.device import (
@@ -38,6 +39,8 @@ from minllama.training.fitting import measure
 from minllama.training.identity import GLOBAL_BATCH, check_identity, check_ranks_agree
 from minllama.training.run import Run
 from minllama.training.task import Task
+
+HOW_RECORDS_ARE_READ = {"text_field", "label_field", "encoding", "encoding_errors"}
 
 
 @contextlib.contextmanager
@@ -94,6 +97,21 @@ def use_checkpoint_folder(options: Options, prefix: str) -> Options:
         )
     resume = "auto" if in_folder else options.resume
     return dataclasses.replace(options, save_dir=folder, resume=resume)
+
+
+def use_recorded_reading(options: Options, prefix: str) -> Options:
+    """How a resumed run's labelled files are read, as it was typed when the run was started.
+
+    They are looked into before the checkpoint is, whose options come later. Raises UsageError.
+    """
+    folder = RunFolder(options.save_dir, prefix)
+    names = (HOW_RECORDS_ARE_READ & (folder.typed() or set())) - options.given
+    if options.resume is None or not names:
+        return options
+    stored, where = folder.starts()[0].get("options"), str(folder.file("run.json"))
+    names &= stored.keys() if isinstance(stored, dict) else set()
+    values = {name: read_stored(FLAGS[name], stored[name], where=where) for name in names}
+    return dataclasses.replace(options, **values, given=options.given | names)
 
 
 def find_start(
@@ -223,7 +241,8 @@ def time_line(plan: TrainingPlan, device: torch.device, steps_left: int) -> str:
     """
     options, config = plan.options, plan.config
     if options.option == "pretrain" and options.minutes is not None:
-        return f"time         {options.minutes:g} minutes in all, whatever the steps (--minutes)"
+        unit = "minute" if options.minutes == 1 else "minutes"
+        return f"time         {options.minutes:g} {unit} in all, whatever the steps (--minutes)"
     speed = None  # also where the memory is too small for it
     if device.type == "cpu" and sum(config.parameter_counts().values()) <= TIMED_PARAMETERS:
         rows = min(options.micro_batch_size, plan.sequences)

@@ -268,7 +268,7 @@ def test_memory_and_disk_that_end(monkeypatch):
 def test_a_run_from_its_plan_to_its_end_and_after():
     """Labels are aligned; what is resumed wrongly is said with the flag that helps."""
     write_stories(Path())
-    done = pretrain("--epochs 2 --lang zh")
+    done = pretrain("--epochs 2 --optimizer adamw --lang zh")
     assert done.status == 0
     plan, _, end = done.out.partition("\n模型写的一段文字：\n")
     labelled = re.findall(r"(?m)^((\w+) {2,})\S", plan)
@@ -315,7 +315,8 @@ def test_a_run_from_its_plan_to_its_end_and_after():
     write_stories(Path(), count=8)
     changed = pretrain("--resume auto --epochs 3 --lang zh").error
     assert re.fullmatch(
-        r"run_llama.py: 错误：训练文本与开始训练时不同（[\d,]+ tokens to train on, then [\d,]+）："
+        r"run_llama.py: 错误：训练文本与开始训练时不同"
+        r"（[\d,]+ tokens to train on now, [\d,]+ then）："
         r"继续训练只能用原来的数据。要用现在的数据接着训练它的模型：python \S+ --option pretrain "
         r"--pretrained_model_path run.final-model.pt .*\n",
         changed,

@@ -17,11 +17,13 @@ from typing import Literal
 import pytest
 
 from minllama.cli.command_line import (
+    ROOT,
     OneLineParser,
     add_flag,
     flags_of,
     for_drawing,
     number_reader,
+    own_script,
     parse_or_exit,
     print_error,
     protect_output,
@@ -295,3 +297,22 @@ def test_what_no_path_can_be_is_refused_as_it_is_read(flag, value, want):
     """A NUL, which TOML can write, was a traceback at the first use of the path."""
     with pytest.raises(UsageError, match=re.escape(want)):
         parse(flag, value)
+
+
+@pytest.mark.parametrize(
+    ("running", "here", "named"),
+    [
+        ("run_llama.py", True, "tokenizer.py"),
+        ("../repo/check_model_precision.py", False, "../repo/tokenizer.py"),
+        ("api.py", True, "tokenizer.py"),
+        ("/x/ipykernel_launcher.py", False, str(ROOT / "tokenizer.py")),
+        ("", False, str(ROOT / "tokenizer.py")),
+    ],
+)
+def test_a_command_to_type_begins_with_a_script_of_this_program(
+    running, here, named, monkeypatch, tmp_path
+):
+    """Trained from Python, a run said `python api.py --option generate`: the user's own script."""
+    monkeypatch.setattr(sys, "argv", [running, "--option", "pretrain"])
+    monkeypatch.chdir(ROOT if here else tmp_path)
+    assert own_script("tokenizer.py") == Path(named)

@@ -48,6 +48,10 @@ def test_a_path_without_a_model_says_so(tmp_path: Path):
         read_model(tmp_path / "none.pt")
     with pytest.raises(UsageError, match="the folder holds no model"):
         read_model(tmp_path)
+    for name in ("final-model.pt", "pretrain-step-3.pt"):  # it said that there was no .pt file
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UsageError, match="is a folder; name one of its files, .*final-model.pt$"):
+        read_model(tmp_path)
 
 
 def test_every_format_can_be_written_and_is_offered():

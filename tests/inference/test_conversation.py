@@ -300,10 +300,20 @@ def test_a_model_without_a_template_continues_texts(tokenizer, monkeypatch, caps
     torch.manual_seed(0)
     plain = writer(tokenizer, "--max_new_tokens 3 --pretrained_model_path own.pt", chat=False)
     assert converse(plain, 0.0) == 0
-    first, *rest = capsys.readouterr().out.splitlines()
+    first, how_to_end, *rest = capsys.readouterr().out.splitlines()
     command = shlex.split(first)
     assert Path(command[-1]).is_file() and rest[0].startswith("Once")
     assert command[-4:-1] == ["--pretrained_model_path", "own.pt", "--train"]
+    assert "Ctrl-D" in how_to_end  # "/quit" was continued as a text
+
+
+def test_the_model_that_is_to_converse_is_the_one_at_hand(tokenizer, monkeypatch, capsys):
+    """With --save_dir the command was to tune the model of another, later pretraining."""
+    type_lines(monkeypatch)
+    plain = writer(tokenizer, "--save_dir run1", chat=False)
+    assert converse(plain, 0.0) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[0])
+    assert command[-4:-1] == ["--pretrained_model_path", "run1", "--train"]
 
 
 def test_ctrl_c_ends_a_text_of_a_model_without_a_template(tokenizer, monkeypatch, capsys):
@@ -313,7 +323,7 @@ def test_ctrl_c_ends_a_text_of_a_model_without_a_template(tokenizer, monkeypatch
     plain = writer(tokenizer, chat=False)
     type_lines(monkeypatch, "Once", KeyboardInterrupt, "And", KeyboardInterrupt, KeyboardInterrupt)
     assert converse(plain, 0.0) == 130
-    assert capsys.readouterr().out.splitlines()[1:-3] == [
+    assert capsys.readouterr().out.splitlines()[2:-3] == [
         "Once upon !",
         "",
         "(Ctrl-C once more, or Ctrl-D, ends the conversation)",

@@ -196,7 +196,7 @@ def test_a_classifier_is_applied_without_a_finetuning():
 def test_a_classifier_of_words_answers_in_words():
     """Trained on JSON and applied to CSV; as their files have them, labels are written.
 
-    The mapping that was made of them is written beside the predictions.
+    The mapping that was made of them is written into --save_dir.
     """
     model, words = write_model(Path.cwd(), dim=16, n_layers=1), ["pos", "neg", "很好"]
     rows = [(words[number % 3], f"The film is {number % 3} .") for number in range(9)]

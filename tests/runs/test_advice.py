@@ -30,6 +30,7 @@ USUAL = Outcome(
         ({"tokens": 200 * 10**6, "distinct": 10**8}, False, "a larger model"),
         ({"distinct": 10**6, "train_loss": 1.0, "val_loss": 4.0}, True, "more text; else fewer"),
         ({"val_loss": None}, False, "more text and more training together"),
+        ({"tokens": 10**6, "is_rate_typed": True}, False, "Muon, which learns more in as many"),
     ],
 )
 def test_what_would_help_most_follows_from_the_figures(change, rose, most):
@@ -76,6 +77,7 @@ def test_what_the_run_had_is_not_proposed(change, rose, words):
             "both",
             {"pretrain_data": ("a", "c", MORE_TEXT), "data_weights": (3.0, 1.0, 1.0), "epochs": 4},
         ),
+        ("--pretrain_lr 0.01", "muon", {"optimizer": "muon", "pretrain_lr": None}),
         ("--minutes 4", "model", {"dim": 96, "n_layers": 10, "n_heads": 6, "n_kv_heads": 3}),
         ("--model_size tiny", "model", {"dim": 96, "n_layers": 10, "n_heads": 6, "n_kv_heads": 3}),
     ],

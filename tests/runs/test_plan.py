@@ -72,6 +72,23 @@ def test_what_decided_the_optimizer_is_said(line, said):
     assert sum(said in line for line in lines) == 1
 
 
+@pytest.mark.parametrize(
+    "line, decay, said",
+    [
+        ("", 0.54, "weight decay 0.54 for so little text, read 5 times (else --weight_decay 0.1)"),
+        ("", None, "weight decay 0.1"),
+        ("--weight_decay 0.54", 0.54, "weight decay 0.54"),
+        ("--resume auto", 0.54, "weight decay 0.54"),
+    ],
+)
+def test_why_the_weight_decay_is_not_the_usual_one_is_said(line, decay, said):
+    """0.54 stood there for 40 epochs, and neither why nor how to have another one."""
+    options = parse_options(["--option", "pretrain", *line.split()]).with_global_batch(1)
+    options = dataclasses.replace(options, weight_decay=decay)
+    lines = dataclasses.replace(plan_of(), options=options).lines(None)
+    assert sum(text.endswith(said) for text in lines) == 1
+
+
 def test_a_source_is_read_by_its_share(capsys):
     """By hand: half of a run's tokens, from a hundredth of the text, is that 50 times an epoch."""
     sources = (PlannedSource("wiki", 990_000, 0.5, 1.0), PlannedSource("code", 10_000, 0.5, 1.0))

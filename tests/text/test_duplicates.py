@@ -179,4 +179,4 @@ def test_a_run_without_duplicates_is_resumed_so(monkeypatch):
     assert pretrain("--epochs 1 --max_steps 2").status == 0
     done = command(f"{RESUME} --dedup")
     assert done.status == 2 and "the text has changed" in done.error
-    assert "--dedup True, then False" in done.error
+    assert "--dedup True now, False then" in done.error

@@ -60,6 +60,18 @@ def test_a_folder_whose_text_would_be_skipped_stops(sizes, pattern, tmp_path: Pa
     assert kind in names(shown) and len(names(shown)) >= len([s for s in sizes.values() if s > 9])
 
 
+def test_text_that_is_skipped_is_named_by_the_pattern_that_reads_it(tmp_path: Path, capsys) -> None:
+    """Notes in .md were counted beside pictures; named, too, they were still said to be skipped."""
+    folder = made(tmp_path / "x", a_txt=99, notes__b_md=9, notes__c_md=9)
+    (folder / "d.png").write_bytes(b"\x89PNG\r\n" + bytes(100))
+    assert names(folder) == ["a.txt"]
+    line = capsys.readouterr().out.replace("\n", " ")
+    assert "2 .md, 1 .png skipped" in line and "/**/*.md'" in line
+    assert names(folder, folder / "**" / "*.md") == ["a.txt", "b.md", "c.md"]
+    line = capsys.readouterr().out
+    assert "1 .png skipped" in line and ".md" not in line
+
+
 def test_pictures_are_no_text_that_is_skipped(tmp_path: Path, capsys) -> None:
     folder = made(tmp_path / "x", a_txt=9)
     (folder / "a.png").write_bytes(b"\x89PNG\r\n" + bytes(10**5))

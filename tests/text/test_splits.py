@@ -228,6 +228,20 @@ def test_labels_may_be_words_and_stand_in_json_or_csv(
     assert named == Labels([f"name of {text}" for text in order], order)
 
 
+def test_labels_of_an_earlier_run_are_not_written_where_the_next_one_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --dev_out beside --train a class added later was refused, by a file nobody had named."""
+    monkeypatch.chdir(tmp_path)
+    options = write_sets(WORDS, "txt")
+    typed = ["--option", "finetune", "--train", str(options.train), "--dev", str(options.dev)]
+    beside = parse_options([*typed, "--dev_out", "dev.csv", "--save_dir", "run"])
+    assert find_labelled_files(beside, "finetuning").mapping == Path("run/set-label-mapping.json")
+    written(Path("set-label-mapping.json"), json.dumps(["neg", "neutral", "pos"]))
+    with pytest.raises(UsageError, match="label names in set-label-mapping.json belong to this"):
+        find_labelled_files(options, "finetuning")
+
+
 @pytest.mark.parametrize(
     ("texts", "names", "words", "example"),
     [

@@ -20,7 +20,14 @@ from minllama.system.signals import StopRequest
 from minllama.text.corpus import Texts, find_texts, load_texts
 from minllama.training import fitting
 from minllama.training.deadline import Deadline
-from minllama.training.fitting import SHAPES, Speed, candidates, fit, predicted_loss
+from minllama.training.fitting import (
+    SHAPES,
+    Speed,
+    candidates,
+    fit,
+    predicted_loss,
+    with_recommended_decay,
+)
 from tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
@@ -111,6 +118,23 @@ def test_a_text_read_often_is_protected(texts):
     assert few.options.dropout == 0 < many.options.dropout
     assert many.options.early_stopping == fitting.PATIENCE
     assert many.tokens / len(texts.train.stream) < 1.1 * fitting.MAX_EPOCHS
+
+
+def test_a_decay_is_chosen_for_muon_from_scratch_alone():
+    """A typed one stays, AdamW's, and that of a model that is trained on."""
+    shape = LlamaConfig(dim=64, n_layers=3, n_heads=2, vocab_size=960, max_seq_len=256)
+
+    def decay(line: str) -> float:
+        options = parse_options(f"--option pretrain --max_seq_len 256 {line}".split())
+        options = options.with_global_batch(1).with_recommended_lr(shape, continued=False)
+        return with_recommended_decay(options, shape, 40_000).weight_decay
+
+    muon, longer = decay("--epochs 12"), decay("--epochs 48")
+    assert muon == pytest.approx(longer / 2, rel=0.05) and muon > 0.3
+    assert decay("--schedule_steps 234") == pytest.approx(muon, rel=0.05)  # of 2,048 tokens
+    assert decay("--epochs 12 --weight_decay 0.2") == 0.2
+    for line in ("--optimizer adamw", "--pretrain_lr 0.01", "--pretrained_model_path model.pt"):
+        assert decay(f"--epochs 12 {line}") == 0.1
 
 
 def test_what_is_chosen_can_be_resumed(texts):

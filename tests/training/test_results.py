@@ -140,7 +140,7 @@ def found(prefix: str = "") -> dict[str, list[list[str]]]:
 
 def test_what_next_is_on_the_page_with_commands_that_run():
     """The advice that was printed, the run with what would help most, and what the model is for."""
-    done = pretrain("--max_steps 2")
+    done = pretrain("--max_steps 2 --optimizer adamw")
     rows = dict(found()["what next"])
     assert all(text in done.out for text in rows.values()) and len(rows) > 4
     again = shlex.split(rows["the same run with that"])
@@ -148,6 +148,17 @@ def test_what_next_is_on_the_page_with_commands_that_run():
     assert command([*again[2:], "--plan"]).status == 0
     words = shlex.split(rows["to generate with it"])
     assert command([*words[2:], "--max_new_tokens", "2"]).status == 0
+
+
+def test_a_typed_rate_is_told_that_muon_would_help_most():
+    """A sweep of rates ended at twice the default's perplexity, and more training was advised."""
+    assert pretrain("--max_steps 2").status == 0
+    rows = dict(found()["what next"])
+    assert rows["what would help most"].startswith("Muon, which learns more")
+    again = shlex.split(rows["the same run with that"])
+    assert again[again.index("--optimizer") + 1] == "muon" and "--pretrain_lr" not in again
+    done = command([*again[2:], "--plan"])
+    assert done.status == 0 and "; muon, weight decay" in done.out
 
 
 def test_a_classifiers_confusions_are_on_its_page():

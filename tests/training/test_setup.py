@@ -224,7 +224,7 @@ def test_a_text_that_has_grown_is_told_how_to_be_trained_on():
     done = command(f"{RESUME} --max_steps 2")
     assert done.status == 2 and done.error.count("\n") == 1
     assert "the text has changed since the run was started (" in done.error
-    counts = re.search(r"\(([\d,]+) tokens to train on, then ([\d,]+)\)", done.error).groups()
+    counts = re.search(r"\(([\d,]+) tokens to train on now, ([\d,]+) then\)", done.error).groups()
     new, old = (int(count.replace(",", "")) for count in counts)
     assert new > old == load_checkpoint(Path("run/pretrain-step-1.pt"))["identity"][TEXT_TOKENS]
     printed = shlex.split(done.error.rpartition("now: ")[2])
@@ -242,7 +242,7 @@ def test_what_is_read_otherwise_is_named():
     Path("more.jsonl").write_text('{"text": "One more day came."}\n', encoding="utf-8")
     files = "--pretrain_data text.jsonl more.jsonl --dedup"
     error = command(f"{RESUME} {files} --max_steps 2").error
-    assert "--pretrain_data text.jsonl more.jsonl, then text.jsonl; --dedup True, then" in error
+    assert "--pretrain_data text.jsonl more.jsonl now, text.jsonl then; --dedup True now," in error
     printed = shlex.split(error.rpartition("now: ")[2])
     assert "--dedup" in printed and "more.jsonl" in printed
     assert command([*printed[2:], "--max_steps", "1"]).status == 0
@@ -518,6 +518,26 @@ def test_the_command_that_is_printed_resumes(monkeypatch):
     assert "run/pretrain-step-3.pt" not in printed
     assert command(printed[2:]).status == 0
     assert steps() == list(range(1, 10)) and records()[-1]["lr"] > 0
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_the_command_that_is_printed_resumes_on_a_table(monkeypatch, form):
+    """Its columns' names were not in it, so it ended in `no column 'label' or 'text'`."""
+    model = write_model(Path.cwd(), dim=16, n_layers=1)
+    rows = [("Der Film ist schön .", "gut"), ("So ein Ärger .", "übel")] * 8
+    lines = ["satz,urteil", *map(",".join, rows)]
+    if form == "jsonl":
+        lines = [json.dumps({"satz": s, "urteil": u}, ensure_ascii=False) for s, u in rows]
+    Path(f"films.{form}").write_text("\n".join(lines), encoding="cp1252")
+    words = f"--option finetune --train films.{form} --text_field satz --label_field urteil"
+    words += f" --encoding cp1252 --epochs 3 --save_dir run --pretrained_model_path {model}"
+    with monkeypatch.context() as patch:
+        done = command(words, stop=stop_after(2, patch))
+    assert done.status == 130, done.error
+    done = command(shlex.split(done.out.rsplit("continue with:", 1)[1])[2:])
+    assert done.status == 0 and "dev accuracy" in done.out, done.error
+    stored = {"satz", "urteil"} & set(RunFolder(Path("run"), "finetune-films").repeating_words())
+    assert stored == {"satz", "urteil"}
 
 
 def test_the_printed_command_has_a_folder_with_a_space(monkeypatch):
