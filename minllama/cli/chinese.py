@@ -163,6 +163,11 @@ LINES = {
         "{n} 步太少，学不到多少：增大 --epochs，减小 --pretrain_batch_size 和 --max_seq_len "
         "可以增加步数；写 --minutes 会自动选择它们"
     ),
+    "{n} steps are few to learn in: more come from --minutes, a smaller --pretrain_batch_size and "
+    "a shorter --max_seq_len": (
+        "{n} 步太少，学不到多少：增大 --minutes，减小 --pretrain_batch_size 和 --max_seq_len "
+        "可以增加步数"
+    ),
     "{n} steps are few to learn answers in: {flag} makes {enough}": (
         "{n} 步太少，学不会回答：{flag} 有 {enough} 步"
     ),
@@ -217,6 +222,9 @@ LINES = {
         "{lr}，适合宽度 {dim} 的模型学对话（--lr）"
     ),
     "{n} of the dialogues held out": "留出 {n} 段对话",
+    "up to {lr}, then {schedule} to {low}; {optimizer}, weight decay {decay}": (
+        "最高 {lr}，按 {schedule} 降到 {low}；{optimizer}，weight decay {decay}"
+    ),
     "{n} min in all, whatever the steps (--minutes)": "一共 {n} 分钟，不论多少步（--minutes）",
     "{n} tokens, {bytes} bytes per token": "{n} 个 token，平均每个 {bytes} 字节",
     "{n} tokens held out ({share} of all)": "留出 {n} 个 token（占 {share}）",
@@ -227,6 +235,14 @@ LINES = {
         "CPU，{n} 个线程；--use_gpu：没有 torch 能用的 GPU，改用 CPU"
     ),
     # Results.
+    "the machine is faster than it was: {n} steps instead of {before} end on time, and the "
+    "learning rate's schedule with them": (
+        "机器变快了：改为 {n} 步（原来 {before} 步），按时结束，学习率随之调整"
+    ),
+    "the machine is slower than it was: {n} steps instead of {before} end on time, and the "
+    "learning rate's schedule with them": (
+        "机器变慢了：改为 {n} 步（原来 {before} 步），按时结束，学习率随之调整"
+    ),
     "overfitted from step {n} on: the validation loss was best then and rose since. {file} is the "
     "model of that step": (
         "从第 {n} 步起过拟合：验证集 loss 那时最低，之后上升。{file} 是那一步的模型"
@@ -237,8 +253,8 @@ LINES = {
         "增加对话，同一件事换几种问法；如果每段对话讲的事各不相同，用 --val_fraction 0 全部学会"
     ),
     "more dialogues, which ask the same in other words": "增加对话，同一件事换几种问法",
-    "stopped: no better {goal} in {n} evaluations in a row": (
-        "提前结束：连续 {n} 次验证，{goal} 没有变好"
+    "stopped: no better val_loss in {n} evaluations in a row": (
+        "提前结束：连续 {n} 次验证，验证集 loss 没有变好"
     ),
     "a sample of what it writes:": "模型写的一段文字：",
     "of {n} texts that it wrote after held-out openings, what stands in the text character for "

@@ -34,7 +34,7 @@ from tokenizer import Tokenizer
 from utils import ChatDataset, batches_by_length
 
 SHOWN_ANSWERS, ANSWERS_ON_PAGE = 3, 50
-RISEN = 1.2  # times its best: a validation loss at which even what was learnt is forgotten
+RISEN = 1.05  # times its best: a validation loss that has risen, where it did for half the run
 ANSWER_TOKENS = 200  # at most, of an answer at the end of a run
 
 # ---------------------------------------------------------------------------- before the loop
@@ -193,7 +193,9 @@ class ChatTuning(NextTokenTask):
         run, progress = self.run, self.run.progress
         losses = [r.get("val_loss") for r in read_records(run.folder.file("metrics.jsonl"))]
         last = next((loss for loss in reversed(losses) if loss is not None), None)
-        if None in (last, progress.best) or last <= RISEN * progress.best:
+        if None in (last, progress.best) or 2 * progress.best_step > progress.step:
+            return None
+        if last <= RISEN * progress.best:
             return None
         remedy = "more dialogues, which ask the same in other words"
         if "dev" not in self.files.paths:
