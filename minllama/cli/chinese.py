@@ -249,8 +249,8 @@ LINES = {
     ),
     "overfitted from step {n} on: {line}": "从第 {n} 步起过拟合：{line}",
     "more dialogues, which ask the same in other words; where each has a fact of its own, "
-    "--val_fraction 0 learns all of them": (
-        "增加对话，同一件事换几种问法；如果每段对话讲的事各不相同，用 --val_fraction 0 全部学会"
+    "--val_fraction 0 trains on all": (
+        "增加对话，同一件事换几种问法；如果每段对话讲的事各不相同，用 --val_fraction 0 全部训练"
     ),
     "more dialogues, which ask the same in other words": "增加对话，同一件事换几种问法",
     "stopped: no better val_loss in {n} evaluations in a row": (

@@ -199,7 +199,7 @@ class ChatTuning(NextTokenTask):
             return None
         remedy = "more dialogues, which ask the same in other words"
         if "dev" not in self.files.paths:
-            remedy += "; where each has a fact of its own, --val_fraction 0 learns all of them"
+            remedy += "; where each has a fact of its own, --val_fraction 0 trains on all"
         return f"overfitted from step {progress.best_step:,} on: {remedy}"
 
 

@@ -464,11 +464,16 @@ def test_a_run_that_is_overfitted(monkeypatch):
     write_dialogues(Path())
     write_model(Path())
     line = "--option finetune --pretrained_model_path model.pt --train chat.jsonl --epochs 4"
-    advice = "\n从第 4 步起过拟合：增加对话，同一件事换几种问法"
-    own = "；如果每段对话讲的事各不相同，用 --val_fraction 0 全部学会\n"
-    for more, end in (("--save_dir a", own), ("--save_dir b --dev chat.jsonl", "\n")):
+    for more, advice in (
+        (
+            "--save_dir a",
+            "增加对话，同一件事换几种问法；"
+            "如果每段对话讲的事各不相同，用 --val_fraction 0 全部训练",
+        ),
+        ("--save_dir b --dev chat.jsonl", "增加对话，同一件事换几种问法"),
+    ):
         evaluate_as(monkeypatch, 9, 3, 2, 2.5, 2.6)
-        assert advice + end in answer(f"{line} {more}")
+        assert f"\n从第 4 步起过拟合：{advice}\n" in answer(f"{line} {more}")
 
 
 def test_a_machine_that_changes_its_speed_and_texts_that_repeat(capsys):
@@ -484,10 +489,10 @@ def test_a_machine_that_changes_its_speed_and_texts_that_repeat(capsys):
         "提示：9 步太少，学不到多少：增大 --minutes，减小 --pretrain_batch_size 和 --max_seq_len "
         "可以增加步数\n"
     )
-    for end, said in ((200, "变快了"), (50, "变慢了")):
+    for end, said in ((200, "机器变快了：改为 "), (50, "机器变慢了：改为 ")):
         Deadline(60, 0.0).note_end(10, 100, end)
         assert capsys.readouterr().out == (
-            f"机器{said}：改为 {end} 步（原来 100 步），按时结束，学习率随之调整\n"
+            f"{said}{end} 步（原来 100 步），按时结束，学习率随之调整\n"
         )
     counts = {length: (0, 1567) for length in (8, 16, 32)}
     copies = Copies("characters", counts, counts, 10, "什么？”袭人", "小说/一.txt, document 1")
@@ -500,13 +505,13 @@ def test_a_machine_that_changes_its_speed_and_texts_that_repeat(capsys):
     for why, said in (
         (
             "it does where always the likeliest word is taken, and not at --temperature 0.8",
-            "总取最可能的字时会重复，用 --temperature 0.8 时不会",
+            "：总取最可能的字时会重复，用 --temperature 0.8 时不会",
         ),
-        ("it does not", "没有重复自己"),
+        ("it does not", "：没有重复自己"),
     ):
         say(repeat_line([("in short", why), *rows], "characters"))
         assert capsys.readouterr().out == (
-            f"重复         同一段里重复出现的 4 个字：0.1% --temperature 0.8：{said}\n"
+            f"重复         同一段里重复出现的 4 个字：0.1% --temperature 0.8{said}\n"
         )
 
 

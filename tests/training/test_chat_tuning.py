@@ -124,7 +124,7 @@ def test_evaluation_and_best_model_are_by_the_held_out_dialogues():
 def test_dialogues_of_which_each_is_a_fact_of_its_own(monkeypatch):
     """The best of fifty epochs was the fourth, and nothing said that it had learnt little."""
     advice = "more dialogues, which ask the same in other words"
-    own = "; where each has a fact of its own, --val_fraction 0 learns all of them\n"
+    own = "; where each has a fact of its own, --val_fraction 0 trains on all\n"
     for more, losses, expected in (
         ("", (3, 2, 2.5, 2.6), f"\noverfitted from step 4 on: {advice}{own}"),
         ("--dev chat.jsonl", (3, 2, 2.5, 2.6), f"\noverfitted from step 4 on: {advice}\n"),
