@@ -248,7 +248,8 @@ def _decode_error(
     where = f"{path}:{line}: byte 0x{data[start]:02x}"
     if not is_utf8(encoding):
         likely = likely_encoding(data)
-        remedy = _reads_as(data[start:], likely) if likely else "is that the file's --encoding?"
+        is_other = likely is not None and codecs.lookup(likely) != codecs.lookup(encoding)
+        remedy = _reads_as(data[start:], likely) if is_other else "is that the file's --encoding?"
         return UsageError(f"{where} is not {encoding}; {remedy}")
     bad, beyond = _not_utf8(data)
     likely = likely_encoding(data) if bad > MOSTLY * beyond else None
