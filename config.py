@@ -26,6 +26,7 @@ from minllama.cli.command_line import (
     with_underscores,
 )
 from minllama.cli.config_file import check_harmless, toml_words
+from minllama.cli.console import say
 from minllama.cli.contradictions import LENGTHS, find_problems
 from minllama.cli.suggestions import parse_words
 from minllama.model.shape import LlamaConfig
@@ -585,7 +586,7 @@ class Options:
         lr = finetuning_lr(config, chat=self.is_chat, **ways)
         options = dataclasses.replace(self, lr=lr)
         what = "dialogues" if self.is_chat else "sentences"
-        print(f"lr           {lr:g}, for {what} with a model of width {config.dim} (--lr)")
+        say(f"lr           {lr:g}, for {what} with a model of width {config.dim} (--lr)")
         check_options(options)
         return options
 

@@ -127,7 +127,7 @@ def judge(one: Attack, status: int | None) -> str | None:
         return f"exit {status}: {story}"
     if one.must_end and status == 130:
         return f"works for more than {LONGEST:g} s: {story}"
-    if status == 2 and "error: " not in output:
+    if status == 2 and "error: " not in output and "错误：" not in output:  # --lang zh
         return f"says nothing: {story}"
     if re.search(rf"(^|[\r\n]){FORGED}", output):
         return f"lets a line be forged: {story!r}"

@@ -39,6 +39,10 @@ LABELS = {
     "resuming": "继续训练",
     "verdict": "评价",
     "copies": "照抄",
+    "repeats": "重复",
+    "shape": "模型大小",
+    "encodings": "编码",
+    "lr": "学习率",
 }
 # A hole {name} stays as it is; what stands at {line} is looked up in turn. The first row that fits
 # is taken.
@@ -68,6 +72,9 @@ LINES = {
     "{where}: matches no file": "{where}：没有匹配的文件",
     "{where}: byte {byte} is not UTF-8; {line}": "{where}：字节 {byte} 不是 UTF-8；{line}",
     "{where}: not UTF-8; {line}": "{where}：不是 UTF-8；{line}",
+    "{where}: byte {byte} is not {encoding}; {line}": (
+        "{where}：字节 {byte} 不是 {encoding}；{line}"
+    ),
     "it is likely {name} ({text}): --encoding {same} reads it": (
         "很可能是 {name}（{text}）：加上 --encoding {same} 即可读取"
     ),
@@ -85,6 +92,14 @@ LINES = {
     ),
     "{file}: is a zip archive, no text: unpack it, then name the folder": (
         "{file}：是 zip 压缩包，不是纯文本：先解压，再指定解压后的文件夹"
+    ),
+    "{file}: is an image, no text: leave it out": "{file}：是图片，不是文本：请去掉它",
+    "{flag} {folder}: the folder holds no model; there is {models}": (
+        "{flag} {folder}：文件夹里没有模型；现有的模型：{models}"
+    ),
+    "{file}: not a model file: neither .pt nor GGUF nor llama2.c's .bin; a model of Hugging Face "
+    "is a folder": (
+        "{file}：不是模型文件（.pt、GGUF 或 llama2.c 的 .bin）；Hugging Face 的模型是文件夹"
     ),
     "{file}: no text to train a vocabulary on": "{file}：没有可用来训练词表的文本",
     "{where}: no field {name} (has: {fields}); name it with --text_field": (
@@ -115,6 +130,11 @@ LINES = {
         "训练文本与开始训练时不同（{how}）：继续训练只能用原来的数据。"
         "要用现在的数据接着训练它的模型：{command}"
     ),
+    "the text has changed since the run was started: a run is resumed with the data that it was "
+    "started with. This trains its model on with what there is now: {command}": (
+        "训练文本与开始训练时不同：继续训练只能用原来的数据。"
+        "要用现在的数据接着训练它的模型：{command}"
+    ),
     "nothing is left to train, and the last files are written again: the run ended after step "
     "{step}; a larger {flag} lets it continue": (
         "没有剩下的步数，只重新写出最后的文件：训练已在第 {step} 步结束；把 {flag} 调大可以继续训练"
@@ -143,6 +163,14 @@ LINES = {
         "{n} 步太少，学不到多少：增大 --epochs，减小 --pretrain_batch_size 和 --max_seq_len "
         "可以增加步数；写 --minutes 会自动选择它们"
     ),
+    "{n} steps are few to learn in: more come from --minutes, a smaller --pretrain_batch_size and "
+    "a shorter --max_seq_len": (
+        "{n} 步太少，学不到多少：增大 --minutes，减小 --pretrain_batch_size 和 --max_seq_len "
+        "可以增加步数"
+    ),
+    "{n} steps are few to learn answers in: {flag} makes {enough}": (
+        "{n} 步太少，学不会回答：{flag} 有 {enough} 步"
+    ),
     "about {needed} of memory are needed and {free} are free: try --activation_checkpointing{more}"
     ", a smaller batch with more --gradient_accumulation_steps, or a smaller model": (
         "大约需要 {needed} 内存，而可用的只有 {free}：试试 --activation_checkpointing{more}，"
@@ -158,6 +186,46 @@ LINES = {
     ),
     "{where}: No space left on device": "{where}：磁盘空间不足",
     # After the plan's labels.
+    "CPU, {n} threads": "CPU，{n} 个线程",
+    "training one on the text, since --tokenizer_model names none": (
+        "没有用 --tokenizer_model 指定，在这些文本上训练一个"
+    ),
+    "{n} pieces: trained on the text, in {file}": "{n} 个 token，由这些文本训练，保存在 {file}",
+    "{encodings}: by BOM, else UTF-8, else --encoding": (
+        "{encodings}：先看 BOM，再试 UTF-8，最后按 --encoding"
+    ),
+    "{n} in all, {time} of them to train in; chosen for that, each unless its flag is typed:": (
+        "一共 {n} 分钟，其中训练 {time}；据此选择了下面各项（写了参数的除外）："
+    ),
+    "{flags}: of {n} timed here the least loss expected": (
+        "{flags}：实测了 {n} 种，预计它的 loss 最低"
+    ),
+    "{flags}: at {rate} tokens/s {tokens} tokens in {steps} steps, {epochs} epochs": (
+        "{flags}：每秒 {rate} 个 token，{steps} 步训练 {tokens} 个，共 {epochs} 轮"
+    ),
+    "{n} parameters: {parts}": "{n} 个参数：{parts}",
+    "{n} tokens in {sequences} chunks of up to {length}": (
+        "{n} 个 token，切成 {sequences} 块，每块最多 {length} 个"
+    ),
+    "{n} tokens in {sequences} dialogues of up to {length}": (
+        "{n} 个 token，{sequences} 段对话，每段最多 {length} 个"
+    ),
+    "{n} per epoch x {epochs} epochs = {steps}, of {batch} chunks ({parts} accumulated); "
+    "warmup {warmup}": (
+        "每轮 {n} 步 x {epochs} 轮 = {steps} 步，每步 {batch} 块（{parts}）；预热 {warmup} 步"
+    ),
+    "{n} per epoch x {epochs} epochs = {steps}, of {batch} dialogues ({parts} accumulated); "
+    "warmup {warmup}": (
+        "每轮 {n} 步 x {epochs} 轮 = {steps} 步，每步 {batch} 段对话（{parts}）；预热 {warmup} 步"
+    ),
+    "{lr}, for dialogues with a model of width {dim} (--lr)": (
+        "{lr}，适合宽度 {dim} 的模型学对话（--lr）"
+    ),
+    "{n} of the dialogues held out": "留出 {n} 段对话",
+    "up to {lr}, then {schedule} to {low}; {optimizer}, weight decay {decay}": (
+        "最高 {lr}，按 {schedule} 降到 {low}；{optimizer}，weight decay {decay}"
+    ),
+    "{n} min in all, whatever the steps (--minutes)": "一共 {n} 分钟，不论多少步（--minutes）",
     "{n} tokens, {bytes} bytes per token": "{n} 个 token，平均每个 {bytes} 字节",
     "{n} tokens held out ({share} of all)": "留出 {n} 个 token（占 {share}）",
     "about {time} of training, at {rate} tokens/s (by steps timed here)": (
@@ -167,7 +235,48 @@ LINES = {
         "CPU，{n} 个线程；--use_gpu：没有 torch 能用的 GPU，改用 CPU"
     ),
     # Results.
+    "the machine is faster than it was: {n} steps instead of {before} end on time, and the "
+    "learning rate's schedule with them": (
+        "机器变快了：改为 {n} 步（原来 {before} 步），按时结束，学习率随之调整"
+    ),
+    "the machine is slower than it was: {n} steps instead of {before} end on time, and the "
+    "learning rate's schedule with them": (
+        "机器变慢了：改为 {n} 步（原来 {before} 步），按时结束，学习率随之调整"
+    ),
+    "overfitted from step {n} on: the validation loss was best then and rose since. {file} is the "
+    "model of that step": (
+        "从第 {n} 步起过拟合：验证集 loss 那时最低，之后上升。{file} 是那一步的模型"
+    ),
+    "overfitted from step {n} on: {line}": "从第 {n} 步起过拟合：{line}",
+    "more dialogues, which ask the same in other words; where each has a fact of its own, "
+    "--val_fraction 0 trains on all": (
+        "增加对话，同一件事换几种问法；如果每段对话讲的事各不相同，用 --val_fraction 0 全部训练"
+    ),
+    "more dialogues, which ask the same in other words": "增加对话，同一件事换几种问法",
+    "stopped: no better val_loss in {n} evaluations in a row": (
+        "提前结束：连续 {n} 次验证，验证集 loss 没有变好"
+    ),
     "a sample of what it writes:": "模型写的一段文字：",
+    "of {n} texts that it wrote after held-out openings, what stands in the text character for "
+    "character (its script has no spaces):": (
+        "它接着验证集的开头写了 {n} 段文字，其中与原文逐字相同的："
+    ),
+    "{n} characters in a row: {share}; of the held-out text {other}": (
+        "连续 {n} 个字：{share}；验证集本身 {other}"
+    ),
+    "longest: {n} characters: {quote} ({place})": "最长：{n} 个字：{quote}（{place}）",
+    "4 characters again in the same text: {figures}: it does where always the likeliest word is "
+    "taken, and not at {usual}": (
+        "同一段里重复出现的 4 个字：{figures}：总取最可能的字时会重复，用 {usual} 时不会"
+    ),
+    "4 characters again in the same text: {figures}: it does not": (
+        "同一段里重复出现的 4 个字：{figures}：没有重复自己"
+    ),
+    "{bits} bits per byte of the held-out text (lower is better); gzip {gzip} and xz {xz} on {n} "
+    "bytes of that text alone, without the training text": (
+        "验证集每字节 {bits} 比特（越低越好）；"
+        "gzip {gzip}，xz {xz}（只压缩这 {n} 字节，没见过训练文本）"
+    ),
     "validation perplexity {before} before training, {best} after {n} steps": (
         "验证集困惑度：训练前 {before}，{n} 步后 {best}"
     ),
@@ -176,7 +285,34 @@ LINES = {
         "共训练 {n} 个 token，是 {size} 文本的 {epochs} 遍，平均每个参数 {ratio} 个；"
         "最后训练集 loss {loss}，验证集 loss {val}"
     ),
-    "what would help most: {what}": "最有帮助的是：{what}",
+    "what would help most: {line}": "最有帮助的是：{line}",
+    "more --minutes: it has seen little for its size": "更多 --minutes：相对它的大小，读得太少",
+    "more training (--epochs or --minutes): it has seen little for its size": (
+        "训练更久（--epochs 或 --minutes）：相对它的大小，读得太少"
+    ),
+    "more text: the model is overfitted to its own; then --dropout {p}": (
+        "增加文本：模型对现有的过拟合了；其次是 --dropout {p}"
+    ),
+    "more text: the model is overfitted to its own": "增加文本：模型对现有的过拟合了",
+    "more text: what it writes is in large part its own, word for word": (
+        "增加文本：它写的大部分是原文照抄"
+    ),
+    "more text: it has read its own {n} times": "增加文本：现有的已经读了 {n} 遍",
+    "more text; else a smaller model, or --dropout {p}": (
+        "增加文本；否则用更小的模型，或 --dropout {p}"
+    ),
+    "more text; else fewer epochs or a smaller model, or --dropout {p}": (
+        "增加文本；否则减少轮数或用更小的模型，或 --dropout {p}"
+    ),
+    "more text; else a smaller model": "增加文本；否则用更小的模型",
+    "more text; else fewer epochs or a smaller model": "增加文本；否则减少轮数或用更小的模型",
+    "a larger model (--dim, --n_layers): this one has read much for its size": (
+        "更大的模型（--dim、--n_layers）：相对它的大小，已经读得很多"
+    ),
+    "more text and more training together": "同时增加文本和训练",
+    "where it makes no sense: --temperature and --top_p (lower: safer, higher: more varied)": (
+        "写得不通时：调 --temperature 和 --top_p（越低越稳，越高越多样）"
+    ),
     "the same run with that:": "照这样再训练一次：",
     "the same run with that ({file}: the text that you add):": (
         "照这样再训练一次（{file}：你要加的文本）："
@@ -187,6 +323,22 @@ LINES = {
         "最好的模型：{file}，第 {n} 步（第 {epoch} 轮）"
     ),
     "files:": "文件：",
+    "what it answers:": "它的回答：",
+    "test: {n} of {all} answers are those of {file} word for word ({share})": (
+        "测试：{all} 个回答中有 {n} 个与 {file} 逐字相同（{share}）"
+    ),
+    "Ask something. Ctrl-C ends an answer, Ctrl-D the conversation; /help lists commands.": (
+        "请提问。Ctrl-C 中止回答，Ctrl-D 结束对话；/help 列出命令。"
+    ),
+    "--pretrained_model_path is not given: using --save_dir's {file}": (
+        "没有写 --pretrained_model_path：使用 --save_dir 里的 {file}"
+    ),
+    "--pretrained_model_path is not given: using {file}, which is for dialogues": (
+        "没有写 --pretrained_model_path：使用对话模型 {file}"
+    ),
+    "--pretrained_model_path {folder} is a folder: using {file}": (
+        "--pretrained_model_path {folder} 是文件夹：使用其中的 {file}"
+    ),
     "next:": "接下来：",
 }
 
@@ -234,8 +386,9 @@ def columns_of(text: str) -> int:
 
 
 def _in_chinese(line: str) -> str:
-    label = LABELS.get(line[:LABEL_COLUMNS].rstrip())
-    if label and line[LABEL_COLUMNS - 1 : LABEL_COLUMNS] == " ":
+    english = line[:LABEL_COLUMNS].rstrip()
+    label = LABELS.get(english) if english else ""  # "": a further line of the same label
+    if label is not None and line[LABEL_COLUMNS - 1 : LABEL_COLUMNS] == " ":
         gap = " " * (LABEL_COLUMNS - columns_of(label))
         return label + gap + _in_chinese(line[LABEL_COLUMNS:])
     for pattern, chinese in _patterns():

@@ -110,6 +110,8 @@ def recorded_words(stored: Mapping[str, Any], fields: Fields, *, where: str) -> 
 def flag_words(field: dataclasses.Field, value: Any) -> list[str]:
     """A flag with its value, or values, as they are typed."""
     flag, text = f"--{field.name}", str(value)
+    if isinstance(value, float):
+        text = text.removesuffix(".0")  # as it was typed
     if isinstance(value, bool):
         return [flag] * value
     if isinstance(value, list | tuple):

@@ -13,6 +13,7 @@ import torch
 
 from config import SHIPPED_MODEL, LlamaConfig, Options
 from llama import Llama, build_model, load_pretrained
+from minllama.cli.console import say
 from minllama.formats import litgpt, peft
 from minllama.formats.model_file import read_model
 from minllama.formats.pt_file import STATE_FILE, load_pt
@@ -46,25 +47,25 @@ def find_model(options: Options) -> Path:
     if path is not None:
         file = model_in(path, "--pretrained_model_path")
         if file != path:
-            print(f"--pretrained_model_path {path} is a folder: using {file}")
+            say(f"--pretrained_model_path {path} is a folder: using {file}")
         elif file.name == MODELS[0] and (pretraining_result(file.parent) or file) != file:
             better = pretraining_result(file.parent)
-            print(f"note: {file} is the end of a run that was overfitted; its result is {better}")
+            say(f"note: {file} is the end of a run that was overfitted; its result is {better}")
         return file
     if options.interactive and options.option == "generate":
         chat_model = newest_chat_model(run)
         if chat_model is not None:
             which = f"using {chat_model}, which is for dialogues"
-            print(f"--pretrained_model_path is not given: {which}")
+            say(f"--pretrained_model_path is not given: {which}")
             return chat_model
     if is_named(options):
         file = pretrained_in(run) or model_in(run, "--save_dir")
-        print(f"--pretrained_model_path is not given: using --save_dir's {file}")
+        say(f"--pretrained_model_path is not given: using --save_dir's {file}")
         return file
     path, *earlier = finished_pretrainings()[::-1] or [Path("stories42M.pt")]
     path = path if path.exists() else SHIPPED_MODEL
     last = f", of the last pretraining here; before it came {_listed(earlier)}" if earlier else ""
-    print(f"--pretrained_model_path is not given: using {path}{last}")
+    say(f"--pretrained_model_path is not given: using {path}{last}")
     return path
 
 

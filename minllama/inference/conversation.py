@@ -15,6 +15,7 @@ from pathlib import Path
 
 from config import DATA_DIR
 from minllama.cli.command_line import launch_command, number_reader, own_script, printable
+from minllama.cli.console import say
 from minllama.inference.streaming import Continuation, Writer
 from minllama.system.files import write_text
 from minllama.system.signals import StopRequest
@@ -101,7 +102,7 @@ class Conversation:
 
     def run(self) -> int:
         """Converse until the input ends; returns the exit status. Ctrl-C ends an answer."""
-        print(GREETING)
+        say(GREETING)
         typed = TypedLines()
         for line in map(str.strip, typed):
             if line.startswith("/"):

@@ -30,7 +30,8 @@ SAMPLE_TOKENS = 120  # of the text shown after a pretraining
 class Continuation:
     """The text that grows behind a prompt.
 
-    An unfinished character, and what may be the beginning of a stop text, is held back.
+    An unfinished character, and what may be the beginning of a stop text, is held back; the former
+    is left out at the end, where the tokens were too few for it.
     """
 
     def __init__(
@@ -60,8 +61,8 @@ class Continuation:
         stop_places = [place for place in map(text.find, self.stops) if place >= 0]
         if stop_places:
             self.ended, text = True, text[: min(stop_places)]
-        elif not self.ended:
-            text = text.rstrip("\ufffd")  # the first bytes of a character
+        text = text.rstrip("\ufffd")  # the first bytes of a character
+        if not self.ended:
             held_back = max((overlap(text, stop) for stop in self.stops), default=0)
             text = text[: len(text) - held_back]
         new, self.text = text[len(self.text) :], text

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from config import FLAGS, READERS
+from minllama.cli.chinese import columns_of
 from minllama.cli.command_line import printable
 from minllama.cli.console import human_time
 from minllama.runs.metrics import read_records
@@ -188,12 +189,13 @@ def table(runs: Sequence[Run]) -> list[str]:
 
 def _aligned(rows: list[list[str]], *, numbers: int = 0) -> list[str]:
     """Rows as lines, the columns below each other; so many behind the first one are numbers."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(columns_of, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
+        gaps = [" " * (width - columns_of(cell)) for cell, width in zip(row, widths, strict=True)]
         cells = [
-            cell.rjust(width) if 0 < place <= numbers else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            gap + cell if 0 < place <= numbers else cell + gap
+            for place, (cell, gap) in enumerate(zip(row, gaps, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
     return lines

@@ -421,7 +421,7 @@ def warn_of_plan(plan: TrainingPlan, available: int | None) -> None:
     is_small = plan.config.dim <= SMALL_DIM and plan.schedule_steps < FEW_STEPS
     if is_small and plan.options.is_chat:
         epochs = -(-ENOUGH_STEPS // plan.steps_per_epoch)
-        print(
+        say(
             f"note: {plan.schedule_steps:,} steps are few to learn answers in: --epochs {epochs} "
             f"makes {epochs * plan.steps_per_epoch:,}"
         )

@@ -247,7 +247,10 @@ def _decode_error(
     line += with_lf(held + data[:start].decode(encoding, "replace")).count("\n")
     where = f"{path}:{line}: byte 0x{data[start]:02x}"
     if not is_utf8(encoding):
-        return UsageError(f"{where} is not {encoding}; is that the file's --encoding?")
+        likely = likely_encoding(data)
+        is_other = likely is not None and codecs.lookup(likely) != codecs.lookup(encoding)
+        remedy = _reads_as(data[start:], likely) if is_other else "is that the file's --encoding?"
+        return UsageError(f"{where} is not {encoding}; {remedy}")
     bad, beyond = _not_utf8(data)
     likely = likely_encoding(data) if bad > MOSTLY * beyond else None
     if likely is not None:

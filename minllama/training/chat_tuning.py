@@ -17,7 +17,7 @@ from minllama.formats.find_model import load_model
 from minllama.formats.vocabulary_fit import SAMPLED_TEXTS, check_vocabulary
 from minllama.model.generation import Sampling, generate_tokens
 from minllama.model.lora import add_lora
-from minllama.runs.metrics import add_findings
+from minllama.runs.metrics import add_findings, read_records
 from minllama.runs.run_folder import Findings
 from minllama.system.errors import UsageError
 from minllama.text.chat import ChatTemplate, Template
@@ -34,6 +34,7 @@ from tokenizer import Tokenizer
 from utils import ChatDataset, batches_by_length
 
 SHOWN_ANSWERS, ANSWERS_ON_PAGE = 3, 50
+RISEN = 1.05  # times its best: a validation loss that has risen, where it did for half the run
 ANSWER_TOKENS = 200  # at most, of an answer at the end of a run
 
 # ---------------------------------------------------------------------------- before the loop
@@ -68,7 +69,7 @@ def load_dialogues(
         return train_set, load(files.paths["dev"], "dev")
     train_set, val_set = train_set.split(options.val_fraction)
     if val_set is not None:
-        print(f"validation   {val_set.dialogues:,} of the dialogues held out")
+        say(f"validation   {val_set.dialogues:,} of the dialogues held out")
     return train_set, val_set
 
 
@@ -167,10 +168,13 @@ class ChatTuning(NextTokenTask):
         if not run.ranks.is_main:
             return
         best = print_best(run)
+        advice = self.advise() if self.val_set is not None else None
+        if advice is not None:
+            say(advice)
         model = load_pretrained(best).to(run.device)
         shown = self.val_set or self.train_set
         prompts = [shown.first_question(i) for i in range(min(SHOWN_ANSWERS, len(shown)))]
-        print("what it answers:")
+        say("what it answers:")
         asked = [tokenizer.decode(prompt) for prompt in prompts]
         answers = answers_to(prompts, model, tokenizer)
         for prompt, answer in zip(asked, answers, strict=True):
@@ -180,7 +184,23 @@ class ChatTuning(NextTokenTask):
             rows = report_answers(self.questions, self.files, model, tokenizer, run)
             findings["answers to --test"] = rows
         findings[WHAT_NEXT] = print_results(run.folder, best, "generate")
+        if advice is not None:
+            findings[WHAT_NEXT].insert(0, advice.split(": ", 1))
         add_findings(run.folder, findings, last_step=run.last_step)
+
+    def advise(self) -> str | None:
+        """What to do where the loss of the held-out dialogues rose after the best model's step."""
+        run, progress = self.run, self.run.progress
+        losses = [r.get("val_loss") for r in read_records(run.folder.file("metrics.jsonl"))]
+        last = next((loss for loss in reversed(losses) if loss is not None), None)
+        if None in (last, progress.best) or 2 * progress.best_step > progress.step:
+            return None
+        if last <= RISEN * progress.best:
+            return None
+        remedy = "more dialogues, which ask the same in other words"
+        if "dev" not in self.files.paths:
+            remedy += "; where each has a fact of its own, --val_fraction 0 trains on all"
+        return f"overfitted from step {progress.best_step:,} on: {remedy}"
 
 
 # ---------------------------------------------------------------------------- the answers
@@ -224,7 +244,7 @@ def report_answers(
         f"{exact_matches:,} of {len(questions):,} answers are those of "
         f"{files.paths['test']} word for word ({exact_matches / len(questions):.1%})"
     )
-    print(f"test: {score}")
+    say(f"test: {score}")
     keep = "test_out" not in run.options.given
     write_result(files.outs["test"], "".join(lines), "answers", keep=keep)
     return [["score", score], *numbered(rows[:ANSWERS_ON_PAGE])]

@@ -78,7 +78,7 @@ def load_splits(
         print(f"Loaded {len(dataset)} sentences from {dataset.path} ({split}){cut}")
     if "train" in splits and "dev" not in splits:
         splits["train"], splits["dev"] = splits["train"].split(options.val_fraction)
-        print(f"validation   {len(splits['dev']):,} of the sentences held out (--val_fraction)")
+        say(f"validation   {len(splits['dev']):,} of the sentences held out (--val_fraction)")
     return splits
 
 

@@ -7,10 +7,13 @@ schedule is at its end when the time is.
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 
 from tqdm import tqdm
+
+from minllama.cli.chinese import translate
 
 FINISHING = 1.5  # seconds from the last step's evaluation to the end, beside writing files
 WRITE_RATE = 150e6  # bytes a second that files are written with
@@ -91,10 +94,11 @@ class Deadline:
         if not 1 / NOTABLE < end / before < NOTABLE:
             self.announced = end
             slower = "slower" if end < before else "faster"
-            tqdm.write(
+            line = (
                 f"the machine is {slower} than it was: {end:,} steps instead of {before:,} end on "
                 "time, and the learning rate's schedule with them"
             )
+            tqdm.write(translate(line, sys.stdout))
 
 
 def next_check(step: int, end: int) -> int:

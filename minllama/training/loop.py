@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from tqdm import tqdm
 
-from minllama.cli.console import show_record, training_bar
+from minllama.cli.console import say, show_record, training_bar
 from minllama.machine.device import autocast, is_out_of_memory, training_arithmetic, used_memory
 from minllama.machine.gpus import peak_flops
 from minllama.machine.random_state import random_state, restore_random_state
@@ -136,7 +136,7 @@ def train(run: Run, on_step: OnStep | None = None) -> bool:
                 "command with --resume auto continues"
             )
     if not stopped and run.out_of_patience():
-        print(f"stopped: no better {task.goal} in {options.early_stopping} evaluations in a row")
+        say(f"stopped: no better {task.goal} in {options.early_stopping} evaluations in a row")
     return stopped
 
 

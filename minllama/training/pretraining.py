@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import MAX_CONTEXT, LlamaConfig, Options
+from config import DATA_DIR, MAX_CONTEXT, LlamaConfig, Options
 from llama import Llama, load_pretrained
 from minllama.cli.command_line import own_script
 from minllama.cli.console import say
 from minllama.formats.find_model import STARTING_WEIGHTS, Start, find_start_model
 from minllama.formats.model_file import read_model
 from minllama.formats.pt_model import read_vocabulary
+from minllama.formats.vocabulary_fit import MISFIT, misfit, sampled
 from minllama.inference.copying import Original, measure_copies, most_looked_at
 from minllama.inference.evaluation import perplexity
 from minllama.inference.repeating import measure_repeats, repeat_line
@@ -48,9 +49,10 @@ from minllama.training.old_text import (
     mixed_in,
     verdict_on_old_text,
 )
-from minllama.training.results import WHAT_NEXT, print_results
+from minllama.training.results import NEW_DIALOGUES, WHAT_NEXT, print_results
 from minllama.training.run import Run
 from minllama.training.task import NextTokenTask, score_tokens
+from tokenizer import Tokenizer
 from utils import ORDER_VERSION, Mixture, batch_indices, batch_positions
 
 RECENT_STEPS = 20  # whose mean is the training loss at the end
@@ -143,6 +145,14 @@ def check_read_back(path: Path, weights: dict[str, Tensor]) -> None:
         stored.check_read_back(path, want, outcome="")
     except UsageError as error:
         raise RunFailed(f"{error}; the same command with --resume auto writes it again") from None
+
+
+def fits_reviews(tokenizer: Tokenizer) -> bool:
+    """Whether a model with this vocabulary can learn from the reviews, the default of --train."""
+    reviews = DATA_DIR / "reviews-train.txt"
+    if not reviews.is_file():
+        return False
+    return misfit(tokenizer, sampled(reviews.read_text(encoding="utf-8").splitlines())) <= MISFIT
 
 
 class Pretraining(NextTokenTask):
@@ -287,8 +297,9 @@ class Pretraining(NextTokenTask):
             return
         check_read_back(folder.file("final-model.pt"), weights["model"])
         if overfitted:
-            print(
-                f"\noverfitted from step {progress.best_step:,} on: the validation loss was best "
+            print()
+            say(
+                f"overfitted from step {progress.best_step:,} on: the validation loss was best "
                 f"then and rose since. {chosen} is the model of that step"
             )
         in_memory = not overfitted and not is_sharded(self.model)
@@ -300,7 +311,9 @@ class Pretraining(NextTokenTask):
         print(f"{sample_text(model, self.texts.tokenizer, prompt)}\n")
         copies, repeats = self.read_what_it_writes(model)
         findings = self.print_summary(records, overfitted=overfitted, copies=copies) | repeats
-        uses = print_results(folder, chosen, "generate", "finetune", prompt=self.opening)
+        train = [] if fits_reviews(self.texts.tokenizer) else ["--train", NEW_DIALOGUES]
+        options = ("generate", "finetune")
+        uses = print_results(folder, chosen, *options, prompt=self.opening, train=train)
         findings[WHAT_NEXT] = [*findings.pop(WHAT_NEXT, []), *uses]  # last
         add_findings(folder, findings, copies, last_step=run.last_step)
         if run.options.minutes is not None:

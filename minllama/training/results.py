@@ -14,7 +14,11 @@ from minllama.training.run import Run
 
 WHAT_NEXT = "what next"  # of what was found, on the page
 # In a command: what its reader has to add.
-NEW_SENTENCES, OWN_SENTENCES = "SENTENCES.txt", "sentences that it was not trained on, one a line"
+NEW_SENTENCES, NEW_DIALOGUES = "SENTENCES.txt", "DIALOGUES.jsonl"
+TO_ADD = {
+    NEW_SENTENCES: "sentences that it was not trained on, one a line",
+    NEW_DIALOGUES: 'a {"prompt": "...", "response": "..."} a line',
+}
 
 
 def say_interrupted(run: Run) -> int:
@@ -46,13 +50,14 @@ def print_results(
     model: Path,
     *options: str,
     prompt: str | None = None,
+    train: Sequence[str | Path] = (),
     test: Sequence[str | Path] = (),
 ) -> list[list[str]]:
     """Print the run's files with their sizes, and the commands that its new model is for.
 
     These are the `options`. `prompt` is a text to continue, None for a model to converse with;
-    `test` are the words that name sentences that a classifier can be applied to. Returns rows of
-    the commands for the page.
+    `train` are the words that name what it can be fine-tuned on, `test` those that name sentences
+    that a classifier can be applied to. Returns rows of the commands for the page.
     """
     say("files:")
     for path in folder.own_files():
@@ -62,11 +67,11 @@ def print_results(
     for option in options:
         words = ["--option", option, "--pretrained_model_path", model]
         text = ["--interactive"] if prompt is None else ["--prompt", prompt]
-        words += {"generate": text, "prompt": test}.get(option, [])
+        words += {"generate": text, "finetune": train, "prompt": test}[option]
         commands.append([f"to {option} with it", launch_command(own_script(), *words)])
         print(" ", commands[-1][1])
-        if NEW_SENTENCES in words:
-            commands[-1][0] += f" ({NEW_SENTENCES}: {OWN_SENTENCES})"
-            print(f"    {NEW_SENTENCES}: {OWN_SENTENCES}")
+        for name in TO_ADD.keys() & {*words}:
+            commands[-1][0] += f" ({name}: {TO_ADD[name]})"
+            say(f"    {name}: {TO_ADD[name]}")
     print(" ", launch_command(own_script("check_model_precision.py"), model))
     return commands

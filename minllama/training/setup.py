@@ -241,8 +241,7 @@ def time_line(plan: TrainingPlan, device: torch.device, steps_left: int) -> str:
     """
     options, config = plan.options, plan.config
     if options.option == "pretrain" and options.minutes is not None:
-        unit = "minute" if options.minutes == 1 else "minutes"
-        return f"time         {options.minutes:g} {unit} in all, whatever the steps (--minutes)"
+        return f"time         {options.minutes:g} min in all, whatever the steps (--minutes)"
     speed = None  # also where the memory is too small for it
     if device.type == "cpu" and sum(config.parameter_counts().values()) <= TIMED_PARAMETERS:
         rows = min(options.micro_batch_size, plan.sequences)

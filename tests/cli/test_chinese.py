@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import io
 import json
 import os
 import re
@@ -20,8 +22,10 @@ from running import (
     SMALL,
     assert_same_run,
     command,
+    evaluate_as,
     pretrain,
     stop_after,
+    write_dialogues,
     write_labelled,
     write_model,
     write_stories,
@@ -42,10 +46,14 @@ from minllama.cli.chinese import (
 from minllama.cli.command_line import parse_or_exit
 from minllama.cli.console import say, wrapped
 from minllama.formats.pt_file import save_pt
+from minllama.inference.repeating import repeat_line
 from minllama.machine.ranks import Ranks
+from minllama.runs.advice import Outcome, advise
 from minllama.runs.run_folder import RunFolder
 from minllama.system.signals import StopRequest
+from minllama.text.copies import Copies
 from minllama.training import pretraining
+from minllama.training.deadline import Deadline
 from tokenizer import Tokenizer, train_vocabulary
 
 ZH = "今天天气很好。我们去公园散步吧，看看花。\n"
@@ -120,6 +128,9 @@ FILES = {
     "加上 --encoding gb18030 即可读取",
     "utf16.txt": "utf16.txt：不是 UTF-8；很可能是 utf-16-le（'Hello there\\n'）："
     "加上 --encoding utf-16-le 即可读取",
+    "gbk.txt --encoding ascii": "gbk.txt:1：字节 0xbd 不是 ascii；很可能是 gb18030（'*'）："
+    "加上 --encoding gb18030 即可读取",
+    "a.png": "a.png：是图片，不是文本：请去掉它",
     "a.docx": "a.docx：是 Word 文档（.docx），不是纯文本：请另存为 .txt",
     "a.pdf": "a.pdf：是 PDF，不是纯文本：用 pdftotext FILE FILE.txt 转换",
     "a.epub": "a.epub：是电子书（.epub），不是纯文本：请另存为 .txt",
@@ -138,6 +149,7 @@ def test_files_that_are_not_there_or_of_the_wrong_kind(name, monkeypatch):
     Path("gbk.txt").write_text(ZH * 20, encoding="gbk")
     Path("utf16.txt").write_bytes(("Hello there\n" * 20).encode("utf-16-le"))
     Path("a.pdf").write_bytes(b"%PDF-1.4\n\0\1\2\3" * 40)
+    Path("a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(60))
     Path("empty.txt").touch()
     Path("a.jsonl").write_text('{"text": "a"}\n{"content": "b"}\n', encoding="utf-8")
     Path("a.parquet").write_bytes(b"PAR1" + bytes(50) + b"PAR1")
@@ -159,6 +171,17 @@ def test_models_and_labels():
     missing = "--pretrained_model_path no.pt：没有这个文件或文件夹；现有的模型：model.pt\n"
     said = answer("--option generate --pretrained_model_path no.pt --prompt a")
     assert said.splitlines(keepends=True)[-1] == f"run_llama.py: 错误：{missing}"
+    Path("none").mkdir()
+    for name, said in (
+        ("none", "--pretrained_model_path none：文件夹里没有模型；现有的模型：model.pt"),
+        (
+            "x.jsonl",
+            "x.jsonl：不是模型文件（.pt、GGUF 或 llama2.c 的 .bin）；Hugging Face 的模型是文件夹",
+        ),
+    ):
+        Path("x.jsonl").write_text("[]" * 300, encoding="utf-8")
+        line = f"--option generate --pretrained_model_path {name} --prompt a"
+        assert answer(line).endswith(f"run_llama.py: 错误：{said}\n")
     line = f"{write_labelled(Path())} --option finetune --pretrained_model_path model.pt --plan"
     text = Path("toy-train.txt").read_text(encoding="utf-8")
     Path("toy-train.txt").write_text("没有标签\n" + text, encoding="utf-8")
@@ -281,11 +304,16 @@ def test_a_run_from_its_plan_to_its_end_and_after():
         r"\n时间         训练大约 \d+ s，每秒 [\d,]+ 个 token（按实测的几步推算）\n", plan
     )
     assert re.search(r"\n验证集困惑度：训练前 [\d,.]+，30 步后 [\d.]+\n", end)
-    assert re.search(r"\n评价         \d\.\d{4} bits per byte", end)
+    assert re.search(
+        r"\n评价         验证集每字节 [\d.]+ 比特（越低越好）；gzip [\d.]+，xz [\d.]+"
+        r"（只压缩这 [\d,]+ 字节，没见过训练文本）\n",
+        end,
+    )
     assert re.search(r"\n照抄         of 20 texts", end)
+    assert "\n写得不通时：调 --temperature 和 --top_p（越低越稳，越高越多样）\n" in end
     assert re.search(
         r"\n共训练 [\d.]+k? 个 token，是 [\d.]+k? 文本的 [\d.]+ 遍，平均每个参数 [\d.]+ 个；"
-        r"最后训练集 loss \d\.\d\d，验证集 loss \d\.\d\d\n最有帮助的是：.+\n",
+        r"最后训练集 loss \d\.\d\d，验证集 loss \d\.\d\d\n最有帮助的是：.*[一-鿿].*\n",
         end,
     )
     assert re.search(r"\n文件：\n +[\d.]+ kB  run.final-model.pt\n", end)
@@ -321,6 +349,185 @@ def test_a_run_from_its_plan_to_its_end_and_after():
         r"--pretrained_model_path run.final-model.pt .*\n",
         changed,
     )
+
+
+def test_a_chinese_text_from_its_plan_to_a_chat():
+    """Nothing that a reader of Chinese has to decide by is left in English."""
+    Path("小说").mkdir()
+    lines = [
+        f"第{i}天，{name}去了{place}。" for i in range(9) for name in "甲乙丙" for place in "山水"
+    ]
+    Path("小说/一.txt").write_text("\n".join(lines * 40), encoding="gb18030")
+    Path("小说/二.txt").write_text(ZH * 60, encoding="utf-8")
+    line = "--option pretrain --pretrain_data 小说 --encoding gb18030 --cache_dir cache"
+    done = command(f"{line} --minutes 0.1 --save_dir model --max_seq_len 32 --lang zh")
+    assert done.status == 0
+    for said in (
+        r"设备         CPU，\d+ 个线程",
+        r"词表         没有用 --tokenizer_model 指定，在这些文本上训练一个",
+        r"词表         [\d,]+ 个 token，由这些文本训练，保存在 cache.+\.model",
+        r"编码         1 as gb18030 .+ 1 as utf-8 .+：先看 BOM，再试 UTF-8，最后按 --encoding",
+        r"时限         一共 0.1 分钟，其中训练 \d+ s；据此选择了下面各项（写了参数的除外）：",
+        r"批次         --max_seq_len .+：每秒 [\d.]+k? 个 token，[\d,]+ 步训练 [\d.]+\w? 个，"
+        r"共 [\d.]+ 轮",
+        r"模型         [\d,]+ 个参数：embedding .+",
+        r"数据         [\d,]+ 个 token，切成 [\d,]+ 块，每块最多 32 个",
+        r"步数         每轮 \d+ 步 x [\d.]+ 轮 = [\d,]+ 步，每步 \d+ 块（\d+ x \d+）；预热 \d+ 步",
+        r"学习率       最高 [\d.]+，按 linear 降到 0；muon .+，weight decay [\d.]+",
+        r"时间         一共 0.1 分钟，不论多少步（--minutes）",
+        r"最有帮助的是：.*[一-鿿].*",
+    ):
+        assert re.search(f"(?m)^{said}$", done.out), (said, done.out)
+    turns = [
+        {"prompt": f"{name}去了哪里？", "response": f"{name}去了山。"} for name in "甲乙丙" * 8
+    ]
+    Path("对话.jsonl").write_text("\n".join(map(json.dumps, turns)), encoding="utf-8")
+    line = "--option finetune --pretrained_model_path model --train 对话.jsonl --test 对话.jsonl"
+    tuned = answer(f"{line} --epochs 2 --save_dir chat")
+    for said in (
+        r"--pretrained_model_path model 是文件夹：使用其中的 model.(best|final)-model.pt",
+        r"学习率       [\d.]+，适合宽度 \d+ 的模型学对话（--lr）",
+        r"验证集       留出 1 段对话",
+        r"数据         \d+ 个 token，\d+ 段对话，每段最多 \d+ 个",
+        r"步数         每轮 3 步 x 2 轮 = 6 步，每步 8 段对话（8 x 1）；预热 \d+ 步",
+        r"提示：6 步太少，学不会回答：--epochs \d+ 有 [\d,]+ 步",
+        r"它的回答：",
+        r"测试：24 个回答中有 \d+ 个与 对话.jsonl 逐字相同（[\d.]+%）",
+    ):
+        assert re.search(f"(?m)^{said}$", tuned), (said, tuned)
+    said = answer("--option generate --save_dir model --prompt 今天 --max_new_tokens 2")
+    assert re.search(
+        "没有写 --pretrained_model_path：使用 --save_dir 里的 model.\\w+-model.pt", said
+    )
+    line = (
+        "error: the text has changed since the run was started: a run is resumed with the data "
+        "that it was started with. This trains its model on with what there is now: python run.py"
+    )
+    assert translate(line, sys.stdout) == (
+        "错误：训练文本与开始训练时不同：继续训练只能用原来的数据。"
+        "要用现在的数据接着训练它的模型：python run.py"
+    )
+
+
+def advised(outcome: Outcome, *, rose: bool = False) -> str:
+    """What would help most, in Chinese."""
+    return translate(advise(outcome, rose=rose)[1], sys.stdout)
+
+
+def test_what_would_help_most():
+    """Each remedy that there is."""
+    read_language(["--lang", "zh"])
+    usual = Outcome(parameters=100, tokens=2000, distinct=2000, train_loss=2.0, val_loss=2.0)
+
+    def other(**changes) -> Outcome:
+        return dataclasses.replace(usual, **changes)
+
+    own = Copies("words", {16: (9, 10)}, {16: (0, 10)})
+    for outcome, rose, said in (
+        (other(tokens=100, is_timed=True), False, "更多 --minutes：相对它的大小，读得太少"),
+        (other(tokens=100), False, "训练更久（--epochs 或 --minutes）：相对它的大小，读得太少"),
+        (
+            other(tokens=8000, train_loss=1.0),
+            False,
+            "增加文本：模型对现有的过拟合了；其次是 --dropout 0.2",
+        ),
+        (
+            other(tokens=8000, train_loss=1.0, dropout=0.2),
+            False,
+            "增加文本：模型对现有的过拟合了",
+        ),
+        (other(copies=own), False, "增加文本：它写的大部分是原文照抄"),
+        (other(tokens=20000), False, "增加文本：现有的已经读了 10 遍"),
+        (other(is_timed=True), True, "增加文本；否则用更小的模型，或 --dropout 0.2"),
+        (usual, True, "增加文本；否则减少轮数或用更小的模型，或 --dropout 0.2"),
+        (other(is_timed=True, dropout=0.2), True, "增加文本；否则用更小的模型"),
+        (other(dropout=0.2), True, "增加文本；否则减少轮数或用更小的模型"),
+        (
+            other(tokens=20000, distinct=20000),
+            False,
+            "更大的模型（--dim、--n_layers）：相对它的大小，已经读得很多",
+        ),
+        (usual, False, "同时增加文本和训练"),
+    ):
+        assert advised(outcome, rose=rose) == f"最有帮助的是：{said}"
+
+
+def test_a_run_that_is_overfitted(monkeypatch):
+    """From which step on, and which model is the result; of a chat what would help."""
+    write_stories(Path())
+    evaluate_as(monkeypatch, 9, 3, 2, 2.5, 2.6, 2.7, 2.8)
+    said = pretrain("--eval_interval 2 --early_stopping 3 --lang zh").out
+    assert re.search(
+        r"\n从第 4 步起过拟合：验证集 loss 那时最低，之后上升。run.best-model.pt 是那一步的模型\n",
+        said,
+    )
+    assert "提前结束：连续 3 次验证，验证集 loss 没有变好\n" in said
+    write_dialogues(Path())
+    write_model(Path())
+    line = "--option finetune --pretrained_model_path model.pt --train chat.jsonl --epochs 4"
+    for more, advice in (
+        (
+            "--save_dir a",
+            "增加对话，同一件事换几种问法；"
+            "如果每段对话讲的事各不相同，用 --val_fraction 0 全部训练",
+        ),
+        ("--save_dir b --dev chat.jsonl", "增加对话，同一件事换几种问法"),
+    ):
+        evaluate_as(monkeypatch, 9, 3, 2, 2.5, 2.6)
+        assert f"\n从第 4 步起过拟合：{advice}\n" in answer(f"{line} {more}")
+
+
+def test_a_machine_that_changes_its_speed_and_texts_that_repeat(capsys):
+    """Said where they are found."""
+    read_language(["--lang", "zh"])
+    say("shape        --dim 64: of 2 timed here the least loss expected")
+    assert capsys.readouterr().out == "模型大小     --dim 64：实测了 2 种，预计它的 loss 最低\n"
+    say(
+        "note: 9 steps are few to learn in: more come from --minutes, a smaller "
+        "--pretrain_batch_size and a shorter --max_seq_len"
+    )
+    assert capsys.readouterr().out == (
+        "提示：9 步太少，学不到多少：增大 --minutes，减小 --pretrain_batch_size 和 --max_seq_len "
+        "可以增加步数\n"
+    )
+    for end, said in ((200, "机器变快了：改为 "), (50, "机器变慢了：改为 ")):
+        Deadline(60, 0.0).note_end(10, 100, end)
+        assert capsys.readouterr().out == (
+            f"{said}{end} 步（原来 100 步），按时结束，学习率随之调整\n"
+        )
+    counts = {length: (0, 1567) for length in (8, 16, 32)}
+    copies = Copies("characters", counts, counts, 10, "什么？”袭人", "小说/一.txt, document 1")
+    say(*copies.lines("20 texts that it wrote after held-out openings"))
+    head, *_, row, longest = capsys.readouterr().out.splitlines()
+    assert head == "照抄         它接着验证集的开头写了 20 段文字，其中与原文逐字相同的："
+    assert row == f"{' ' * 13}连续 32 个字：0.0% (0 of 1,567)；验证集本身 0.0% (0 of 1,567)"
+    assert longest == f'{" " * 13}最长：10 个字："什么？”袭人"（小说/一.txt, document 1）'
+    rows = [("--temperature 0.8", "0.1% (2 of 1,647)")]
+    for why, said in (
+        (
+            "it does where always the likeliest word is taken, and not at --temperature 0.8",
+            "：总取最可能的字时会重复，用 --temperature 0.8 时不会",
+        ),
+        ("it does not", "：没有重复自己"),
+    ):
+        say(repeat_line([("in short", why), *rows], "characters"))
+        assert capsys.readouterr().out == (
+            f"重复         同一段里重复出现的 4 个字：0.1% --temperature 0.8{said}\n"
+        )
+
+
+def test_a_chat(monkeypatch):
+    """Its model, and how one talks with it."""
+    write_dialogues(Path())
+    write_model(Path())
+    train = "--option finetune --pretrained_model_path model.pt --train chat.jsonl --epochs 1"
+    assert command(f"{train} --save_dir chat").status == 0
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    said = answer("--option generate --save_dir chat --interactive")
+    assert re.search(
+        "没有写 --pretrained_model_path：使用对话模型 chat.finetune-chat-best-model.pt\n", said
+    )
+    assert "请提问。Ctrl-C 中止回答，Ctrl-D 结束对话；/help 列出命令。\n" in said
 
 
 def test_a_run_that_is_stopped_and_one_of_minutes(monkeypatch):
@@ -462,7 +669,7 @@ def test_rows_are_sound():
         holes = [set(re.findall(r"\{\w+\}", text)) for text in (english, chinese)]
         assert holes[0] >= holes[1], english
         assert chinese.encode("gbk")  # that of Chinese Windows
-    assert len(LABELS) + len(LINES) <= 85
+    assert len(LABELS) + len(LINES) <= 150
     assert all(columns_of(label) <= LABEL_COLUMNS - 2 for label in LABELS.values())
 
 

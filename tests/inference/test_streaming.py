@@ -68,6 +68,15 @@ def test_what_is_shown_is_the_text_before_the_first_stop(start, stops):
     assert "".join(shown) == row.text == whole[: min(ends, default=len(whole))]
 
 
+def test_a_character_that_the_tokens_are_too_few_for_is_left_out(tokenizer):
+    """A text of --max_new_tokens ended in a replacement character."""
+    prompt, ids = tokenizer.encode("A", True, False), tokenizer.encode("A狐", True, False)
+    assert len(ids) - len(prompt) == 3
+    row = Continuation(prompt, tokenizer, [])
+    shown = [row.add(token) for token in [*ids[len(prompt) : -1], None]]
+    assert shown == ["", "", ""] and row.text == ""
+
+
 def test_the_overlap_of_an_end_and_a_beginning():
     """The whole stop text is not one: it has been found by then."""
     assert [overlap("a time", stop) for stop in ("mess", "time to", "x", "time", "e")] == [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hurried import NO_COPIES
 from running import pretrain, records, write_stories
 
 import check_model_precision
+from minllama.cli.chinese import columns_of
 from minllama.runs.comparison import read_run, sorted_runs, table, warnings
 from minllama.runs.run_folder import RunFolder
 from tokenizer import train_vocabulary
@@ -146,3 +148,14 @@ def test_bad_input_is_one_line(words, said, capsys):
     error = capsys.readouterr().err
     assert said in error and error.count("error:") == 1
     assert Path("a.txt").read_text(encoding="utf-8") == "mine" and not Path("a.csv").exists()
+
+
+def test_names_of_wide_characters_keep_the_columns_apart(sweep):
+    """A Chinese character takes two columns: the figures behind such a name stood to the right."""
+    Path("slow").rename("小说模型")
+    lines = table([read_run(Path(name)) for name in ("小说模型", "fast")])
+    ends = [[cell.end() for cell in re.finditer(r"\S+(?: \S+)*", line)] for line in lines]
+    columns = [
+        [columns_of(line[:end]) for end in row] for line, row in zip(lines, ends, strict=True)
+    ]
+    assert len({row[1] for row in columns}) == 1 and columns[1][0] == 8

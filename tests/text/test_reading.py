@@ -336,6 +336,18 @@ def test_blocks_are_python_s_own_decoding(
         assert "\n".join(lines) == expected.removesuffix("\n")
 
 
+def test_a_wrong_encoding_is_told_the_likely_one_and_never_itself(tmp_path):
+    """A folder of GBK read as Big5 was only asked whether that is its encoding."""
+    text = ("今天天气很好。我们去公园散步吧。\n" * 20).encode("gb18030")
+    with pytest.raises(
+        UsageError, match=r"is not big5; it is likely gb18030 \(.+--encoding gb18030"
+    ):
+        documents(written(tmp_path / "g.txt", text), encoding="big5")
+    broken = "Hello there\n".encode("utf-16-le") * 20 + b"\x00\xd8a\0"
+    with pytest.raises(UsageError, match=r"is not utf-16-le; is that the file's --encoding\?"):
+        documents(written(tmp_path / "u.txt", broken), encoding="utf-16-le")
+
+
 # ---------------------------------------------------------------------------- other encodings
 
 SAMPLES = {

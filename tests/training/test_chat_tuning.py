@@ -11,6 +11,7 @@ import pytest
 from running import (
     assert_same_run,
     command,
+    evaluate_as,
     records,
     steps,
     stop_after,
@@ -118,6 +119,24 @@ def test_evaluation_and_best_model_are_by_the_held_out_dialogues():
     found = records("run/finetune-chat-metrics.jsonl")
     assert [record["val_loss"] is not None for record in found] == [False, True] * 2
     assert steps("run/finetune-chat-metrics.jsonl") == [1, 2, 3, 4]
+
+
+def test_dialogues_of_which_each_is_a_fact_of_its_own(monkeypatch):
+    """The best of fifty epochs was the fourth, and nothing said that it had learnt little."""
+    advice = "more dialogues, which ask the same in other words"
+    own = "; where each has a fact of its own, --val_fraction 0 trains on all\n"
+    for more, losses, expected in (
+        ("", (3, 2, 2.5, 2.6), f"\noverfitted from step 4 on: {advice}{own}"),
+        ("--dev chat.jsonl", (3, 2, 2.5, 2.6), f"\noverfitted from step 4 on: {advice}\n"),
+        ("", (3, 2, 2.02, 2.03), None),
+        ("", (3, 2.8, 2, 2.6), None),
+    ):
+        evaluate_as(monkeypatch, 9.0, *losses)
+        done = command(f"{TRAIN} --epochs 4 --overwrite {more}")
+        assert done.status == 0
+        assert expected in done.out if expected else "overfitted" not in done.out
+        page = Path("run/finetune-chat-report.html").read_text(encoding="utf-8")
+        assert (advice in page) == bool(expected)
 
 
 BAD = {

@@ -52,6 +52,10 @@ def test_the_result_of_an_overfitted_run_is_its_best_model(monkeypatch):
     assert named_result() == "final-model.pt"
 
 
+ZH = "今天天气很好。我们去公园散步吧，看看花。\n"
+EN = "The quick brown fox, jumps over: 'a lazy dog'! Would it? BCDEGHIJKLMNOPQRSUVXYZ 0123456789\n"
+
+
 def test_a_classifier_is_for_sentences():
     """Its `next:` proposed to generate with it, which nobody trains a classifier for."""
     words = f"{write_labelled(Path.cwd())} --pretrained_model_path {write_model(Path.cwd())}"
@@ -198,3 +202,19 @@ def test_a_chats_answers_and_score_are_on_its_page():
         wrong = each["response"] != each["expected"]
         assert text.endswith(f"(expected: {each['expected']})") == wrong
     assert 1 <= len(tables["what it answers"]) <= 3
+
+
+def test_what_a_model_of_chinese_is_fine_tuned_on_is_its_readers():
+    """Without --train `next:` trained it on the English reviews, which its vocabulary lacks."""
+    for text, train in ((ZH, ["--train", "DIALOGUES.jsonl"]), (EN, [])):
+        Path("text.txt").write_text(text * 60, encoding="utf-8")
+        done = command(
+            "--option pretrain --pretrain_data text.txt --save_dir run --max_steps 2 --overwrite "
+            "--dim 16 --n_layers 1 --n_heads 2 --max_seq_len 32 --cache_dir cache"
+        )
+        assert done.status == 0
+        lines = done.out.partition("next:")[2].splitlines()
+        (line,) = (words for words in map(shlex.split, lines) if "finetune" in words)
+        assert line[-2:] == train or not train and "--train" not in line
+        page = Path("run/report.html").read_text(encoding="utf-8")
+        assert ("DIALOGUES.jsonl" in page) == bool(train)
