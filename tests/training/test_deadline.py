@@ -136,8 +136,8 @@ def test_a_run_whose_time_is_over_says_how_to_train_on(timed):
     printed = shlex.split(done.out.partition("trains its model on:\n")[2].splitlines()[0])
     model = printed[printed.index("--pretrained_model_path") + 1]
     assert Path(model) == Path("run/final-model.pt") and "run-2" in printed
-    assert printed[printed.index("--minutes") + 1] == "1.0"
-    words = [word for word in printed[2:] if word not in ("--minutes", "1.0")]
+    assert printed[printed.index("--minutes") + 1] == "1"
+    words = [word for word in printed[2:] if word not in ("--minutes", "1")]
     assert command([*words, "--max_steps", "1"]).status == 0
     assert Path("run-2/final-model.pt").is_file()
 

@@ -99,7 +99,8 @@ def test_a_text_is_scored_as_one_token_after_the_other(tmp_path: Path, kind: str
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_characters_are_shown_whole(kind: str):
-    """Of several tokens of one character the last shows it; nothing shown is taken back."""
+    """Of several tokens of one character the last shows it; nothing shown is taken back. At the end
+    an unfinished one is left out, and what is written so: it ended generated texts in one."""
     tokenizer = byte_vocabulary(kind)
     prompt = tokenizer.encode("Hi", bos=True, eos=False)
     for text in hostile_strings(100, seed=3):
@@ -111,7 +112,7 @@ def test_characters_are_shown_whole(kind: str):
             whole = spelt.decode("utf-8", "ignore")
             assert shown == whole.rstrip("\ufffd")
         shown += row.add(None)
-        assert shown == row.text == text
+        assert shown == row.text == text.rstrip("\ufffd")
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama-bpe"])
