@@ -72,10 +72,10 @@ def check_identity(
             differs = [key for key in value if before.get(key) != value[key]]
             value = ", ".join(f"{key} {value[key]}" for key in differs)
             before = ", ".join(str(before.get(key)) for key in differs)
-        problems.append(
-            f"{name} {value} differs from the checkpoint's {before}: a run is resumed with what "
-            "it was started with"
-        )
+        remedy = "a run is resumed with what it was started with"
+        if name == CHUNK_ORDER:  # which no flag can have
+            remedy = f"this trains its model on: {command_to_train_on(options, folder, ranks)}"
+        problems.append(f"{name} {value} differs from the checkpoint's {before}: {remedy}")
     if problems:
         raise UsageError("\n".join(problems))
 
