@@ -280,6 +280,7 @@ class Options:
         "decay of the matrices; unset: 0 to finetune, 0.1 to pretrain, and with Muon from scratch "
         "the more, up to 3, the more parameters learn each token of the text and the more often",
         at_least=0,
+        below=1e6,
     )
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0: never clipped", at_least=0)
     activation_checkpointing: bool = flag(
@@ -392,7 +393,10 @@ class Options:
     skip_bad_lines: bool = flag(False, "of dialogues: leave those out that cannot be read")
     freeze_backbone: bool = flag(False, "train the linear head alone")
     lora_rank: int | None = flag(
-        None, "train adapters of this rank (LoRA) instead of the full weights", at_least=1
+        None,
+        "train adapters of this rank (LoRA) instead of the full weights",
+        at_least=1,
+        at_most=65536,
     )
 
     flag = section("--option prompt", "prompt")

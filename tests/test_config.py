@@ -138,6 +138,9 @@ def test_compile_is_a_choice_or_a_plain_flag():
         ("--lr 0", ["--lr", "above 0"]),
         ("--lr nan", ["--lr", "nan"]),
         ("--dropout 1", ["--dropout", "below 1"]),
+        # These two ended in a traceback of torch's.
+        ("--weight_decay 1e308", ["--weight_decay", "below 1e+06"]),
+        ("--lora_rank 99999999999999999999", ["--lora_rank", "at most 65536"]),
         ("--epochs 1.5", ["--epochs", "1.5", "whole number"]),
         ("--option train", ["--option", "train", "pretrain"]),
         ("--sav_dir x", ["--sav_dir", "did you mean --save_dir?"]),
