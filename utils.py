@@ -140,11 +140,11 @@ class PretrainDataset:
 
     def bounds(
         self, indices: Sequence[int] | np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(starts, stops, rests) of these chunks, each with the target after its last.
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(starts, stops, begins, ends) of these chunks, each with the target after its last.
 
-        A chunk is tokens starts..stops-1 of the stream, and where it goes on at its source's
-        beginning, the first `rests` tokens of that.
+        A chunk is tokens starts..stops-1 of the stream, and after them begins..ends-1, where it
+        goes on at its source's beginning: mostly none.
         """
         # Chunks overlap by one token: the last target of one is the first input of the next, so
         # that every token is predicted once in an epoch but the first of its first chunk.
@@ -158,18 +158,15 @@ class PretrainDataset:
         stops = np.minimum(starts + self.chunk_length + 1, first + end - begin)
         over = starts >= end  # all of it is beyond the end
         starts, stops = starts - over * (end - begin), stops - over * (end - begin)
-        return starts, np.minimum(stops, end), np.maximum(stops - end, 0)
+        return starts, np.minimum(stops, end), begin, begin + np.maximum(stops - end, 0)
 
     def chunk(self, index: int) -> np.ndarray:
         """Inputs and the target after the last, (up to chunk_length + 1,)."""
         if index < 0:
             raise IndexError(f"chunk {index}")
-        start, stop, rest = (int(bound[0]) for bound in self.bounds([index]))
+        start, stop, begin, end = (int(bound[0]) for bound in self.bounds([index]))
         tokens = self.stream.read(start, stop)
-        if not rest:
-            return tokens
-        begin = int(self.source_starts[np.searchsorted(self.source_stops, start, side="right")])
-        return np.concatenate([tokens, self.stream.read(begin, begin + rest)])
+        return np.concatenate([tokens, self.stream.read(begin, end)]) if begin < end else tokens
 
     def batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens, targets), both (B, T) int64, T the longest's; IGNORE_INDEX pads targets."""
@@ -187,13 +184,12 @@ class PretrainDataset:
         # So each rank knows the others' counts, by which the loss is divided, without asking them.
         if self.ignored_id is not None and self.stream.document_starts is None:
             return int((self.batch(indices)[1] != IGNORE_INDEX).sum())
-        starts, stops, rests = self.bounds(indices)
-        count = int((stops - starts - 1 + rests).sum())
+        starts, stops, begins, ends = self.bounds(indices)
+        count = int((stops - starts - 1 + ends - begins).sum())
         if self.ignored_id is None:
             return count
-        begin = self.source_starts[np.searchsorted(self.source_stops, starts, side="right")]
         count -= self.stream.count_documents(starts + 1, stops)
-        return count - self.stream.count_documents(begin, begin + rests)
+        return count - self.stream.count_documents(begins, ends)
 
 
 # In a run's identity: 1 was a sorted table instead of `shuffled`, 2 cut every epoch at token 0.
