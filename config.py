@@ -505,6 +505,11 @@ class Options:
         untyped = {name: value for name, value in values.items() if name not in self.given}
         return dataclasses.replace(self, **untyped)
 
+    @property
+    def is_from_scratch(self) -> bool:
+        """Whether this pretrains a model that begins with random weights."""
+        return self.option == "pretrain" and self.pretrained_model_path is None
+
     def resolve_optimizer(self) -> Options:
         """These options with --optimizer auto decided.
 
@@ -512,8 +517,7 @@ class Options:
         """
         if self.optimizer != "auto":
             return self
-        from_scratch = self.option == "pretrain" and self.pretrained_model_path is None
-        muon = from_scratch and self.parallel == "ddp" and self.pretrain_lr is None
+        muon = self.is_from_scratch and self.parallel == "ddp" and self.pretrain_lr is None
         return dataclasses.replace(self, optimizer="muon" if muon else "adamw")
 
     def optimizer_reason(self) -> str:
@@ -533,8 +537,7 @@ class Options:
     def is_adamw_by_rate(self) -> bool:
         """Whether a pretraining would have Muon, but for a rate that was typed."""
         by_rate = self.optimizer == "adamw" and {"pretrain_lr", "optimizer"} & self.given
-        from_scratch = self.option == "pretrain" and self.pretrained_model_path is None
-        return from_scratch and self.parallel == "ddp" and by_rate == {"pretrain_lr"}
+        return self.is_from_scratch and self.parallel == "ddp" and by_rate == {"pretrain_lr"}
 
     def llama_config(self, vocab_size: int) -> LlamaConfig:
         """The shape to pretrain: the preset's, changed by the flags of the shape."""

@@ -302,8 +302,7 @@ def with_recommended_decay(options: Options, config: LlamaConfig, distinct: int)
     It follows from the text for Muon from scratch alone.
     """
     decay = options.decay()
-    from_scratch = options.pretrained_model_path is None
-    if options.weight_decay is None and options.optimizer == "muon" and from_scratch:
+    if options.weight_decay is None and options.optimizer == "muon" and options.is_from_scratch:
         batch = options.global_batch_size * options.max_seq_len
         tokens = options.epochs * distinct
         if options.schedule_steps is not None:
