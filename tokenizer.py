@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import signal
 
+import minllama  # noqa: F401 - says in a line which packages are not here
+
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main, Ctrl-C ends it without a traceback
 

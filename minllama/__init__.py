@@ -17,7 +17,27 @@ The seven modules at the top of the repository are the user's. `llama`, `optimiz
 `tokenizer` are built on these folders and used by them; the commands are above them all.
 """
 
+import importlib.util
 import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = ("run_llama.py", "check_model_precision.py", "tokenizer.py")
+NEEDED = ("torch", "numpy", "sentencepiece", "tqdm")
+
+# Most often the virtual environment is not active in a new terminal. A command says so in place of
+# a traceback; who imports these modules gets Python's own error.
+lacking = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+if lacking and Path(sys.argv[0]).name in COMMANDS:
+    print(
+        f"{Path(sys.argv[0]).name}: error: this Python, {sys.executable}, has no "
+        f"{', '.join(lacking)}: activate the virtual environment that they are in (of the README: "
+        "`. .venv/bin/activate`, on Windows `.venv\\Scripts\\activate`), or install them: "
+        f"{sys.executable} -m pip install -r {ROOT / 'requirements.txt'}",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 # Threads that wait for others soon sleep: beside other work a spinning one holds the core that the
 # others need, and one that sleeps at once wakes too late where there is none. GNU's OpenMP counts

@@ -35,6 +35,18 @@ def test_a_program_is_its_script(name, tmp_path):
     assert re.search(f"usage: (python )?{script.name}", done.stdout)
 
 
+@pytest.mark.parametrize("script", ["run_llama", "check_model_precision", "tokenizer"])
+def test_a_python_without_the_packages_is_told_so_in_a_line(script, tmp_path):
+    """In a new terminal, without the virtual environment, it ended in a traceback."""
+    run = [sys.executable, "-S", ROOT / f"{script}.py"]  # -S: without installed packages
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, encoding="utf-8")
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    for part in (f"{script}.py: error: ", "no torch, numpy, sentencepiece, tqdm", "activate"):
+        assert part in line
+    assert line.endswith(f"{sys.executable} -m pip install -r {ROOT / 'requirements.txt'}")
+
+
 def test_every_module_is_installed():
     """A module of the top that was forgotten is missed on the first import alone."""
     assert sorted(TABLE["tool"]["setuptools"]["py-modules"]) == sorted(
