@@ -31,6 +31,7 @@ from minllama.formats.model_file import read_model
 from minllama.formats.stored_model import StoredModel
 from minllama.model.generation import Cache, KVCache, Sampling, generate_tokens
 from minllama.model.kernels import (
+    Dropout,
     attend,
     compute_dtype,
     document_masks,
@@ -118,7 +119,7 @@ class Attention(nn.Module):
             RMSNorm(config.head_dim, config.layer_norm_eps) if config.qk_norm else nn.Identity()
             for _ in range(2)
         )
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def heads(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query (B, T, H, D) and key, both rotated, and value (B, T, H_kv, D) of x (B, T, dim)."""
@@ -159,7 +160,7 @@ class FeedForward(nn.Module):
         self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)  # gate
         self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)  # down
         self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)  # up
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w1(x), self.w3(x)  # (B, T, hidden_dim)
@@ -208,7 +209,7 @@ class Llama(nn.Module):
         device = torch.get_default_device()
         with torch.device("meta"):  # neither memory nor random numbers for what torch would draw
             self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
-            self.dropout = nn.Dropout(config.dropout)
+            self.dropout = Dropout(config.dropout)
             self.layers = nn.ModuleList(LlamaLayer(i, config) for i in range(config.n_layers))
             self.norm = RMSNorm(config.dim, config.layer_norm_eps)
             self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -382,7 +383,7 @@ class LlamaEmbeddingClassifier(nn.Module):
     ) -> None:
         super().__init__()
         self.llama, self.pooling = llama, pooling
-        self.dropout = nn.Dropout(hidden_dropout_prob)
+        self.dropout = Dropout(hidden_dropout_prob)
         self.classifier_head = nn.Linear(llama.config.dim, num_labels)
         if freeze_backbone:
             llama.requires_grad_(False)

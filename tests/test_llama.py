@@ -35,6 +35,23 @@ def test_rms_norm_is_float32_inside():
     torch.testing.assert_close(norm(x), want.float(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_is_torchs_but_for_the_draw(dtype: torch.dtype):
+    """The share of zeros, what is left, its gradient; nothing in eval mode, and the same again."""
+    x = torch.randn(400, 500, dtype=dtype, requires_grad=True)
+    dropout = kernels.Dropout(0.2)
+    torch.manual_seed(1)
+    y = dropout(x)
+    y.sum().backward()
+    zeros = y == 0
+    assert zeros.float().mean().item() == pytest.approx(0.2, abs=5 * math.sqrt(0.16 / x.numel()))
+    torch.testing.assert_close(y, torch.where(zeros, 0, x / 0.8))
+    torch.testing.assert_close(x.grad, torch.where(zeros, 0, torch.full_like(x, 1 / 0.8)))
+    torch.manual_seed(1)
+    assert torch.equal(dropout(x), y) and not torch.equal(dropout(x), y)
+    assert dropout.eval()(x) is x and kernels.Dropout(0.0)(x) is x
+
+
 def test_rotary_embeddings_of_the_assignment():
     """Shapes and values of the course's own test, worked out in complex numbers of numpy."""
     query, key = 2 * torch.ones(1, 2, 2, 4), 3 * torch.ones(1, 2, 2, 4)
