@@ -193,7 +193,7 @@ def layer_matrices(model: nn.Module) -> list[nn.Parameter]:
 
 
 # Numbers in the matrices of one shape that Muon works on at once; elsewhere one matrix at a time.
-STACKED = {"cuda": 2**26}
+STACKED = {"cuda": 2**26, "cpu": 2**18}
 
 
 class Muon(torch.optim.Muon):
@@ -231,7 +231,8 @@ class Muon(torch.optim.Muon):
 def stacks(*lists: list[torch.Tensor]) -> Iterator[list[tuple[torch.Tensor, ...]]]:
     """One from each of the lists, and with it those of the same shape, as many as STACKED allows.
 
-    Products of small matrices one by one leave a GPU waiting for the next launch.
+    Products of small matrices one by one leave a GPU waiting for the next launch, and a CPU in what
+    is around them.
     """
     by_shape: dict[torch.Size, list[tuple[torch.Tensor, ...]]] = {}
     for one_of_each in zip(*lists, strict=True):
