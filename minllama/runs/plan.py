@@ -181,8 +181,7 @@ class TrainingPlan:
     def compiling_pays(self, eager_flops: float) -> tuple[bool, str]:
         """Whether the run is long enough to compile for, at this eager speed in FLOP/s; and why."""
         seconds = self.last_step * self.step_seconds(eager_flops)
-        if self.device == "cuda":
-            seconds = max(seconds, 60 * (self.options.minutes or 0))
+        seconds = max(seconds, 60 * (self.options.minutes or 0))
         saved, takes = COMPILED_SAVES[self.device] * seconds, COMPILING_TAKES[self.device]
         reason = f"it would save about {human_time(saved)} and takes about {human_time(takes)}"
         return saved > 2 * takes, reason
