@@ -8,6 +8,11 @@ goes on from it with SST's training sentences, without their labels. The untrain
 shape and vocabulary and random weights. Each is fine-tuned with every learning rate and pooling and
 the first seed, and with what was best for it with all seeds. The accuracy on dev is that of the
 best epoch, on test that of the same model.
+
+    python benchmarks/pretraining_helps.py --text reviews.txt --minutes 10 --megabytes 0.5 1 2 4 8
+
+asks what the size of the text does: a model is pretrained on each beginning of it, all of one shape
+and with the whole text's vocabulary.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from programs import ROOT, run
 from llama import load_pretrained, model_payload
 from minllama.formats.pt_file import save_pt
 
+SHAPE = "--dim 128 --n_layers 4 --n_heads 2".split()
 FINETUNE = "--batch_size 32 --epochs 3".split()
 SENTENCES = "--sentences_only --document_per_line --epochs 3 --max_seq_len 128".split()
 
@@ -78,12 +84,46 @@ def measure(
     return f"| {name} | {best[0]}, {best[1]:g} | {' | '.join(cells)} |"
 
 
+Starts = dict[str, list[Path]]  # by name, a model for each seed
+
+
+def starts_of_text(text: Path, data: Path, work: Path, args: argparse.Namespace) -> Starts:
+    """From none, from the text, and from the text and then the sentences."""
+    pretrained = pretrain(work / "pretrained", "--pretrain_data", text, "--minutes", args.minutes)
+    sentences = [data / "sst-train.txt", *SENTENCES, "--pretrained_model_path", pretrained]
+    further = pretrain(work / "further", "--pretrain_data", *sentences)
+    return {
+        "random weights": [
+            untrained(pretrained, work / f"untrained-{seed}.pt", seed) for seed in args.seeds
+        ],
+        "pretrained": [pretrained] * len(args.seeds),
+        "pretrained, then on SST's sentences": [further] * len(args.seeds),
+    }
+
+
+def starts_by_size(text: Path, data: Path, work: Path, args: argparse.Namespace) -> Starts:
+    """From none, and from each beginning of the text."""
+    vocabulary, found = work / "text.model", {}
+    if not vocabulary.is_file():
+        run("tokenizer.py", "train", "--input", text, "--output", vocabulary)
+    for megabytes in args.megabytes:
+        part = work / f"{megabytes:g}-MB.txt"
+        lines = text.read_bytes()[: round(1e6 * megabytes)].rsplit(b"\n", 1)[0]
+        part.write_bytes(lines + b"\n")
+        words = ["--pretrain_data", part, "--minutes", args.minutes, *SHAPE]
+        model = pretrain(work / f"{megabytes:g}", *words, "--tokenizer_model", vocabulary)
+        found[f"{megabytes:g} MB"] = [model] * len(args.seeds)
+    random = [untrained(model, work / f"untrained-{seed}.pt", seed) for seed in args.seeds]
+    return {"random weights": random} | found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--text", type=Path, required=True, help="to pretrain on, a document a line"
     )
     parser.add_argument("--minutes", type=float, default=30.0, help="of the pretraining")
+    parser.add_argument("--megabytes", type=float, nargs="+", help="of the text's beginning")
     parser.add_argument("--data", type=Path, default=ROOT / "data", help="folder of sst-*.txt")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--lr", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
@@ -92,17 +132,9 @@ def main() -> None:
     args = parser.parse_args()
     data, work = args.data.resolve(), args.work.resolve()
     text = args.text.resolve()
-    pretrained = pretrain(work / "pretrained", "--pretrain_data", text, "--minutes", args.minutes)
-    sentences = [data / "sst-train.txt", *SENTENCES, "--pretrained_model_path", pretrained]
-    further = pretrain(work / "further", "--pretrain_data", *sentences)
-    random = [untrained(pretrained, work / f"untrained-{seed}.pt", seed) for seed in args.seeds]
-    every = len(args.seeds)
-    starts = {
-        "random weights": random,
-        "pretrained": [pretrained] * every,
-        "pretrained, then on SST's sentences": [further] * every,
-    }
-    rows = [measure(name, models, data, work, args) for name, models in starts.items()]
+    starts = starts_by_size if args.megabytes else starts_of_text
+    found = starts(text, data, work, args)
+    rows = [measure(name, models, data, work, args) for name, models in found.items()]
     print("\n| start | pooling, lr | dev | test |\n|---|---|---|---|\n" + "\n".join(rows))
 
 

@@ -37,15 +37,27 @@ BASE: dict[str, Any] = {
     "shape": (128, 4, 2),  # width, layers, heads
     "context": 256,
     "dropout": 0.2,
+    "embedding_dropout": None,  # of the embedding's output, where it is another one
+    "token_dropout": 0.0,  # of whole tokens that are read, beside that
+    "layer_dropout": 0.0,  # of a row's branches in the last layer, less before
     "decay": None,  # the one that is recommended
+    "embedding_decay": 1.0,  # times that of the matrices
     "moving": True,  # each epoch is cut elsewhere
     "vocab_size": None,  # what suits the text
     "rate": 1.0,  # times the one that is recommended
+    "batch": 1.0,  # times the one that is recommended, in tokens
+    "growing_batch": False,  # half of it for the first half of the tokens
+    "growing_context": False,  # a quarter of it for the first half of the tokens
+    "scheduler": "linear",
+    "averaged": 0,  # states of the constant rate whose mean the decay begins with
+    "momentum": 0.95,  # Muon's
+    "polar_express": False,  # coefficients of arXiv:2505.16932
     "zero": False,  # the matrices that end a branch begin at zero
     "bpe_dropout": 0.0,  # of merges, from the second epoch on
     "normuon": False,  # each row of an update has the size of its mean square (arXiv:2510.05491)
     "cautious": False,  # weights decay where the update has their sign (arXiv:2510.12402)
 }
+OF_MUON = ("momentum", "polar_express", "normuon", "cautious")
 VARIANTS: dict[str, dict[str, Any]] = {
     "as before": {"shape": (64, 3, 2), "decay": 0.1, "moving": False},
     "decay 0.1": {"decay": 0.1},
@@ -69,6 +81,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "NorMuon": {"normuon": True},
     "half the rate": {"rate": 0.5},
     "twice the rate": {"rate": 2.0},
+    "half the batch": {"batch": 0.5},
+    "twice the batch": {"batch": 2.0},
+    "a batch that grows": {"growing_batch": True},
+    "a context that grows": {"growing_context": True},
+    "wsd": {"scheduler": "wsd"},
+    "wsd, three states averaged": {"scheduler": "wsd", "averaged": 3},
+    "Polar Express": {"polar_express": True},
+    "momentum 0.9": {"momentum": 0.9},
+    "momentum 0.98": {"momentum": 0.98},
+    "the embedding decays at a fifth": {"embedding_decay": 0.2},
+    "dropout of the embedding alone": {"dropout": 0.0, "embedding_dropout": 0.2},
+    "dropout but of the embedding": {"embedding_dropout": 0.0},
+    "one of ten tokens unseen": {"token_dropout": 0.1},
+    "branches dropped": {"dropout": 0.0, "layer_dropout": 0.2},
+    "no dropout": {"dropout": 0.0},
 }
 
 
@@ -104,6 +131,28 @@ def encoded(tokenizer: Tokenizer, piece: str, dropout: float) -> list[int]:
 # ---------------------------------------------------------------------------- the optimizer
 
 
+# Of each step of Newton and Schulz: the best for what is left by those before (arXiv:2505.16932).
+POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+
+
+def polar_express(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """About the closest orthogonal matrix to (rows, columns)."""
+    x = (matrix.mT if len(matrix) > matrix.shape[1] else matrix).to(dtype)
+    x = x / (1.01 * x.norm()).clamp(min=1e-7)
+    for step, (a, b, c) in enumerate(POLAR_EXPRESS):
+        safety = 1.0 if step == len(POLAR_EXPRESS) - 1 else 1.01  # against bfloat16's rounding
+        a, b, c = a / safety, b / safety**3, c / safety**5
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if len(matrix) > matrix.shape[1] else x).to(matrix.dtype)
+
+
 class VariantMuon(optimizers.Muon):
     """Muon with what was tried and not taken; row sizes of NorMuon are kept beside the moments."""
 
@@ -118,9 +167,13 @@ class VariantMuon(optimizers.Muon):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(weight)
                     state["rows"], state["step"] = torch.zeros(len(weight), 1), 0
-                moment = state["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
-                nesterov = weight.grad.lerp(moment, group["momentum"])
-                update = optimizers.orthogonalize(nesterov[None], self.dtype)[0]
+                momentum = self.recipe["momentum"]
+                moment = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
+                nesterov = weight.grad.lerp(moment, momentum)
+                if self.recipe["polar_express"]:
+                    update = polar_express(nesterov, self.dtype)
+                else:
+                    update = optimizers.orthogonalize(nesterov[None], self.dtype)[0]
                 if self.recipe["normuon"]:
                     state["step"] += 1
                     rows = state["rows"].lerp_(update.square().mean(1, keepdim=True), 0.05)
@@ -131,6 +184,21 @@ class VariantMuon(optimizers.Muon):
                     kept = torch.where(update * weight > 0, kept, 1.0)
                 weight.mul_(kept)
                 weight.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(weight.shape)))
+
+
+class Dropped(nn.Module):
+    """Leaves out whole vectors, and scales the others: of tokens, or of a row's whole branch."""
+
+    def __init__(self, rate: float, *, whole_rows: bool) -> None:
+        super().__init__()
+        self.rate, self.whole_rows = rate, whole_rows
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, tokens, width) to the same."""
+        if not self.training:
+            return x
+        tokens = 1 if self.whole_rows else x.shape[1]
+        return x * (torch.rand(len(x), tokens, 1) >= self.rate) / (1 - self.rate)
 
 
 # ---------------------------------------------------------------------------- a run
@@ -154,7 +222,7 @@ def train(path: Path, recipe: dict[str, Any], args: argparse.Namespace, seed: in
     held_out = stream_of([encoded(tokenizer, piece, 0.0) for piece in val_pieces])
     chunks = PretrainDataset(stream, context, tokenizer=tokenizer, seed=seed)
     tokens = round(args.passes * len(stream))
-    rows = batch_tokens(tokens, context) // context
+    rows = max(1, round(recipe["batch"] * batch_tokens(tokens, context) / context))
     steps = tokens // (rows * context)
     dim, n_layers, n_heads = recipe["shape"]
     config = LlamaConfig(
@@ -162,6 +230,14 @@ def train(path: Path, recipe: dict[str, Any], args: argparse.Namespace, seed: in
         max_seq_len=context, dropout=recipe["dropout"],
     )  # fmt: skip
     model = NextTokenLoss(Llama(config))
+    for number, layer in enumerate(model.model.layers if recipe["layer_dropout"] else [], 1):
+        dropped = Dropped(recipe["layer_dropout"] * number / n_layers, whole_rows=True)
+        layer.attention.dropout = layer.feed_forward.dropout = dropped
+    if recipe["embedding_dropout"] is not None:
+        model.model.dropout.p = recipe["embedding_dropout"]
+    if recipe["token_dropout"]:
+        unseen = Dropped(recipe["token_dropout"], whole_rows=False)
+        model.model.dropout = nn.Sequential(unseen, model.model.dropout)
     if recipe["zero"]:
         for layer in model.model.layers:
             nn.init.zeros_(layer.attention.compute_output.weight)
@@ -173,12 +249,17 @@ def train(path: Path, recipe: dict[str, Any], args: argparse.Namespace, seed: in
     optimizer = optimizers.make_optimizer(
         model, name="muon", lr=lr, weight_decay=decay, dtype=DTYPE
     )
-    if recipe["normuon"] or recipe["cautious"]:
+    optimizer.parts["adamw"].param_groups[-1]["weight_decay"] *= recipe["embedding_decay"]
+    if any(recipe[name] != BASE[name] for name in OF_MUON):
         optimizer.parts["muon"].__class__ = VariantMuon
         optimizer.parts["muon"].recipe = recipe
-    numbers = order(len(chunks), seed)
+    numbers, rows_of = order(len(chunks), seed), [rows] * steps
+    if recipe["growing_batch"]:
+        rows_of[: steps // 2] = [rows // 2] * (2 * (steps // 2))
+    warmup, read, means = round(0.05 * steps) * rows, 0, []
+    decay_begins = warmup + (1 - optimizers.WSD_DECAY) * (steps * rows - warmup)
     with training_arithmetic(CPU, DTYPE, deterministic=False):
-        for step in range(steps):
+        for step, rows in enumerate(rows_of):
             batch = [next(numbers) for _ in range(rows)]
             if recipe["bpe_dropout"] and batch[0] // len(chunks) != batch[-1] // len(chunks):
                 chunks = PretrainDataset(
@@ -187,20 +268,36 @@ def train(path: Path, recipe: dict[str, Any], args: argparse.Namespace, seed: in
                 numbers = order(len(chunks), seed + step, first=1)
             if not recipe["moving"]:
                 batch = [number % len(chunks) for number in batch]
-            schedule = {"peak_lr": lr, "min_lr": 0.0, "scheduler": "linear"}
-            optimizers.set_learning_rate(
-                optimizer,
-                optimizers.learning_rate(
-                    step, total_steps=steps, warmup_steps=round(0.05 * steps), **schedule
-                ),
+            schedule = {"peak_lr": lr, "min_lr": 0.0, "scheduler": recipe["scheduler"]}
+            rate = optimizers.learning_rate(
+                read, total_steps=sum(rows_of), warmup_steps=warmup, **schedule
             )
+            optimizers.set_learning_rate(optimizer, rate)
+            inputs = chunks.batch(batch)
+            if recipe["growing_context"] and step < steps // 2:
+                short = context // 4 if inputs[0].shape[1] == context else inputs[0].shape[1]
+                inputs = tuple(tensor.reshape(-1, short) for tensor in inputs)
             with autocast(CPU, DTYPE):
-                loss, count = model(*chunks.batch(batch))
+                loss, count = model(*inputs)
             (loss / count).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
+            before, read = read, read + rows
+            # Of the constant rate a tenth of the run apart, the last one where the decay begins.
+            for back in range(recipe["averaged"]):
+                if before < decay_begins - back * 0.1 * sum(rows_of) <= read:
+                    means.append([p.detach().clone() for p in model.parameters()])
+                    if not back:
+                        average(model, means)
     return bits_per_byte(model.eval(), PretrainDataset(held_out, context, tokenizer=tokenizer))
+
+
+@torch.no_grad()
+def average(model: nn.Module, states: list[list[torch.Tensor]]) -> None:
+    """Give the model the mean of these states of its parameters."""
+    for parameter, values in zip(model.parameters(), zip(*states, strict=True), strict=True):
+        parameter.copy_(torch.stack(values).mean(0))
 
 
 def order(count: int, seed: int, *, first: int = 0):
