@@ -73,6 +73,7 @@ PRESETS: dict[str, Preset] = {
 # The share of the rate from scratch with which trained weights are trained further: enough to learn
 # another text, too little to forget the first before it is learnt.
 CONTINUED_LR = 0.2
+DECAY_PER_EPOCH = 0.5  # lr x decay, summed over an epoch's steps at the peak of lr
 
 
 def recommended_lr(config: LlamaConfig, optimizer: str) -> float:
@@ -88,18 +89,13 @@ def recommended_lr(config: LlamaConfig, optimizer: str) -> float:
     return min(PRESETS.values(), key=distance).pretrain_lr
 
 
-def recommended_decay(
-    config: LlamaConfig, lr: float, *, tokens: int, distinct: int, batch: int
-) -> float:
-    """A weight decay that suits Muon from scratch, for `tokens` read of a text of `distinct` ones.
+def recommended_decay(lr: float, *, distinct: int, batch: int) -> float:
+    """A weight decay that suits Muon from scratch, on `distinct` tokens in steps of `batch`.
 
-    A model learns by heart what it reads often, the sooner the more parameters it has for each
-    token: then weights should forget what is some epochs old. A step of `batch` tokens takes
-    lr x decay of them away (best of each in benchmarks/README.md).
+    Weights should forget what is some epochs old, whatever the text and the steps: so in an epoch
+    all lose the same share (arXiv:2405.13698; the share is by benchmarks/README.md).
     """
-    parameters = sum(config.parameter_counts().values())
-    an_epoch = 0.027 * math.sqrt(parameters * tokens) / distinct  # of a weight, at the peak
-    return float(f"{min(3.0, max(0.1, an_epoch * batch / (lr * distinct))):.2g}")
+    return float(f"{min(3.0, max(0.1, DECAY_PER_EPOCH * batch / (lr * distinct))):.2g}")
 
 
 def finetuning_lr(config: LlamaConfig, *, chat: bool, lora: bool, head_alone: bool) -> float:
@@ -278,7 +274,7 @@ class Options:
     weight_decay: float | None = flag(
         None,
         "decay of the matrices; unset: 0 to finetune, 0.1 to pretrain, and with Muon from scratch "
-        "the more, up to 3, the more parameters learn each token of the text and the more often",
+        "up to 3, the more the shorter the text",
         at_least=0,
         below=1e6,
     )

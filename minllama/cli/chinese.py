@@ -222,10 +222,10 @@ LINES = {
         "{lr}，适合宽度 {dim} 的模型学对话（--lr）"
     ),
     "{n} of the dialogues held out": "留出 {n} 段对话",
-    "up to {lr}, then {schedule} to {low}; {optimizer}, weight decay {decay} for so little text, "
-    "read {epochs} times (else {flag})": (
-        "最高 {lr}，按 {schedule} 降到 {low}；{optimizer}，weight decay {decay}："
-        "文本少，要读 {epochs} 遍（否则用 {flag}）"
+    "up to {lr}, then {schedule} to {low}; {optimizer}, weight decay {decay} for a text of this "
+    "size (else {flag})": (
+        "最高 {lr}，按 {schedule} 降到 {low}；{optimizer}，weight decay {decay}，"
+        "适合这么多文本（否则用 {flag}）"
     ),
     "up to {lr}, then {schedule} to {low}; {optimizer}, weight decay {decay}": (
         "最高 {lr}，按 {schedule} 降到 {low}；{optimizer}，weight decay {decay}"

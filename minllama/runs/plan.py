@@ -111,9 +111,7 @@ class TrainingPlan:
         was_typed = "weight_decay" in options.given or options.resume is not None
         if options.option != "pretrain" or was_typed or options.decay() == USUAL_DECAY:
             return ""
-        epochs = self.schedule_steps / self.steps_per_epoch
-        read = f"for so little text, read {epochs:,.3g} times"
-        return f" {read} (else --weight_decay {USUAL_DECAY})"
+        return f" for a text of this size (else --weight_decay {USUAL_DECAY})"
 
     @property
     def micro_tokens(self) -> int:

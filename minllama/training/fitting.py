@@ -59,7 +59,7 @@ TIMED_CONTEXT = {"cpu": 256, "cuda": 1024, "mps": 512}  # where none is typed
 TIMED_TOKENS = {"cpu": 1024, "cuda": 32768, "mps": 8192}  # of a step that is timed
 MICRO_TOKENS = {"cpu": 4096, "cuda": 65536, "mps": 8192}  # at most, of a micro-batch
 KEPT_SECONDS = 60  # between checkpoints
-DROPOUT = ((4.0, 0.0), (8.0, 0.1), (math.inf, 0.2))  # by epochs up to
+DROPOUT = ((4.0, 0.0), (14.0, 0.1), (math.inf, 0.2))  # by epochs up to
 
 
 def predicted_loss(parameters: int, tokens: float, distinct: int) -> float:
@@ -292,11 +292,11 @@ def fit(
     size = config.block_parameters()[0]
     loss = predicted_loss(size, tokens, distinct)
     options = options.choose(chosen).with_recommended_lr(config, continued=False)
-    options = with_recommended_decay(options, config, distinct)
+    options = with_recommended_decay(options, distinct)
     return Fit(options, tokens, loss, training)
 
 
-def with_recommended_decay(options: Options, config: LlamaConfig, distinct: int) -> Options:
+def with_recommended_decay(options: Options, distinct: int) -> Options:
     """The options with a weight decay to pretrain on `distinct` tokens, where none was typed.
 
     It follows from the text for Muon from scratch alone.
@@ -304,11 +304,7 @@ def with_recommended_decay(options: Options, config: LlamaConfig, distinct: int)
     decay = options.decay()
     if options.weight_decay is None and options.optimizer == "muon" and options.is_from_scratch:
         batch = options.global_batch_size * options.max_seq_len
-        tokens = options.epochs * distinct
-        if options.schedule_steps is not None:
-            tokens = options.schedule_steps * batch
-        sizes = {"tokens": tokens, "distinct": distinct, "batch": batch}
-        decay = recommended_decay(config, options.peak_lr(), **sizes)
+        decay = recommended_decay(options.peak_lr(), distinct=distinct, batch=batch)
     return dataclasses.replace(options, weight_decay=decay)
 
 

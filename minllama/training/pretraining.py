@@ -93,7 +93,7 @@ def prepare_pretraining(
     config = start.config if start else options.llama_config(tokenizer.n_words)
     options = options.with_recommended_lr(config, continued=False)
     if checkpoint is None:  # that of a resumed run is the checkpoint's
-        options = with_recommended_decay(options, config, len(texts.train.stream))
+        options = with_recommended_decay(options, len(texts.train.stream))
     return options, config, texts, start
 
 

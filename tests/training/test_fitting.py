@@ -127,14 +127,14 @@ def test_a_decay_is_chosen_for_muon_from_scratch_alone():
     def decay(line: str) -> float:
         options = parse_options(f"--option pretrain --max_seq_len 256 {line}".split())
         options = options.with_global_batch(1).with_recommended_lr(shape, continued=False)
-        return with_recommended_decay(options, shape, 40_000).weight_decay
+        return with_recommended_decay(options, 40_000).weight_decay
 
-    muon, longer = decay("--epochs 12"), decay("--epochs 48")
-    assert muon == pytest.approx(longer / 2, rel=0.05) and muon > 0.3
-    assert decay("--schedule_steps 234") == pytest.approx(muon, rel=0.05)  # of 2,048 tokens
-    assert decay("--epochs 12 --weight_decay 0.2") == 0.2
+    muon = decay("")
+    assert muon == decay("--pretrain_batch_size 4 --gradient_accumulation_steps 2") > 0.3
+    assert muon == pytest.approx(decay("--pretrain_batch_size 16") / 2, rel=0.05)
+    assert decay("--weight_decay 0.2") == 0.2
     for line in ("--optimizer adamw", "--pretrain_lr 0.01", "--pretrained_model_path model.pt"):
-        assert decay(f"--epochs 12 {line}") == 0.1
+        assert decay(line) == 0.1
 
 
 def test_what_is_chosen_can_be_resumed(texts):
