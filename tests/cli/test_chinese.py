@@ -373,8 +373,8 @@ def test_a_chinese_text_from_its_plan_to_a_chat():
         r"模型         [\d,]+ 个参数：embedding .+",
         r"数据         [\d,]+ 个 token，切成 [\d,]+ 块，每块最多 32 个",
         r"步数         每轮 \d+ 步 x [\d.]+ 轮 = [\d,]+ 步，每步 \d+ 块（\d+ x \d+）；预热 \d+ 步",
-        r"学习率       最高 [\d.]+，按 linear 降到 0；muon .+，weight decay [\d.]+：文本少，要读 "
-        r"[\d.]+ 遍（否则用 --weight_decay 0.1）",
+        r"学习率       最高 [\d.]+，按 linear 降到 0；muon .+，weight decay [\d.]+，适合这么多"
+        r"文本（否则用 --weight_decay 0.1）",
         r"时间         一共 0.1 分钟，不论多少步（--minutes）",
         r"最有帮助的是：.*[一-鿿].*",
     ):

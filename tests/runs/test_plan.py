@@ -75,14 +75,14 @@ def test_what_decided_the_optimizer_is_said(line, said):
 @pytest.mark.parametrize(
     "line, decay, said",
     [
-        ("", 0.54, "weight decay 0.54 for so little text, read 5 times (else --weight_decay 0.1)"),
+        ("", 0.54, "weight decay 0.54 for a text of this size (else --weight_decay 0.1)"),
         ("", None, "weight decay 0.1"),
         ("--weight_decay 0.54", 0.54, "weight decay 0.54"),
         ("--resume auto", 0.54, "weight decay 0.54"),
     ],
 )
 def test_why_the_weight_decay_is_not_the_usual_one_is_said(line, decay, said):
-    """0.54 stood there for 40 epochs, and neither why nor how to have another one."""
+    """0.54 stood there, and neither why nor how to have another one."""
     options = parse_options(["--option", "pretrain", *line.split()]).with_global_batch(1)
     options = dataclasses.replace(options, weight_decay=decay)
     lines = dataclasses.replace(plan_of(), options=options).lines(None)
@@ -240,6 +240,12 @@ def test_compiling_is_for_long_runs():
     assert not plan_of(epochs=1).compiling_pays(120e9)[0]
     assert not plan_of(max_steps=10).compiling_pays(120e9)[0]
     assert not plan_of().compiling_pays(60e12)[0]
+
+
+def test_minutes_are_what_a_run_takes_on_a_cpu_too():
+    """The steps of --minutes were timed, and an assumed speed said how long they would take."""
+    for minutes, pays in ((12, False), (18, True)):
+        assert plan_of(minutes=minutes, max_steps=10).compiling_pays(120e9)[0] is pays
 
 
 def test_a_gpu_compiles_for_runs_of_minutes():
