@@ -36,7 +36,7 @@ CPU, DTYPE, PIECES, HELD_OUT = torch.device("cpu"), torch.bfloat16, 20, (4, 14)
 BASE: dict[str, Any] = {
     "shape": (128, 4, 2),  # width, layers, heads
     "context": 256,
-    "dropout": 0.2,
+    "dropout": 0.1,
     "embedding_dropout": None,  # of the embedding's output, where it is another one
     "token_dropout": 0.0,  # of whole tokens that are read, beside that
     "layer_dropout": 0.0,  # of a row's branches in the last layer, less before
@@ -59,7 +59,7 @@ BASE: dict[str, Any] = {
 }
 OF_MUON = ("momentum", "polar_express", "normuon", "cautious")
 VARIANTS: dict[str, dict[str, Any]] = {
-    "as before": {"shape": (64, 3, 2), "decay": 0.1, "moving": False},
+    "as before": {"shape": (64, 3, 2), "dropout": 0.2, "decay": 0.1, "moving": False},
     "decay 0.1": {"decay": 0.1},
     "decay 0.4": {"decay": 0.4},
     "decay 0.8": {"decay": 0.8},
@@ -67,7 +67,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "decay 3.2": {"decay": 3.2},
     "cautious decay 1.6": {"decay": 1.6, "cautious": True},
     "fixed cuts": {"moving": False},
-    "dropout 0.1": {"dropout": 0.1},
+    "no dropout": {"dropout": 0.0},
+    "dropout 0.2": {"dropout": 0.2},
     "dropout 0.3": {"dropout": 0.3},
     "3 x 64": {"shape": (64, 3, 2)},
     "4 x 96": {"shape": (96, 4, 3)},
@@ -95,7 +96,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dropout but of the embedding": {"embedding_dropout": 0.0},
     "one of ten tokens unseen": {"token_dropout": 0.1},
     "branches dropped": {"dropout": 0.0, "layer_dropout": 0.2},
-    "no dropout": {"dropout": 0.0},
 }
 
 
@@ -327,6 +327,9 @@ def main() -> None:
     parser.add_argument("texts", type=Path, nargs="+")
     parser.add_argument("--kilobytes", type=int, default=100, help="of each text to train on")
     parser.add_argument("--passes", type=float, default=12)
+    parser.add_argument("--shape", type=int, nargs=3, default=BASE["shape"], help="of the base")
+    parser.add_argument("--dropout", type=float, default=BASE["dropout"], help="the base's")
+    parser.add_argument("--decay", type=float, help="the base's; unset: the one recommended")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[*VARIANTS])
     parser.add_argument("--work", type=Path, default=Path("recipes"), help="folder of vocabularies")
@@ -334,6 +337,7 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # several at once are faster than one with several threads
+    BASE.update({name: getattr(args, name) for name in ("shape", "dropout", "decay")})
     ratios: dict[str, list[float]] = {name: [] for name in args.variants}
     for path in args.texts:
         for seed in args.seeds:

@@ -230,6 +230,20 @@ LINES = {
     "up to {lr}, then {schedule} to {low}; {optimizer}, weight decay {decay}": (
         "最高 {lr}，按 {schedule} 降到 {low}；{optimizer}，weight decay {decay}"
     ),
+    "{flags} for {epochs} epochs; {stopping}": "{flags}，共 {epochs} 轮；{stopping}",
+    "{flags}: more or fewer steps, where the speed changes": "{flags}：速度变化时增减步数",
+    "{size} in {dtype}: {parts}; {free} available": "{dtype}，共 {size}：{parts}；可用 {free}",
+    "weights {weights} ({dtype}), resumable checkpoint {size} (float32 weights and the optimizer's "
+    "{moments})": (
+        "权重 {weights}（{dtype}），用于继续训练的检查点 {size}（float32 权重和优化器状态）"
+    ),
+    "{size} at most: {parts}": "最多 {size}：{parts}",
+    "off: it would save about {saved} and takes about {time}": (
+        "不编译：大约能省 {saved}，编译却要 {time}"
+    ),
+    "on: it would save about {saved} and takes about {time}": (
+        "先编译：大约能省 {saved}，编译要 {time}"
+    ),
     "{n} min in all, whatever the steps (--minutes)": "一共 {n} 分钟，不论多少步（--minutes）",
     "{n} tokens, {bytes} bytes per token": "{n} 个 token，平均每个 {bytes} 字节",
     "{n} tokens held out ({share} of all)": "留出 {n} 个 token（占 {share}）",

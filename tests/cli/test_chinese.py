@@ -31,6 +31,7 @@ from running import (
     write_stories,
 )
 
+import minllama.runs.plan as plans
 import minllama.training.setup as setups
 from config import LlamaConfig, parse_options
 from llama import Llama, model_payload
@@ -375,6 +376,13 @@ def test_a_chinese_text_from_its_plan_to_a_chat():
         r"步数         每轮 \d+ 步 x [\d.]+ 轮 = [\d,]+ 步，每步 \d+ 块（\d+ x \d+）；预热 \d+ 步",
         r"学习率       最高 [\d.]+，按 linear 降到 0；muon .+，weight decay [\d.]+，适合这么多"
         r"文本（否则用 --weight_decay 0.1）",
+        r"训练安排     --schedule_steps .+：速度变化时增减步数",
+        r"正则化       --dropout .+，共 [\d.]+ 轮；--early_stopping 3",
+        r"内存         \w+，共 [\d.]+ MB：weights .+；可用 .+",
+        r"文件         权重 [\d.]+ [kM]B（float32），用于继续训练的检查点 [\d.]+ [kM]B"
+        r"（float32 权重和优化器状态）",
+        r"磁盘         最多 [\d.]+ [kM]B：.+",
+        r"编译         不编译：大约能省 \d+ s，编译却要 35 s",
         r"时间         一共 0.1 分钟，不论多少步（--minutes）",
         r"最有帮助的是：.*[一-鿿].*",
     ):
@@ -692,6 +700,16 @@ def test_lines_wrap_by_columns():
     assert re.sub("\n *", "", shown).replace(" ", "") == text.replace(" ", "")
     plan = wrapped("学习率       up to 0.01, then cosine to 0; muon from scratch, weight decay", 60)
     assert plan.splitlines()[1].startswith(" " * LABEL_COLUMNS + "scratch")
+
+
+def test_that_a_run_is_compiled_is_said(monkeypatch):
+    """With the time that it saves and takes; here torch's compiler itself is left out."""
+    write_stories(Path(), count=8)
+    monkeypatch.setattr(plans, "COMPILED_SAVES", {"cpu": 1e6})
+    monkeypatch.setattr(setups, "compiler_problem", lambda device: None)
+    monkeypatch.setattr(torch, "compile", lambda module, **how: module)
+    done = pretrain("--max_steps 1 --lang zh")
+    assert re.search(r"(?m)^编译         先编译：大约能省 .+，编译要 35 s$", done.out)
 
 
 def test_every_row_is_held_by_a_test():
