@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -41,21 +41,40 @@ class LogLines:
         return self.stream.write(f"{line}\n") if line else 0
 
 
-def progress_bar(iterable: Iterable | None = None, **settings: Any) -> tqdm:
+def progress_bar(iterable: Iterable | None = None, *, kind: type = tqdm, **settings: Any) -> tqdm:
     """A tqdm bar of the terminal's width; where stderr is no terminal, a line now and then."""
     seconds, file = REFRESH_SECONDS, for_drawing(sys.stderr)
     if not sys.stderr.isatty():
         seconds, file = LOG_SECONDS, LogLines(sys.stderr)
     # Its default maxinterval of 10 s would make tqdm update more often than mininterval says.
     intervals = {"mininterval": seconds, "maxinterval": max(10, seconds)}
-    return tqdm(iterable, dynamic_ncols=True, file=file, **intervals, **settings)
+    return kind(iterable, dynamic_ncols=True, file=file, **intervals, **settings)
 
 
-def training_bar(step: int, last_step: int) -> tqdm:
+class TimedBar(tqdm):
+    """A bar of work that ends at a time, however its speed changes."""
+
+    seconds_left: Callable[[], float] | None = None
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """What the bar shows, `remaining` no longer than the time that is left."""
+        shown = super().format_dict
+        if self.seconds_left is not None and (rate := shown["rate"]):
+            left = min((self.total - self.n) / rate, max(0.0, self.seconds_left()))
+            shown["remaining"] = self.format_interval(left)
+        return shown
+
+
+def training_bar(
+    step: int, last_step: int, seconds_left: Callable[[], float] | None = None
+) -> TimedBar:
     """The bar of a run: what matters comes first, since a narrow terminal cuts off the end."""
     bar_format = "{remaining} left{desc} |{bar}| {n_fmt}/{total_fmt} steps"
     idle = {"disable": True} if step >= last_step else {}  # of a resumed run that had ended
-    return progress_bar(initial=step, total=last_step, bar_format=bar_format, **idle)
+    bar = progress_bar(kind=TimedBar, initial=step, total=last_step, bar_format=bar_format, **idle)
+    bar.seconds_left = seconds_left
+    return bar
 
 
 def by_source(record: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:

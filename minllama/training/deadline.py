@@ -61,6 +61,10 @@ class Deadline:
         """Seconds of the run so far."""
         return self.earlier_seconds + time.monotonic() - self.started
 
+    def seconds_left(self) -> float:
+        """Seconds to the end of the command."""
+        return self.seconds - self.spent()
+
     def note_evaluation(self, seconds: float) -> None:
         """Take note of how long an evaluation took."""
         self.last_evaluation, self.evaluating = seconds, self.evaluating + seconds
@@ -82,7 +86,7 @@ class Deadline:
         seconds = max(1e-9, now - checked[1] - evaluating) / (step - checked[0])
         before = self.seconds_per_step
         self.seconds_per_step = seconds if before is None else (before + seconds) / 2
-        left = self.seconds - self.spent() - self.finishing_seconds - self.last_evaluation
+        left = self.seconds_left() - self.finishing_seconds - self.last_evaluation
         per_step = self.seconds_per_step
         per_step += self.last_evaluation / eval_interval if eval_interval else 0.0
         return step + max(1, round(left / per_step))

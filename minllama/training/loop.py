@@ -60,7 +60,8 @@ def train(run: Run, on_step: OnStep | None = None) -> bool:
         tensorboard=options.tensorboard,
         enabled=ranks.is_main,
     )
-    bar = training_bar(progress.step, run.last_step)
+    bar = training_bar(progress.step, run.last_step, run.deadline and run.deadline.seconds_left)
+    first_step = progress.step + 1
     profile = profiled(
         run.folder.file("profile.json.gz"),
         enabled=options.profile and ranks.is_main,
@@ -112,6 +113,8 @@ def train(run: Run, on_step: OnStep | None = None) -> bool:
             metrics.append(record := record | sample_gpu())
             if on_step is not None and ranks.is_main:
                 on_step(record)
+            if progress.step == first_step:
+                bar.unpause()  # the speed of later steps: this one has compiled, or taken memory
             show_record(bar, record)
             checkpoints.after_step(progress.step)
 

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from running import pretrain, write_stories
 
-from minllama.cli.console import human_size, human_time, say
+from minllama.cli.console import TimedBar, human_size, human_time, say
+from minllama.training import loop
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = {"step": 7, "epoch": 1, "loss": 7.5184, "lr": 1.1e-3, "tokens_per_second": 14_831.0}
@@ -62,6 +64,30 @@ def test_a_run_that_had_ended_has_no_bar():
         words = [sys.executable, "-c", program.format(step)]
         done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, check=True)
         assert (b"left" in done.stderr) == (step < 9)
+
+
+@pytest.mark.parametrize("left, said", [("lambda: 5.0", "00:05"), ("None", "1:55:30")])
+def test_a_run_of_minutes_has_no_more_left_than_those(left, said):
+    """Of 15 minutes it said 19:32 left, since its first steps had waited for the compiler."""
+    program = (
+        f"from minllama.cli.console import training_bar; bar = training_bar(0, 100, {left})\n"
+        "bar.last_print_t -= 70; bar.update(); print(bar)"  # one step has taken 70 seconds
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"}
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.startswith(f"{said} left") and done.returncode == 0
+
+
+def test_the_first_step_is_not_in_the_speed_of_later_ones(tmp_path, monkeypatch):
+    """It has compiled, or taken memory: the bar leaves it out, once a start."""
+    monkeypatch.chdir(tmp_path)
+    shown, left_out = [], []
+    monkeypatch.setattr(TimedBar, "unpause", lambda bar: left_out.append(len(shown)))
+    monkeypatch.setattr(loop, "show_record", lambda bar, record: shown.append(record["step"]))
+    write_stories(Path(), count=8)
+    assert pretrain("--max_steps 2").status == 0 and shown == [1, 2] and left_out == [0]
+    assert pretrain("--max_steps 4 --resume auto").status == 0 and left_out == [0, 2]
 
 
 needs_pty = pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals are of Unix")
