@@ -73,7 +73,9 @@ PRESETS: dict[str, Preset] = {
 # The share of the rate from scratch with which trained weights are trained further: enough to learn
 # another text, too little to forget the first before it is learnt.
 CONTINUED_LR = 0.2
-DECAY_PER_EPOCH = 0.5  # lr x decay, summed over an epoch's steps at the peak of lr
+# The share of a weight that decays in an epoch, while the learning rate is at its peak: so much for
+# each epoch of the run, up to so many.
+EPOCH_DECAY, MOST_EPOCHS = 0.05, 10
 
 
 def recommended_lr(config: LlamaConfig, optimizer: str) -> float:
@@ -89,13 +91,14 @@ def recommended_lr(config: LlamaConfig, optimizer: str) -> float:
     return min(PRESETS.values(), key=distance).pretrain_lr
 
 
-def recommended_decay(lr: float, *, distinct: int, batch: int) -> float:
-    """A weight decay that suits Muon from scratch, on `distinct` tokens in steps of `batch`.
+def recommended_decay(lr: float, *, tokens: int, distinct: int, batch: int) -> float:
+    """A weight decay that suits Muon from scratch, for `tokens` read of a text of `distinct` ones.
 
-    Weights should forget what is some epochs old, whatever the text and the steps: so in an epoch
-    all lose the same share (arXiv:2405.13698; the share is by benchmarks/README.md).
+    A text that is read often is learnt by heart, unless weights forget what is some epochs old. A
+    step of `batch` tokens takes lr x decay of them away; by what was best in benchmarks/README.md.
     """
-    return float(f"{min(3.0, max(0.1, DECAY_PER_EPOCH * batch / (lr * distinct))):.2g}")
+    share = EPOCH_DECAY * min(MOST_EPOCHS, tokens / distinct)
+    return float(f"{min(3.0, max(0.1, share * batch / (lr * distinct))):.2g}")
 
 
 def finetuning_lr(config: LlamaConfig, *, chat: bool, lora: bool, head_alone: bool) -> float:
@@ -274,7 +277,7 @@ class Options:
     weight_decay: float | None = flag(
         None,
         "decay of the matrices; unset: 0 to finetune, 0.1 to pretrain, and with Muon from scratch "
-        "up to 3, the more the shorter the text",
+        "up to 3, the more the shorter the text and the more often it is read",
         at_least=0,
         below=1e6,
     )

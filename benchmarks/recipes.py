@@ -244,7 +244,8 @@ def train(path: Path, recipe: dict[str, Any], args: argparse.Namespace, seed: in
             nn.init.zeros_(layer.feed_forward.w2.weight)
     lr, decay = recipe["rate"] * recommended_lr(config, "muon"), recipe["decay"]
     if decay is None:
-        decay = recommended_decay(lr, distinct=len(stream), batch=rows * context)
+        sizes = {"tokens": tokens, "distinct": len(stream), "batch": rows * context}
+        decay = recommended_decay(lr, **sizes)
     optimizer = optimizers.make_optimizer(
         model, name="muon", lr=lr, weight_decay=decay, dtype=DTYPE
     )

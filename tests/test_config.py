@@ -765,16 +765,18 @@ def test_the_rate_of_a_classifier_suits_its_model(shape, flags, lr, capsys):
 def test_the_decay_suits_the_text() -> None:
     """What was best of a few in short runs (benchmarks/README.md); 0.1 of a text that is long."""
 
-    def decay(dim: int, distinct: int, batch: int) -> float:
+    def decay(dim: int, distinct: int, batch: int, epochs: int) -> float:
         lr = recommended_lr(LlamaConfig(dim=dim, n_heads=2, vocab_size=960), "muon")
-        return recommended_decay(lr, distinct=distinct, batch=batch)
+        sizes = {"tokens": epochs * distinct, "distinct": distinct, "batch": batch}
+        return recommended_decay(lr, **sizes)
 
     for text, best in {
-        (128, 42_506, 1024): (0.8, 1.6),  # of 0.1 to 3.2
-        (128, 34_030, 1024): (1.2, 1.6),
-        (96, 100_000, 2048): (0.7, 1.4),  # of 0.175 to 1.4
-        (96, 100_000, 1024): (0.25, 0.5),
+        (128, 42_506, 1024, 12): (0.8, 1.6),  # of 0.1 to 3.2
+        (128, 34_030, 1024, 12): (1.2, 1.6),
+        (128, 42_506, 1024, 4): (0.3, 1.0),  # of 0.1 to 1.5
+        (96, 100_000, 2048, 10): (0.7, 1.4),  # of 0.175 to 1.4
+        (96, 100_000, 1024, 4): (0.11, 0.25),  # of 0.11 to 0.5
     }.items():
         assert best[0] <= decay(*text) <= best[1], text
-    assert decay(128, 10**8, 1024) == 0.1
-    assert decay(512, 10**4, 1024) == 3.0
+    assert decay(128, 10**8, 1024, 1) == 0.1
+    assert decay(512, 10**4, 1024, 1000) == 3.0

@@ -304,7 +304,9 @@ def with_recommended_decay(options: Options, distinct: int) -> Options:
     decay = options.decay()
     if options.weight_decay is None and options.optimizer == "muon" and options.is_from_scratch:
         batch = options.global_batch_size * options.max_seq_len
-        decay = recommended_decay(options.peak_lr(), distinct=distinct, batch=batch)
+        steps = options.schedule_steps
+        tokens = options.epochs * distinct if steps is None else steps * batch
+        decay = recommended_decay(options.peak_lr(), tokens=tokens, distinct=distinct, batch=batch)
     return dataclasses.replace(options, weight_decay=decay)
 
 

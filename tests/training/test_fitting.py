@@ -129,12 +129,15 @@ def test_a_decay_is_chosen_for_muon_from_scratch_alone():
         options = options.with_global_batch(1).with_recommended_lr(shape, continued=False)
         return with_recommended_decay(options, 40_000).weight_decay
 
-    muon = decay("")
-    assert muon == decay("--pretrain_batch_size 4 --gradient_accumulation_steps 2") > 0.3
-    assert muon == pytest.approx(decay("--pretrain_batch_size 16") / 2, rel=0.05)
-    assert decay("--weight_decay 0.2") == 0.2
+    muon = decay("--epochs 6")
+    assert muon == pytest.approx(decay("--epochs 3") * 2, rel=0.05) and muon > 0.3
+    assert muon == decay("--schedule_steps 117")  # of 2,048 tokens
+    assert muon == decay("--epochs 6 --pretrain_batch_size 4 --gradient_accumulation_steps 2")
+    assert muon == pytest.approx(decay("--epochs 6 --pretrain_batch_size 16") / 2, rel=0.05)
+    assert decay("--epochs 10") == decay("--epochs 40")
+    assert decay("--epochs 6 --weight_decay 0.2") == 0.2
     for line in ("--optimizer adamw", "--pretrain_lr 0.01", "--pretrained_model_path model.pt"):
-        assert decay(line) == 0.1
+        assert decay(f"--epochs 6 {line}") == 0.1
 
 
 def test_what_is_chosen_can_be_resumed(texts):
