@@ -231,7 +231,6 @@ LINES = {
         "最高 {lr}，按 {schedule} 降到 {low}；{optimizer}，weight decay {decay}"
     ),
     "{flags} for {epochs} epochs; {stopping}": "{flags}，共 {epochs} 轮；{stopping}",
-    "{flags}: more or fewer steps, where the speed changes": "{flags}：速度变化时增减步数",
     "{size} in {dtype}: {parts}; {free} available": "{dtype}，共 {size}：{parts}；可用 {free}",
     "weights {weights} ({dtype}), resumable checkpoint {size} (float32 weights and the optimizer's "
     "{moments})": (

@@ -376,7 +376,6 @@ def test_a_chinese_text_from_its_plan_to_a_chat():
         r"步数         每轮 \d+ 步 x [\d.]+ 轮 = [\d,]+ 步，每步 \d+ 块（\d+ x \d+）；预热 \d+ 步",
         r"学习率       最高 [\d.]+，按 linear 降到 0；muon .+，weight decay [\d.]+，适合这么多"
         r"文本（否则用 --weight_decay 0.1）",
-        r"训练安排     --schedule_steps .+：速度变化时增减步数",
         r"正则化       --dropout .+，共 [\d.]+ 轮；--early_stopping 3",
         r"内存         \w+，共 [\d.]+ MB：weights .+；可用 .+",
         r"文件         权重 [\d.]+ [kM]B（float32），用于继续训练的检查点 [\d.]+ [kM]B"
