@@ -60,8 +60,9 @@ def finetune(model: Path, data: Path, folder: Path, *words: object) -> tuple[flo
     printed = run("run_llama.py", "--option", "finetune", *splits, *outs, *FINETUNE,
                   "--pretrained_model_path", model, "--save_dir", folder, "--overwrite",
                   *words)  # fmt: skip
-    dev, test = (float(re.search(rf"{s} accuracy ([\d.]+)", printed)[1]) for s in ("dev", "test"))
-    return dev, test
+    # Each epoch's dev accuracy is printed before that of the best one.
+    dev, test = (re.findall(rf"{s} accuracy ([\d.]+)", printed)[-1] for s in ("dev", "test"))
+    return float(dev), float(test)
 
 
 def measure(
