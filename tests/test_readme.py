@@ -140,6 +140,8 @@ def start(line: str) -> int:
         shorter = SHORTER[option]
         if option == "pretrain" and "--pretrained_model_path" in words:  # which has its shape
             shorter = ["--max_steps", "2"]
+        if option == "pretrain":
+            shorter = [*shorter, "--compile", "off"]  # that of --minutes 60, too
         with hurried():
             return run_llama.main(parse_options([*words, *shorter]))
     if script == "tokenizer.py":
