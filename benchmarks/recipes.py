@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from minllama.text.reading import Reading
 from minllama.text.stream import TokenStream
 from minllama.training.fitting import batch_tokens
 from tokenizer import Tokenizer, train_vocabulary
-from utils import PretrainDataset, shuffled
+from utils import PretrainDataset, batch_indices
 
 CPU, DTYPE, PIECES, HELD_OUT = torch.device("cpu"), torch.bfloat16, 20, (4, 14)
 BASE: dict[str, Any] = {
@@ -256,8 +256,10 @@ def train(path: Path, recipe: dict[str, Any], args: argparse.Namespace, seed: in
     numbers, rows_of = order(len(chunks), seed), [rows] * steps
     if recipe["growing_batch"]:
         rows_of[: steps // 2] = [rows // 2] * (2 * (steps // 2))
-    warmup, read, means = round(0.05 * steps) * rows, 0, []
-    decay_begins = warmup + (1 - optimizers.WSD_DECAY) * (steps * rows - warmup)
+    total, warmup, read, means = sum(rows_of), round(0.05 * steps) * rows, 0, []
+    decay_begins = warmup + (1 - optimizers.WSD_DECAY) * (total - warmup)
+    schedule = {"peak_lr": lr, "min_lr": 0.0, "scheduler": recipe["scheduler"]}
+    schedule |= {"total_steps": total, "warmup_steps": warmup}  # in rows
     with training_arithmetic(CPU, DTYPE, deterministic=False):
         for step, rows in enumerate(rows_of):
             batch = [next(numbers) for _ in range(rows)]
@@ -268,11 +270,7 @@ def train(path: Path, recipe: dict[str, Any], args: argparse.Namespace, seed: in
                 numbers = order(len(chunks), seed + step, first=1)
             if not recipe["moving"]:
                 batch = [number % len(chunks) for number in batch]
-            schedule = {"peak_lr": lr, "min_lr": 0.0, "scheduler": recipe["scheduler"]}
-            rate = optimizers.learning_rate(
-                read, total_steps=sum(rows_of), warmup_steps=warmup, **schedule
-            )
-            optimizers.set_learning_rate(optimizer, rate)
+            optimizers.set_learning_rate(optimizer, optimizers.learning_rate(read, **schedule))
             inputs = chunks.batch(batch)
             if recipe["growing_context"] and step < steps // 2:
                 short = context // 4 if inputs[0].shape[1] == context else inputs[0].shape[1]
@@ -286,7 +284,7 @@ def train(path: Path, recipe: dict[str, Any], args: argparse.Namespace, seed: in
             before, read = read, read + rows
             # Of the constant rate a tenth of the run apart, the last one where the decay begins.
             for back in range(recipe["averaged"]):
-                if before < decay_begins - back * 0.1 * sum(rows_of) <= read:
+                if before < decay_begins - back * 0.1 * total <= read:
                     means.append([p.detach().clone() for p in model.parameters()])
                     if not back:
                         average(model, means)
@@ -300,11 +298,11 @@ def average(model: nn.Module, states: list[list[torch.Tensor]]) -> None:
         parameter.copy_(torch.stack(values).mean(0))
 
 
-def order(count: int, seed: int, *, first: int = 0):
+def order(count: int, seed: int, *, first: int = 0) -> Iterator[int]:
     """Numbers of chunks, epoch after epoch, as `PretrainDataset` numbers them."""
     epoch = first
     while True:
-        yield from (epoch * count + shuffled(np.arange(count), count, seed, epoch)).tolist()
+        yield from batch_indices(count, count, seed, epoch, 0).tolist()
         epoch += 1
 
 

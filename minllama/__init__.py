@@ -22,7 +22,7 @@ import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]  # of the repository, where its commands are
 COMMANDS = ("run_llama.py", "check_model_precision.py", "tokenizer.py")
 NEEDED = ("torch", "numpy", "sentencepiece", "tqdm")
 

@@ -20,6 +20,7 @@ from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TextIO, TypeVar
 
+from minllama import COMMANDS, ROOT
 from minllama.cli.chinese import read_language, translate
 from minllama.system.errors import UsageError
 
@@ -28,8 +29,6 @@ Parsed = TypeVar("Parsed")
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 UNTYPABLE = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # surrogates that stand for no byte
 LONGEST, LAST = 2000, 500  # characters of an error's line, of which the last hold the remedy
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("run_llama.py", "check_model_precision.py", "tokenizer.py")
 PATH_BYTES, NAME_CHARS = 4096, 255  # of a path and of each name in it: the highest limits known
 BOUNDS = {"at_least": ge, "above": gt, "at_most": le, "below": lt}
 
@@ -300,7 +299,7 @@ def own_script(name: str = "run_llama.py") -> Path:
     Beside the one that runs; where that is the user's own, which imports this, where it is.
     """
     running = Path(sys.argv[0])
-    if running.name in SCRIPTS:
+    if running.name in COMMANDS:
         return running.with_name(name)
     return Path(name) if Path.cwd() == ROOT else ROOT / name
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import runpy
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from minllama import ROOT
 
 
 def run_llama() -> None:
