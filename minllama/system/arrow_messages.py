@@ -56,7 +56,7 @@ def _messages(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
             raise ValueError("it is cut off, or a message's length is wrong")
         data = file.read(length)
         message = struct.unpack_from("<I", data)[0]
-        (body_length,) = _field(data, message, 3, "<q", 0)
+        (body_length,) = _field(data, message, 3, "<q")
         if not 0 <= body_length <= size - body:
             raise ValueError("it is cut off, or a message's length is wrong")
         yield _claims(file, data, message, body, body_length)
@@ -68,13 +68,13 @@ def _messages(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
 def _claims(
     file: BinaryIO, data: bytes, message: int, body: int, body_length: int
 ) -> tuple[int, int]:
-    kind, header = _field(data, message, 1, "<B", 0)[0], _table(data, message, 2)
+    kind, header = _field(data, message, 1, "<B")[0], _table(data, message, 2)
     if kind not in (DICTIONARY_BATCH, RECORD_BATCH) or header is None:
         return 0, body_length
     batch = header if kind == RECORD_BATCH else _table(data, header, 1)
     if batch is None:
         return 0, body_length
-    (rows,) = _field(data, batch, 0, "<q", 0)
+    (rows,) = _field(data, batch, 0, "<q")
     buffers = _table(data, batch, 2)
     if _table(data, batch, 3) is None or buffers is None:  # not compressed
         return rows, body_length
@@ -91,7 +91,7 @@ def _claims(
 
 
 def _place(data: bytes, table: int, number: int) -> int | None:
-    """Where a field of a flatbuffer's table is; None where it has its default."""
+    """Where a field of a flatbuffer's table is; None where it is left out."""
     vtable = table - struct.unpack_from("<i", data, table)[0]
     if vtable < 0 or 4 + 2 * number + 2 > struct.unpack_from("<H", data, vtable)[0]:
         return None
@@ -99,9 +99,10 @@ def _place(data: bytes, table: int, number: int) -> int | None:
     return table + offset if offset else None
 
 
-def _field(data: bytes, table: int, number: int, layout: str, default: int) -> tuple[int]:
+def _field(data: bytes, table: int, number: int, layout: str) -> tuple[int]:
+    """A number of a table, 0 where it is left out."""
     place = _place(data, table, number)
-    return (default,) if place is None else struct.unpack_from(layout, data, place)
+    return (0,) if place is None else struct.unpack_from(layout, data, place)
 
 
 def _table(data: bytes, table: int, number: int) -> int | None:

@@ -35,9 +35,7 @@ def compression_of(head: bytes) -> str | None:
         return "bzip2"
     if head.startswith(b"\xfd7zXZ\x00"):
         return "xz"
-    skippable = (
-        head[:1] in [bytes([first]) for first in range(0x50, 0x60)] and head[1:4] == b"*M\x18"
-    )
+    skippable = head[1:4] == b"*M\x18" and head[0] >> 4 == 5
     return "zstandard" if skippable or head.startswith(b"(\xb5/\xfd") else None
 
 
