@@ -95,7 +95,7 @@ HTML = re.compile(rb"\s*(?:<!doctype html|<html[\s>])", re.IGNORECASE)
 def binary_kind(head: bytes, path: Path | None = None) -> Kind | None:
     """What a file is that begins so; None where it may be text. `path` is a zip's, to look into."""
     for at, sign, kind in SIGNS:
-        if head.startswith(sign, at) and (not sign.isalnum() or _has_controls(head[:HEAD_BYTES])):
+        if head.startswith(sign, at) and (not sign.isalnum() or count_controls(head[:HEAD_BYTES])):
             return kind
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return _zip_kind(path)
@@ -106,8 +106,9 @@ def binary_kind(head: bytes, path: Path | None = None) -> Kind | None:
     return TAR if _is_old_tar(head) else None
 
 
-def _has_controls(data: bytes) -> bool:
-    return len(data.translate(None, CONTROLS)) < len(data)
+def count_controls(data: bytes) -> int:
+    """How many bytes are such that no text has them, save by accident."""
+    return len(data) - len(data.translate(None, CONTROLS))
 
 
 def _zip_kind(path: Path | None) -> Kind:
@@ -130,8 +131,7 @@ def _is_old_tar(head: bytes) -> bool:
 
 def looks_binary(data: bytes) -> bool:
     """Whether the beginning of a file, in no encoding with zeros in it, is no text at all."""
-    controls = len(data) - len(data.translate(None, CONTROLS))
-    return controls > max(FEW_CONTROLS, BINARY_SHARE * len(data))
+    return count_controls(data) > max(FEW_CONTROLS, BINARY_SHARE * len(data))
 
 
 def is_html(head: bytes) -> bool:

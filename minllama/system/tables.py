@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from minllama.system.arrow_messages import ARROW_MAGIC, check_messages
 from minllama.system.errors import UsageError
 from minllama.system.files import open_regular
-from minllama.system.kinds import CONTROLS
+from minllama.system.kinds import count_controls
 from minllama.system.packages import import_optional
 from minllama.system.parquet_pages import check_row_groups
 
@@ -31,7 +31,7 @@ def table_format(path: Path) -> Format | None:
     """How a file holds a table; None for one that is none. Raises UsageError for a misnamed one."""
     with open_regular(path) as file:
         head = file.read(64)
-    if head.startswith(b"PAR1") and len(head.translate(None, CONTROLS)) < len(head):
+    if head.startswith(b"PAR1") and count_controls(head):
         return "parquet"
     if head.startswith(ARROW_MAGIC):
         return "arrow file"

@@ -34,23 +34,16 @@ def build_model(
 
     Symbols that their maker defined may have their spaces as they are, as the other files do.
     """
-    pieces = (
-        _field(1, _field(1, token) + _field(2, float(score)) + _field(3, int(kind)))
-        for token, score, kind in zip(_with_signs(tokens, kinds), scores, kinds, strict=True)
-    )
+    pieces = []
+    for token, score, kind in zip(tokens, scores, kinds, strict=True):
+        token = token.replace(" ", SPACE) if kind == USER_DEFINED else token
+        pieces.append(_field(1, _field(1, token) + _field(2, float(score)) + _field(3, int(kind))))
     bpe, bytes_for_the_rest = _field(3, 2), _field(35, int(BYTE in kinds))
     trainer = bpe + bytes_for_the_rest + _field(46, bos) + _field(47, eos)
     normalizer = _field(1, "identity") + _field(3, int(dummy_prefix)) + _field(4, 0)  # trims none
     model = b"".join([*pieces, _field(2, trainer), _field(3, normalizer)])
     SentencePiece(model, where)
     return model
-
-
-def _with_signs(tokens: Sequence[str], kinds: Sequence[int]) -> list[str]:
-    return [
-        token.replace(" ", SPACE) if kind == USER_DEFINED else token
-        for token, kind in zip(tokens, kinds, strict=True)
-    ]
 
 
 def _field(number: int, value: str | bytes | int | float) -> bytes:

@@ -153,6 +153,8 @@ def _train_sentence_piece(
     characters = prefix * len(sentences) + sum(map(len, sentences))
     is_rare = spaces == 0 or spaces < (1 - coverage) * characters
 
+    symbols = [symbol.replace(" ", SPACE) for symbol in wanted.symbols]
+
     def train(size: int) -> bytes:
         model = io.BytesIO()
         _run_in_thread(
@@ -178,13 +180,13 @@ def _train_sentence_piece(
             num_threads=16,  # part of the file: a fixed number keeps it the same on all machines
             minloglevel=2,
             **({"required_chars": SPACE} if is_rare else {}),
-            **({"user_defined_symbols": _with_signs(wanted.symbols)} if wanted.symbols else {}),
+            **({"user_defined_symbols": symbols} if symbols else {}),
         )
         return model.getvalue()
 
     try:
         if one_a_character:
-            return train(_least(train, len(wanted.symbols) + META_PIECES))
+            return train(_least(train, len(symbols) + META_PIECES))
         return train(wanted.vocab_size or fitting)
     except RuntimeError as error:
         problem = f"SentencePiece could not train ({error})"
@@ -208,10 +210,6 @@ def _least(train: Callable[[int], bytes], too_small: int) -> int:
             raise
         return int(least[1])
     return too_small  # of a text that is all symbols
-
-
-def _with_signs(symbols: Sequence[str]) -> list[str]:
-    return [symbol.replace(" ", SPACE) for symbol in symbols]
 
 
 # ---------------------------------------------------------------------------- byte-level BPE
