@@ -10,11 +10,15 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator, MappingView
-from types import ModuleType
 from typing import Any
 
 from minllama.system.errors import UsageError
 from minllama.system.packages import import_optional
+
+jinja2 = import_optional("jinja2", "the model's chat template")
+for module in ("ext", "sandbox"):
+    import_optional(f"jinja2.{module}", "the model's chat template")
+nodes = jinja2.nodes
 
 TEMPLATE_CHARS = 1 << 16  # of a template; the longest public ones have a quarter of that
 MOST_STEPS = 1 << 24  # of a rendering: letters of all that it makes, and its turns and calls
@@ -44,6 +48,9 @@ COMPARISONS = {
 }  # fmt: skip
 
 
+READABLE = (str, int, float, range, type(None), jinja2.Undefined)
+
+
 class TooMuch(Exception):
     """A template loops or allocates beyond its bounds."""
 
@@ -54,7 +61,6 @@ class Refused(Exception):
 
 def render(text: str, **values: Any) -> str:
     """What a template makes of these values; UsageError for one that fails or takes too much."""
-    jinja2 = import_optional("jinja2", "the model's chat template")
     try:
         if len(text) > TEMPLATE_CHARS:
             raise TooMuch
@@ -76,160 +82,156 @@ def render(text: str, **values: Any) -> str:
 @functools.lru_cache(maxsize=4)
 def _compiled(text: str) -> Any:
     """The template, in which each turn of a loop and all that is written is counted."""
-    jinja2 = import_optional("jinja2", "the model's chat template")
-    for module in ("ext", "sandbox", "visitor"):
-        import_optional(f"jinja2.{module}", "the model's chat template")
-    nodes, environment = jinja2.nodes, _environment(jinja2)
-
-    def call(method: str, arguments: list[Any]) -> Any:
-        function = nodes.EnvironmentAttribute(method)  # which no variable can hide
-        return nodes.Call(function, arguments, [], None, None)
-
-    class Counting(jinja2.visitor.NodeTransformer):
-        def visit_Concat(self, node: Any) -> Any:
-            """`a ~ b` as a call that looks at the sizes first."""
-            return call("concatenated", self.generic_visit(node).nodes)
-
-        def visit_Output(self, node: Any) -> Any:
-            """What is written, also into a variable, one piece after the other."""
-            node = self.generic_visit(node)
-            node.nodes = [call("read", [_expression(nodes, part)]) for part in node.nodes]
-            return node
-
-        def visit_Compare(self, node: Any) -> Any:
-            """What is compared, or searched."""
-            node = self.generic_visit(node)
-            for side in (node, *node.ops):
-                side.expr = call("read", [side.expr])
-            return node
-
-        def visit_Getitem(self, node: Any) -> Any:
-            """A part of a text or list, which is copied; a key, which an error may spell."""
-            node = self.generic_visit(node)
-            if isinstance(node.arg, nodes.Slice):
-                return call("read", [node])
-            if not isinstance(node.arg, nodes.Const):
-                node.arg = call("read", [node.arg])
-            return node
-
-        def visit_Tuple(self, node: Any) -> Any:
-            """A list: a tuple as the key of a dict would be read whole."""
-            node = self.generic_visit(node)
-            return nodes.List(node.items) if node.ctx == "load" else node
-
-        def visit_For(self, node: Any) -> Any:
-            """A turn of a loop, or of a macro: as many steps as it has parts."""
-            parts = sum(1 for _ in node.find_all(nodes.Node))
-            node = self.generic_visit(node)
-            node.body.insert(0, nodes.Output([call("turn", [nodes.Const(parts)])]))
-            return node
-
-        visit_Macro = visit_CallBlock = visit_For
-
-        def visit_Name(self, node: Any) -> Any:
-            """A variable, but not the tuple of a macro's surplus arguments."""
-            if node.name == "varargs":
-                raise jinja2.exceptions.SecurityError("varargs")
-            return node
-
-    tree = Counting().visit(environment.parse(text))
+    environment = _environment()
+    tree = _Counting().visit(environment.parse(text))
     return environment.from_string(tree.set_environment(environment).set_lineno(1))
 
 
-def _expression(nodes: ModuleType, part: Any) -> Any:
-    return nodes.Const(part.data) if isinstance(part, nodes.TemplateData) else part
+def _call(method: str, arguments: list[Any]) -> Any:
+    """A call of a method of the environment, which no variable can hide."""
+    return nodes.Call(nodes.EnvironmentAttribute(method), arguments, [], None, None)
 
 
-def _environment(jinja2: ModuleType) -> Any:
-    """Jinja's sandbox as `transformers` sets it up, with bounds."""
-    readable = (str, int, float, range, type(None), jinja2.Undefined)
+class _Counting(jinja2.visitor.NodeTransformer):
+    def visit_Concat(self, node: Any) -> Any:
+        """`a ~ b` as a call that looks at the sizes first."""
+        return _call("concatenated", self.generic_visit(node).nodes)
 
-    class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(["+", "*", "**", "%"])
-        budget = 0  # of steps that are left to a rendering; a letter made is one
+    def visit_Output(self, node: Any) -> Any:
+        """What is written, also into a variable, one piece after the other."""
+        node = self.generic_visit(node)
+        for place, part in enumerate(node.nodes):
+            part = nodes.Const(part.data) if isinstance(part, nodes.TemplateData) else part
+            node.nodes[place] = _call("read", [part])
+        return node
 
-        def take(self, steps: int) -> None:
-            """Use up some of it; raises TooMuch where it is not enough."""
-            self.budget -= steps
-            if self.budget < 0:
-                raise TooMuch
+    def visit_Compare(self, node: Any) -> Any:
+        """What is compared, or searched."""
+        node = self.generic_visit(node)
+        for side in (node, *node.ops):
+            side.expr = _call("read", [side.expr])
+        return node
 
-        def counted(self, value: Any) -> Any:
-            """A value that was made; what makes others lazily is a list, and so are pairs."""
-            self.take(STEPS_OF_A_CALL + _size(value))
-            if not isinstance(value, Iterator | MappingView):
-                return value
-            made = []
-            for item in value:
-                self.take(STEPS_OF_AN_ITEM)
-                made.append(list(item) if isinstance(item, tuple) else item)
-            return made
+    def visit_Getitem(self, node: Any) -> Any:
+        """A part of a text or list, which is copied; a key, which an error may spell."""
+        node = self.generic_visit(node)
+        if isinstance(node.arg, nodes.Slice):
+            return _call("read", [node])
+        if not isinstance(node.arg, nodes.Const):
+            node.arg = _call("read", [node.arg])
+        return node
 
-        def read(self, value: Any) -> Any:
-            """A value that is looked through, with all that is in it."""
-            left = [value]
-            while left:
-                item = left.pop()
-                self.take(STEPS_OF_AN_ITEM + _size(item))
-                if isinstance(item, dict):
-                    left += [*item, *item.values()]
-                elif isinstance(item, list | tuple):
-                    left += item
-                elif not isinstance(item, readable):
-                    raise jinja2.exceptions.SecurityError(f"{type(item).__name__} as a text")
+    def visit_Tuple(self, node: Any) -> Any:
+        """A list: a tuple as the key of a dict would be read whole."""
+        node = self.generic_visit(node)
+        return nodes.List(node.items) if node.ctx == "load" else node
+
+    def visit_For(self, node: Any) -> Any:
+        """A turn of a loop, or of a macro: as many steps as it has parts."""
+        parts = sum(1 for _ in node.find_all(nodes.Node))
+        node = self.generic_visit(node)
+        node.body.insert(0, nodes.Output([_call("turn", [nodes.Const(parts)])]))
+        return node
+
+    visit_Macro = visit_CallBlock = visit_For
+
+    def visit_Name(self, node: Any) -> Any:
+        """A variable, but not the tuple of a macro's surplus arguments."""
+        if node.name == "varargs":
+            raise jinja2.exceptions.SecurityError("varargs")
+        return node
+
+
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset(["+", "*", "**", "%"])
+    budget = 0  # of steps that are left to a rendering; a letter made is one
+
+    def take(self, steps: int) -> None:
+        """Use up some of it; raises TooMuch where it is not enough."""
+        self.budget -= steps
+        if self.budget < 0:
+            raise TooMuch
+
+    def counted(self, value: Any) -> Any:
+        """A value that was made; what makes others lazily is a list, and so are pairs."""
+        self.take(STEPS_OF_A_CALL + _size(value))
+        if not isinstance(value, Iterator | MappingView):
             return value
+        made = []
+        for item in value:
+            self.take(STEPS_OF_AN_ITEM)
+            made.append(list(item) if isinstance(item, tuple) else item)
+        return made
 
-        def concatenated(self, *values: Any) -> str:
-            """What `~` does."""
-            return "".join(map(str, self.read(values)))
+    def read(self, value: Any) -> Any:
+        """A value that is looked through, with all that is in it."""
+        left = [value]
+        while left:
+            item = left.pop()
+            self.take(STEPS_OF_AN_ITEM + _size(item))
+            if isinstance(item, dict):
+                left += [*item, *item.values()]
+            elif isinstance(item, list | tuple):
+                left += item
+            elif not isinstance(item, READABLE):
+                raise jinja2.exceptions.SecurityError(f"{type(item).__name__} as a text")
+        return value
 
-        def turn(self, parts: int) -> str:
-            """A turn of a loop, of so many steps; writes nothing."""
-            self.take(parts)
-            return ""
+    def concatenated(self, *values: Any) -> str:
+        """What `~` does."""
+        return "".join(map(str, self.read(values)))
 
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            """Arithmetic; of texts and lists nothing but sums."""
-            numbers = all(isinstance(v, int | float) and abs(v) < 2**53 for v in (left, right))
-            if operator == "**" or not (numbers or operator == "+"):
-                raise jinja2.exceptions.SecurityError(f"{operator} of these values")
-            self.take(STEPS_OF_A_CALL + _size(left) + _size(right))
-            return super().call_binop(context, operator, left, right)
+    def turn(self, parts: int) -> str:
+        """A turn of a loop, of so many steps; writes nothing."""
+        self.take(parts)
+        return ""
 
-        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-            """What may be called, and the values of messages."""
-            allowed = attr in METHODS or (
-                isinstance(obj, jinja2.runtime.LoopContext) and attr == "cycle"
-            )
-            return super().is_safe_attribute(obj, attr, value) and (allowed or not callable(value))
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Arithmetic; of texts and lists nothing but sums."""
+        numbers = all(isinstance(v, int | float) and abs(v) < 2**53 for v in (left, right))
+        if operator == "**" or not (numbers or operator == "+"):
+            raise jinja2.exceptions.SecurityError(f"{operator} of these values")
+        self.take(STEPS_OF_A_CALL + _size(left) + _size(right))
+        return super().call_binop(context, operator, left, right)
 
-        def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
-            """Call a function or a method, whose result is counted."""
-            name = getattr(function, "__name__", "")
-            if name.startswith("format"):  # the sandbox has a way of its own to let it pass
-                raise jinja2.exceptions.SecurityError("format makes texts of any size")
-            text = getattr(function, "__self__", None)
-            if isinstance(text, str):  # its methods take texts and numbers
-                self.read([text, *args, *kwargs.values()])
-                if name == "replace" and len(args) > 1:
-                    self.take(text.count(args[0]) * len(args[1]))
-                elif name.endswith("split"):
-                    most = text.count(args[0]) if args and args[0] else len(text) // 2
-                    self.take(STEPS_OF_AN_ITEM * most)
-            return self.counted(super().call(context, function, *args, **kwargs))
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """What may be called, and the values of messages."""
+        allowed = attr in METHODS or (
+            isinstance(obj, jinja2.runtime.LoopContext) and attr == "cycle"
+        )
+        return super().is_safe_attribute(obj, attr, value) and (allowed or not callable(value))
 
-    class Generation(jinja2.ext.Extension):
-        """`{% generation %}`, which marks an answer in a template: what is in it."""
+    def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call a function or a method, whose result is counted."""
+        name = getattr(function, "__name__", "")
+        if name.startswith("format"):  # the sandbox has a way of its own to let it pass
+            raise jinja2.exceptions.SecurityError("format makes texts of any size")
+        text = getattr(function, "__self__", None)
+        if isinstance(text, str):  # its methods take texts and numbers
+            self.read([text, *args, *kwargs.values()])
+            if name == "replace" and len(args) > 1:
+                self.take(text.count(args[0]) * len(args[1]))
+            elif name.endswith("split"):
+                most = text.count(args[0]) if args and args[0] else len(text) // 2
+                self.take(STEPS_OF_AN_ITEM * most)
+        return self.counted(super().call(context, function, *args, **kwargs))
 
-        tags = {"generation"}
 
-        def parse(self, parser: Any) -> Any:
-            """The body."""
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}`, which marks an answer in a template: what is in it."""
 
-    environment = Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> Any:
+        """The body."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> _Environment:
+    """Jinja's sandbox as `transformers` sets it up, with bounds."""
+    environment = _Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
 
     def refuse(message: Any) -> None:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from minllama.system.encodings import as_utf8
 from minllama.system.errors import UsageError
 from minllama.text.dialogues import Exchange
-from minllama.text.jinja_sandbox import render
 
 if TYPE_CHECKING:
     from minllama.vocabulary.base import Vocabulary
@@ -91,6 +90,8 @@ class JinjaTemplate:
 
     def _render(self, tokenizer: Tokenizer, messages: list[dict], *, opens: bool) -> str:
         """The text of messages, and with `opens` of how an answer opens; raises UsageError."""
+        from minllama.text.jinja_sandbox import render  # which needs a package
+
         bos, eos = map(tokenizer.vocabulary.name, tokenizer.vocabulary.stated_marks)
         return render(
             self.text, messages=messages, add_generation_prompt=opens, bos_token=bos, eos_token=eos

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import builtins
 import functools
+import importlib
+import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -27,7 +29,6 @@ from minllama.text.jinja_template import JinjaTemplate
 from tokenizer import Tokenizer
 from utils import ChatDataset
 
-pytest.importorskip("jinja2")
 transformers = pytest.importorskip("transformers")
 EXCHANGES = [
     ("Where does a fox live?", "In a den."),
@@ -447,15 +448,10 @@ def test_long_dialogues_are_rendered():
 
 
 def test_without_jinja2_one_line_says_what_to_install(monkeypatch):
-    real = __import__
+    def absent(name: str):
+        raise ImportError(name)
 
-    def absent(name, *rest):
-        if name.startswith("jinja2"):
-            raise ImportError(name)
-        return real(name, *rest)
-
-    import importlib
-
+    monkeypatch.delitem(sys.modules, jinja_sandbox.__name__)
     monkeypatch.setattr(importlib, "import_module", absent)
     with pytest.raises(UsageError, match="chat template needs another package: pip install jinja2"):
         JinjaTemplate(CHATML).prompt_ids(byte_vocabulary("smollm"), "Hi")
