@@ -17,7 +17,6 @@ from minllama.model.kernels import rotate
 # may be just names, as on Apple's computers; they want the matrix in an order of their own.
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 REORDERED_FOR = 16  # rows; measured from 1 to 64, the order for 16 was as good as any
-_INT8_LINEAR = getattr(torch, "_weight_int8pack_mm", None)
 INT8_WIDTH = 16  # a row's length must be a multiple of it: else the kernel reads out of bounds
 FEW_ROWS = range(2, 9)  # on a CPU, in float32, weight @ x.T is fastest for these
 
@@ -73,10 +72,11 @@ class PackedLinear(nn.Module):
         elif compiling and len(rows) == 1:
             # One loop, which reads the weight as it is stored at memory's full speed.
             product = (weight.float() * rows).sum(-1)
-        elif in_int8 and (not on_cpu or _INT8_LINEAR is None or weight.shape[1] % INT8_WIDTH):
+        elif in_int8 and (not on_cpu or weight.shape[1] % INT8_WIDTH):
             product = F.linear(rows, weight.to(x.dtype))
         elif in_int8:
-            product = _INT8_LINEAR(rows.bfloat16(), weight, self.ones)  # fast with bfloat16 alone
+            # Fast with bfloat16 alone.
+            product = torch._weight_int8pack_mm(rows.bfloat16(), weight, self.ones)
         elif in_float32 and len(rows) in FEW_ROWS:
             product = (weight @ rows.t()).t().contiguous()
         elif in_float32 and ONEDNN and not compiling:

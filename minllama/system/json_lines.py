@@ -19,14 +19,6 @@ MOST_CHARS = 1 << 27  # of one item, which is in memory as a whole
 SHORT = 1000  # characters; a longer item is parsed again when it has doubled, not at every line
 
 
-def read_objects(lines: Lines, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a file, as `read_values`; raises UsageError for anything else."""
-    for number, value in read_values(lines, path):
-        if not isinstance(value, dict):
-            raise UsageError(f"{path}:{number}: not a JSON object")
-        yield number, value
-
-
 def read_values(lines: Lines, path: Path) -> Iterator[tuple[int, Any]]:
     """The values of a file, streamed, each with the number of its first line.
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from minllama.cli.console import say
 from minllama.system.errors import UsageError
+from minllama.text.copies import HashSet
 from minllama.text.spelling import SpanHashes, Spelling
 from minllama.text.stream import TokenStream, documents_in
 from minllama.text.token_cache import TokenCache
@@ -122,13 +123,11 @@ def report_near_copies(tokenizer: Tokenizer, train: TokenStream, val: TokenStrea
     if not hashes:
         return
     held_out, document = np.concatenate(hashes), np.concatenate(documents)
-    wanted, seen = np.unique(held_out), []
+    wanted = HashSet(held_out)
+    is_seen = np.zeros(len(wanted.members), bool)
     for text, _ in _letters(spelling, train, TRAIN_TOKENS):
-        if len(wanted):
-            found = _stretches(text)[0]
-            place = np.searchsorted(wanted, found).clip(max=len(wanted) - 1)
-            seen.append(found[wanted[place] == found])
-    is_seen = np.isin(held_out, np.concatenate(seen)) if seen else np.zeros(len(held_out), bool)
+        is_seen[wanted.find(_stretches(text)[0])[1]] = True
+    is_seen = is_seen[np.searchsorted(wanted.members, held_out)]
     sizes = np.bincount(document)
     copies = int((np.bincount(document, is_seen)[sizes > 0] >= MOST * sizes[sizes > 0]).sum())
     is_part = len(train) > TRAIN_TOKENS

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minllama.system.errors import UsageError
-from minllama.system.json_lines import read_objects
+from minllama.system.json_lines import read_values
 from minllama.system.peek import csv_delimiter, is_csv_name, is_table
 from minllama.system.tables import open_table
 from minllama.text.reading import UTF8, Reading, read_lines
@@ -50,8 +50,10 @@ def read_records(
     elif is_csv_name(path):
         yield from _csv_records(read_lines(path, reading, on_bytes), path, columns)
     else:
-        for number, record in read_objects(read_lines(path, reading, on_bytes), path):
-            yield Record(number, record)
+        for number, value in read_values(read_lines(path, reading, on_bytes), path):
+            if not isinstance(value, dict):
+                raise UsageError(f"{path}:{number}: not a JSON object")
+            yield Record(number, value)
 
 
 def places(path: Path) -> Callable[[int], str]:

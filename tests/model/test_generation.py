@@ -177,9 +177,8 @@ def test_a_step_compiled_for_one_model_does_not_run_on_another(
         return compiler(function, backend=backend, options=options, **others)
 
     monkeypatch.setattr(torch, "compile", only_trace)
-    monkeypatch.setattr(
-        packing, "_INT8_LINEAR", None
-    )  # it rounds to bfloat16, a compiled step does not
+    # No width is: the kernel rounds to bfloat16, a compiled step does not.
+    monkeypatch.setattr(packing, "INT8_WIDTH", 1 << 20)
     model = make_llama(dataclasses.replace(tiny_config, n_layers=1))
     models = [model, copy.deepcopy(model), make_llama(model.config, seed=1)]
     for other, dtype in zip(models, (torch.float32, torch.int8, torch.int8), strict=True):
@@ -204,9 +203,8 @@ def test_compiled_generation_equals_eager(tiny_config: LlamaConfig, monkeypatch)
     """
     import torch._inductor.config as inductor
 
-    monkeypatch.setattr(
-        packing, "_INT8_LINEAR", None
-    )  # it rounds to bfloat16, a compiled step does not
+    # No width is: the kernel rounds to bfloat16, a compiled step does not.
+    monkeypatch.setattr(packing, "INT8_WIDTH", 1 << 20)
     beyond = {"head_dim": 16, "attention_bias": True, "qk_norm": True}
     scaling = {"rope_type": "linear", "factor": 2.0}
     model = make_llama(dataclasses.replace(tiny_config, rope_scaling=scaling, **beyond))

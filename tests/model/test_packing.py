@@ -42,7 +42,7 @@ def test_packed_weights_compute_what_their_values_say(
     """
     if not private:
         monkeypatch.setattr(P, "ONEDNN", False)
-        monkeypatch.setattr(P, "_INT8_LINEAR", None)
+        monkeypatch.setattr(P, "INT8_WIDTH", 1 << 20)
     model = make_llama(dataclasses.replace(tiny_config, tie_word_embeddings=tied))
     packed = copy.deepcopy(model)
     P.pack_weights(packed, dtype, rows=rows)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minllama.system.errors import UsageError
-from minllama.system.json_lines import read_objects
+from minllama.system.json_lines import read_values
 
 VALUES = st.recursive(
     st.none() | st.integers() | st.text('a"\\[]{},: \n\u4e2d', max_size=6),
@@ -21,7 +21,7 @@ OBJECTS = st.lists(st.dictionaries(st.text('a"[,', max_size=3), VALUES, max_size
 
 
 def read(text: str) -> list[tuple[int, dict]]:
-    return list(read_objects(enumerate(text.split("\n"), start=1), Path("a.json")))
+    return list(read_values(enumerate(text.split("\n"), start=1), Path("a.json")))
 
 
 @given(OBJECTS, st.sampled_from([None, 0, 1, 4]), st.booleans(), st.integers(0, 2))
@@ -46,8 +46,6 @@ BAD = {
     "[": r"a.json:1: not JSON \(its list has no end\)",
     '[{"a": 1},': "a.json:1: not JSON .its list has no end",
     '[\n{"a": 1},\n{"b":\n\n': "a.json:3: not JSON .its list has no end",
-    "[1]": "a.json:1: not a JSON object",
-    '[{"a": 1},\n[]]': "a.json:2: not a JSON object",
     '[{"a": 1}]\n{}': "a.json:2: more after the end of the list",
     '[\n{"a": 1},\n{"a" 1},\n{}]': "a.json:3: not JSON .Expecting ':'",
     '[{"a": "b\nc"}]': "a.json:1: not JSON .Unterminated string",
@@ -57,7 +55,6 @@ BAD = {
     '{"a": 1,\n{"b": 2}': "a.json:2: not JSON .*; the item begins in line 1",
     '{"a": 1} {"b": 2}': "a.json:1: not JSON .more than one value in a line",
     '[{"a": 1}\n\n{"b": 2}]': "a.json:3: not JSON .no comma before this item",
-    '"a"': "a.json:1: not a JSON object",
     '{}\n{"a"': "a.json:2: not JSON",
 }
 
