@@ -25,11 +25,9 @@ from config import IGNORE_INDEX, fingerprint
 from minllama.system.errors import UsageError
 from minllama.text.chat import Cuts, Template, encode_dialogue
 from minllama.text.dialogues import Dialogue
-from minllama.text.find_files import find_text_files
 from minllama.text.labelled import UNLABELLED, read_labelled
 from minllama.text.reading import UTF8, Reading
-from minllama.text.stream import TokenStream, splitmix64, whole_stream
-from minllama.text.token_cache import build_or_load
+from minllama.text.stream import TokenStream, splitmix64
 from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------- pretraining chunks
@@ -81,20 +79,6 @@ class PretrainDataset:
         self.source_starts = self.source_stops - sizes
         self.source_chunks = [count_chunks(size, chunk_length) for size in sizes.tolist()]
         self.first_chunks = np.concatenate([[0], np.cumsum(self.source_chunks)])  # of each source
-
-    @classmethod
-    def from_files(
-        cls,
-        patterns: Sequence[str | Path],
-        tokenizer: Tokenizer,
-        chunk_length: int,
-        *,
-        cache_dir: Path,
-    ) -> PretrainDataset:
-        """The chunks of text files, for those who import this class directly."""
-        files = find_text_files(patterns)
-        cache = build_or_load(files, tokenizer, Reading(), cache_dir)
-        return cls(whole_stream(cache), chunk_length, tokenizer=tokenizer)
 
     def __len__(self) -> int:
         return int(self.first_chunks[-1])

@@ -15,7 +15,9 @@ from vocabularies import vocabulary
 
 from minllama.system.errors import UsageError
 from minllama.text.labelled import UNLABELLED
-from minllama.text.stream import TokenStream, split_documents
+from minllama.text.reading import Reading
+from minllama.text.stream import TokenStream, split_documents, whole_stream
+from minllama.text.token_cache import build_or_load
 from tokenizer import Tokenizer
 from utils import (
     IGNORE_INDEX,
@@ -181,14 +183,13 @@ def test_chunks_of_files(tmp_path: Path) -> None:
     lines = "".join(f"the cat sat on mat {number}\n" for number in range(100))
     (tmp_path / "a.txt").write_text(lines, encoding="utf-8")
     tokenizer = vocabulary("ours")
-    dataset = PretrainDataset.from_files([tmp_path], tokenizer, 16, cache_dir=tmp_path / "cache")
+    cache = build_or_load([tmp_path / "a.txt"], tokenizer, Reading(), tmp_path / "cache")
+    dataset = PretrainDataset(whole_stream(cache), 16, tokenizer=tokenizer)
     ids = tokenizer.encode(lines, True, True)
     assert len(dataset) == -(-(len(ids) - 1) // 16) > 50
     chunks = [dataset.chunk(index).tolist() for index in range(len(dataset))]
     assert sum((chunk[:-1] for chunk in chunks), []) == ids[:-1]
     assert sum((chunk[1:] for chunk in chunks), []) == ids[1:]
-    with pytest.raises(UsageError, match="--pretrain_data .*absent.txt: no such file"):
-        PretrainDataset.from_files([tmp_path / "absent.txt"], tokenizer, 16, cache_dir=tmp_path)
 
 
 # ---------------------------------------------------------------------------- orders

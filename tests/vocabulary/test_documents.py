@@ -18,6 +18,8 @@ from llama import NextTokenLoss
 from minllama.inference.evaluation import score_text
 from minllama.inference.streaming import Continuation
 from minllama.text.reading import Reading
+from minllama.text.stream import whole_stream
+from minllama.text.token_cache import build_or_load
 from utils import PretrainDataset
 
 # With the newlines that a text file's reader makes of all kinds of them.
@@ -36,10 +38,9 @@ def write_documents(path: Path, documents: list[str] = DOCUMENTS) -> Path:
 
 
 def dataset(kind: str, folder: Path, length: int = 7) -> PretrainDataset:
-    file = write_documents(folder / "texts.jsonl")
-    return PretrainDataset.from_files(
-        [file], byte_vocabulary(kind), length, cache_dir=folder / "cache"
-    )
+    tokenizer, files = byte_vocabulary(kind), [write_documents(folder / "texts.jsonl")]
+    cache = build_or_load(files, tokenizer, Reading(), folder / "cache")
+    return PretrainDataset(whole_stream(cache), length, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -137,7 +138,7 @@ def test_a_pretraining_with_such_a_vocabulary(tmp_path: Path, monkeypatch, kind:
         assert done.status == 0, done.error
         size = byte_vocabulary(kind).n_words
         assert f"vocabulary   {size:,} pieces" in done.out
-    assert len([*Path("cache").glob("*.npz"), *Path("cache").glob("*.bin")]) <= 2
+    assert len([*Path("cache").glob("*.tokens")]) == 1, "it is the same vocabulary"
     done = command("--pretrained_model_path run/final-model.pt --prompt Hello --max_new_tokens 5")
     assert done.status == 0 and "Hello" in done.out
 
