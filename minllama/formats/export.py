@@ -29,8 +29,8 @@ def export(
     """Write a model as `target`: pt, bin, bin-int8, gguf or hf; returns the paths written.
 
     `extra` is put into a .pt file beside the model; other formats hold of it a `classifier` or
-    refuse it. Raises UsageError for what the format cannot
-    hold, where the disk takes no more, and if what was read back is not what was written.
+    refuse it. Raises UsageError for what the format cannot hold, where the disk takes no more, and
+    if what was read back is not what was written.
     """
     if target in ("gguf", "hf") and not is_text(output):  # safetensors, and Ollama's recipe
         raise UsageError(f"--output {output}: --convert {target} needs a name that is UTF-8")

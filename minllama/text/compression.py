@@ -17,9 +17,7 @@ COMPRESSORS = {
 
 
 def compressed_bits(text: bytes) -> dict[str, float]:
-    """Bits per byte of a text, by the name of each compressor; ValueError for an empty one."""
-    if not text:
-        raise ValueError("an empty text has no bits per byte")
+    """Bits per byte of a text, which is not empty, by the name of each compressor."""
     return {name: 8 * len(pack(text)) / len(text) for name, pack in COMPRESSORS.items()}
 
 

@@ -97,9 +97,8 @@ def _csv_records(
     )
     number = skipped + 1
     try:
-        names = [name.strip() for name in next(rows, [])]
-        _check_columns(f"{path}:{number}", _renamed(names, columns), columns)
-        names = _renamed(names, columns)
+        names = _renamed([name.strip() for name in next(rows, [])], columns)
+        _check_columns(f"{path}:{number}", names, columns)
         number = skipped + rows.line_num + 1
         for cells in rows:
             if len(cells) > len(names) and any(cells[len(names) :]):
@@ -130,14 +129,16 @@ def _renamed(names: Sequence[str], columns: Collection[str] | None) -> list[str]
 
 
 def _check_columns(where: str, names: Sequence[str], columns: Collection[str] | None) -> None:
-    wanted = [*(names if columns is None else columns)]
-    twice = [name for name in wanted if names.count(name) > 1]
-    if columns is not None and twice:
+    if columns is None:
+        return
+    twice = [name for name in columns if names.count(name) > 1]
+    if twice:
         raise UsageError(f"{where}: has the column {shown(twice[0])!r} more than once")
-    if columns is not None and not {*wanted} & {*names}:
+    if not {*columns} & {*names}:
+        wanted = " or ".join(map(repr, sorted(columns)))
         raise UsageError(
-            f"{where}: no column {' or '.join(map(repr, sorted(wanted)))} (has: {_listed(names)}); "
-            "--text_field names the column of the text"
+            f"{where}: no column {wanted} (has: {_listed(names)}); --text_field names the column "
+            "of the text"
         )
 
 

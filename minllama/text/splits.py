@@ -214,10 +214,8 @@ def _embedded(*splits: str) -> dict[str, Path]:
 
 
 def _checked(options: Options, files: SplitFiles, held_out: tuple[str, ...] = ()) -> SplitFiles:
-    """The files with the outputs where the flags want them, and none of a split without a file,
-    unless it is `held_out` of another.
-
-    In --save_dir, where no flag names them.
+    """The files with the outputs where the flags want them, else in --save_dir; none of a split
+    without a file, unless it is `held_out` of another.
 
     Raises UsageError for a file that is not there, and for an output that could not be written, or
     is another of the files.

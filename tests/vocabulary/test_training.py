@@ -214,7 +214,7 @@ def test_llama2c_cannot_hold_symbols(corpus_file: Path, tmp_path: Path) -> None:
 
 def test_a_symbol_that_cannot_be_one_token(corpus_file, tmp_path, monkeypatch) -> None:
     """What was trained is tried, and not believed."""
-    monkeypatch.setattr(training, "_with_signs", lambda symbols: ["other"] * len(symbols))
+    monkeypatch.setattr(training, "SPACE", "_")
     with pytest.raises(UsageError, match="--symbols: 'the cat' cannot be made one token"):
         train_vocabulary([corpus_file], tmp_path / "a", symbols=["the cat"])
     assert not (tmp_path / "a").exists()
