@@ -285,12 +285,12 @@ class Mixture:
             source, number = self.draw(int(position))
             epoch, index = divmod(number, self.chunks[source])
             places.setdefault((source, epoch), []).append((at, index))
-        found = np.empty(len(positions), np.int64)
+        numbers = np.empty(len(positions), np.int64)
         for (source, epoch), chosen in places.items():
             at, index = np.array(chosen).T
             order = shuffled(index, self.chunks[source], seed + (source << 32), epoch)
-            found[at] = epoch * sum(self.chunks) + self.first_chunks[source] + order
-        return found
+            numbers[at] = epoch * sum(self.chunks) + self.first_chunks[source] + order
+        return numbers
 
 
 # ---------------------------------------------------------------------------- dialogues

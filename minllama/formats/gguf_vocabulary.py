@@ -83,23 +83,23 @@ def _byte_bpe_values(vocabulary: ByteBPE) -> dict[str, Any]:
     return values if padding is None else values | {"padding_token_id": padding}
 
 
-def rebuilt_vocabulary(path: Path, values: dict[str, Any]) -> bytes | None:
+def rebuilt_vocabulary(path: Path, metadata: dict[str, Any]) -> bytes | None:
     """The vocabulary that a file's values describe; None where they describe none.
 
     Tokens, scores, merges and kinds are those of the file, so text gets the ids that it had in
     training. Raises UsageError, naming `path`, where they are of another kind or do not fit.
     """
-    told = {key[len(PREFIX) :]: value for key, value in values.items() if key.startswith(PREFIX)}
-    kind, kinds = str(told.get("model")), {"llama": _sentence_piece, "gpt2": _byte_bpe}
-    if kind in NO_VOCABULARY:
+    values = {k[len(PREFIX) :]: value for k, value in metadata.items() if k.startswith(PREFIX)}
+    model, readers = str(values.get("model")), {"llama": _sentence_piece, "gpt2": _byte_bpe}
+    if model in NO_VOCABULARY:
         return None
-    if kind not in kinds:
+    if model not in readers:
         raise UsageError(
-            f"{path}: its vocabulary is of the kind {kind[:40]!r}: {' and '.join(kinds)} are read"
+            f"{path}: its vocabulary is of the kind {model[:40]!r}: {' and '.join(readers)} are "
+            "read"
         )
-    rebuild = kinds[kind]
-    tokens, kinds = told.get("tokens"), told.get("token_type")
-    marks = [told.get(f"{mark}_token_id") for mark in ("bos", "eos")]
+    tokens, kinds = values.get("tokens"), values.get("token_type")
+    marks = [values.get(f"{mark}_token_id") for mark in ("bos", "eos")]
     fit = (
         all(isinstance(column, list) for column in (tokens, kinds))
         and len(tokens) == len(kinds)
@@ -108,7 +108,10 @@ def rebuilt_vocabulary(path: Path, values: dict[str, Any]) -> bytes | None:
         and {*kinds} <= {*range(1, 7)}
         and all(i is None or (type(i) is int and 0 <= i < len(tokens)) for i in marks)
     )
-    return rebuild(path, told, *(tokens[i] if fit and i is not None else None for i in marks), fit)
+    if not fit:
+        raise _misfit(path)
+    bos, eos = (None if i is None else tokens[i] for i in marks)
+    return readers[model](path, values, bos, eos)
 
 
 def _misfit(path: Path) -> UsageError:
@@ -117,13 +120,10 @@ def _misfit(path: Path) -> UsageError:
     )
 
 
-def _sentence_piece(
-    path: Path, told: dict[str, Any], bos: str | None, eos: str | None, fit: bool
-) -> bytes:
-    tokens, scores = told.get("tokens"), told.get("scores")
+def _sentence_piece(path: Path, values: dict[str, Any], bos: str | None, eos: str | None) -> bytes:
+    tokens, scores, kinds = values["tokens"], values.get("scores"), values["token_type"]
     fit = (
-        fit
-        and bos is not None
+        bos is not None
         and eos is not None
         and isinstance(scores, list)
         and len(scores) == len(tokens)
@@ -132,28 +132,25 @@ def _sentence_piece(
     )
     if not fit:
         raise _misfit(path)
-    dummy_prefix = bool(told.get("add_space_prefix", True))
-    kinds, where = told["token_type"], str(path)
+    dummy_prefix = bool(values.get("add_space_prefix", True))
     return build_model(
-        tokens, scores, kinds, bos=bos, eos=eos, dummy_prefix=dummy_prefix, where=where
+        tokens, scores, kinds, bos=bos, eos=eos, dummy_prefix=dummy_prefix, where=str(path)
     )
 
 
-def _byte_bpe(
-    path: Path, told: dict[str, Any], bos: str | None, eos: str | None, fit: bool
-) -> bytes:
-    merges = told.get("merges")
-    if not fit or not isinstance(merges, list) or {*map(type, merges)} > {str}:
+def _byte_bpe(path: Path, values: dict[str, Any], bos: str | None, eos: str | None) -> bytes:
+    merges, pre = values.get("merges"), str(values.get("pre"))
+    if not isinstance(merges, list) or {*map(type, merges)} - {str}:
         raise _misfit(path)
-    name = find_pre_tokenizer(str(told.get("pre")))
+    name = find_pre_tokenizer(pre)
     if name is None:
         known = ", ".join(PRE_TOKENIZERS)
         raise UsageError(
-            f"{path}: tokenizer.ggml.pre {str(told.get('pre'))[:40]!r} is not one of {known}: how "
-            "text is cut into words is not known, and another way gives wrong ids"
+            f"{path}: tokenizer.ggml.pre {pre[:40]!r} is not one of {known}: how text is cut into "
+            "words is not known, and another way gives wrong ids"
         )
-    tokens, kinds = told["tokens"], told["token_type"]
-    adds_bos = bool(told.get("add_bos_token", name == "llama-bpe"))  # llama.cpp's default
+    tokens, kinds = values["tokens"], values["token_type"]
+    adds_bos = bool(values.get("add_bos_token", name == "llama-bpe"))  # llama.cpp's default
     file = {
         "added_tokens": [
             {"id": i, "content": token, "special": kind == CONTROL}
@@ -167,7 +164,7 @@ def _byte_bpe(
             "merges": merges,
         },
     }
-    padding = told.get("padding_token_id")
+    padding = values.get("padding_token_id")
     settings = {"bos_token": bos, "eos_token": eos, "add_bos_token": adds_bos}
     if type(padding) is int and 0 <= padding < len(tokens):
         settings["pad_token"] = tokens[padding]

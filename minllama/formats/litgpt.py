@@ -167,7 +167,7 @@ def read_plain_yaml(path: Path) -> dict[str, Any]:
 
     Raises UsageError for other lines. Strings stay as they are spelt.
     """
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     key = ""
     text = read_whole(path, SHAPE_BYTES).decode("utf-8", "replace")
     for number, line in enumerate(text.splitlines(), start=1):
@@ -175,17 +175,17 @@ def read_plain_yaml(path: Path) -> dict[str, Any]:
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         if line.lstrip().startswith("- ") and key:
-            items = found[key] if isinstance(found[key], list) else []
-            found[key] = [*items, _scalar(line.lstrip()[2:])]
+            items = settings[key] if isinstance(settings[key], list) else []
+            settings[key] = [*items, _scalar(line.lstrip()[2:])]
         elif not colon:
             raise UsageError(f"{path}: line {number}: {line[:40]!r} is no `key: value`")
         elif line[0] == " " and key:
-            below = found[key] if isinstance(found[key], dict) else {}
-            found[key] = below | {name.strip(): _scalar(value)}
+            below = settings[key] if isinstance(settings[key], dict) else {}
+            settings[key] = below | {name.strip(): _scalar(value)}
         else:
             key = name
-            found[key] = _scalar(value)
-    return found
+            settings[key] = _scalar(value)
+    return settings
 
 
 def _scalar(text: str) -> Any:

@@ -71,9 +71,9 @@ def misfit(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
     """The share of texts that a vocabulary spells in parts of characters, or loses; 0 to 1."""
     ids = tokenizer.vocabulary.encode_many(texts)
     byte_share = tokenizer.byte_fallback_share(np.concatenate([np.zeros(0, int), *ids]))
-    found = count_lost(tokenizer.vocabulary, texts)
-    lost = found.lost.total() - found.lost[SPACE]
-    return max(byte_share, lost / max(1, found.characters))
+    trial = count_lost(tokenizer.vocabulary, texts)
+    lost = trial.lost.total() - trial.lost[SPACE]
+    return max(byte_share, lost / max(1, trial.characters))
 
 
 def models_here(texts: Sequence[str]) -> list[tuple[Path, float]]:

@@ -114,10 +114,10 @@ def report_near_copies(tokenizer: Tokenizer, train: TokenStream, val: TokenStrea
     hashes, documents = [], []
     before = 0  # documents in earlier reads
     for text, starts in _letters(spelling, val, VAL_TOKENS):
-        found, at = _stretches(text)
+        sampled, at = _stretches(text)
         first = np.searchsorted(starts, at, side="right")
         is_within = first == np.searchsorted(starts, at + STRETCH - 1, side="right")
-        hashes.append(found[is_within])
+        hashes.append(sampled[is_within])
         documents.append(before + first[is_within])
         before += len(starts)
     if not hashes:

@@ -53,8 +53,8 @@ class JinjaTemplate:
         system: str = "",
     ) -> list[int]:
         """The ids of the history and of the question, up to where the answer begins."""
-        said = _messages(tokenizer.vocabulary, [*history, (question, None)], system)
-        return _encode(tokenizer.vocabulary, self._render(tokenizer, said, opens=True))
+        messages = _messages(tokenizer.vocabulary, [*history, (question, None)], system)
+        return _encode(tokenizer.vocabulary, self._render(tokenizer, messages, opens=True))
 
     def exchange_ids(
         self,
@@ -72,11 +72,11 @@ class JinjaTemplate:
         Raises UsageError for one that takes no such dialogue.
         """
         vocabulary = tokenizer.vocabulary
-        said = _messages(vocabulary, [*history, exchange], system)
-        before = self._render(tokenizer, said[:-2], opens=False) if continues else ""
+        messages = _messages(vocabulary, [*history, exchange], system)
+        before = self._render(tokenizer, messages[:-2], opens=False) if continues else ""
         before = _up_to_control(vocabulary, before) or before
-        asked = self._render(tokenizer, said[:-1], opens=True)
-        answered = self._render(tokenizer, said, opens=False)
+        asked = self._render(tokenizer, messages[:-1], opens=True)
+        answered = self._render(tokenizer, messages, opens=False)
         if not asked.startswith(before):
             return None
         if not answered.startswith(asked):
@@ -102,11 +102,11 @@ def _messages(
     vocabulary: Vocabulary, exchanges: Sequence[tuple[str, str | None]], system: str
 ) -> list[dict[str, str]]:
     """Messages as a template takes them, with MARK before what would be a control token."""
-    said = [("system", system)] if system else []
+    spoken = [("system", system)] if system else []
     for question, answer in exchanges:
-        said += [("user", question), ("assistant", answer)][: 1 + (answer is not None)]
+        spoken += [("user", question), ("assistant", answer)][: 1 + (answer is not None)]
     named = re.compile(f"(?={vocabulary.control_pattern.pattern})")
-    return [{"role": role, "content": named.sub(MARK, as_utf8(text))} for role, text in said]
+    return [{"role": role, "content": named.sub(MARK, as_utf8(text))} for role, text in spoken]
 
 
 def _written(vocabulary: Vocabulary) -> re.Pattern[str]:

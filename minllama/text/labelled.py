@@ -129,8 +129,8 @@ def _rows_of_records(path: Path, reading: Reading) -> Iterator[Row]:
 
 
 def _row_of(record: dict[str, Any], names: Sequence[str], label_field: str, where: str) -> Row:
-    found = (field_of(record, name) for name in names)
-    sentence = next((value for value in found if value is not None), None)
+    values = (field_of(record, name) for name in names)
+    sentence = next((value for value in values if value is not None), None)
     label = field_of(record, label_field)
     has = ", ".join(sorted(record)[:8]) or "nothing"
     if not isinstance(sentence, str) or not sentence.strip():

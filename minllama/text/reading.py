@@ -135,14 +135,14 @@ def _tried_encoding(path: Path, given: str, size: int, modified: int) -> str:
 
 def encoding_line(files: Sequence[Path], reading: Reading) -> str | None:
     """Which files are read in which encoding, where not all are in the one that was given."""
-    found: dict[str, list[Path]] = {}
+    by_encoding: dict[str, list[Path]] = {}
     for path in itertools.filterfalse(is_table, files):
-        found.setdefault(encoding_of(path, reading), []).append(path)
+        by_encoding.setdefault(encoding_of(path, reading), []).append(path)
     given = "utf-8" if is_utf8(reading.encoding) else reading.encoding
-    if found.keys() <= {given}:
+    if by_encoding.keys() <= {given}:
         return None
     parts = []
-    for name, paths in found.items():
+    for name, paths in by_encoding.items():
         more = ", ..." if len(paths) > SHOWN_FILES else ""
         parts.append(f"{len(paths):,} as {name} ({', '.join(map(str, paths[:SHOWN_FILES]))}{more})")
     return f"encodings    {', '.join(parts)}: by BOM, else UTF-8, else --encoding"

@@ -70,13 +70,13 @@ def _table_records(
 ) -> Iterator[Record]:
     table = open_table(path)
     _check_columns(str(path), table.columns, columns)
-    size, told = path.stat().st_size, 0
+    size, reported = path.stat().st_size, 0
     for number, (share, row) in enumerate(table.rows(columns), start=1):
-        if (read := int(size * share)) > told:
-            on_bytes(read - told)
-            told = read
+        if (read := int(size * share)) > reported:
+            on_bytes(read - reported)
+            reported = read
         yield Record(number, row)
-    on_bytes(size - told)
+    on_bytes(size - reported)
 
 
 def _csv_records(
@@ -165,8 +165,8 @@ def field_texts(record: dict[str, Any], name: str) -> list[str | None] | None:
 
 def _texts_at(value: Any, parts: Sequence[str]) -> list[str | None] | None:
     if parts and isinstance(value, list):
-        found = [_texts_at(item, parts) for item in value]
-        return None if not found or None in found else [text for texts in found for text in texts]
+        lists = [_texts_at(item, parts) for item in value]
+        return None if not lists or None in lists else [text for texts in lists for text in texts]
     if parts and value is None:
         return [None]
     if parts:

@@ -20,17 +20,17 @@ from minllama.text.token_cache import TokenCache
 
 def files_by_argument(arguments: Sequence[str], flag: str) -> dict[str, list[Path]]:
     """The files that each argument of a flag names. Raises UsageError for a file in two of them."""
-    found, owners = {}, {}
+    files, owners = {}, {}
     for number, argument in enumerate(arguments):
-        found[argument] = find_text_files([argument], flag=flag)
-        for path in found[argument]:
+        files[argument] = find_text_files([argument], flag=flag)
+        for path in files[argument]:
             owner = owners.setdefault(real_path(path), number)
             if owner != number:
                 raise UsageError(
                     f"{flag}: {path} is in {arguments[owner]} and again in {argument}: with "
                     "--data_weights a file is in one source: name it in one"
                 )
-    return found
+    return files
 
 
 def documents_by_source(
@@ -42,12 +42,12 @@ def documents_by_source(
     """
     stops = np.cumsum([0, *cache.file_documents])[np.cumsum([0, *sources.values()])]
     numbers = np.arange(len(cache.document_starts))
-    found = {}
+    documents = {}
     for name, (first, stop) in zip(sources, itertools.pairwise(stops), strict=True):
-        found[name] = (first <= numbers) & (numbers < stop)
+        documents[name] = (first <= numbers) & (numbers < stop)
         if chosen is not None:
-            found[name] &= chosen
-    return found
+            documents[name] &= chosen
+    return documents
 
 
 def split_sources(

@@ -271,16 +271,16 @@ def pack(file: dict[str, Any], settings: dict[str, Any], where: str) -> bytes:
     """The bytes of a vocabulary: a tokenizer.json, and what its tokenizer_config.json says of BOS
     and EOS. Raises UsageError, naming `where`, for one of another kind.
     """
-    said = read_settings(file, settings)
+    stated = read_settings(file, settings)
     made, _ = canonical(file, where)
     control = _control_tokens(made["added_tokens"])
-    said = {key: v for key, v in said.items() if isinstance(v, bool) or v in control}
-    marks = dict(zip(("bos_token", "eos_token"), _marks(control, said, where), strict=True))
+    stated = {key: v for key, v in stated.items() if isinstance(v, bool) or v in control}
+    marks = dict(zip(("bos_token", "eos_token"), _marks(control, stated, where), strict=True))
     name_of_id = {token: name for name, token in control.items()}
-    said = {key: name_of_id[token] for key, token in marks.items()} | said
-    if said.get("pad_token") == said["eos_token"]:  # as it is where there is none
-        del said["pad_token"]
-    ordered = {key: said[key] for key in SETTINGS if key in said}
+    stated = {key: name_of_id[token] for key, token in marks.items()} | stated
+    if stated.get("pad_token") == stated["eos_token"]:  # as it is where there is none
+        del stated["pad_token"]
+    ordered = {key: stated[key] for key in SETTINGS if key in stated}
     return json.dumps(ordered | {FILE: made}, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
@@ -290,16 +290,16 @@ def read_settings(file: dict[str, Any], settings: dict[str, Any]) -> dict[str, A
     A token may be named there by an object with its `content`. What is not said is seen from what
     the file's post-processor puts before a text.
     """
-    said: dict[str, Any] = {}
+    stated: dict[str, Any] = {}
     for key, kind in SETTINGS.items():
         value = settings.get(key)
         value = value.get("content") if isinstance(value, dict) else value
         if isinstance(value, kind):
-            said[key] = value
+            stated[key] = value
     opening = _opening_token(file.get("post_processor"))
     if opening is not None:
-        return said | {"add_bos_token": True, "bos_token": said.get("bos_token", opening)}
-    return said | {"add_bos_token": said.get("add_bos_token", False)}
+        return stated | {"add_bos_token": True, "bos_token": stated.get("bos_token", opening)}
+    return stated | {"add_bos_token": stated.get("add_bos_token", False)}
 
 
 def opening_processor(bos: str, bos_id: int) -> dict[str, Any]:
@@ -319,8 +319,8 @@ def _opening_token(post_processor: Any) -> str | None:
         return None
     if post_processor.get("type") == "Sequence":
         parts = post_processor.get("processors")
-        found = map(_opening_token, parts if isinstance(parts, list) else [])
-        return next((token for token in found if token is not None), None)
+        openings = map(_opening_token, parts if isinstance(parts, list) else [])
+        return next((token for token in openings if token is not None), None)
     single = post_processor.get("single")
     first = single[0] if isinstance(single, list) and single else None
     token = first.get("SpecialToken") if isinstance(first, dict) else None

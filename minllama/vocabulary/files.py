@@ -57,12 +57,12 @@ def _read_folder(folder: Path) -> bytes:
     """Of a tokenizer.model and a tokenizer.json the first, unless it is of another kind than
     SentencePiece's, or the second has tokens that were added to it.
     """
-    found = [folder / name for name in NAMES if (folder / name).exists()]
-    if not found:
+    files = [folder / name for name in NAMES if (folder / name).exists()]
+    if not files:
         raise UsageError(f"{folder}: the folder holds no {' and no '.join(NAMES)}")
-    if len(found) == 1:
-        return read_vocabulary_file(found[0])
-    model, file = found
+    if len(files) == 1:
+        return read_vocabulary_file(files[0])
+    model, file = files
     content = read_whole(model, MODEL_BYTES)
     try:
         size = SentencePiece(content, str(model)).size
