@@ -11,7 +11,7 @@ import re
 import reprlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from minllama.system.errors import UsageError
 from minllama.system.json_lines import read_values
@@ -25,13 +25,8 @@ EXCELS_FIRST = re.compile(r"sep=(.)")  # a line before that of the columns
 TURN_FIELDS = ("content", "value", "text")  # of a dialogue's turn, its words
 DIALOGUES = ("conversations", "messages", "prompt", "instruction", "question")
 SHOWN_FIELDS = 8
-
-
-class Record(NamedTuple):
-    """A record and its number: of its first line, or in a table of the row, from 1."""
-
-    number: int
-    fields: dict[str, Any]
+# Records, each with its number: of its first line, or in a table of the row, from 1.
+Numbered = Iterator[tuple[int, dict[str, Any]]]
 
 
 def read_records(
@@ -40,7 +35,7 @@ def read_records(
     on_bytes: Callable[[int], object] = lambda count: None,
     *,
     columns: Collection[str] | None = None,
-) -> Iterator[Record]:
+) -> Numbered:
     """The records of a file, streamed; of a table only these columns, by default all.
 
     Raises UsageError with the place for what is none, and for a table without any of the columns.
@@ -53,7 +48,7 @@ def read_records(
         for number, value in read_values(read_lines(path, reading, on_bytes), path):
             if not isinstance(value, dict):
                 raise UsageError(f"{path}:{number}: not a JSON object")
-            yield Record(number, value)
+            yield number, value
 
 
 def places(path: Path) -> Callable[[int], str]:
@@ -67,7 +62,7 @@ def places(path: Path) -> Callable[[int], str]:
 
 def _table_records(
     path: Path, on_bytes: Callable[[int], object], columns: Collection[str] | None
-) -> Iterator[Record]:
+) -> Numbered:
     table = open_table(path)
     _check_columns(str(path), table.columns, columns)
     size, reported = path.stat().st_size, 0
@@ -75,13 +70,13 @@ def _table_records(
         if (read := int(size * share)) > reported:
             on_bytes(read - reported)
             reported = read
-        yield Record(number, row)
+        yield number, row
     on_bytes(size - reported)
 
 
 def _csv_records(
     lines: Iterable[tuple[int, str]], path: Path, columns: Collection[str] | None
-) -> Iterator[Record]:
+) -> Numbered:
     """The rows of a table of text, each with the number of the line in which it begins."""
     texts = (line + "\n" for _, line in lines)
     skipped = 0
@@ -107,7 +102,7 @@ def _csv_records(
                     f"a text with {delimiter!r} in it stands in double quotes"
                 )
             if cells:
-                yield Record(number, dict(zip(names, cells, strict=False)))
+                yield number, dict(zip(names, cells, strict=False))
             number = skipped + rows.line_num + 1
     except csv.Error as error:
         raise UsageError(
