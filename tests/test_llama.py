@@ -193,9 +193,10 @@ def loss_case(seed: int = 0, rows: int = 37):
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 10, 37, 1000])
-def test_chunked_loss_equals_the_plain_one(chunk_rows: int):
+def test_chunked_loss_equals_the_plain_one(chunk_rows: int, monkeypatch):
+    monkeypatch.setattr(kernels, "chunk_rows_for", lambda *_: chunk_rows)
     hidden, weight, targets = loss_case()
-    loss, count = kernels.linear_cross_entropy(hidden, weight, targets, chunk_rows=chunk_rows)
+    loss, count = kernels.linear_cross_entropy(hidden, weight, targets)
     want = plain_loss(hidden, weight, targets)
     assert count == (targets != IGNORE_INDEX).sum()
     torch.testing.assert_close(loss, want, rtol=1e-6, atol=1e-5)
@@ -208,13 +209,14 @@ def test_chunked_loss_equals_the_plain_one(chunk_rows: int):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_chunked_loss_under_autocast_is_as_exact_as_the_plain_one(dtype: torch.dtype):
+def test_chunked_loss_under_autocast_is_as_exact_as_the_plain_one(dtype: torch.dtype, monkeypatch):
     """Neither is the float32 gradient; ours must not be further from it than rounding explains."""
+    monkeypatch.setattr(kernels, "chunk_rows_for", lambda *_: 64)
     hidden, weight, targets = loss_case(rows=200)
     exact = torch.autograd.grad(plain_loss(hidden, weight, targets), (hidden, weight))
     with torch.autocast("cpu", dtype=dtype):
         plain = torch.autograd.grad(plain_loss(hidden, weight, targets), (hidden, weight))
-        loss, _ = kernels.linear_cross_entropy(hidden, weight, targets, chunk_rows=64)
+        loss, _ = kernels.linear_cross_entropy(hidden, weight, targets)
     assert loss.dtype == torch.float32
     for mine, theirs, want in zip(
         torch.autograd.grad(loss, (hidden, weight)), plain, exact, strict=True

@@ -272,9 +272,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_rows: int | None = None
-) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Cross entropy of the logits hidden @ weight.T, which are never whole in memory.
 
     hidden (N, dim), weight (V, dim), targets (N,). Returns the sum in nats over the targets that
@@ -283,8 +281,7 @@ def linear_cross_entropy(
     """
     grad = torch.is_grad_enabled()
     wanted = (grad and hidden.requires_grad, grad and weight.requires_grad)
-    if chunk_rows is None:
-        chunk_rows = chunk_rows_for(hidden.device.type, weight.shape[0])
+    chunk_rows = chunk_rows_for(hidden.device.type, weight.shape[0])
     loss_sum = _LinearCrossEntropy.apply(
         hidden, weight, targets, compute_dtype(hidden), chunk_rows, wanted
     )
