@@ -106,7 +106,7 @@ def test_targets_are_counted_without_reading(
     with holes, which ends within a document, and whose first tokens belong to an earlier one."""
     cache, bos = fake_cache(sizes), sum(sizes)
     cache.tokens[cache.document_starts] = bos
-    stream, _ = split_documents(cache, held_out, seed, chunk_length=length)
+    stream, _ = split_documents(cache, held_out, chunk_length=length)
     cuts = [(0, min(cut, len(stream)))], [(1, len(stream))]
     for part in (stream, *map(stream.select, cuts)):
         if len(part) < 2:

@@ -115,12 +115,7 @@ def whole_stream(cache: TokenCache, chosen: np.ndarray | None = None) -> TokenSt
 
 
 def split_documents(
-    cache: TokenCache,
-    val_fraction: float,
-    seed: int = 0,
-    *,
-    chunk_length: int,
-    chosen: np.ndarray | None = None,
+    cache: TokenCache, val_fraction: float, *, chunk_length: int, chosen: np.ndarray | None = None
 ) -> tuple[TokenStream, TokenStream | None]:
     """(train, val): whole documents are held out, those whose content's hash is low.
 
@@ -140,7 +135,7 @@ def split_documents(
         small &= chosen
     # By content, not by number: text that is added later moves hardly a document from one side to
     # the other, and copies of one are on the same side.
-    hashes = splitmix64(cache.fingerprints[:, 0] + np.uint64(seed))
+    hashes = splitmix64(cache.fingerprints[:, 0])
     held_out = small & (hashes < np.uint64(val_fraction * 2.0**64))
     most = min(2 * target, (target + len(whole)) / 2)  # something is left to train on
     if not target / 2 <= sizes[held_out].sum() <= most:

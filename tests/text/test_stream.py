@@ -17,21 +17,20 @@ from minllama.text.stream import TokenStream, documents_in, split_documents, who
 @given(
     sizes=st.lists(st.integers(2, 40), min_size=2, max_size=30),
     fraction=st.floats(0.001, 0.9),
-    seed=st.integers(0, 2**31),
 )
-def test_split_parts_whole_documents(sizes: list[int], fraction: float, seed: int) -> None:
+def test_split_parts_whole_documents(sizes: list[int], fraction: float) -> None:
     """Every token is in one of the two, whole documents only, none of them empty."""
     assume(min(sizes) <= min(fraction, 0.5) * sum(sizes))
     assume(min(sizes) >= 0.1 * fraction * sum(sizes))  # none is a scrap
     cache = fake_cache(sizes)
-    train, val = split_documents(cache, fraction, seed, chunk_length=8)
+    train, val = split_documents(cache, fraction, chunk_length=8)
     assert val is not None and len(train) > 0 and len(val) > 0
     trained, held_out = train.read(0, len(train)), val.read(0, len(val))
     assert sorted([*trained, *held_out]) == list(range(sum(sizes)))
     document = np.repeat(np.arange(len(sizes)), sizes)
     assert not set(document[trained]) & set(document[held_out])
     assert len(val) <= 2 * fraction * sum(sizes)
-    again = split_documents(cache, fraction, seed, chunk_length=8)[1]
+    again = split_documents(cache, fraction, chunk_length=8)[1]
     assert np.array_equal(again.read(0, len(val)), held_out)
 
 
@@ -50,8 +49,6 @@ def test_split_of_many_documents_is_near_the_fraction() -> None:
     _, val = split_documents(cache, 0.05, chunk_length=8)
     assert 9_000 < len(val) < 11_000
     assert 80_000 < val.read(0, len(val)).mean() < 120_000
-    other = split_documents(cache, 0.05, 1, chunk_length=8)[1]
-    assert not np.array_equal(val.read(0, 100), other.read(0, 100))
 
 
 def test_text_that_is_added_moves_no_document() -> None:
@@ -78,14 +75,10 @@ def test_a_scrap_is_no_validation() -> None:
     assert 7_900 < len(val) < 8_100 and len(train) + len(val) == 80_005
 
 
-@pytest.mark.parametrize(
-    ("seed", "documents"),
-    [(0, [16, 19, 20, 28]), (1337, [0, 2, 5, 7, 10, 11, 23, 29, 34, 35, 38])],
-)
-def test_the_documents_held_out_are_for_ever(seed: int, documents: list[int]) -> None:
+def test_the_documents_held_out_are_for_ever() -> None:
     """A resumed run must not train on what it was measured on: literal numbers, any version."""
-    _, val = split_documents(fake_cache([2] * 40), 0.2, seed, chunk_length=8)
-    assert (val.read(0, len(val))[::2] // 2).tolist() == documents
+    _, val = split_documents(fake_cache([2] * 40), 0.2, chunk_length=8)
+    assert (val.read(0, len(val))[::2] // 2).tolist() == [16, 19, 20, 28]
 
 
 def test_split_of_one_document() -> None:
