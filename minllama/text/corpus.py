@@ -22,12 +22,7 @@ from minllama.system.files import real_path
 from minllama.system.kinds import HEAD_BYTES, is_html
 from minllama.system.peek import has_records
 from minllama.system.signals import StopRequest
-from minllama.text.documents import (
-    REST_OF_MARK,
-    first_words,
-    sample_texts,
-    seen_separator,
-)
+from minllama.text.documents import REST_OF_MARK, first_words, sample_texts, seen_separator
 from minllama.text.duplicates import (
     drop_duplicates,
     first_occurrences,
