@@ -298,7 +298,7 @@ def _no_form(record: Record) -> BadDialogue:
 def _all_turns(value: Any) -> list[Any]:
     """The turns of a dialogue that is all in one field."""
     value = _parsed(value)
-    turns = _listed(value)
+    turns = _as_turns(value)
     if turns is None and isinstance(value, list):
         turns = value  # what is wrong with its items is told of these
     if not turns:
@@ -309,7 +309,7 @@ def _all_turns(value: Any) -> list[Any]:
 def _one_side(record: Record, name: str, role: str, about: str | None = None) -> list[Any]:
     """The turns in a field of the user's or the assistant's side; most often it is one text."""
     value = record[name]
-    turns = _listed(value)
+    turns = _as_turns(value)
     if turns is not None:
         return turns
     if isinstance(value, list) and len(value) > 1 and all(isinstance(each, str) for each in value):
@@ -322,7 +322,7 @@ def _one_side(record: Record, name: str, role: str, about: str | None = None) ->
     return [{"role": role, "content": value}]
 
 
-def _listed(value: Any) -> list[Any] | None:
+def _as_turns(value: Any) -> list[Any] | None:
     """The turns of a list, of JSON that is one (so .csv has it), or of HH's text; else None."""
     if isinstance(value, str) and value.startswith("\n\nHuman:"):
         _, *pieces = HH.split(value)
