@@ -97,10 +97,14 @@ def pretrained_in(folder: Path) -> Path | None:
     return pretraining_result(folder) or next((path for path in models if path.is_file()), None)
 
 
+def folders_with(name: str) -> set[Path]:
+    """Of this folder and those up to two levels below the ones that have a file of this name."""
+    return {path.parent for depth in ("", "*/", "*/*/") for path in Path().glob(depth + name)}
+
+
 def finished_pretrainings() -> list[Path]:
     """The results of the pretrainings that ended in this folder, or two levels below; last last."""
-    records = [path for depth in ("", "*/", "*/*/") for path in Path().glob(f"{depth}run.json")]
-    folders = {path.parent for path in records} | {Path("checkpoints")}
+    folders = folders_with("run.json") | {Path("checkpoints")}
     ended = {}
     for final in (folder / MODELS[0] for folder in sorted(folders)):
         with contextlib.suppress(OSError):  # of a run without one, or that is being removed

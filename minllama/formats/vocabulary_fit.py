@@ -10,7 +10,7 @@ import numpy as np
 
 from config import Options
 from minllama.cli.console import say
-from minllama.formats.find_model import MODELS, is_named, pretrained_in
+from minllama.formats.find_model import MODELS, folders_with, is_named, pretrained_in
 from minllama.formats.pt_file import load_pt
 from minllama.formats.pt_model import read_vocabulary
 from minllama.system.encodings import as_utf8
@@ -81,9 +81,8 @@ def models_here(texts: Sequence[str]) -> list[tuple[Path, float]]:
 
     Those that fit come first, of these the newest. Of the files the vocabulary alone is read.
     """
-    files = [path for depth in ("", "*/", "*/*/") for name in MODELS
-             for path in Path().glob(f"{depth}{name}")]  # fmt: skip
-    models = {pretrained_in(folder) for folder in {path.parent for path in files}} - {None}
+    folders = set().union(*map(folders_with, MODELS))
+    models = {pretrained_in(folder) for folder in folders} - {None}
     shares, seen = [], {}
     with contextlib.suppress(OSError):  # of a file that is removed meanwhile
         models = sorted(models, key=lambda path: -path.stat().st_mtime)

@@ -104,9 +104,8 @@ class HashSet:
     def find(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(places in hashes, places in members) of what is in the set."""
         near = np.flatnonzero(self.is_near[self._place(hashes)])
-        at = np.searchsorted(self.members, hashes[near])
-        at = at.clip(max=max(0, len(self.members) - 1))
-        same = self.members[at] == hashes[near] if len(near) else np.zeros(0, bool)
+        at = np.searchsorted(self.members, hashes[near]).clip(max=len(self.members) - 1)
+        same = self.members[at] == hashes[near]
         return near[same], at[same]
 
 

@@ -53,7 +53,7 @@ class JinjaTemplate:
         system: str = "",
     ) -> list[int]:
         """The ids of the history and of the question, up to where the answer begins."""
-        messages = _messages(tokenizer.vocabulary, [*history, (question, None)], system)
+        messages = _messages(tokenizer.vocabulary, [*history, (question, "")], system)[:-1]
         return _encode(tokenizer.vocabulary, self._render(tokenizer, messages, opens=True))
 
     def exchange_ids(
@@ -99,12 +99,12 @@ class JinjaTemplate:
 
 
 def _messages(
-    vocabulary: Vocabulary, exchanges: Sequence[tuple[str, str | None]], system: str
+    vocabulary: Vocabulary, exchanges: Sequence[Exchange], system: str
 ) -> list[dict[str, str]]:
     """Messages as a template takes them, with MARK before what would be a control token."""
     spoken = [("system", system)] if system else []
     for question, answer in exchanges:
-        spoken += [("user", question), ("assistant", answer)][: 1 + (answer is not None)]
+        spoken += [("user", question), ("assistant", answer)]
     named = re.compile(f"(?={vocabulary.control_pattern.pattern})")
     return [{"role": role, "content": named.sub(MARK, as_utf8(text))} for role, text in spoken]
 

@@ -57,8 +57,9 @@ class ByteBPE(Vocabulary):
         self.names: list[str] = names
         added = self.file["added_tokens"]
         for each in added:
-            if self.engine.token_to_id(each["content"]) != each["id"]:
-                raise UsageError(f"{where}: the id of its added token {_shown(each)} is another's")
+            name = each["content"]
+            if self.engine.token_to_id(name) != each["id"]:
+                raise UsageError(f"{where}: the id of its added token {name[:40]!r} is another's")
         self.control_tokens = _control_tokens(added)
         self.added_tokens = {each["content"]: each["id"] for each in added if not each["special"]}
         self.settings = read_settings({}, settings)
@@ -251,10 +252,6 @@ def _has_type(value: Any, kind: str) -> bool:
 
 def _list(value: Any) -> list:
     return value if isinstance(value, list) else []
-
-
-def _shown(added: dict[str, Any]) -> str:
-    return repr(added["content"][:40])
 
 
 def _is_added_token(token: Any) -> bool:
