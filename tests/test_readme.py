@@ -124,7 +124,7 @@ def write_public_model(path: Path) -> None:
 def start(line: str) -> int:
     """Run one line, in this process; returns its exit status.
 
-    torchrun's own flags are only parsed: test_distributed.py starts it. Tests are only collected.
+    torchrun's own flags are only parsed: its agent is in test_distributed.py. Tests are collected.
     """
     program, script, *words = shlex.split(line)
     if script == "-m":
