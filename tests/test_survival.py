@@ -155,9 +155,6 @@ def test_a_sound_file_of_other_things_is_one_line(text):
     ):
         save_pt(path, payload | change)
         status, said = run_here(text, "--max_steps", "3", "--save_dir", "run", "--resume", "auto")
-        if change == {"progress": {"step": 3, "x": 1}}:
-            assert status == 0 or "error:" in said
-            continue
         assert status == 2 and "Traceback" not in said and "error:" in said, change
 
 
