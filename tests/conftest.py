@@ -32,6 +32,18 @@ from tokenizer import Tokenizer
 torch.set_num_threads(1)  # also where torch has no OpenMP
 
 
+def fsync(descriptor: int) -> None:
+    """As os.fsync, but for the milliseconds of the disk: no test cuts the power off.
+
+    That it is called, and when, the tests of files and of survival hold; the processes that tests
+    start wait for the disk.
+    """
+    os.fstat(descriptor)
+
+
+os.fsync = fsync
+
+
 @pytest.fixture
 def real_data() -> Path:
     """The optional folder of real data beside the checkout (SST-5, CFIMDB, Llama-2 vocabulary)."""
