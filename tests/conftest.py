@@ -35,8 +35,8 @@ torch.set_num_threads(1)  # also where torch has no OpenMP
 def fsync(descriptor: int) -> None:
     """As os.fsync, but for the milliseconds of the disk: no test cuts the power off.
 
-    That it is called, and when, the tests of files and of survival hold; the processes that tests
-    start wait for the disk.
+    That it is called, and when, tests/system/test_files.py holds; the processes that tests start
+    wait for the disk.
     """
     os.fstat(descriptor)
 
