@@ -12,6 +12,9 @@ from pathlib import Path
 # would do nothing in the tests of it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is first imported
+# Models this small gain nothing from threads and, on busy cores, lose most of their time to them:
+# here, and in the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Messages are English whatever the locale; what it says of the encoding stays.
 if everything := os.environ.pop("LC_ALL", None):
     os.environ["LC_CTYPE"] = everything
@@ -26,8 +29,19 @@ sys.path.insert(0, str(ROOT))
 from config import LlamaConfig
 from tokenizer import Tokenizer
 
-# Models this small gain nothing from threads and, on busy cores, lose most of their time to them.
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # also where torch has no OpenMP
+
+
+def fsync(descriptor: int) -> None:
+    """As os.fsync, but for the milliseconds of the disk: no test cuts the power off.
+
+    That it is called, and when, tests/system/test_files.py holds; the processes that tests start
+    wait for the disk.
+    """
+    os.fstat(descriptor)
+
+
+os.fsync = fsync
 
 
 @pytest.fixture

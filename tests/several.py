@@ -1,7 +1,7 @@
 """Several ranks: as processes, as torchrun starts them but ten times sooner, or as threads.
 
 The processes are forked from a server that has imported torch. As under torchrun the store is not
-theirs: it outlives them. As a script, for torchrun: FAULT, then the words of a command line.
+theirs: it outlives them. Where ranks are started again, it is torchrun's agent that does it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from hurried import hurry
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import run_llama
 from config import parse_options
@@ -86,8 +88,8 @@ class Launch:
         return [process.exitcode for process in self.processes]
 
 
-def start_process(target: Callable, *args: Any) -> Any:
-    """A process of its own, which has imported this module already where there is fork."""
+def start_server() -> None:
+    """Where there is fork, have processes start that have imported this module already."""
     if os.name != "nt":
         CONTEXT.set_forkserver_preload(PRELOADED)
         # The server starts with the first process, and finds what to import by this alone.
@@ -95,6 +97,11 @@ def start_process(target: Callable, *args: Any) -> Any:
 
         with mock.patch.dict(os.environ, PYTHONPATH=PATHS):
             forkserver.ensure_running()
+
+
+def start_process(target: Callable, *args: Any) -> Any:
+    """A process of its own."""
+    start_server()
     process = CONTEXT.Process(target=target, args=args, daemon=True)
     process.start()
     return process
@@ -103,17 +110,57 @@ def start_process(target: Callable, *args: Any) -> Any:
 def live(setting: dict[str, str], log: str, work: Callable[[int], int | None]) -> None:
     """A rank's whole life."""
     os.environ.update(setting)
-    output = open(log, "a", encoding="utf-8", buffering=1)
-    os.dup2(output.fileno(), 1)
-    os.dup2(output.fileno(), 2)
-    sys.stdout = sys.stderr = output
-    torch.set_num_threads(1)
+    print_to(log)
     status = 1
     try:
         status = work(int(setting["RANK"])) or 0
     except BaseException:
         sys.excepthook(*sys.exc_info())
     exit_at_once(status)
+
+
+def print_to(log: str) -> None:
+    """Let all that this process prints go to a file."""
+    output = open(log, "a", encoding="utf-8", buffering=1)
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    sys.stdout = sys.stderr = output
+
+
+def run_restarted(count: int, words: list[str], *, fault: str) -> str:
+    """Run a command on ranks that torchrun's agent starts, once again when one has ended.
+
+    As `torchrun --standalone --max_restarts=1`, whose processes are forked here; returns what they
+    printed.
+    """
+    config = LaunchConfig(
+        *(1, 1, count),
+        run_id="restarted",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=1,
+        start_method=CONTEXT.get_start_method(),
+        logs_specs=DefaultLogsSpecs(log_dir="agent"),
+    )
+    start_server()
+    log = Path("output-restarted.txt").absolute()
+    launch = functools.partial(elastic_launch(config, life), str(log), words, fault)
+    # In a thread: in the main one the agent would keep handlers of signals after its end.
+    agent = threading.Thread(target=launch, daemon=True)
+    agent.start()
+    agent.join(SECONDS)
+    output = log.read_text(encoding="utf-8")
+    if agent.is_alive():
+        for process in multiprocessing.active_children():
+            process.kill()
+        raise AssertionError(f"hangs: {output}")
+    return output
+
+
+def life(log: str, words: list[str], fault: str) -> None:
+    """One of the lives of a rank under torchrun's agent, to which it returns."""
+    print_to(log)
+    assert command(words, fault, int(os.environ["RANK"])) == 0
 
 
 def run(
@@ -279,8 +326,3 @@ def thread_group(
     group = dist.ProcessGroup(store, rank, count)
     group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
     return group
-
-
-if __name__ == "__main__":
-    FAULT, *WORDS = sys.argv[1:]
-    exit_at_once(command(WORDS, FAULT, int(os.environ["RANK"])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -65,7 +66,10 @@ class Imports(ast.NodeVisitor):
             self.names.setdefault(module, set()).add(name)
 
 
-IMPORTS = {module: Imports(path).names for module, path in FILES.items()}
+@functools.cache
+def imports(module: str) -> dict[str, set[str]]:
+    """The names that a module takes from each of the others."""
+    return Imports(FILES[module]).names
 
 
 def test_the_modules_of_the_top_are_the_seven():
@@ -90,11 +94,11 @@ def test_imports_form_no_circle():
     def visit(module: str, path: tuple[str, ...]) -> None:
         assert module not in path, " -> ".join((*path, module))
         if module not in done:
-            for other in IMPORTS[module]:
+            for other in imports(module):
                 visit(other, (*path, module))
             done.add(module)
 
-    for module in IMPORTS:
+    for module in FILES:
         visit(module, ())
 
 
@@ -103,8 +107,8 @@ def test_folders_import_from_those_below():
     level = {folder: number for number, folder in enumerate(FOLDERS)}
     wrong = [
         f"{module} imports {other}"
-        for module, names in IMPORTS.items()
-        for other in names
+        for module in FILES
+        for other in imports(module)
         if module.startswith("minllama.") and other.startswith("minllama.")
         if level[module.split(".")[1]] < level[other.split(".")[1]]
     ]
@@ -116,6 +120,6 @@ def test_a_module_is_of_a_size_that_can_be_read(module):
     """Nor does it know another one's inside, or half of another one's names."""
     lines = len(FILES[module].read_text(encoding="utf-8").splitlines())
     assert lines <= LONGEST_OF_SOME.get(module, LONGEST), f"{lines} lines"
-    for other, names in IMPORTS[module].items():
+    for other, names in imports(module).items():
         assert len(names) <= MOST_NAMES, f"{len(names)} names from {other}"
         assert not [name for name in names if name.startswith("_")], f"private names of {other}"

@@ -77,14 +77,14 @@ def test_failing_disks(tmp_path):
     assert_all_survived(survivor.faults(tmp_path))
 
 
-def test_a_thousand_damaged_files(tmp_path):
+def test_hundreds_of_damaged_files(tmp_path):
     """Flipped bits and truncations of checkpoint, weights file and token cache are all found.
 
     A digest of the tensors alone left the padding between them and the archive's own records open.
     """
-    tally = survivor.corruption(tmp_path, 1200)
+    tally = survivor.corruption(tmp_path, 400)
     assert_all_survived(tally)
-    assert tally.tried.total() == 1200
+    assert tally.tried.total() == 400
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows raises SIGTERM by ending the process")
@@ -155,9 +155,6 @@ def test_a_sound_file_of_other_things_is_one_line(text):
     ):
         save_pt(path, payload | change)
         status, said = run_here(text, "--max_steps", "3", "--save_dir", "run", "--resume", "auto")
-        if change == {"progress": {"step": 3, "x": 1}}:
-            assert status == 0 or "error:" in said
-            continue
         assert status == 2 and "Traceback" not in said and "error:" in said, change
 
 

@@ -319,7 +319,7 @@ def test_each_pass_over_a_source_has_every_chunk_once(sources, length, seed) -> 
             begin = start // count * whole + first  # of this pass, which is cut in its own way
             assert sorted(own[start : start + count] - begin) == list(range(count))
         first += count
-    pieces = [mixture.chunks_at(range(at, min(300, at + 17)), seed) for at in range(0, 300, 17)]
+    pieces = [mixture.chunks_at(range(at, min(300, at + 71)), seed) for at in range(0, 300, 71)]
     assert np.concatenate(pieces).tolist() == numbers.tolist()
     assert mixture.chunks_at([299], seed).tolist() == numbers[-1:].tolist()
 

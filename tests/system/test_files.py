@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import time
 from pathlib import Path
 
@@ -117,6 +118,35 @@ def test_links_are_not_followed(same_name):
         file.write(b"x")
     assert not Path("target").is_symlink() and Path("target").read_bytes() == b"x"
     assert Path("victim").read_text(encoding="utf-8") == "dear"
+
+
+@pytest.mark.parametrize("kind", ["a file", "a folder"])
+def test_what_has_a_name_is_on_the_disk(kind, monkeypatch):
+    """A power cut finds it old or new: its bytes are flushed before it is renamed, its name after.
+
+    Also of a folder, whose files are flushed one by one.
+    """
+    happened, flush, rename = [], os.fsync, os.replace
+
+    def fsync(descriptor: int) -> None:
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        happened.append("names" if is_folder else os.fstat(descriptor).st_size)
+        flush(descriptor)
+
+    def replace(source: Path, target: Path) -> None:
+        happened.append(Path(target).name)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    if kind == "a file":
+        write_text(Path("new"), "four")
+    else:
+        with atomic_folder(Path("new")) as folder:
+            (folder / "a").write_bytes(b"four")
+    of_folder = [] if kind == "a file" else ["names"]
+    expected = [4, *of_folder, "new", "names"]
+    assert happened == [what for what in expected if os.name != "nt" or what != "names"]
 
 
 @posix

@@ -131,9 +131,8 @@ def test_the_order_is_that_of_any_batch_size(monkeypatch):
     assert len({*map(tuple, (orders["four"][at : at + part] for at in (0, part, 2 * part)))}) == 3
 
 
-def test_two_processes_train_what_one_does(monkeypatch):
+def test_two_processes_train_what_one_does():
     """The same chunks in each step, so the same losses to rounding; those by source, too."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     line = (
         f"{WEIGHTS} --pretrain_batch_size 2 --global_batch_size 8 --max_steps 9 --eval_interval 4"
     )

@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -35,7 +33,6 @@ def own_folder(tmp_path, monkeypatch):
     """Every test runs in a folder with a text of about sixty chunks: eight steps an epoch."""
     write_stories(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def pretraining(folder: str, line: str = "") -> list[str]:
@@ -176,21 +173,9 @@ def test_a_killed_rank_and_the_run_ends_bit_equal():
     """
     line = "--max_steps 8 --checkpoint_interval 3 --dropout 0.1 --overwrite"
     several.run(2, pretraining("whole", line))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max_restarts=1"]
-    script = ["--nproc_per_node=2", several.__file__, "killed-once"]
-    killed = subprocess.run(
-        [*launcher, *script, *pretraining("killed", line)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        encoding="utf-8",
-        env=os.environ | {"PYTHONPATH": several.PATHS},
-        timeout=several.SECONDS,
-        check=False,
-    )
-    assert killed.returncode == 0, killed.stdout
-    assert "rank 1 of 2 ended" in killed.stdout
-    assert "resuming     killed/pretrain-step-6.pt" in killed.stdout
+    output = several.run_restarted(2, pretraining("killed", line), fault="killed-once")
+    assert "rank 1 of 2 ended" in output
+    assert "resuming     killed/pretrain-step-6.pt" in output
     found = [
         RunFolder(Path(run), "pretrain").find_checkpoint("auto") for run in ("killed", "whole")
     ]
