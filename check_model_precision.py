@@ -23,9 +23,8 @@ from pathlib import Path
 from config import DTYPE_BYTES, add_reading_flags
 from minllama.cli.command_line import (
     OneLineParser,
-    own_script,
+    exit_status,
     parse_or_exit,
-    print_error,
     protect_output,
     read_path,
 )
@@ -421,7 +420,7 @@ def print_runs(folder: Path) -> None:
     """Print the command that repeats each run in the folder."""
     for record in sorted(folder.glob("*run.json")):
         prefix = record.name.removesuffix("run.json").removesuffix("-") or "pretrain"
-        if again := RunFolder(folder, prefix).repeating_command(own_script()):
+        if again := RunFolder(folder, prefix).repeating_command():
             print(f"{record}: to repeat the run in another folder\n  {again}")
 
 
@@ -510,16 +509,12 @@ def run(args: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 0, 1 when damage was found, 2 after one line about bad input."""
-    try:
+
+    def work() -> int:
         check_runs_alone(PROGRAM)
         return run(parse(sys.argv[1:] if arguments is None else arguments))
-    except UsageError as error:
-        print_error(PROGRAM, error)
-    except KeyboardInterrupt:
-        return 130
-    except OSError as error:
-        print_error(PROGRAM, f"{error.filename or 'a file'}: {error.strerror or error}")
-    return 2
+
+    return exit_status(PROGRAM, work)
 
 
 if __name__ == "__main__":

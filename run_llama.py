@@ -8,11 +8,13 @@ from __future__ import annotations
 import signal
 import sys
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it starts Ctrl-C ends it, and no traceback
+
 from config import parse_options
 from minllama.cli.command_line import parse_or_exit
 
 if __name__ == "__main__":  # --help and bad flags are answered before torch, which takes seconds
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until then Ctrl-C ends it without a traceback
     OPTIONS_GIVEN = parse_or_exit(parse_options, "run_llama.py", sys.argv[1:])
 
 import contextlib
@@ -24,7 +26,7 @@ import torch
 
 from config import TRAINING, Options, find_idle_flags
 from llama import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
-from minllama.cli.command_line import print_error, protect_output
+from minllama.cli.command_line import describe_os_error, print_error, protect_output
 from minllama.cli.console import progress_bar, say
 from minllama.formats.find_model import find_model, load_model
 from minllama.formats.pt_model import Classifier, read_classifier
@@ -376,8 +378,7 @@ def main(
         except RunFailed as error:
             return fail(error, 1)
         except OSError as error:  # a disk that is full or fails, beside what is tried again
-            where = f"{error.filename}: " if error.filename else ""
-            return fail(f"{where}{error.strerror or error}", 1)
+            return fail(describe_os_error(error), 1)
         except Interrupted:
             if ranks.is_main:
                 print("stopped; there was nothing to save yet", file=sys.stderr)

@@ -32,8 +32,8 @@ import sentencepiece
 from config import DATA_DIR, add_reading_flags, fingerprint
 from minllama.cli.command_line import (
     OneLineParser,
+    exit_status,
     number_reader,
-    print_error,
     protect_output,
     read_path,
 )
@@ -394,35 +394,29 @@ def _read_size(text: str) -> int | str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0, or 2 after one line about bad input."""
-    try:
-        args = _build_parser().parse_args(argv)
-        if args.output.exists() and not args.overwrite:
-            raise UsageError(f"--output {args.output}: is there already; --overwrite replaces it")
-        if args.command == "train":
-            check_encoding(args.encoding)
-            names = reserved_names(args.kind)
-            train_vocabulary(
-                find_text_files(args.input, flag="--input"),
-                args.output,
-                kind=args.kind,
-                symbols=read_symbols(args.symbols, names) if args.symbols else (),
-                vocab_size=args.vocab_size,
-                character_coverage=args.character_coverage,
-                reading=Reading.from_flags(args),
-            )
-            tokenizer = Tokenizer(tokenizer_model=args.output)
-        else:
-            tokenizer = Tokenizer(tokenizer_model=args.tokenizer_model)
-            export_tokenizer_bin(tokenizer, args.output)
-        size = args.output.stat().st_size
-    except UsageError as error:
-        print_error("tokenizer.py", error)
-        return 2
-    except OSError as error:
-        print_error("tokenizer.py", f"{error.filename or 'a file'}: {error.strerror or error}")
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return exit_status("tokenizer.py", lambda: _run(_build_parser().parse_args(argv)))
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.output.exists() and not args.overwrite:
+        raise UsageError(f"--output {args.output}: is there already; --overwrite replaces it")
+    if args.command == "train":
+        check_encoding(args.encoding)
+        names = reserved_names(args.kind)
+        train_vocabulary(
+            find_text_files(args.input, flag="--input"),
+            args.output,
+            kind=args.kind,
+            symbols=read_symbols(args.symbols, names) if args.symbols else (),
+            vocab_size=args.vocab_size,
+            character_coverage=args.character_coverage,
+            reading=Reading.from_flags(args),
+        )
+        tokenizer = Tokenizer(tokenizer_model=args.output)
+    else:
+        tokenizer = Tokenizer(tokenizer_model=args.tokenizer_model)
+        export_tokenizer_bin(tokenizer, args.output)
+    size = args.output.stat().st_size
     print(f"{args.output}: {tokenizer.n_words:,} tokens, {size:,} bytes, {tokenizer.fingerprint}")
     return 0
 

@@ -210,6 +210,7 @@ LINES = {
     "{n} tokens in {sequences} dialogues of up to {length}": (
         "{n} 个 token，{sequences} 段对话，每段最多 {length} 个"
     ),
+    "{line}, ended after {last} by --max_steps": "{line}；--max_steps：{last} 步后结束",
     "{n} per epoch x {epochs} epochs = {steps}, of {batch} chunks ({parts} accumulated); "
     "warmup {warmup}": (
         "每轮 {n} 步 x {epochs} 轮 = {steps} 步，每步 {batch} 块（{parts}）；预热 {warmup} 步"
@@ -253,14 +254,8 @@ LINES = {
         "CPU，{n} 个线程；--use_gpu：没有 torch 能用的 GPU，改用 CPU"
     ),
     # Results.
-    "the machine is faster than it was: {n} steps instead of {before} end on time, and the "
-    "learning rate's schedule with them": (
-        "机器变快了：改为 {n} 步（原来 {before} 步），按时结束，学习率随之调整"
-    ),
-    "the machine is slower than it was: {n} steps instead of {before} end on time, and the "
-    "learning rate's schedule with them": (
-        "机器变慢了：改为 {n} 步（原来 {before} 步），按时结束，学习率随之调整"
-    ),
+    "the speed has changed: {n} steps instead of {before} end on time, and the learning rate's "
+    "schedule with them": "速度变了：改为 {n} 步（原来 {before} 步），按时结束，学习率随之调整",
     "overfitted from step {n} on: the validation loss was best then and rose since. {file} is the "
     "model of that step": (
         "从第 {n} 步起过拟合：验证集 loss 那时最低，之后上升。{file} 是那一步的模型"
@@ -284,6 +279,11 @@ LINES = {
     ),
     "longest: {n} characters: {quote} ({place})": "最长：{n} 个字：{quote}（{place}）",
     "4 characters again in the same text: {figures}: it does where always the likeliest word is "
+    "taken, and not at {usual}, nor with {penalty}": (
+        "同一段里重复出现的 4 个字：{figures}：总取最可能的字时会重复，"
+        "用 {usual} 或 {penalty} 时不会"
+    ),
+    "4 characters again in the same text: {figures}: it does where always the likeliest word is "
     "taken, and not at {usual}": (
         "同一段里重复出现的 4 个字：{figures}：总取最可能的字时会重复，用 {usual} 时不会"
     ),
@@ -304,10 +304,10 @@ LINES = {
         "最后训练集 loss {loss}，验证集 loss {val}"
     ),
     "what would help most: {line}": "最有帮助的是：{line}",
-    "more --minutes: it has seen little for its size": "更多 --minutes：相对它的大小，读得太少",
     "more training (--epochs or --minutes): it has seen little for its size": (
         "训练更久（--epochs 或 --minutes）：相对它的大小，读得太少"
     ),
+    "more {flag}: it has seen little for its size": "更大的 {flag}：相对它的大小，读得太少",
     "more text: the model is overfitted to its own; then --dropout {p}": (
         "增加文本：模型对现有的过拟合了；其次是 --dropout {p}"
     ),
@@ -316,12 +316,7 @@ LINES = {
         "增加文本：它写的大部分是原文照抄"
     ),
     "more text: it has read its own {n} times": "增加文本：现有的已经读了 {n} 遍",
-    "more text; else a smaller model, or --dropout {p}": (
-        "增加文本；否则用更小的模型，或 --dropout {p}"
-    ),
-    "more text; else fewer epochs or a smaller model, or --dropout {p}": (
-        "增加文本；否则减少轮数或用更小的模型，或 --dropout {p}"
-    ),
+    "{line}, or --dropout {p}": "{line}，或 --dropout {p}",
     "more text; else a smaller model": "增加文本；否则用更小的模型",
     "more text; else fewer epochs or a smaller model": "增加文本；否则减少轮数或用更小的模型",
     "a larger model (--dim, --n_layers): this one has read much for its size": (

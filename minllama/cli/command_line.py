@@ -285,6 +285,25 @@ def print_error(program: str, error: Exception | str) -> None:
         print(f"{program}: {translate(f'error: {line}', sys.stderr)}", file=sys.stderr)
 
 
+def exit_status(program: str, work: Callable[[], int]) -> int:
+    """What `work` returns; 2 after a line about bad input or a file, 130 after Ctrl-C."""
+    try:
+        return work()
+    except UsageError as error:
+        print_error(program, error)
+    except OSError as error:
+        print_error(program, describe_os_error(error))
+    except KeyboardInterrupt:
+        return 130
+    return 2
+
+
+def describe_os_error(error: OSError) -> str:
+    """The file, where it is known, and what is wrong with it."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
+
+
 def quoted(*words: str | Path) -> str:
     """A command as it can be pasted into this system's shell, where it names the same files."""
     plain = [str(word) for word in words]

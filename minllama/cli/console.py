@@ -124,6 +124,13 @@ def say(*lines: str) -> None:
         print(wrapped(line, columns) if columns > 0 else line)
 
 
+def say_command(line: str, command: str | None) -> None:
+    """Print a status line and below it, whole, the command that it is about, if there is one."""
+    say(line)
+    if command is not None:
+        print(" ", command)
+
+
 def wrapped(line: str, columns: int) -> str:
     """A status line in lines of so many columns, broken at spaces and after Chinese punctuation."""
     # For textwrap, which counts characters: \0 is a wide one's second column, "\1 " no real space.

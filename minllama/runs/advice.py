@@ -29,6 +29,7 @@ class Outcome:
     val_loss: float | None
     dropout: float = 0.0  # that it was trained with
     is_timed: bool = False  # --minutes chose its steps
+    is_cut: bool = False  # --max_steps ended it before its schedule
     is_rate_typed: bool = False  # AdamW from scratch for that alone: Muon is the better one
     copies: Copies | None = None  # of its text in what it writes
 
@@ -66,7 +67,9 @@ def find_remedy(outcome: Outcome, *, rose: bool) -> tuple[Remedy, str]:
         muon = "leave --pretrain_lr out, or add --optimizer muon with a rate of its own"
         return "muon", f"Muon, which learns more in as many steps than AdamW: {muon}"
     if per_parameter < FEW:
-        training = "more --minutes" if outcome.is_timed else "more training (--epochs or --minutes)"
+        training = "more training (--epochs or --minutes)"
+        if outcome.is_cut or outcome.is_timed:
+            training = "more --max_steps" if outcome.is_cut else "more --minutes"
         return "training", f"{training}: it has seen little for its size"
     if per_parameter > MANY:
         larger = "a larger model (--dim, --n_layers)"
@@ -89,8 +92,14 @@ def advise(outcome: Outcome, *, rose: bool) -> list[str]:
     ]
 
 
-def remedied(remedy: Remedy, options: Options, config: LlamaConfig) -> dict[str, Any]:
-    """The options that a run of these, again with the remedy, should have, by their names."""
+def remedied(
+    remedy: Remedy, options: Options, config: LlamaConfig, schedule_steps: int
+) -> dict[str, Any]:
+    """The options that a run of these, again with the remedy, should have, by their names.
+
+    `schedule_steps` are those of the run; where --max_steps ended it before, twice as many may need
+    no longer schedule.
+    """
     changes: dict[str, Any] = {}
     if remedy in ("text", "both"):
         text = options.pretrain_data or [str(DATA_DIR / name) for name in EMBEDDED_TEXTS]
@@ -98,10 +107,14 @@ def remedied(remedy: Remedy, options: Options, config: LlamaConfig) -> dict[str,
         if options.data_weights:
             changes["data_weights"] = [*options.data_weights, 1.0]
     if remedy in ("training", "both"):
-        lengths = ["schedule_steps" if options.schedule_steps else "epochs", "max_steps"]
-        for name in ["minutes"] if options.minutes else lengths:
-            if getattr(options, name):
-                changes[name] = 2 * getattr(options, name)
+        length = "schedule_steps" if options.schedule_steps else "epochs"
+        steps = 2 * min(options.max_steps or schedule_steps, schedule_steps)
+        if options.minutes:
+            changes["minutes"] = 2 * options.minutes
+        elif steps > schedule_steps:
+            changes[length] = 2 * getattr(options, length)
+        if options.max_steps and options.max_steps < steps:
+            changes["max_steps"] = steps
     if remedy == "muon":
         changes |= {"optimizer": "muon", "pretrain_lr": None}
     if remedy == "model" and options.pretrained_model_path is None:  # else it keeps its shape

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from config import FLAGS, READERS
-from minllama.cli.command_line import launch_command
+from minllama.cli.command_line import launch_command, own_script
 from minllama.cli.config_file import recorded_words
 from minllama.formats.pt_file import STATE_FILE
 from minllama.machine.ranks import Ranks
@@ -150,7 +150,13 @@ class RunFolder:
             content = ranks.on_main(lambda: self._hold(path, held))
             if ranks.nodes > 1:
                 ranks.on_all(lambda: self._check_shared(path, content, ranks.node))
-            yield
+            try:
+                yield
+            except UsageError:  # refused before it was a run: nothing of it stays
+                if ranks.is_main and not self.starts():
+                    with contextlib.suppress(OSError):  # Windows does not remove an open file
+                        path.unlink()
+                raise
 
     def _hold(self, path: Path, held: contextlib.ExitStack) -> str:
         try:
@@ -312,12 +318,10 @@ class RunFolder:
         folder = self.path.parent / f"{Path(real_path(self.path)).name}-again"  # "." has no name
         return ["--option", option, "--save_dir", str(folder), *words]
 
-    def repeating_command(
-        self, script: str | Path, changes: dict[str, Any] | None = None
-    ) -> str | None:
+    def repeating_command(self, changes: dict[str, Any] | None = None) -> str | None:
         """The command of `repeating_words`, by as many processes as the run was; None without."""
         words, start = self.repeating_words(changes), next(iter(self.starts()), {})
-        return launch_command(script, *words, **launch_of(start)) if words else None
+        return launch_command(own_script(), *words, **launch_of(start)) if words else None
 
     # ------------------------------------------------------------------------ checkpoints
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from config import DATA_DIR, MAX_CONTEXT, Options, fingerprint
-from minllama.cli.command_line import launch_command, quoted
+from minllama.cli.command_line import launch_command, own_script, quoted
 from minllama.cli.console import say
 from minllama.machine.ranks import Ranks
 from minllama.system.errors import UsageError
@@ -22,7 +22,13 @@ from minllama.system.files import real_path
 from minllama.system.kinds import HEAD_BYTES, is_html
 from minllama.system.peek import has_records
 from minllama.system.signals import StopRequest
-from minllama.text.documents import REST_OF_MARK, first_words, sample_texts, seen_separator
+from minllama.text.documents import (
+    REST_OF_MARK,
+    first_words,
+    from_a_beginning,
+    sample_texts,
+    seen_separator,
+)
 from minllama.text.duplicates import (
     drop_duplicates,
     first_occurrences,
@@ -92,12 +98,13 @@ class Texts:
         """The first words of the held-out text, or of all where none is held out."""
         tokenizer, stream = self.tokenizer, (self.val or self.train).stream
         marks = (tokenizer.bos_id, tokenizer.eos_id)
-        ids = stream.read(0, min(len(stream), OPENING_TOKENS)).tolist()
+        together = int(stream.offsets[:2][-1])  # what follows is from elsewhere in the text
+        ids = stream.read(0, min(together, OPENING_TOKENS)).tolist()
         start = int(ids[:1] == [tokenizer.bos_id])
         document = itertools.takewhile(lambda token: token not in marks, ids[start:])
         text = tokenizer.decode(document).rstrip("\ufffd")
         if not start:  # within a document, and perhaps within a marker in it
-            text = REST_OF_MARK.sub("", text)
+            text = from_a_beginning(REST_OF_MARK.sub("", text))
         return first_words(text, [*tokenizer.vocabulary.added_tokens])
 
 
@@ -338,7 +345,7 @@ def print_byte_share(share: float, files: Sequence[Path], model: Path | None) ->
             f"warning: {share:.0%} of the text is encoded byte by byte, since the vocabulary has "
             "no pieces for its characters: the model would learn slowly and see little at a time. "
             "Train a vocabulary on the text, then name it with --tokenizer_model my.model:\n"
-            f"  {launch_command('tokenizer.py', 'train', *train)}"
+            f"  {launch_command(own_script('tokenizer.py'), 'train', *train)}"
         )
     elif share >= SOME:
         print(f"byte pieces  {share:.1%} of the text: characters that the vocabulary lacks")

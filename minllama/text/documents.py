@@ -24,6 +24,8 @@ SAMPLED_FILES, SAMPLED_CHARS = 10, 1 << 18  # on which a vocabulary is tried
 SPECIAL = re.compile(r"<\|[\w-]{1,30}\|>|</s>|<eos>|<EOS>|<endoftext>|\[SEP\]")
 RULE = re.compile(r"^(?:-{3,}|={3,}|\*{3,}|#{3,}|~{3,}|%)$", re.MULTILINE)
 GAP = re.compile(r"\n(?:[^\S\n]*\n)+")
+# Where the next sentence begins, behind closing quotes and brackets.
+SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]]*\s+|[。！？…][”’」』）]*\s*|\n\s*\n\s*")
 REST_OF_MARK = re.compile(r"\A[/|\w-]{0,32}>")  # of a text that was cut inside it
 LEAST_MARKS, LEAST_GAPS = 3, 10  # fewer may be chance
 
@@ -156,6 +158,20 @@ def sample_texts(files: Sequence[Path], reading: Reading) -> Iterator[str]:
             room -= len(block.text)
             if room <= 0:
                 break
+
+
+def from_a_beginning(text: str) -> str:
+    """A text that was cut out of a longer one, from where a sentence of it begins, or else a line.
+
+    The whole where none begins, or too little of it is left to begin with.
+    """
+    enough = 8 if len(text.split()) >= 8 else 0
+    for beginning in (SENTENCE_END, re.compile(r"\n\s*")):
+        for end in beginning.finditer(text):
+            rest = text[end.end() :]
+            if len(rest.split()) >= enough and len(rest.strip()) >= 16:
+                return rest
+    return text
 
 
 def first_words(text: str, markers: Sequence[str] = ()) -> str:

@@ -19,7 +19,7 @@ FINISHING = 1.5  # seconds from the last step's evaluation to the end, beside wr
 WRITE_RATE = 150e6  # bytes a second that files are written with
 MAX_EPOCHS = 20  # whatever the time: from then on a text is overfitted
 MAX_CHECKS = 20  # of the clock in the steps that are left: each may move the end
-NOTABLE = 1.25  # an end that moves by this factor is printed
+NOTABLE, NOTABLE_AGAIN = 1.25, 2.0  # an end that moves by this factor is printed, and then again
 
 
 @dataclass
@@ -56,6 +56,7 @@ class Deadline:
     seconds_per_step: float | None = None  # smoothed
     next_check: int = 1  # after this step
     announced: int | None = None  # the last step that was printed as the end
+    notable: float = NOTABLE
 
     def spent(self) -> float:
         """Seconds of the run so far."""
@@ -92,15 +93,18 @@ class Deadline:
         return step + max(1, round(left / per_step))
 
     def note_end(self, step: int, planned: int, end: int) -> None:
-        """Take note that the run ends after `end` and not `planned` steps; says a large change."""
+        """Take note that the run ends after `end` and not `planned` steps; says a large change.
+
+        On a busy machine the speed goes up and down: what was said once is said again only where
+        it has become quite another.
+        """
         self.next_check = next_check(step, end)
         before = self.announced = self.announced or planned
-        if not 1 / NOTABLE < end / before < NOTABLE:
-            self.announced = end
-            slower = "slower" if end < before else "faster"
+        if not 1 / self.notable < end / before < self.notable:
+            self.announced, self.notable = end, NOTABLE_AGAIN
             line = (
-                f"the machine is {slower} than it was: {end:,} steps instead of {before:,} end on "
-                "time, and the learning rate's schedule with them"
+                f"the speed has changed: {end:,} steps instead of {before:,} end on time, and the "
+                "learning rate's schedule with them"
             )
             tqdm.write(translate(line, sys.stdout))
 

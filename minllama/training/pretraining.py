@@ -15,8 +15,7 @@ from torch import Tensor
 
 from config import DATA_DIR, MAX_CONTEXT, LlamaConfig, Options
 from llama import Llama, load_pretrained
-from minllama.cli.command_line import own_script
-from minllama.cli.console import say
+from minllama.cli.console import say, say_command
 from minllama.formats.find_model import STARTING_WEIGHTS, Start, find_start_model
 from minllama.formats.model_file import read_model
 from minllama.formats.pt_model import read_vocabulary
@@ -317,8 +316,8 @@ class Pretraining(NextTokenTask):
         findings[WHAT_NEXT] = [*findings.pop(WHAT_NEXT, []), *uses]  # last
         add_findings(folder, findings, copies, last_step=run.last_step)
         if run.options.minutes is not None:
-            say("the same run again, by its steps instead of the clock:")
-            print(" ", folder.repeating_command(own_script()))
+            again = folder.repeating_command()
+            say_command("the same run again, by its steps instead of the clock:", again)
 
     def read_what_it_writes(self, model: Llama) -> tuple[Copies | None, Findings]:
         """How much of its text the model writes word for word, and whether it repeats itself."""
@@ -351,11 +350,16 @@ class Pretraining(NextTokenTask):
         findings: Findings = {}
         progress, val_loss = self.run.progress, records[-1].get("val_loss")
         if None not in (val_loss, progress.first, progress.best):
-            last = f", {perplexity(val_loss):.2f} after {progress.step:,}" if overfitted else ""
+            last = f", {perplexity(val_loss):,.2f} after {progress.step:,}" if overfitted else ""
             say(
                 f"validation perplexity {perplexity(progress.first):,.1f} before training, "
-                f"{perplexity(progress.best):.2f} after {progress.best_step:,} steps{last}"
+                f"{perplexity(progress.best):,.2f} after {progress.best_step:,} steps{last}"
             )
+            if progress.best > progress.first and self.run.options.pretrained_model_path is None:
+                say(
+                    "note: the held-out text is predicted worse than before training: it is likely "
+                    "of another kind than the text; --val_data FILE names some of its kind"
+                )
         findings |= self.say_what_became_of_old_text(overfitted=overfitted)
         bits = records[-1].get("bits_per_byte")
         if overfitted and bits:  # of the result, which is the best model: they go with the loss
@@ -373,19 +377,19 @@ class Pretraining(NextTokenTask):
             dropout=self.run.options.dropout,
             copies=copies,
             is_timed=self.run.options.minutes is not None,
+            is_cut=self.run.plan.last_step < self.run.plan.schedule_steps,
             is_rate_typed=self.run.options.is_adamw_by_rate,
         )
         advice = advise(outcome, rose=overfitted)
         say(*advice)
         remedy, _ = find_remedy(outcome, rose=overfitted)
-        changes = remedied(remedy, self.run.options, self.config)
+        changes = remedied(remedy, self.run.options, self.config, self.run.plan.schedule_steps)
         findings[WHAT_NEXT] = [[*line.split(": ", 1)] for line in advice]
-        if changes and (again := self.run.folder.repeating_command(own_script(), changes)):
+        if changes and (again := self.run.folder.repeating_command(changes)):
             name = "the same run with that"
             if "pretrain_data" in changes:
                 name += f" ({MORE_TEXT}: the text that you add)"
-            say(f"{name}:")
-            print(" ", again)
+            say_command(f"{name}:", again)
             findings[WHAT_NEXT].append([name, again])
         return findings
 
@@ -401,9 +405,8 @@ class Pretraining(NextTokenTask):
         say(f"old text     its held-out part: {verdict}")
         rows = [["held-out part", verdict]]
         changes = mixed_in(self.old_text.options, run.options) if forgets else None
-        if changes and (again := run.folder.repeating_command(own_script(), changes)):
+        if changes and (again := run.folder.repeating_command(changes)):
             name = "the same run with the old text mixed in"
-            say(f"{name}:")
-            print(" ", again)
+            say_command(f"{name}:", again)
             rows.append([name, again])
         return {"the old text": rows}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from config import TYPED_ON_RESUME
 from minllama.cli.command_line import launch_command, own_script
-from minllama.cli.console import human_size, say
+from minllama.cli.console import human_size, say, say_command
 from minllama.runs.run_folder import FLAGS_OF_A_START, RunFolder
 from minllama.system.files import size_on_disk
 from minllama.training.run import Run
@@ -30,9 +30,8 @@ def say_interrupted(run: Run) -> int:
         words += [f"--{name}", *([] if value is True else [str(value)])]
     several = ranks.nodes > 1
     how = "started as before, with --resume auto, it continues" if several else "continue with:"
-    say(f"stopped after step {step:,}, and saved; {how}")
-    if not several:
-        print(" ", launch_command(own_script(), *words, processes=ranks.world_size))
+    command = launch_command(own_script(), *words, processes=ranks.world_size)
+    say_command(f"stopped after step {step:,}, and saved; {how}", None if several else command)
     return run.stop.exit_status
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from config import Options
 from llama import model_payload
-from minllama.cli.console import say
+from minllama.cli.console import say_command
 from minllama.formats.pt_file import load_pt
 from minllama.inference.copying import copying_seconds, most_looked_at
 from minllama.machine.device import describe_device, dtype_name, is_out_of_memory
@@ -227,12 +227,11 @@ class Run:
             remedy = "its minutes are over. This trains its model on:"
         elif self.options.schedule_steps is not None:
             remedy = "a larger --schedule_steps lets it continue"
-        say(
+        say_command(
             "nothing is left to train, and the last files are written again: the run ended after "
-            f"step {self.progress.step:,}; {remedy}"
+            f"step {self.progress.step:,}; {remedy}",
+            command,
         )
-        if command is not None:
-            print(" ", command)
 
     # ------------------------------------------------------------------------ its state
 

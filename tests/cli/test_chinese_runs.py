@@ -192,7 +192,8 @@ def test_what_would_help_most():
 
     own = Copies("words", {16: (9, 10)}, {16: (0, 10)})
     for outcome, rose, said in (
-        (other(tokens=100, is_timed=True), False, "更多 --minutes：相对它的大小，读得太少"),
+        (other(tokens=100, is_timed=True), False, "更大的 --minutes：相对它的大小，读得太少"),
+        (other(tokens=100, is_cut=True), False, "更大的 --max_steps：相对它的大小，读得太少"),
         (other(tokens=100), False, "训练更久（--epochs 或 --minutes）：相对它的大小，读得太少"),
         (
             other(tokens=8000, train_loss=1.0),
@@ -245,6 +246,17 @@ def test_a_run_that_is_overfitted(monkeypatch):
         assert f"\n从第 4 步起过拟合：{advice}\n" in answer(f"{line} {more}")
 
 
+@pytest.mark.parametrize("noun, counted", [("chunks", "块"), ("dialogues", "段对话")])
+def test_steps_that_are_cut_short(noun, counted):
+    """`--max_steps` stood in the middle of the row: `预热 20, ended after 60 by --max_steps 步`."""
+    read_language(["--lang", "zh"])
+    line = f"81 per epoch x 5 epochs = 405, of 8 {noun} (8 x 1 accumulated); warmup 20"
+    assert translate(f"steps        {line}, ended after 60 by --max_steps", sys.stdout) == (
+        f"步数         每轮 81 步 x 5 轮 = 405 步，每步 8 {counted}（8 x 1）；预热 20 步；"
+        "--max_steps：60 步后结束"
+    )
+
+
 def test_a_machine_that_changes_its_speed_and_texts_that_repeat(capsys):
     """Said where they are found."""
     read_language(["--lang", "zh"])
@@ -258,11 +270,10 @@ def test_a_machine_that_changes_its_speed_and_texts_that_repeat(capsys):
         "提示：9 步太少，学不到多少：增大 --minutes，减小 --pretrain_batch_size 和 --max_seq_len "
         "可以增加步数\n"
     )
-    for end, said in ((200, "机器变快了：改为 "), (50, "机器变慢了：改为 ")):
-        Deadline(60, 0.0).note_end(10, 100, end)
-        assert capsys.readouterr().out == (
-            f"{said}{end} 步（原来 100 步），按时结束，学习率随之调整\n"
-        )
+    Deadline(60, 0.0).note_end(10, 100, 200)
+    assert capsys.readouterr().out == (
+        "速度变了：改为 200 步（原来 100 步），按时结束，学习率随之调整\n"
+    )
     counts = {length: (0, 1567) for length in (8, 16, 32)}
     copies = Copies("characters", counts, counts, 10, "什么？”袭人", "小说/一.txt, document 1")
     say(*copies.lines("20 texts that it wrote after held-out openings"))
@@ -275,6 +286,11 @@ def test_a_machine_that_changes_its_speed_and_texts_that_repeat(capsys):
         (
             "it does where always the likeliest word is taken, and not at --temperature 0.8",
             "：总取最可能的字时会重复，用 --temperature 0.8 时不会",
+        ),
+        (
+            "it does where always the likeliest word is taken, and not at --temperature 0.8, nor "
+            "with --repetition_penalty 1.1",
+            "：总取最可能的字时会重复，用 --temperature 0.8 或 --repetition_penalty 1.1 时不会",
         ),
         ("it does not", "：没有重复自己"),
     ):

@@ -68,8 +68,12 @@ def test_what_the_run_had_is_not_proposed(change, rose, words):
     "typed, remedy, more",
     [
         ("--epochs 3", "training", {"epochs": 6}),
-        ("--max_steps 7", "training", {"epochs": 10, "max_steps": 14}),
+        ("--max_steps 7", "training", {"max_steps": 14}),  # of 100: a longer schedule changes none
+        ("--max_steps 70", "training", {"epochs": 10, "max_steps": 140}),
+        ("--max_steps 150", "training", {"epochs": 10, "max_steps": 200}),
+        ("--max_steps 250", "training", {"epochs": 10}),
         ("--schedule_steps 9 --max_steps 7", "training", {"schedule_steps": 18, "max_steps": 14}),
+        ("--schedule_steps 9 --max_steps 3", "training", {"max_steps": 6}),
         ("--minutes 4", "training", {"minutes": 8.0}),
         ("--minutes 4 --dropout 0.1", "text", {"pretrain_data": ("a b.txt", MORE_TEXT)}),
         (
@@ -93,7 +97,7 @@ def test_the_command_with_the_remedy_is_the_one_typed_but_for_that(typed, remedy
     folder = RunFolder(tmp_path / "run", "pretrain")
     folder.path.mkdir()
     folder.add_start({"options": chosen.to_plain(), "typed": sorted(options.given)})
-    words = folder.repeating_words(remedied(remedy, options, config))
+    words = folder.repeating_words(remedied(remedy, options, config, options.schedule_steps or 100))
     again = parse_options(words)
     assert again.save_dir.name == "run-again"
     differs = {
@@ -108,4 +112,4 @@ def test_a_model_that_was_continued_keeps_its_shape(tmp_path):
     """A command with another one would be refused."""
     (tmp_path / "a.pt").write_bytes(b"")
     words = ["--option", "pretrain", "--pretrained_model_path", str(tmp_path / "a.pt")]
-    assert not remedied("model", parse_options(words), LlamaConfig())
+    assert not remedied("model", parse_options(words), LlamaConfig(), 100)

@@ -165,6 +165,9 @@ def test_checkpoints_are_counted_without_making_a_list_of_them():
         assert (epochs // size, steps // size) == checkpoints_counted_one_by_one(case)
     long = changed(plan, schedule_steps=5 * 10**6, checkpoint_interval=1, keep_last=0)
     assert [*long.disk().values()][1] > 4.9e6 * size
+    # As many steps as a faster machine makes of --minutes: one checkpoint was planned, two came.
+    timed = changed(plan, schedule_steps=9, checkpoint_interval=10, minutes=1.0)
+    assert [*timed.disk().values()][1] == (timed.options.keep_last + 1) * size
 
 
 def test_the_flags_that_need_less_disk_are_those_that_do():

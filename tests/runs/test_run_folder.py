@@ -17,6 +17,7 @@ from running import assert_same
 from survivor import small_payload, start_process
 
 from config import parse_options
+from minllama.cli.command_line import own_script, quoted
 from minllama.formats.pt_file import STATE_FILE, save_pt
 from minllama.machine.ranks import Ranks
 from minllama.runs import report, run_folder
@@ -106,6 +107,18 @@ def test_the_lock_is_free_after_a_run_however_it_ends(folder):
             pass
         with folder.locked(Ranks()):
             pass
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not remove an open file")
+def test_a_run_that_was_refused_leaves_no_lock(folder):
+    """A refused --resume left a `run.lock` in a folder where no run had ever been."""
+    with pytest.raises(UsageError), folder.locked(Ranks()):
+        raise UsageError("--pretrain_data x: no such file")
+    assert not Path("run", "run.lock").exists()
+    folder.add_start({"options": {}})
+    with pytest.raises(UsageError), folder.locked(Ranks()):
+        raise UsageError("--pretrain_data x: no such file")
+    assert Path("run", "run.lock").exists()  # beside a run it is one of its files
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b'{"pid', b"x" * 10_000])
@@ -573,10 +586,10 @@ def test_a_run_is_repeated_with_its_launcher(start, launcher, tmp_path):
     """Runs that torchrun had started were told to be repeated, and trained on, with `python`."""
     folder = RunFolder(tmp_path, "pretrain")
     options = parse_options(["--option", "pretrain"])
-    assert folder.repeating_command("run_llama.py") is None
+    assert folder.repeating_command() is None
     folder.add_start({"options": options.to_plain(), **start})
-    again = folder.repeating_command("run_llama.py")
-    assert again.startswith(f"{launcher} run_llama.py --option pretrain --save_dir ")
+    again = folder.repeating_command()
+    assert again.startswith(f"{launcher} {quoted(own_script())} --option pretrain --save_dir ")
     if launcher != "python" and start["machines"] == 1:
         ranks = Ranks(world_size=8)
         assert command_to_train_on(options, folder, ranks).startswith(f"{launcher} ")

@@ -13,6 +13,7 @@ from vocabularies import vocabulary
 import check_model_precision
 import tokenizer
 from config import Options, parse_options
+from minllama.cli.command_line import own_script, quoted
 from minllama.machine.ranks import Ranks
 from minllama.system.errors import Interrupted, UsageError
 from minllama.system.signals import StopRequest
@@ -139,7 +140,9 @@ def test_a_vocabulary_for_another_language_is_told(capsys):
     load("--pretrain_data zh.txt")
     out = capsys.readouterr().out
     assert "100% of the text is encoded byte by byte" in out
-    assert "python tokenizer.py train --input zh.txt --vocab_size" in out
+    # As it can be typed here: it was `tokenizer.py`, in whatever folder.
+    script = quoted(own_script("tokenizer.py"))
+    assert f"python {script} train --input zh.txt --vocab_size" in out
     write_stories(Path.cwd(), 2)
     load("--pretrain_data text.jsonl")
     assert "byte by byte" not in capsys.readouterr().out

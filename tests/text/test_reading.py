@@ -18,7 +18,12 @@ from minllama.system.encodings import check_encoding
 from minllama.system.errors import UsageError
 from minllama.text import labelled as labelled_module
 from minllama.text import reading as text_module
-from minllama.text.documents import first_words, read_documents, seen_separator
+from minllama.text.documents import (
+    first_words,
+    from_a_beginning,
+    read_documents,
+    seen_separator,
+)
 from minllama.text.find_files import find_text_files
 from minllama.text.labelled import is_labelled, split_labelled
 from minllama.text.reading import Reading, encoding_line, read_blocks, read_lines
@@ -520,6 +525,28 @@ def test_the_first_words_of_a_text_leave_something_to_continue(text, words):
 def test_the_first_words_end_outside_of_a_marker(text, markers, words):
     """A sample's prompt ended in `<|im_s`, which a model then had to go on from."""
     assert first_words(text, markers) == words
+
+
+@pytest.mark.parametrize(
+    ("text", "rest"),
+    [
+        (
+            "be commanded Under Cominius.\n\nMARCIUS:\nSir, praise me not; my work has warmed me.",
+            "MARCIUS:\nSir, praise me not; my work has warmed me.",
+        ),
+        ("his side.) Then he went up the hill to see it.", "Then he went up the hill to see it."),
+        ("的话。”宝玉听了，便走到里间屋里去看她一看。", "宝玉听了，便走到里间屋里去看她一看。"),
+        ("of it\nand so the day went on until the night", "and so the day went on until the night"),
+        (
+            "a long way to go from here to there. So it",
+            "a long way to go from here to there. So it",
+        ),
+        ("一只小狐狸，它住在山里的一间小屋。", "一只小狐狸，它住在山里的一间小屋。"),
+    ],
+)
+def test_a_prompt_out_of_a_long_text_begins_with_a_sentence(text, rest):
+    """It was `be commanded Under Cominius.`, a sentence's end, which no prompt is like."""
+    assert from_a_beginning(text) == rest
 
 
 def test_labels_that_are_words_are_left_out_too(tmp_path: Path) -> None:

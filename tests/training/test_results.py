@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from collections import Counter
@@ -54,6 +55,17 @@ def test_the_result_of_an_overfitted_run_is_its_best_model(monkeypatch):
 
 ZH = "今天天气很好。我们去公园散步吧，看看花。\n"
 EN = "The quick brown fox, jumps over: 'a lazy dog'! Would it? BCDEGHIJKLMNOPQRSUVXYZ 0123456789\n"
+
+
+@pytest.mark.parametrize("best, is_told", [(9.5, True), (3.0, False)])
+def test_held_out_text_of_another_kind_is_told(monkeypatch, best, is_told):
+    """A perplexity of 465,818 after 3,596 before training passed without a word."""
+    write_stories(Path.cwd(), 12)
+    evaluate_as(monkeypatch, 9.0, best)
+    done = pretrain("--epochs 1 --max_steps 3 --sample_tokens 0")
+    assert done.status == 0
+    assert ("predicted worse than before training" in done.out) == is_told
+    assert f"{math.exp(best):,.2f} after 3 steps" in done.out  # with commas, as elsewhere
 
 
 def test_a_classifier_is_for_sentences():
