@@ -208,7 +208,9 @@ class Llama(nn.Module):
         self.activation_checkpointing = False  # recompute each layer in backward: memory for time
         device = torch.get_default_device()
         with torch.device("meta"):  # neither memory nor random numbers for what torch would draw
-            self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+            # nn.Embedding alone would draw weights, and torch import its compiler for that: a second.
+            no_weights = torch.empty(config.vocab_size, config.dim)
+            self.tok_embeddings = nn.Embedding.from_pretrained(no_weights, freeze=False)
             self.dropout = Dropout(config.dropout)
             self.layers = nn.ModuleList(LlamaLayer(i, config) for i in range(config.n_layers))
             self.norm = RMSNorm(config.dim, config.layer_norm_eps)

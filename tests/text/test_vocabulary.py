@@ -113,8 +113,8 @@ def test_a_run_keeps_its_vocabulary():
     assert "pieces: the checkpoint's" in done.out
 
 
-@pytest.mark.parametrize("distinct, coverage", [(200, 0.9995), (3000, 0.99)])
-def test_the_size_follows_from_the_text(distinct: int, coverage: float):
+@pytest.mark.parametrize("distinct, coverage, most", [(200, 0.9995, 4), (3000, 0.99, 2)])
+def test_the_size_follows_from_the_text(distinct: int, coverage: float, most: int):
     """Bytes, characters, and merges by the root of the text's size; of thousands the usual ones."""
     rng = random.Random(1)
     weights = [1 / (rank + 1) for rank in range(distinct)]
@@ -123,9 +123,16 @@ def test_the_size_follows_from_the_text(distinct: int, coverage: float):
     size, covered = fit_vocabulary(sentences, share=0.5)
     present = len(set("".join(sentences)))
     assert covered == coverage and size % 64 == 0
-    merges = 2 * (2 * 300_000) ** 0.5  # three bytes a character, half of the text
+    merges = most * (2 * 300_000) ** 0.5  # three bytes a character, half of the text
     least = META_PIECES + (present if distinct == 200 else 0) + merges - 5
     assert least <= size <= META_PIECES + present + merges + 64
+
+
+def test_a_long_text_has_fewer_merges_for_its_size():
+    """Above a megabyte the cube root's: a small model would mostly compute its next token."""
+    sentences = ["abcdefghij" * 10] * 100
+    size, _ = fit_vocabulary(sentences, share=10_000 / 8e6)
+    assert size == -(-(META_PIECES + 10 + 8000) // 64) * 64
 
 
 @pytest.mark.parametrize(
