@@ -208,7 +208,7 @@ class Llama(nn.Module):
         self.activation_checkpointing = False  # recompute each layer in backward: memory for time
         device = torch.get_default_device()
         with torch.device("meta"):  # neither memory nor random numbers for what torch would draw
-            # nn.Embedding alone would draw weights, and torch import its compiler for that: a second.
+            # nn.Embedding alone would draw weights: torch imports its compiler for that, a second.
             no_weights = torch.empty(config.vocab_size, config.dim)
             self.tok_embeddings = nn.Embedding.from_pretrained(no_weights, freeze=False)
             self.dropout = Dropout(config.dropout)
