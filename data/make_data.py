@@ -34,7 +34,7 @@ STORIES = 2500  # about 2 MB
 VAL_EVERY = 20  # one story in twenty is held out
 VOCAB_SIZE = 2048
 REVIEWS = {"train": 3000, "dev": 400, "test": 400}
-REVIEW_TEXTS = 4000  # to pretrain on: over a fifth of the text
+REVIEW_TEXTS = 4000  # to pretrain on: a fifth of the text
 MODEL_NAME = "stories-tiny.pt"
 
 # ---------------------------------------------------------------------------- the files
