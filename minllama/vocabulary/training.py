@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import io
 import json
-import math
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -111,21 +110,21 @@ def fit_vocabulary(
     """The size of a vocabulary that suits a text, and the share of its characters to have pieces.
 
     `sentences` are the `share` of the text that was sampled. The size is that of bytes, `symbols`
-    and characters, which must be there, and of merges: each piece has to occur often enough to be
-    learnt, and takes time where the next token is predicted (measured in `benchmarks/README.md`).
+    and the usual characters, which must be there, and of merges by the length of the text, whatever
+    its script: each piece has to occur often enough to be learnt, and takes time where the next
+    token is predicted (measured in `benchmarks/README.md`).
     """
     counts: collections.Counter[str] = collections.Counter()
     for sentence in sentences:
         counts.update(sentence)
     by_count = np.array(sorted(counts.values(), reverse=True))
     covered = np.cumsum(by_count) / by_count.sum()
-    is_alphabet = np.searchsorted(covered, COVERAGE) <= ALPHABET
     if coverage is None:
-        coverage = COVERAGE if is_alphabet else COVERAGE_OF_THOUSANDS
+        many = np.searchsorted(covered, COVERAGE) > ALPHABET
+        coverage = COVERAGE_OF_THOUSANDS if many else COVERAGE
     characters = int(np.searchsorted(covered, coverage)) + 1
-    text_bytes = sum(len(sentence.encode()) for sentence in sentences) / share
-    root = math.sqrt(text_bytes)
-    merges = min(4 * root, 40 * text_bytes ** (1 / 3)) if is_alphabet else 2 * root
+    length = by_count.sum() / share  # in characters
+    merges = min(4 * length ** (1 / 2), 40 * length ** (1 / 3))  # equal for a million of them
     least = META_PIECES + characters
     size = max(least, min(LARGEST_FITTING, least + round(merges))) + symbols
     return -(-size // 64) * 64, coverage  # of whole 64s, which matrices on a GPU are fastest in

@@ -113,9 +113,9 @@ def test_a_run_keeps_its_vocabulary():
     assert "pieces: the checkpoint's" in done.out
 
 
-@pytest.mark.parametrize("distinct, coverage, most", [(200, 0.9995, 4), (3000, 0.99, 2)])
-def test_the_size_follows_from_the_text(distinct: int, coverage: float, most: int):
-    """Bytes, characters, and merges by the root of the text's size; of thousands the usual ones."""
+@pytest.mark.parametrize("distinct, coverage", [(200, 0.9995), (3000, 0.99)])
+def test_the_size_follows_from_the_text(distinct: int, coverage: float):
+    """Bytes, characters, of thousands the usual ones, and merges by the root of the length."""
     rng = random.Random(1)
     weights = [1 / (rank + 1) for rank in range(distinct)]
     characters = [chr(0x4E00 + i) for i in range(distinct)]
@@ -123,13 +123,13 @@ def test_the_size_follows_from_the_text(distinct: int, coverage: float, most: in
     size, covered = fit_vocabulary(sentences, share=0.5)
     present = len(set("".join(sentences)))
     assert covered == coverage and size % 64 == 0
-    merges = most * (2 * 300_000) ** 0.5  # three bytes a character, half of the text
+    merges = 4 * (2 * 100_000) ** 0.5  # half of the text
     least = META_PIECES + (present if distinct == 200 else 0) + merges - 5
     assert least <= size <= META_PIECES + present + merges + 64
 
 
 def test_a_long_text_has_fewer_merges_for_its_size():
-    """Above a megabyte the cube root's: a small model would mostly compute its next token."""
+    """Above a million characters the cube root's, where the root's would take most of a step."""
     sentences = ["abcdefghij" * 10] * 100
     size, _ = fit_vocabulary(sentences, share=10_000 / 8e6)
     assert size == -(-(META_PIECES + 10 + 8000) // 64) * 64
