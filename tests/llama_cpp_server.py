@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -26,6 +27,8 @@ def llama_cpp(path: Path) -> Iterator[Callable[..., dict]]:
     settings.warmup = settings.fit_params = False
     settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     server = xllamacpp.Server(settings)
+    # Its end may wait for its threads for ever: it lasts as long as the process.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(server))
 
     def ask(what: str, **body) -> dict:
         request = urllib.request.Request(
