@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import optimizer as optimizers
 from config import LlamaConfig, recommended_decay, recommended_lr
@@ -36,6 +39,7 @@ CPU, DTYPE, PIECES, HELD_OUT = torch.device("cpu"), torch.bfloat16, 20, (4, 14)
 BASE: dict[str, Any] = {
     "shape": (128, 4, 2),  # width, layers, heads
     "context": 256,
+    "config": {},  # of LlamaConfig, beside these
     "dropout": 0.1,
     "embedding_dropout": None,  # of the embedding's output, where it is another one
     "token_dropout": 0.0,  # of whole tokens that are read, beside that
@@ -52,6 +56,7 @@ BASE: dict[str, Any] = {
     "averaged": 0,  # states of the constant rate whose mean the decay begins with
     "momentum": 0.95,  # Muon's
     "polar_express": False,  # coefficients of arXiv:2505.16932
+    "embedding_std": None,  # of the first weights, where it is another one
     "zero": False,  # the matrices that end a branch begin at zero
     "bpe_dropout": 0.0,  # of merges, from the second epoch on
     "normuon": False,  # each row of an update has the size of its mean square (arXiv:2510.05491)
@@ -73,10 +78,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "3 x 64": {"shape": (64, 3, 2)},
     "4 x 96": {"shape": (96, 4, 3)},
     "4 x 192": {"shape": (192, 4, 3)},
+    "7 x 96": {"shape": (96, 7, 3)},
+    "six heads": {"shape": (96, 4, 6)},
+    "rotary base 500": {"config": {"rope_theta": 500.0}},
+    "head apart": {"config": {"tie_word_embeddings": False}},
+    "embedding from 0.1": {"embedding_std": 0.1},
     "context 128": {"context": 128},
     "context 512": {"context": 512},
     "512 pieces": {"vocab_size": 512},
     "2,048 pieces": {"vocab_size": 2048},
+    "2,560 pieces": {"vocab_size": 2560},
+    "4,352 pieces": {"vocab_size": 4352},
     "branches from zero": {"zero": True},
     "BPE dropout 0.1": {"bpe_dropout": 0.1},
     "NorMuon": {"normuon": True},
@@ -92,6 +104,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "momentum 0.9": {"momentum": 0.9},
     "momentum 0.98": {"momentum": 0.98},
     "the embedding decays at a fifth": {"embedding_decay": 0.2},
+    "the embedding decays at five times": {"embedding_decay": 5.0},
     "dropout of the embedding alone": {"dropout": 0.0, "embedding_dropout": 0.2},
     "dropout but of the embedding": {"embedding_dropout": 0.0},
     "one of ten tokens unseen": {"token_dropout": 0.1},
@@ -227,7 +240,7 @@ def train(path: Path, recipe: dict[str, Any], args: argparse.Namespace, seed: in
     dim, n_layers, n_heads = recipe["shape"]
     config = LlamaConfig(
         vocab_size=tokenizer.n_words, dim=dim, n_layers=n_layers, n_heads=n_heads,
-        max_seq_len=context, dropout=recipe["dropout"],
+        max_seq_len=context, dropout=recipe["dropout"], **recipe["config"],
     )  # fmt: skip
     model = NextTokenLoss(Llama(config))
     for number, layer in enumerate(model.model.layers if recipe["layer_dropout"] else [], 1):
@@ -238,6 +251,8 @@ def train(path: Path, recipe: dict[str, Any], args: argparse.Namespace, seed: in
     if recipe["token_dropout"]:
         unseen = Dropped(recipe["token_dropout"], whole_rows=False)
         model.model.dropout = nn.Sequential(unseen, model.model.dropout)
+    if recipe["embedding_std"] is not None:
+        nn.init.normal_(model.model.tok_embeddings.weight, std=recipe["embedding_std"])
     if recipe["zero"]:
         for layer in model.model.layers:
             nn.init.zeros_(layer.attention.compute_output.weight)
