@@ -208,7 +208,7 @@ class Llama(nn.Module):
         self.activation_checkpointing = False  # recompute each layer in backward: memory for time
         device = torch.get_default_device()
         with torch.device("meta"):  # neither memory nor random numbers for what torch would draw
-            # nn.Embedding alone would draw weights: torch imports its compiler for that, a second.
+            # nn.Embedding alone would draw weights, for which torch imports its compiler.
             no_weights = torch.empty(config.vocab_size, config.dim)
             self.tok_embeddings = nn.Embedding.from_pretrained(no_weights, freeze=False)
             self.dropout = Dropout(config.dropout)
@@ -219,7 +219,8 @@ class Llama(nn.Module):
         self.register_buffer("rotary", torch.empty(0), persistent=False)
         self.tie_weights()
         if device.type != "meta":
-            self.to_empty(device=device)
+            # As `to_empty` does, for which torch would import sympy: each takes a second.
+            self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
             self.init_weights(self)
 
     def init_weights(self, part: nn.Module) -> None:

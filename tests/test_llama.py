@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from oracles import assert_same_weights, make_llama, to_hugging_face
 
 import llama as L
 from config import IGNORE_INDEX, LlamaConfig
+from minllama import ROOT
 from minllama.model import kernels
 from minllama.system.errors import UsageError
 
@@ -103,6 +106,16 @@ def test_a_model_made_on_meta_is_whole_once_it_has_memory(tiny_config: LlamaConf
     model.to_empty(device="cpu").init_weights(model)
     assert model.output.weight is model.tok_embeddings.weight
     assert torch.equal(model.rotary, L.rotary_table(8, 32))
+
+
+def test_a_model_is_made_without_the_compiler():
+    """Every command waited for two seconds while torch imported its compiler and sympy."""
+    program = (
+        "import sys; from llama import Llama; from config import LlamaConfig; "
+        "Llama(LlamaConfig(vocab_size=9, dim=8, n_layers=1, n_heads=1)); "
+        "assert not {'sympy', 'torch._dynamo'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize(("n_kv_heads", "tied"), [(4, True), (2, False), (1, True)])
