@@ -242,7 +242,8 @@ class TrainingPlan:
         ends_epoch = last % self.steps_per_epoch == 0
         epochs = (last - 1) // save_interval + ends_epoch
         steps = (last - 1) // interval - (last - 1) // both + (not ends_epoch)
-        if options.keep_last and options.minutes:  # which may come to more steps than planned
+        is_timed = options.option == "pretrain" and options.minutes is not None
+        if options.keep_last and is_timed:  # which may come to more steps than planned
             steps = options.keep_last + 1
         elif options.keep_last:  # the oldest is deleted once the newest is written
             steps = min(steps, options.keep_last + 1)
