@@ -154,8 +154,7 @@ class RunFolder:
                 yield
             except UsageError:  # refused before it was a run: nothing of it stays
                 if ranks.is_main and not self.starts():
-                    with contextlib.suppress(OSError):  # Windows does not remove an open file
-                        path.unlink()
+                    self.lock.remove()
                 raise
 
     def _hold(self, path: Path, held: contextlib.ExitStack) -> str:

@@ -40,6 +40,12 @@ class Lock:
         except OSError:  # of a network file system that hangs: no reason to end a run
             return False
 
+    def remove(self) -> None:
+        """Remove the file, unless another one has its place."""
+        if not self.is_gone():
+            with contextlib.suppress(OSError):  # Windows does not remove an open file
+                self.path.unlink()
+
 
 @contextlib.contextmanager
 def hold(path: Path, *, remove: bool = False) -> Iterator[Lock]:
@@ -56,8 +62,7 @@ def hold(path: Path, *, remove: bool = False) -> Iterator[Lock]:
             yield lock
         finally:
             if remove:
-                with contextlib.suppress(OSError):  # Windows does not remove an open file
-                    path.unlink()
+                lock.remove()
 
 
 def _try_to_hold(path: Path, opened: contextlib.ExitStack) -> Lock:

@@ -121,6 +121,17 @@ def test_a_run_that_was_refused_leaves_no_lock(folder):
     assert Path("run", "run.lock").exists()  # beside a run it is one of its files
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not rename a folder in use")
+def test_a_run_that_was_refused_leaves_the_lock_of_the_one_in_its_place(folder):
+    """Where the folder was replaced meanwhile it would have removed another run's lock."""
+    with pytest.raises(UsageError), folder.locked(Ranks()):
+        Path("run").rename("elsewhere")
+        Path("run").mkdir()
+        Path("run", "run.lock").touch()
+        raise UsageError("--pretrain_data x: no such file")
+    assert Path("run", "run.lock").exists()
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b'{"pid', b"x" * 10_000])
 def test_a_lock_file_that_nobody_holds_is_taken(folder, content):
     """Whatever is in it: of an earlier version, cut off, another machine's."""
