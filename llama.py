@@ -219,8 +219,7 @@ class Llama(nn.Module):
         self.register_buffer("rotary", torch.empty(0), persistent=False)
         self.tie_weights()
         if device.type != "meta":
-            # As `to_empty` does, for which torch would import sympy: each takes a second.
-            self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
+            self.to_empty(device=device)
             self.init_weights(self)
 
     def init_weights(self, part: nn.Module) -> None:
@@ -264,6 +263,10 @@ class Llama(nn.Module):
         shape = (config.head_dim, config.max_seq_len, config.rope_theta, config.rope_scaling)
         table = rotary_table(*shape)
         self.rotary = table.to(self.tok_embeddings.weight.device)  # (max_seq_len, 1, D/2, 2)
+
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Llama:
+        """Give the weights memory on a device, with nothing in it. torch's own imports sympy."""
+        return self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device), recurse)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Llama:
         # torch calls this for .to(), .cuda(), .to_empty() and their like. The table must stay

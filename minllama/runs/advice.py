@@ -67,9 +67,12 @@ def find_remedy(outcome: Outcome, *, rose: bool) -> tuple[Remedy, str]:
         muon = "leave --pretrain_lr out, or add --optimizer muon with a rate of its own"
         return "muon", f"Muon, which learns more in as many steps than AdamW: {muon}"
     if per_parameter < FEW:
-        training = "more training (--epochs or --minutes)"
-        if outcome.is_cut or outcome.is_timed:
-            training = "more --max_steps" if outcome.is_cut else "more --minutes"
+        if outcome.is_cut:
+            training = "more --max_steps"
+        elif outcome.is_timed:
+            training = "more --minutes"
+        else:
+            training = "more training (--epochs or --minutes)"
         return "training", f"{training}: it has seen little for its size"
     if per_parameter > MANY:
         larger = "a larger model (--dim, --n_layers)"

@@ -100,6 +100,11 @@ class TrainingPlan:
         return min(self.options.max_steps or self.schedule_steps, self.schedule_steps)
 
     @property
+    def is_timed(self) -> bool:
+        """Whether the clock ends the run (--minutes), and not its steps."""
+        return self.options.option == "pretrain" and self.options.minutes is not None
+
+    @property
     def warmup_steps(self) -> int:
         """Steps of linear warmup: as given, else 5 % of the schedule."""
         given = self.options.warmup_steps
@@ -242,8 +247,7 @@ class TrainingPlan:
         ends_epoch = last % self.steps_per_epoch == 0
         epochs = (last - 1) // save_interval + ends_epoch
         steps = (last - 1) // interval - (last - 1) // both + (not ends_epoch)
-        is_timed = options.option == "pretrain" and options.minutes is not None
-        if options.keep_last and is_timed:  # which may come to more steps than planned
+        if options.keep_last and self.is_timed:  # which may come to more steps than planned
             steps = options.keep_last + 1
         elif options.keep_last:  # the oldest is deleted once the newest is written
             steps = min(steps, options.keep_last + 1)
@@ -412,8 +416,9 @@ def warn_of_plan(plan: TrainingPlan, available: int | None) -> None:
             f"({suited:g}): it will learn little in {plan.last_step:,} steps"
         )
     if plan.options.option == "pretrain" and plan.schedule_steps < FEW_STEPS:
-        is_timed = plan.options.minutes is not None
-        longer, chosen = ("--minutes", "") if is_timed else ("--epochs", "; --minutes chooses them")
+        longer, chosen = (
+            ("--minutes", "") if plan.is_timed else ("--epochs", "; --minutes chooses them")
+        )
         say(
             f"note: {plan.schedule_steps:,} steps are few to learn in: more come from {longer}, a "
             f"smaller --pretrain_batch_size and a shorter --max_seq_len{chosen}"

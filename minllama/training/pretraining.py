@@ -315,7 +315,7 @@ class Pretraining(NextTokenTask):
         uses = print_results(folder, chosen, *options, prompt=self.opening, train=train)
         findings[WHAT_NEXT] = [*findings.pop(WHAT_NEXT, []), *uses]  # last
         add_findings(folder, findings, copies, last_step=run.last_step)
-        if run.options.minutes is not None:
+        if run.plan.is_timed:
             again = folder.repeating_command()
             say_command("the same run again, by its steps instead of the clock:", again)
 
@@ -376,7 +376,7 @@ class Pretraining(NextTokenTask):
             val_loss=val_loss,
             dropout=self.run.options.dropout,
             copies=copies,
-            is_timed=self.run.options.minutes is not None,
+            is_timed=self.run.plan.is_timed,
             is_cut=self.run.plan.last_step < self.run.plan.schedule_steps,
             is_rate_typed=self.run.options.is_adamw_by_rate,
         )

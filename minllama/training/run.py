@@ -176,7 +176,7 @@ class Run:
         self.checkpoints = Checkpoints(
             self.folder, self.ranks, sharded=sharded, keep_last=options.keep_last
         )
-        if options.option == "pretrain" and options.minutes is not None:
+        if self.plan.is_timed:
             written = self.plan.checkpoint_bytes()
             written += 2 * self.plan.weights_file_bytes(options.save_dtype)
             finishing = FINISHING + written / WRITE_RATE

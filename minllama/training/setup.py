@@ -240,7 +240,7 @@ def time_line(plan: TrainingPlan, device: torch.device, steps_left: int) -> str:
     A large model is not made twice for it, and a GPU's peak of memory is left to the training.
     """
     options, config = plan.options, plan.config
-    if options.option == "pretrain" and options.minutes is not None:
+    if plan.is_timed:
         return f"time         {options.minutes:g} min in all, whatever the steps (--minutes)"
     speed = None  # also where the memory is too small for it
     if device.type == "cpu" and sum(config.parameter_counts().values()) <= TIMED_PARAMETERS:
