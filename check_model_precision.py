@@ -21,13 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from config import DTYPE_BYTES, add_reading_flags
-from minllama.cli.command_line import (
-    OneLineParser,
-    exit_status,
-    parse_or_exit,
-    protect_output,
-    read_path,
-)
+from minllama.cli.command_line import exit_status, parse_or_exit, protect_output, read_path
+from minllama.cli.suggestions import WholeLineParser
 from minllama.system.errors import UsageError
 
 PROGRAM = "check_model_precision.py"
@@ -39,7 +34,7 @@ DTYPES = (*DTYPE_BYTES, "q8_0")  # the last: llama.cpp's int8, of GGUF files alo
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read and check the command line. Raises UsageError."""
-    parser = OneLineParser(
+    parser = WholeLineParser(
         prog=PROGRAM,
         description="What is in a model file; verify, compare and convert it. And runs compared.",
         epilog="Every option is accepted with _ and with -. Exit status: 0, 1 when --verify finds "

@@ -30,13 +30,8 @@ import numpy as np
 import sentencepiece
 
 from config import DATA_DIR, add_reading_flags, fingerprint
-from minllama.cli.command_line import (
-    OneLineParser,
-    exit_status,
-    number_reader,
-    protect_output,
-    read_path,
-)
+from minllama.cli.command_line import exit_status, number_reader, protect_output, read_path
+from minllama.cli.suggestions import WholeLineParser
 from minllama.system.encodings import as_utf8, check_encoding
 from minllama.system.errors import UsageError
 from minllama.system.files import atomic_write
@@ -345,8 +340,8 @@ def _write(path: Path, data: bytes | bytearray) -> None:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="tokenizer.py", description="Train or export a vocabulary.")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
+    parser = WholeLineParser(prog="tokenizer.py", description="Train or export a vocabulary.")
+    commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train a vocabulary on text")
     train.add_argument(
         "--input", nargs="+", required=True, help="texts or dialogues: files, folders, globs"

@@ -459,7 +459,8 @@ def test_bad_input_is_one_line_each(saved: Path, tmp_path: Path, capsys):
         ("has 2,048 pieces", bare, "--convert", "hf", *out)
         + ("--tokenizer-model", EMBEDDED_VOCABULARY),
         ("not a SentencePiece model", bare, "--convert", "hf", *out, "--tokenizer-model", text),
-        ("unrecognized arguments: --bogus", saved, "--bogus"),
+        ("--bogus: no such option; --help lists the options", saved, "--bogus", "x"),
+        ("did you mean --tokenizer_model?", saved, "--tokenizr", "x"),
     ):
         assert_refused(capsys, message, *arguments)
     assert not (tmp_path / "x").exists()

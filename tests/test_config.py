@@ -198,10 +198,13 @@ def test_bad_input_names_flag_value_and_remedy(line, words):
         ("--option pretrain --max_iters 8", "--max_steps"),
         ("--temp 0.5", "--temperature"),
         ("--top 3", "--top_k or --top_p"),
+        ("--option pretrain --lerning_rate 1e-3", "--pretrain_lr"),
     ],
 )
 def test_a_neighbours_flag_is_named_in_our_words(line, want):
     """--temp suggested --test, --device --dev, --data --val_data, --learning_rate nothing.
+
+    Nor did a misspelled one of these.
 
     And the value behind an unknown flag was a second error.
     """

@@ -337,6 +337,7 @@ def test_command_line(corpus_file: Path, tmp_path: Path, capsys: pytest.CaptureF
         ),
         (["train", "--input", "a.txt"], "--output"),
         (["tain"], "invalid choice"),
+        ([*train, "--vocabsize", "9"], "--vocabsize: no such option; did you mean --vocab_size?"),
         ([*export, "--overwrite", "--tokenizer_model", str(corpus_file)], "not a SentencePiece"),
         ([*train[:-1], str(corpus_file / "x.model")], "cannot be"),
         # Once tracebacks: a name that no file can have, a NUL, argparse's empty list.

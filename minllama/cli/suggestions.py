@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from minllama.cli.command_line import with_underscores
+from minllama.cli.command_line import OneLineParser, with_underscores
 from minllama.system.errors import UsageError
 
 MOST = 3  # suggestions in one message
@@ -73,14 +75,16 @@ def suggest(name: str, readers: Mapping[str, Sequence[str]], option: str) -> lis
     `readers` has each flag's options. Flags that `option` does not read are named only where it
     reads none of those that fit.
     """
-    foreign = [ours for ours, theirs in FOREIGN_NAMES.items() if name in theirs.split()]
+    theirs = {ours: names.split() for ours, names in FOREIGN_NAMES.items() if ours in readers}
+    foreign = [ours for ours in theirs if name in theirs[ours]]
     longer = [ours for ours in readers if len(name) > 1 and ours.startswith(name)]
     similar = difflib.get_close_matches(name, readers, n=MOST, cutoff=0.7)
     for names, most in ((foreign, MOST), (longer, MOST), (similar, 1)):
         read = [ours for ours in names if option in readers[ours]]
         if names:
             return (read or names)[:most]
-    return []
+    misspelled = difflib.get_close_matches(name, sum(theirs.values(), []), n=1, cutoff=0.8)
+    return suggest(misspelled[0], readers, option) if misspelled else []
 
 
 def describe_unknown(
@@ -101,11 +105,23 @@ def describe_unknown(
             lines.append(f"{word}: no such option; {remedy}")
         elif end >= 0 and place == end + 1:
             end = place
-        elif word in readers["option"]:
+        elif word in readers.get("option", ()):
             lines.append(f"{word}: belongs to no option; did you mean --option {word}?")
         else:
             lines.append(f"{word}: belongs to no option; a flag begins with --")
     return lines
+
+
+class WholeLineParser(OneLineParser):
+    """Of a program without --option: a word that it does not know is an error."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = [with_underscores(word) for word in (sys.argv[1:] if args is None else args)]
+        namespace, unknown = super().parse_known_args(words, namespace)
+        if unknown:
+            flags = {flag.lstrip("-"): () for flag in self._option_string_actions}
+            self.error("\n".join(describe_unknown(words, unknown, flags, "")))
+        return namespace, unknown
 
 
 def parse_words(

@@ -120,35 +120,64 @@ def split_documents(
     """(train, val): whole documents are held out, those whose content's hash is low.
 
     Of the `chosen` documents, (documents,) bool, by default all, about `val_fraction` of the tokens
-    is held out: where the hashes give less than half or more than twice of that, as of few
-    documents, the lowest of them up to it. Where no document is so small, or they come to next to
-    nothing, blocks of chunks all over the text are held out, at least one. val is None for a
-    fraction of 0 and for a corpus too small to spare anything.
+    is held out. Where most of the text is in documents that are larger than that, blocks of chunks
+    all over these are, at least one, and as large a share of the others; where the documents come
+    to next to nothing, blocks all over the text. val is None for a fraction of 0 and for a corpus
+    too small to spare anything.
     """
+    if chosen is None:
+        chosen = np.ones(len(cache.document_starts), bool)
     whole = whole_stream(cache, chosen)
     if val_fraction <= 0:
         return whole, None
     sizes = cache.document_stops() - cache.document_starts
-    target = val_fraction * len(whole)
-    small = sizes <= target  # one huge document must not be the whole hold-out
-    if chosen is not None:
-        small &= chosen
-    # By content, not by number: text that is added later moves hardly a document from one side to
-    # the other, and copies of one are on the same side.
-    hashes = splitmix64(cache.fingerprints[:, 0])
-    held_out = small & (hashes < np.uint64(val_fraction * 2.0**64))
-    most = min(2 * target, (target + len(whole)) / 2)  # something is left to train on
-    if not target / 2 <= sizes[held_out].sum() <= most:
-        order = np.flatnonzero(small)[np.argsort(hashes[small], kind="stable")]
-        end = np.searchsorted(np.cumsum(sizes[order]), target, side="right")
-        if end < len(order):  # not between copies
-            end = np.searchsorted(hashes[order], hashes[order[end]])
-        held_out = np.zeros(len(sizes), bool)
-        held_out[order[:end]] = True
-    if sizes[held_out].sum() < MIN_SHARE * target:  # a scrap beside documents that are too large
+    small = chosen & (sizes <= val_fraction * len(whole))  # a huge one must not be the whole of it
+    in_small = int(sizes[small].sum())
+    if 2 * in_small < len(whole):
+        train, val = _split_blocks(whole_stream(cache, chosen & ~small), val_fraction, chunk_length)
+        if val is not None:
+            held_out = _lowest_hashes(cache, small, val_fraction, in_small)
+            return (
+                _in_order(train, whole_stream(cache, small & ~held_out)),
+                _in_order(val, whole_stream(cache, held_out)),
+            )
+    held_out = _lowest_hashes(cache, small, val_fraction, len(whole))
+    if sizes[held_out].sum() < MIN_SHARE * val_fraction * len(whole):
         return _split_blocks(whole, val_fraction, chunk_length)
-    trained = ~held_out if chosen is None else chosen & ~held_out
-    return whole_stream(cache, trained), whole_stream(cache, held_out)
+    return whole_stream(cache, chosen & ~held_out), whole_stream(cache, held_out)
+
+
+def _lowest_hashes(
+    cache: TokenCache, documents: np.ndarray, fraction: float, tokens: int
+) -> np.ndarray:
+    """(documents,) bool: those of `documents` to hold out for about a `fraction` of `tokens`.
+
+    By content, not by number: text that is added later moves hardly a document from one side to the
+    other, and copies of one are on the same side. Where the hashes give less than half or more than
+    twice of what is wanted, as of few documents, they are the lowest up to it.
+    """
+    sizes = cache.document_stops() - cache.document_starts
+    hashes = splitmix64(cache.fingerprints[:, 0])
+    lowest = documents & (hashes < np.uint64(fraction * 2.0**64))
+    target = fraction * tokens
+    most = min(2 * target, (target + tokens) / 2)  # something is left to train on
+    if target / 2 <= sizes[lowest].sum() <= most:
+        return lowest
+    order = np.flatnonzero(documents)[np.argsort(hashes[documents], kind="stable")]
+    end = np.searchsorted(np.cumsum(sizes[order]), target, side="right")
+    if end < len(order):  # not between copies
+        end = np.searchsorted(hashes[order], hashes[order[end]])
+    lowest = np.zeros(len(sizes), bool)
+    lowest[order[:end]] = True
+    return lowest
+
+
+def _in_order(one: TokenStream, other: TokenStream) -> TokenStream:
+    """The stretches of two streams of the same tokens, as these have them."""
+    starts = np.concatenate([one.starts, other.starts])
+    order = np.argsort(starts)
+    stops = np.concatenate([one.stops, other.stops])[order]
+    return TokenStream(one.tokens, starts[order], stops, one.document_starts)
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:

@@ -19,7 +19,8 @@ from minllama.text.stream import TokenStream, documents_in, split_documents, who
     fraction=st.floats(0.001, 0.9),
 )
 def test_split_parts_whole_documents(sizes: list[int], fraction: float) -> None:
-    """Every token is in one of the two, whole documents only, none of them empty."""
+    """Every token is in one of the two, none of them empty; whole documents, but large ones."""
+    large = [size > fraction * sum(sizes) for size in sizes]
     assume(min(sizes) <= min(fraction, 0.5) * sum(sizes))
     assume(min(sizes) >= 0.1 * fraction * sum(sizes))  # none is a scrap
     cache = fake_cache(sizes)
@@ -28,8 +29,10 @@ def test_split_parts_whole_documents(sizes: list[int], fraction: float) -> None:
     trained, held_out = train.read(0, len(train)), val.read(0, len(val))
     assert sorted([*trained, *held_out]) == list(range(sum(sizes)))
     document = np.repeat(np.arange(len(sizes)), sizes)
-    assert not set(document[trained]) & set(document[held_out])
-    assert len(val) <= 2 * fraction * sum(sizes)
+    parted = set(document[trained]) & set(document[held_out])
+    most_is_large = 2 * sum(np.array(sizes)[large]) > sum(sizes)
+    assert not parted or most_is_large and all(large[number] for number in parted)
+    assert len(val) <= 2 * fraction * sum(sizes) + 8 * most_is_large
     again = split_documents(cache, fraction, chunk_length=8)[1]
     assert np.array_equal(again.read(0, len(val)), held_out)
 
@@ -73,6 +76,22 @@ def test_a_scrap_is_no_validation() -> None:
     """One document of five tokens beside large ones was all that was held out of 80,005."""
     train, val = split_documents(fake_cache([5] + [10_000] * 8), 0.1, chunk_length=64)
     assert 7_900 < len(val) < 8_100 and len(train) + len(val) == 80_005
+
+
+@pytest.mark.parametrize("place", [0, 700, 1000])
+def test_a_huge_document_beside_small_ones(place: int) -> None:
+    """Of both a twentieth: once nearly all of 1,000 small ones were held out for the huge one."""
+    sizes = [20] * place + [380_000] + [20] * (1000 - place)
+    cache = fake_cache(sizes)
+    train, val = split_documents(cache, 0.05, chunk_length=64)
+    trained, held_out = train.read(0, len(train)), val.read(0, len(val))
+    assert np.array_equal(np.sort(np.concatenate([trained, held_out])), np.arange(400_000))
+    assert (np.diff(trained) > 0).all() and (np.diff(held_out) > 0).all()
+    huge = (held_out >= 20 * place) & (held_out < 20 * place + 380_000)
+    assert huge.sum() == pytest.approx(19_000, abs=64)
+    assert 500 < (~huge).sum() < 1500
+    document = np.repeat(np.arange(1001), sizes)
+    assert {*document[trained]} & {*document[held_out]} == {place}
 
 
 def test_the_documents_held_out_are_for_ever() -> None:
