@@ -10,7 +10,7 @@ Each text's last tenth is held out; every program trains on the same bytes and i
 same. nanoGPT has its README's recipe for a CPU, letter by letter as there; llama2.c its defaults
 with a vocabulary of the text's own, in batches that a CPU can do. Ours gets the text and the
 minutes alone. With --all also nanoGPT's larger recipe, and ours with the text alone, in its own
-time.
+time; with --flags "--dropout 0" ours with these, too, and with --before an earlier version of ours.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import functools
 import re
+import shlex
 import shutil
 import statistics
 import tempfile
@@ -25,17 +26,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from peers import NANOGPT_CPU, train_llama2c, train_nanogpt
-from programs import run
+from programs import ROOT, run
 
 HELD_OUT = 0.1
 OURS = "ours, --minutes"
 
 
-def train_ours(train: Path, val: Path, folder: Path, *flags: object) -> float:
+def train_ours(train: Path, val: Path, folder: Path, *flags: object, root: Path = ROOT) -> float:
     """Train with these flags alone; returns the bits per byte of the held-out text."""
     run("run_llama.py", "--option", "pretrain", "--pretrain_data", train, "--save_dir", folder,
-        "--cache_dir", folder / "cache", "--overwrite", *flags)  # fmt: skip
-    printed = run("check_model_precision.py", folder / "best-model.pt", "--text", val)
+        "--cache_dir", folder / "cache", "--overwrite", *flags, cwd=root)  # fmt: skip
+    printed = run("check_model_precision.py", folder / "best-model.pt", "--text", val, cwd=root)
     return float(re.search(r"([\d.]+) bits per byte", printed)[1])
 
 
@@ -47,6 +48,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1337], help="of ours")
     parser.add_argument("--nanogpt", type=Path, help="a checkout; without one it is left out")
     parser.add_argument("--llama2c", type=Path, help="the same")
+    parser.add_argument("--before", type=Path, help="an earlier version of ours: a checkout")
+    parser.add_argument("--flags", nargs="+", default=[], help="of ours, beside --minutes")
     parser.add_argument("--all", action="store_true", help="the rows that take longer, too")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -59,11 +62,15 @@ def programs(
 ) -> dict[str, Callable[[int, float], float]]:
     """By name, what trains one of them with a seed for some minutes, to bits per byte."""
     both = [path.read_text(encoding="utf-8") for path in (train, val)]
-    found = {
-        OURS: lambda seed, minutes: train_ours(
-            train, val, work / "ours", "--seed", seed, "--minutes", minutes
+
+    def ours(*flags: str, root: Path = ROOT) -> Callable[[int, float], float]:
+        return lambda seed, minutes: train_ours(
+            train, val, work / "ours", "--seed", seed, "--minutes", minutes, *flags, root=root
         )
-    }
+
+    found = {OURS: ours()} | {f"ours, {flags}": ours(*shlex.split(flags)) for flags in args.flags}
+    if args.before is not None:
+        found["ours, before"] = ours(root=args.before.resolve())
     if args.all:
         found["ours, the text alone"] = lambda seed, minutes: train_ours(
             train, val, work / "alone", "--seed", seed
