@@ -133,8 +133,10 @@ def split_documents(
     sizes = cache.document_stops() - cache.document_starts
     small = chosen & (sizes <= val_fraction * len(whole))  # a huge one must not be the whole of it
     in_small = int(sizes[small].sum())
-    if 2 * in_small < len(whole):
-        train, val = _split_blocks(whole_stream(cache, chosen & ~small), val_fraction, chunk_length)
+    if 0 < 2 * in_small < len(whole):
+        large = whole_stream(cache, chosen & ~small)
+        length = min(chunk_length, max(1, round(val_fraction * len(large))))
+        train, val = _split_blocks(large, val_fraction, length)
         if val is not None:
             held_out = _lowest_hashes(cache, small, val_fraction, in_small)
             return (
@@ -203,6 +205,8 @@ def _split_blocks(
         end = round(chunks * share / blocks)
         size = held_out * share // blocks - held_out * (share - 1) // blocks
         start, stop = (end - size) * chunk_length, min(end * chunk_length, len(whole))
+        if held_out == 1 < chunks - 1:  # the last chunk may be of a few tokens
+            start = min(start, stop - chunk_length // 2)
         train.append((at, start))
         val.append((start, stop))
         at = stop
