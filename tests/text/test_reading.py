@@ -395,6 +395,25 @@ def test_another_encoding_is_recognised_and_read(tmp_path: Path, encoding: str, 
             list(read_blocks(later))
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["Жили-были старик.\n", "نص عربي هنا.\n", "यह हिन्दी पाठ.\n", "นี่คือ ข้อความ\n", "Γεια σου, τι\n"],
+)
+def test_utf_16_of_other_scripts_is_recognised(tmp_path: Path, line: str) -> None:
+    """Of these hardly a tenth of the bytes are zeros: some were read as UTF-8, control characters
+    and all, without a word.
+    """
+    path = written(tmp_path / "a.txt", (20 * line).encode("utf-16-le"))
+    with pytest.raises(UsageError, match="likely utf-16-le"):
+        list(read_blocks(path))
+
+
+def test_zeros_are_no_text(tmp_path: Path) -> None:
+    """A file that was never filled is zeros, which are UTF-8."""
+    with pytest.raises(UsageError, match="is binary"):
+        list(read_blocks(written(tmp_path / "a.txt", b"Once.\n" * 100 + bytes(9000))))
+
+
 def test_each_file_is_read_in_its_own_encoding(tmp_path: Path) -> None:
     """cp1252 made mojibake of the UTF-8 files in a folder, and gb18030 refused them."""
     text = SAMPLES["gb18030"] * 20_000  # several blocks
