@@ -274,6 +274,11 @@ def test_a_line_that_is_none_is_refused(tmp_path: Path, monkeypatch) -> None:
     plain = tmp_path / "a.txt"
     plain.write_text("a" * 10**6, encoding="utf-8")
     assert sum(len(block.text) for block in read_documents(plain, Reading())) == 10**6
+    monkeypatch.setattr("minllama.text.documents.LINE_CHARS", 10**6 - 1)
+    with pytest.raises(UsageError, match="a.txt: more than 999,999 characters without a space"):
+        list(read_documents(plain, Reading()))
+    plain.write_text("a" * 999_990 + "\nb " + "a" * 999_990, encoding="utf-8")
+    assert len([*read_documents(plain, Reading())]) > 1
 
 
 def test_damaged_gzip(tmp_path: Path) -> None:
