@@ -58,10 +58,10 @@ class TokenStream:
         bounds = np.concatenate(starts), np.concatenate(stops)
         return TokenStream(self.tokens, *bounds, self.document_starts)
 
-    def locate(self, position: int) -> int:
-        """The place in the token array of token `position` of the stream."""
+    def locate(self, position):
+        """The place in the token array of token `position` of the stream; of an array of each."""
         stretch = self._stretch(position)
-        return int(self.starts[stretch]) + position - int(self.offsets[stretch])
+        return self.starts[stretch] + position - self.offsets[stretch]
 
     def count_documents(self, starts: np.ndarray, stops: np.ndarray) -> int:
         """How many documents start at tokens starts..stops-1 of the stream, all of them together.
