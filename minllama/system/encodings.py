@@ -20,12 +20,14 @@ CHINESE = (
 KOREAN = "다이는을의에가고하지한은로도를서그나자시기사리어아있대인것들수"
 JAPANESE = "[\u3041-\u30fe]"
 CYRILLIC = "[\u0430-\u044f]{3,}"  # small letters, three in a row
+OTHERS = "[\u03ac-\u03ce\u05d0-\u05ea\u0620-\u06d3\u0900-\u0e4e]{3,}"  # Greek to Thai
+IN_UTF16 = f"[{CHINESE}{KOREAN}]|{JAPANESE}|{CYRILLIC}|{OTHERS}"
 # Characters that text has in plenty when decoded as it was encoded, and rarely by chance.
 LIKELY = {
     "gb18030": f"[{CHINESE}]",
     "big5": f"[{CHINESE}]",
-    "utf-16-le": f"[{CHINESE}{KOREAN}]|{JAPANESE}|{CYRILLIC}",
-    "utf-16-be": f"[{CHINESE}{KOREAN}]|{JAPANESE}|{CYRILLIC}",
+    "utf-16-le": IN_UTF16,
+    "utf-16-be": IN_UTF16,
     "shift_jis": JAPANESE,
     "euc_jp": JAPANESE,
     "cp949": f"[{KOREAN}]",

@@ -21,7 +21,7 @@ from minllama.system.errors import UsageError
 from minllama.system.files import is_text
 from minllama.system.json_lines import read_values
 from minllama.system.peek import first_object, is_csv_name, is_table
-from minllama.text.reading import UTF8, Reading, read_lines
+from minllama.text.reading import UTF8, Reading, read_lines, with_lf
 from minllama.text.records import places, read_records, shown
 
 Exchange = tuple[str, str]  # a question and its answer
@@ -500,7 +500,8 @@ def _exchanges(turns: list[Any], left_out: Counter[str]) -> tuple[list[Exchange]
 def _turn(turn: Any, left_out: Counter[str]) -> tuple[str, str] | None:
     """(role, text) of a turn: OpenAI's role and content, or ShareGPT's from and value.
 
-    None for a tool's. An assistant's text may be empty: of a call of a tool, or no answer.
+    None for a tool's. An assistant's text may be empty, of a call of a tool or no answer, and a
+    system's, of a form that was filled in.
     """
     if not isinstance(turn, dict):
         raise BadDialogue("no turn", f"the turn {shown(turn)!r} is not an object; {TURN}")
@@ -517,9 +518,9 @@ def _turn(turn: Any, left_out: Counter[str]) -> tuple[str, str] | None:
         )
     if isinstance(text, list):
         text = _text_of_parts(text, left_out)
-    if text is None and role == "assistant":
+    if text is None and role != "user":
         text = ""
-    if not isinstance(text, str) or not (text.strip() or role == "assistant"):
+    if not isinstance(text, str) or not (text.strip() or role != "user"):
         raise BadDialogue(
             "a turn without text",
             f"the text of a turn of {named!r} is {shown(text)!r}; give it words or take the "
@@ -528,7 +529,7 @@ def _turn(turn: Any, left_out: Counter[str]) -> tuple[str, str] | None:
     if not is_text(text):  # JSON can escape what UTF-8 cannot encode
         kind = "half a surrogate pair"
         raise BadDialogue(kind, f"{kind} in a text; repair the line")
-    return role, text.replace("\r\n", "\n").strip()
+    return role, with_lf(text).strip()
 
 
 def _text_of_parts(parts: list[Any], left_out: Counter[str]) -> str:

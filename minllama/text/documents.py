@@ -16,7 +16,15 @@ from minllama.system.files import is_text
 from minllama.system.json_lines import read_values
 from minllama.system.peek import first_object, has_records, is_csv_name, is_json_name, is_table
 from minllama.text.labelled import is_labelled, split_labelled
-from minllama.text.reading import BLANK_LINE, Reading, note_once, read_blocks, read_lines, with_lf
+from minllama.text.reading import (
+    BLANK_LINE,
+    LINE_CHARS,
+    Reading,
+    note_once,
+    read_blocks,
+    read_lines,
+    with_lf,
+)
 from minllama.text.records import field_problem, field_texts, places, read_records
 
 SAMPLED_FILES, SAMPLED_CHARS = 10, 1 << 18  # on which a vocabulary is tried
@@ -56,8 +64,22 @@ def read_documents(
     elif reading.document_separator is not None:
         return _separated(read_lines(path, reading, on_bytes), reading.document_separator)
     else:
-        return _whole_document(read_blocks(path, reading, on_bytes))
+        return _whole_document(_with_spaces(path, read_blocks(path, reading, on_bytes)))
     return (Block(text, True) for text in texts if text and not text.isspace())
+
+
+def _with_spaces(path: Path, blocks: Iterable[str]) -> Iterator[str]:
+    """The blocks of a text; UsageError for a word that fills the memory, as it is encoded whole."""
+    size = 0
+    for text in blocks:
+        rest = len(text) - 1 - max(text.rfind(" "), text.rfind("\n"))
+        size = rest + size * (rest == len(text))
+        if size > LINE_CHARS:
+            raise UsageError(
+                f"{path}: more than {LINE_CHARS:,} characters without a space or a line end: is it "
+                f"the file that was meant? Else fold -w 1000 {path.name} makes lines"
+            )
+        yield text
 
 
 def _whole_document(blocks: Iterable[str]) -> Iterator[Block]:

@@ -112,20 +112,19 @@ def report_near_copies(tokenizer: Tokenizer, train: TokenStream, val: TokenStrea
     """
     spelling = Spelling(tokenizer, spaces=False)
     hashes, documents = [], []
-    before = 0  # documents in earlier reads
-    for text, starts in _letters(spelling, val, VAL_TOKENS):
+    for start, text, offsets in _letters(spelling, val, VAL_TOKENS):
         sampled, at = _stretches(text)
-        first = np.searchsorted(starts, at, side="right")
-        is_within = first == np.searchsorted(starts, at + STRETCH - 1, side="right")
-        hashes.append(sampled[is_within])
-        documents.append(before + first[is_within])
-        before += len(starts)
+        ends = np.stack([at, at + STRETCH - 1])
+        tokens = val.locate(start + np.searchsorted(offsets, ends, side="right") - 1)
+        first, last = np.searchsorted(val.document_starts, tokens, side="right")
+        hashes.append(sampled[first == last])
+        documents.append(first[first == last])
     if not hashes:
         return
     held_out, document = np.concatenate(hashes), np.concatenate(documents)
     wanted = HashSet(held_out)
     is_seen = np.zeros(len(wanted.members), bool)
-    for text, _ in _letters(spelling, train, TRAIN_TOKENS):
+    for _, text, _ in _letters(spelling, train, TRAIN_TOKENS):
         is_seen[wanted.find(_stretches(text)[0])[1]] = True
     is_seen = is_seen[np.searchsorted(wanted.members, held_out)]
     sizes = np.bincount(document)
@@ -141,12 +140,10 @@ def report_near_copies(tokenizer: Tokenizer, train: TokenStream, val: TokenStrea
 
 def _letters(
     spelling: Spelling, stream: TokenStream, most: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(letters, places among them where a document starts) of each part of a stream."""
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(first token, letters, places among them of each token) of each part of a stream."""
     for start in range(0, min(most, len(stream)), READ_TOKENS):
-        ids = stream.read(start, min(start + READ_TOKENS, len(stream)))
-        text, offsets = spelling.spell(ids)
-        yield text, offsets[ids == spelling.bos_id]
+        yield start, *spelling.spell(stream.read(start, min(start + READ_TOKENS, len(stream))))
 
 
 def _stretches(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -201,8 +201,8 @@ def note_once(text: str) -> None:
 def _check_start(path: Path, data: bytes, encoding: str, reading: Reading) -> None:
     """Raise UsageError for what begins as another encoding or no text, and no error would show it.
 
-    Latin-1 is any bytes; UTF-16 without a BOM is UTF-8 of every second byte zero; and "replace"
-    would leave nothing of a text in GBK.
+    Latin-1 is any bytes; UTF-16 without a BOM is often UTF-8, with zeros and other control
+    characters in it; and "replace" would leave nothing of a text in GBK.
     """
     if not is_utf8(encoding):
         one_byte = not codecs.lookup(encoding).name.startswith(
@@ -211,16 +211,17 @@ def _check_start(path: Path, data: bytes, encoding: str, reading: Reading) -> No
         if one_byte and looks_binary(data):
             raise UsageError(f"{path}: is {UNKNOWN}")
         return
-    zeros = 4 * data.count(0) > len(data)
+    zeros = data.count(0) > min(len(data) / 4, max(FEW, len(data) / 100))
     if not zeros and reading.encoding_errors == "strict":
         return
     bad, beyond = _not_utf8(data)
     likely = likely_encoding(data) if zeros or bad > MOSTLY * beyond else None
     if likely is not None:
         raise UsageError(f"{path}: not UTF-8; {_reads_as(data, likely)}")
-    if bad > max(FEW, MOSTLY * beyond):
-        if looks_binary(data):
-            raise UsageError(f"{path}: is {UNKNOWN}")
+    is_other = bad > max(FEW, MOSTLY * beyond)
+    if (zeros or is_other) and looks_binary(data):
+        raise UsageError(f"{path}: is {UNKNOWN}")
+    if is_other:
         raise UsageError(
             f"{path}: {bad:,} of {beyond:,} characters beyond ASCII are not UTF-8: name its "
             "encoding with --encoding, if it is text"

@@ -58,10 +58,10 @@ class TokenStream:
         bounds = np.concatenate(starts), np.concatenate(stops)
         return TokenStream(self.tokens, *bounds, self.document_starts)
 
-    def locate(self, position: int) -> int:
-        """The place in the token array of token `position` of the stream."""
+    def locate(self, position):
+        """The place in the token array of token `position` of the stream; of an array of each."""
         stretch = self._stretch(position)
-        return int(self.starts[stretch]) + position - int(self.offsets[stretch])
+        return self.starts[stretch] + position - self.offsets[stretch]
 
     def count_documents(self, starts: np.ndarray, stops: np.ndarray) -> int:
         """How many documents start at tokens starts..stops-1 of the stream, all of them together.
@@ -133,8 +133,10 @@ def split_documents(
     sizes = cache.document_stops() - cache.document_starts
     small = chosen & (sizes <= val_fraction * len(whole))  # a huge one must not be the whole of it
     in_small = int(sizes[small].sum())
-    if 2 * in_small < len(whole):
-        train, val = _split_blocks(whole_stream(cache, chosen & ~small), val_fraction, chunk_length)
+    if 0 < 2 * in_small < len(whole):
+        large = whole_stream(cache, chosen & ~small)
+        length = min(chunk_length, max(1, round(val_fraction * len(large))))
+        train, val = _split_blocks(large, val_fraction, length)
         if val is not None:
             held_out = _lowest_hashes(cache, small, val_fraction, in_small)
             return (
@@ -203,6 +205,8 @@ def _split_blocks(
         end = round(chunks * share / blocks)
         size = held_out * share // blocks - held_out * (share - 1) // blocks
         start, stop = (end - size) * chunk_length, min(end * chunk_length, len(whole))
+        if held_out == 1 < chunks - 1:  # the last chunk may be of a few tokens
+            start = min(start, stop - chunk_length // 2)
         train.append((at, start))
         val.append((start, stop))
         at = stop

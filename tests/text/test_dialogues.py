@@ -454,6 +454,7 @@ def test_dialogues_as_people_have_them(tmp_path):
         ([ask, call, turn("tool", "{}"), turn("function", "7"), answer], [("Where?", "Here.")], ""),
         ([turn("user", parts), answer], [("Look:\nx", "Here.")], ""),
         ([turn("user", "Why?"), turn("assistant", " "), ask, answer], [("Where?", "Here.")], ""),
+        ([turn("system", ""), turn("user", "a\rb"), answer], [("a\nb", "Here.")], ""),
     ]  # fmt: skip
     lines = [case[0] for case in cases] + [{"question": "Q", "answer": "A"}]
     lines += [{"instruction": "x", "input": "", "output": ""}]  # as 28 of Alpaca's are

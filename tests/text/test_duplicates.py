@@ -16,6 +16,7 @@ from test_corpus import load
 
 from minllama.system.errors import UsageError
 from minllama.text.duplicates import STRETCH, _stretches, first_occurrences
+from minllama.text.stream import documents_in
 from tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
@@ -144,6 +145,25 @@ def test_near_copies_are_counted(capsys):
         patch.setattr("minllama.text.duplicates.TRAIN_TOKENS", 1000)
         load(f"{words} fresh.jsonl")
         assert "near copies  none of 40 " in capsys.readouterr().out
+
+
+def test_near_copies_beside_a_part_of_a_document(capsys):
+    """What is held out of a huge document was counted as the end of the one before it."""
+    chance = random.Random(0)
+    texts = [
+        " ".join(str(chance.randrange(1000)) for _ in range(size)) for size in [50] * 60 + [9000]
+    ]
+    copies = [f"Copied. {text}" for text in texts[:60]]
+    write("a.jsonl", [json.dumps({"text": text}) for text in copies + texts])
+    loaded = load("--pretrain_data a.jsonl --max_seq_len 128")
+    trained, held_out = (
+        documents_in(loaded.cache, data.stream) for data in (loaded.train, loaded.val)
+    )
+    partners = np.r_[60:120, 0:60]
+    near = int((held_out[:120] & trained[partners]).sum())
+    assert near > 1 and trained[120] and held_out[120]
+    out = capsys.readouterr().out
+    assert f"near copies  {near} of {held_out.sum()} held-out documents" in out
 
 
 def test_stretches_are_those_of_the_letters(monkeypatch):

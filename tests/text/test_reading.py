@@ -274,6 +274,11 @@ def test_a_line_that_is_none_is_refused(tmp_path: Path, monkeypatch) -> None:
     plain = tmp_path / "a.txt"
     plain.write_text("a" * 10**6, encoding="utf-8")
     assert sum(len(block.text) for block in read_documents(plain, Reading())) == 10**6
+    monkeypatch.setattr("minllama.text.documents.LINE_CHARS", 10**6 - 1)
+    with pytest.raises(UsageError, match="a.txt: more than 999,999 characters without a space"):
+        list(read_documents(plain, Reading()))
+    plain.write_text("a" * 999_990 + "\nb " + "a" * 999_990, encoding="utf-8")
+    assert len([*read_documents(plain, Reading())]) > 1
 
 
 def test_damaged_gzip(tmp_path: Path) -> None:
@@ -393,6 +398,25 @@ def test_another_encoding_is_recognised_and_read(tmp_path: Path, encoding: str, 
     if not encoding.startswith("utf"):
         with pytest.raises(UsageError, match=rf"b\.txt:50001: .*is likely {encoding} "):
             list(read_blocks(later))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["Жили-были старик.\n", "نص عربي هنا.\n", "यह हिन्दी पाठ.\n", "นี่คือ ข้อความ\n", "Γεια σου, τι\n"],
+)
+def test_utf_16_of_other_scripts_is_recognised(tmp_path: Path, line: str) -> None:
+    """Of these hardly a tenth of the bytes are zeros: some were read as UTF-8, control characters
+    and all, without a word.
+    """
+    path = written(tmp_path / "a.txt", (20 * line).encode("utf-16-le"))
+    with pytest.raises(UsageError, match="likely utf-16-le"):
+        list(read_blocks(path))
+
+
+def test_zeros_are_no_text(tmp_path: Path) -> None:
+    """A file that was never filled is zeros, which are UTF-8."""
+    with pytest.raises(UsageError, match="is binary"):
+        list(read_blocks(written(tmp_path / "a.txt", b"Once.\n" * 100 + bytes(9000))))
 
 
 def test_each_file_is_read_in_its_own_encoding(tmp_path: Path) -> None:

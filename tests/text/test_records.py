@@ -274,7 +274,7 @@ def test_compressed_files_that_are_cut_off_or_bombs(suffix, tmp_path, monkeypatc
     path.write_bytes(b"plain text")
     refused(path, f"named {suffix}, but not a")
     monkeypatch.setattr("minllama.text.reading.LINE_CHARS", 1 << 20)
-    path.write_bytes(pack(b'{"text": "' + bytes(1 << 23)))
+    path.write_bytes(pack(b'{"text": "' + b"a" * (1 << 23)))
     refused(path, "a line of more than 1,048,576 characters")
 
 

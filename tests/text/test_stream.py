@@ -94,6 +94,16 @@ def test_a_huge_document_beside_small_ones(place: int) -> None:
     assert {*document[trained]} & {*document[held_out]} == {place}
 
 
+@pytest.mark.parametrize("sizes", [[14_338], [10_242, *[50] * 20], [2000, *[20] * 90]])
+def test_what_is_held_out_is_neither_crumbs_nor_far_more(sizes: list[int]) -> None:
+    """The last chunk was, where it was the only one: of two tokens; or a whole one of 1,024 of
+    3,800, beside small documents which had enough.
+    """
+    train, val = split_documents(fake_cache(sizes), 0.05, chunk_length=1024)
+    assert len(train) + len(val) == sum(sizes)
+    assert len(val) == pytest.approx(0.05 * sum(sizes), rel=0.5)
+
+
 def test_the_documents_held_out_are_for_ever() -> None:
     """A resumed run must not train on what it was measured on: literal numbers, any version."""
     _, val = split_documents(fake_cache([2] * 40), 0.2, chunk_length=8)
