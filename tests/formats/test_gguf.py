@@ -64,8 +64,9 @@ def test_llama_cpp_continues_with_our_very_tokens(tmp_path: Path, dtype: str):
 
 
 def test_llama_cpp_reads_grouped_queries_an_own_head_and_another_theta(tmp_path, tokenizer):
-    """What the shipped model does not have."""
-    shape = {"dim": 64, "rope_theta": 500.0, "layer_norm_eps": 1e-4, "max_seq_len": 64}
+    """What the shipped model does not have. A theta without a point in its config.json, as
+    SmolLM2's and Qwen3's, was written as a whole number, which llama.cpp does not load."""
+    shape = {"dim": 64, "rope_theta": 500, "layer_norm_eps": 1e-4, "max_seq_len": 64}
     model = make_model(tokenizer, tie_word_embeddings=False, **shape)
     with llama_cpp(write(model, tmp_path / "model.gguf", tokenizer)) as ask:
         assert their_tokens(ask, "A bird", 16) == our_tokens(model, tokenizer, "A bird", 16)
