@@ -133,8 +133,8 @@ def _folder(path: Path) -> Path:
 
 def _rope(file: Path, theirs: dict[str, Any]) -> dict[str, Any]:
     """What a config.json says of rotary positions, in transformers 5's place, 4's, or both."""
-    theta = theirs.get("rope_theta")
-    settings: dict[str, Any] = {} if theta is None else {"rope_theta": theta}
+    names = ("rope_theta", "partial_rotary_factor")
+    settings = {name: theirs[name] for name in names if theirs.get(name) is not None}
     for key in ("rope_parameters", "rope_scaling"):
         section = theirs.get(key) or {}
         if not isinstance(section, dict):
