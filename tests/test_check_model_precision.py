@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import make_model
+from oracles import make_model, to_hugging_face, write
 
 import check_model_precision as C
 from config import parse_options
@@ -62,6 +62,22 @@ def test_sizes_by_part_add_up(tmp_path: Path, tokenizer: Tokenizer):
     assert report.parts["optimizer"] == 3 * 2 * 4000
     assert report.parts["weights"] == 4 * report.parameters
     assert sum(report.parts.values()) == report.size == (tmp_path / "a.pt").stat().st_size
+
+
+def test_a_file_of_a_folder_has_the_size_of_what_is_read(tmp_path: Path):
+    """An index, and a part of several, had `other` of less than nothing."""
+    model = make_model()
+    write(model, "hf", tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    tensors, index = to_hugging_face(model), {}
+    for number, names in enumerate((list(tensors)[:9], list(tensors)[9:])):
+        index |= dict.fromkeys(names, f"pytorch_model-{number}.bin")
+        part = tmp_path / "hf" / f"pytorch_model-{number}.bin"
+        torch.save({name: tensors[name].clone() for name in names}, part)
+    named = tmp_path / "hf" / "pytorch_model.bin.index.json"
+    named.write_text(json.dumps({"weight_map": index}), encoding="utf-8")
+    sizes = {json.dumps(C.inspect(path).parts) for path in (named, part, named.parent)}
+    assert len(sizes) == 1 and "-" not in sizes.pop()
 
 
 @pytest.mark.parametrize("copies", ["tied, but stored twice", "not tied"])
