@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 PACKAGE, BESIDE = "safetensors", None
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"  # PEFT's, beside a whole model
 PICKLED = "pytorch_model"  # begins the names of older folders' files, which are pickles
 FILES = {  # what `write` makes
     WEIGHTS,
@@ -249,6 +250,9 @@ def read(path: Path, *, low_rank: dict[str, tuple[Tensor, Tensor]] | None = None
     `low_rank` are products to add to the matrices that they are named after.
     """
     path = _folder(path)
+    if low_rank is None and (path / ADAPTER).exists():
+        remedy = "name that file to merge it into its model"
+        print(f"note: {path}: {ADAPTER} in it is left out: {remedy}", file=sys.stderr)
     config, weights = _with_head(path, _read_config(path), _causal_lm_weights(path))
     for name, (b, a) in (low_rank or {}).items():
         if name not in weights or weights[name].shape != (len(b), a.shape[1]):
