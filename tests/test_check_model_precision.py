@@ -278,6 +278,24 @@ def test_a_classifier_is_one_for_transformers(tmp_path: Path):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+def test_transformers_classifies_several_texts_at_once(tmp_path: Path, tokenizer: Tokenizer):
+    """The folder named no token to pad with, and their class refuses a batch without one."""
+    transformers = pytest.importorskip("transformers")
+    head = {"weight": torch.randn(3, 48), "bias": torch.zeros(3)}
+    payload = model_payload(make_model(tokenizer))
+    save_pt(tmp_path / "a.pt", payload | {"classifier_head": head, "label_names": ["a", "b", "c"]})
+    assert convert(tmp_path / "a.pt", "hf", tmp_path / "hf") == 0
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf").eval()
+    texts = ["A dog", "One day a bird sat in a tree"]
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    batch = fast(texts, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        together = theirs(**batch).logits
+        for text, got in zip(texts, together, strict=True):
+            alone = theirs(torch.tensor([tokenizer.encode(text, True, False)])).logits[0]
+            torch.testing.assert_close(got, alone, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "target, what, message",
     [

@@ -21,6 +21,7 @@ from torch import Tensor
 from config import LlamaConfig
 from minllama.formats.hugging_face_vocabulary import (
     check_token_ids,
+    padding_id,
     read_template,
     read_vocabulary,
     write_json,
@@ -402,6 +403,8 @@ def config_json(
     if classifier is not None:
         task, names = "ForSequenceClassification", dict(enumerate(classifier.label_names))
         labels = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+        if tokenizer is not None:  # without it they refuse more than one text at once
+            labels["pad_token_id"] = padding_id(tokenizer)
     return {
         "architectures": [CLASSES[kind] + task],
         **labels,
