@@ -198,9 +198,11 @@ def inspect(path: Path, *, verify: bool = False) -> Report:
     """Read the facts of a model file; with verify every byte of it."""
     contents = read_contents(path)
     weights, fingerprint = contents.values["model"], contents.values.get("vocabulary_fingerprint")
-    size = size_on_disk(path.parent if path.name == hugging_face.INDEX else path)
     optimizer = stored_bytes({key: contents.values.get(key) for key in ("optimizer", "scaler")})
     held = contents.packed_bytes or stored_bytes(weights)
+    size = size_on_disk(path)
+    if size < held:  # the index or a part of what was read, which is the folder
+        size = size_on_disk(path.parent)
     tensors = [
         {
             "name": name,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import make_model
+from oracles import make_model, to_hugging_face, write
 
 import check_model_precision as C
 from config import parse_options
@@ -62,6 +62,22 @@ def test_sizes_by_part_add_up(tmp_path: Path, tokenizer: Tokenizer):
     assert report.parts["optimizer"] == 3 * 2 * 4000
     assert report.parts["weights"] == 4 * report.parameters
     assert sum(report.parts.values()) == report.size == (tmp_path / "a.pt").stat().st_size
+
+
+def test_a_file_of_a_folder_has_the_size_of_what_is_read(tmp_path: Path):
+    """An index, and a part of several, had `other` of less than nothing."""
+    model = make_model()
+    write(model, "hf", tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    tensors, index = to_hugging_face(model), {}
+    for number, names in enumerate((list(tensors)[:9], list(tensors)[9:])):
+        index |= dict.fromkeys(names, f"pytorch_model-{number}.bin")
+        part = tmp_path / "hf" / f"pytorch_model-{number}.bin"
+        torch.save({name: tensors[name].clone() for name in names}, part)
+    named = tmp_path / "hf" / "pytorch_model.bin.index.json"
+    named.write_text(json.dumps({"weight_map": index}), encoding="utf-8")
+    sizes = {json.dumps(C.inspect(path).parts) for path in (named, part, named.parent)}
+    assert len(sizes) == 1 and "-" not in sizes.pop()
 
 
 @pytest.mark.parametrize("copies", ["tied, but stored twice", "not tied"])
@@ -260,6 +276,24 @@ def test_a_classifier_is_one_for_transformers(tmp_path: Path):
             want = theirs(tokens).logits.log_softmax(-1)
             got = ours(tokens, torch.tensor([width]))
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_transformers_classifies_several_texts_at_once(tmp_path: Path, tokenizer: Tokenizer):
+    """The folder named no token to pad with, and their class refuses a batch without one."""
+    transformers = pytest.importorskip("transformers")
+    head = {"weight": torch.randn(3, 48), "bias": torch.zeros(3)}
+    payload = model_payload(make_model(tokenizer))
+    save_pt(tmp_path / "a.pt", payload | {"classifier_head": head, "label_names": ["a", "b", "c"]})
+    assert convert(tmp_path / "a.pt", "hf", tmp_path / "hf") == 0
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf").eval()
+    texts = ["A dog", "One day a bird sat in a tree"]
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    batch = fast(texts, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        together = theirs(**batch).logits
+        for text, got in zip(texts, together, strict=True):
+            alone = theirs(torch.tensor([tokenizer.encode(text, True, False)])).logits[0]
+            torch.testing.assert_close(got, alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ the name of a pre-tokenizer (`gpt2`).
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def vocabulary_values(tokenizer: Tokenizer) -> dict[str, Any]:
     if overlap is not None:
         print(
             f"note: where the symbols {overlap[0]!r} and {overlap[1]!r} overlap in a text, "
-            "llama.cpp may give other ids: it looks for one after the other, not from the left"
+            "llama.cpp may give other ids: it looks for one after the other, not from the left",
+            file=sys.stderr,
         )
     describe = _byte_bpe_values if isinstance(vocabulary, ByteBPE) else _sentence_piece_values
     bos, eos = vocabulary.stated_marks
@@ -71,6 +73,7 @@ def _sentence_piece_values(vocabulary: Any) -> dict[str, Any]:
 
 
 def _byte_bpe_values(vocabulary: ByteBPE) -> dict[str, Any]:
+    _note_what_is_dropped(vocabulary)
     kind_of = dict.fromkeys(vocabulary.control_tokens.values(), CONTROL)
     kind_of |= dict.fromkeys(vocabulary.added_tokens.values(), USER_DEFINED)
     values = {
@@ -81,6 +84,21 @@ def _byte_bpe_values(vocabulary: ByteBPE) -> dict[str, Any]:
     }
     padding = vocabulary.control_tokens.get(vocabulary.settings.get("pad_token"))
     return values if padding is None else values | {"padding_token_id": padding}
+
+
+def _note_what_is_dropped(vocabulary: ByteBPE) -> None:
+    """Say what decides the ids of some texts and has no place in a GGUF file."""
+    ignores = vocabulary.file["model"]["ignore_merges"]
+    dropped = {
+        "normalizer NFC, by which accents join their letters,": vocabulary.file["normalizer"],
+        f"ignore_merges {ignores}": ignores != (vocabulary.pre_tokenizer in IGNORE_MERGES),
+    }
+    for what in filter(dropped.get, dropped):
+        print(
+            f"note: the vocabulary's {what} has no place in a GGUF file: whoever reads it, as "
+            "llama.cpp, may give some texts other ids",
+            file=sys.stderr,
+        )
 
 
 def rebuilt_vocabulary(path: Path, metadata: dict[str, Any]) -> bytes | None:

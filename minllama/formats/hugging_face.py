@@ -21,6 +21,7 @@ from torch import Tensor
 from config import LlamaConfig
 from minllama.formats.hugging_face_vocabulary import (
     check_token_ids,
+    padding_id,
     read_template,
     read_vocabulary,
     write_json,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 PACKAGE, BESIDE = "safetensors", None
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"  # PEFT's, beside a whole model
 PICKLED = "pytorch_model"  # begins the names of older folders' files, which are pickles
 FILES = {  # what `write` makes
     WEIGHTS,
@@ -133,8 +135,8 @@ def _folder(path: Path) -> Path:
 
 def _rope(file: Path, theirs: dict[str, Any]) -> dict[str, Any]:
     """What a config.json says of rotary positions, in transformers 5's place, 4's, or both."""
-    theta = theirs.get("rope_theta")
-    settings: dict[str, Any] = {} if theta is None else {"rope_theta": theta}
+    names = ("rope_theta", "partial_rotary_factor")
+    settings = {name: theirs[name] for name in names if theirs.get(name) is not None}
     for key in ("rope_parameters", "rope_scaling"):
         section = theirs.get(key) or {}
         if not isinstance(section, dict):
@@ -249,6 +251,9 @@ def read(path: Path, *, low_rank: dict[str, tuple[Tensor, Tensor]] | None = None
     `low_rank` are products to add to the matrices that they are named after.
     """
     path = _folder(path)
+    if low_rank is None and (path / ADAPTER).exists():
+        remedy = "name that file to merge it into its model"
+        print(f"note: {path}: {ADAPTER} in it is left out: {remedy}", file=sys.stderr)
     config, weights = _with_head(path, _read_config(path), _causal_lm_weights(path))
     for name, (b, a) in (low_rank or {}).items():
         if name not in weights or weights[name].shape != (len(b), a.shape[1]):
@@ -398,6 +403,8 @@ def config_json(
     if classifier is not None:
         task, names = "ForSequenceClassification", dict(enumerate(classifier.label_names))
         labels = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+        if tokenizer is not None:  # without it they refuse more than one text at once
+            labels["pad_token_id"] = padding_id(tokenizer)
     return {
         "architectures": [CLASSES[kind] + task],
         **labels,

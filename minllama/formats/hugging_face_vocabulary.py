@@ -120,18 +120,25 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
+def padding_id(tokenizer: Tokenizer) -> int:
+    """The token that others pad with, when they train or classify: one that stands in no text."""
+    vocabulary = tokenizer.vocabulary
+    if not isinstance(vocabulary, ByteBPE):
+        return vocabulary.unknown_id
+    named = vocabulary.settings.get("pad_token")
+    return vocabulary.control_tokens.get(named, vocabulary.stated_marks[1])
+
+
 def tokenizer_config(tokenizer: Tokenizer, model: Llama) -> dict[str, Any]:
     """What `transformers` has to know of the vocabulary beside tokenizer.json."""
     vocabulary, template = tokenizer.vocabulary, model.chat_template
     bos, eos = map(vocabulary.name, vocabulary.stated_marks)
+    named = {"bos_token": bos, "eos_token": eos}
     if isinstance(vocabulary, ByteBPE):
-        padding = vocabulary.settings.get("pad_token", eos)
-        named = {"bos_token": bos, "eos_token": eos, "pad_token": padding}
         named["add_bos_token"] = vocabulary.adds_bos
     else:
-        unknown = vocabulary.name(vocabulary.unknown_id)
-        # Whoever trains needs a token to pad with: this one stands in no text.
-        named = {"bos_token": bos, "eos_token": eos, "unk_token": unknown, "pad_token": unknown}
+        named["unk_token"] = vocabulary.name(vocabulary.unknown_id)
+    named["pad_token"] = vocabulary.name(padding_id(tokenizer))
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
         **named,

@@ -19,7 +19,7 @@ from minllama.formats.stored_model import Contents, StoredModel
 from minllama.system.errors import UsageError
 from minllama.system.files import read_json_object
 
-SHAPE, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SHAPE, WEIGHTS = "adapter_config.json", hugging_face.ADAPTER
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 # What says nothing of what is added to the weights, or is looked at by itself. All else is off.
 HARMLESS = {
@@ -36,10 +36,11 @@ ONLY: dict[str, tuple[Any, ...]] = {
 
 
 def recognizes(path: Path, head: bytes) -> bool:
-    """Whether it is such a folder, or a file in it."""
-    folder = path if path.is_dir() else path.parent
-    inside = path.is_dir() or path.name in (SHAPE, WEIGHTS)
-    return inside and (folder / SHAPE).exists() and not (folder / "config.json").exists()
+    """Whether it is such a folder, with no whole model in it, or a file of its."""
+    if not path.is_dir():
+        return path.name in (SHAPE, WEIGHTS) and path.with_name(SHAPE).exists()
+    whole = hugging_face.weight_files(path)  # config.json alone is the shape of the model named
+    return (path / SHAPE).exists() and not any((path / name).exists() for name in whole)
 
 
 def _folder(path: Path) -> Path:

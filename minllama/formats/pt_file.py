@@ -213,11 +213,15 @@ def _check_payload(path: Path, payload: Any, *, unsealed: bool) -> None:
         raise UsageError(
             f"{path} is damaged: its checksum is gone; it was cut off, or saved by another program"
         )
+    left = 2 * path.stat().st_size  # what is tied has two names
     for name, tensor in tensors:
-        # What a small file can claim: an expanded, sparse or meta tensor has no bytes in it.
+        # What a small file can claim: an expanded, sparse or meta tensor has no bytes in it, and
+        # many may be the same bytes.
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
             raise UsageError(f"{path}: tensor {name} is not a plain array of numbers")
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        size = tensor.numel() * tensor.element_size()
+        left -= size
+        if size > tensor.untyped_storage().nbytes() or left < 0:
             raise UsageError(f"{path}: tensor {name} is larger than what the file holds")
 
 

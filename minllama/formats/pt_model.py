@@ -93,11 +93,14 @@ def read(path: Path, *, without_adapters: bool = False) -> StoredModel:
     """
     path = _file(path)
     payload = _load(path)
-    weights = {
-        own_name(name): tensor
-        for name, tensor in payload["model"].items()
-        if not (without_adapters and ADAPTERS in name)
-    }
+    weights: dict[str, Tensor] = {}
+    for name, tensor in payload["model"].items():
+        if without_adapters and ADAPTERS in name:
+            continue
+        ours = own_name(name)
+        if ours in weights and not same_bits(weights[ours], tensor):
+            raise UsageError(f"{path}: tensor {name[:80]} is another one than its {ours[:80]}")
+        weights[ours] = tensor
     # Rotary tables are computed here; a classifier's head is not the Llama's.
     for name in list(weights):
         if name.endswith(ROTARY) or name in ("classifier_head.weight", "classifier_head.bias"):

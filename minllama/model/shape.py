@@ -149,6 +149,7 @@ class LlamaConfig:
                 rounded_up = -(-int(8 * self.dim / 3) // self.multiple_of) * self.multiple_of
                 set_field(self, "hidden_dim", rounded_up)
             check_bounds(f"--{name}", getattr(self, name), bounds)
+            set_field(self, name, type(bounds[0])(getattr(self, name)))  # 500000 as 500000.0
         for name in ("tie_word_embeddings", "attention_bias", "qk_norm"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name} {getattr(self, name)!r}: true or false")

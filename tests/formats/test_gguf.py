@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import struct
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from byte_vocabularies import KINDS, byte_vocabulary
+from byte_vocabularies import KINDS, byte_vocabulary, tokenizer_json
 from llama_cpp_server import llama_cpp, our_tokens, their_ids, their_tokens
 from oracles import assert_same_weights, make_model
 from vocabularies import vocabulary
@@ -29,6 +30,7 @@ from minllama.formats.model_file import read_contents
 from minllama.formats.vocabularies import SAMPLES
 from minllama.system.errors import UsageError
 from minllama.text.chat import ChatTemplate
+from minllama.vocabulary.byte_bpe import pack
 from tokenizer import Tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -64,8 +66,9 @@ def test_llama_cpp_continues_with_our_very_tokens(tmp_path: Path, dtype: str):
 
 
 def test_llama_cpp_reads_grouped_queries_an_own_head_and_another_theta(tmp_path, tokenizer):
-    """What the shipped model does not have."""
-    shape = {"dim": 64, "rope_theta": 500.0, "layer_norm_eps": 1e-4, "max_seq_len": 64}
+    """What the shipped model does not have. A theta without a point in its config.json, as
+    SmolLM2's and Qwen3's, was written as a whole number, which llama.cpp does not load."""
+    shape = {"dim": 64, "rope_theta": 500, "layer_norm_eps": 1e-4, "max_seq_len": 64}
     model = make_model(tokenizer, tie_word_embeddings=False, **shape)
     with llama_cpp(write(model, tmp_path / "model.gguf", tokenizer)) as ask:
         assert their_tokens(ask, "A bird", 16) == our_tokens(model, tokenizer, "A bird", 16)
@@ -304,6 +307,21 @@ def test_every_precision_that_llama_cpps_package_widens_is_read(tmp_path: Path, 
     names = {"F64": "float64", "BF16": "bfloat16"}
     assert contents.dtypes == dict.fromkeys("ab", names.get(kind.name, kind.name.lower()))
     assert contents.packed_bytes == 2 * data.nbytes
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama-bpe"])
+def test_what_a_vocabulary_loses_is_told(tmp_path: Path, kind: str, capsys):
+    """Qwen's composes its text first, and a file could not say so: other ids, without a word."""
+    file = json.loads(tokenizer_json(kind))
+    write(make_model(byte_vocabulary(kind)), tmp_path / "a.gguf", byte_vocabulary(kind))
+    assert not capsys.readouterr().err
+    file["normalizer"] = {"type": "NFC"}
+    file["model"]["ignore_merges"] = not file["model"]["ignore_merges"]
+    changed = Tokenizer(tokenizer_model=pack(file, KINDS[kind][2], kind))
+    write(make_model(changed), tmp_path / "b.gguf", changed)
+    noted = capsys.readouterr().err
+    assert noted.count("has no place in a GGUF file") == 2
+    assert "normalizer NFC" in noted and f"ignore_merges {kind == 'qwen2'}" in noted
 
 
 def test_without_the_package_the_remedy_is_named(tmp_path: Path, tokenizer: Tokenizer, monkeypatch):

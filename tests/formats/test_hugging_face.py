@@ -115,6 +115,7 @@ THETA = {"rope_type": "default", "rope_theta": 10000.0}
         ({"rope_parameters": {**THETA, "rope_type": "llama3"}}, "rope_scaling's factor None"),
         ({"rope_parameters": {**LLAMA_3, "low_freq_factor": 4.0}}, "not below high_freq_factor"),
         ({"rope_parameters": {**THETA, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),  # transformers 4's place
     ],
 )
 def test_hugging_face_folders_are_read_strictly(

@@ -47,6 +47,23 @@ def test_an_adapter_is_merged_into_the_model_that_it_names(
     assert inspect(tmp_path / "adapter").format == "PEFT adapter"
 
 
+def test_an_adapter_beside_a_config_or_a_whole_model(model: Llama, tmp_path: Path, capsys):
+    """Some trainers put the model's config.json there: "no model.safetensors in this folder". And
+    beside a model it was left out without a word."""
+    folder = tmp_path / "adapter"
+    write(model, "hf", tmp_path / "base")
+    write_adapter(folder, "../base")
+    merged = load_pretrained(folder).state_dict()
+    for name in ("config.json", "model.safetensors"):
+        assert not capsys.readouterr().err
+        (folder / name).write_bytes((tmp_path / "base" / name).read_bytes())
+        for path in (folder / "adapter_model.safetensors", folder):
+            got = load_pretrained(path).state_dict()
+            want = model.state_dict() if (path / "model.safetensors").exists() else merged
+            assert all(torch.equal(tensor, want[name]) for name, tensor in got.items())
+    assert "adapter_model.safetensors in it is left out" in capsys.readouterr().err
+
+
 def test_an_adapter_has_the_chat_template_that_it_was_trained_with(model: Llama, tmp_path: Path):
     """TRL saves it beside the adapter to a model that may have none, and it was not read."""
     write(model, "hf", tmp_path / "base")

@@ -203,6 +203,14 @@ def test_tensors_that_are_not_in_the_file_are_refused(make, message, place):
     assert message in said and ("norm.weight" in said or "optimizer.state.0.0" in said)
 
 
+def test_tensors_that_are_the_same_bytes_are_refused():
+    """Three hundred layers of one matrix: 2.4 MB, of which a model of 3 GB was made."""
+    matrix = torch.zeros(8, 8)
+    tensors = {f"layers.{i}.feed_forward.w1.weight": matrix.view(8, 8) for i in range(300)}
+    save_pt(Path("shared.pt"), {"model": tensors, "model_args": {}})
+    assert "larger than what the file holds" in refusal(load_pt, Path("shared.pt"))
+
+
 @pytest.mark.parametrize("name", [1, None, ("a", "b"), b"norm.weight"])
 def test_names_of_tensors_are_texts(name):
     """Sorting or joining them later ended in a TypeError."""

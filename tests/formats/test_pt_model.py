@@ -215,6 +215,7 @@ def put(name, tensor):
         (put("norm.weight", torch.ones(32, dtype=torch.int64)), "norm.weight holds torch.int64"),
         (put("norm.weight", torch.ones(1).expand(32)), "norm.weight is larger than what the file"),
         (put("output.weight", torch.ones(64, 32)), "tied, but they differ"),
+        (put("model.norm.weight", torch.ones(32)), "model.norm.weight is another one than its"),
         (lambda p: p.pop("model_args"), "no dict 'model_args'"),
         (lambda p: p.pop("model"), "no tensors under the key 'model'"),
         (lambda p: p["model"].update(a=1), "no tensors under the key 'model'"),
@@ -233,7 +234,10 @@ def put(name, tensor):
     ],
 )
 def test_pt_files_are_read_strictly(model: Llama, tmp_path: Path, damage, message: str):
-    """The original loaded with strict=False: a misnamed tensor stayed random, and nobody knew."""
+    """The original loaded with strict=False: a misnamed tensor stayed random, and nobody knew.
+
+    Of two models in a file, one with a wrapper's prefix, the last was read.
+    """
     model.vocabulary = b"a vocabulary"
     payload = model_payload(model)
     damage(payload)

@@ -81,7 +81,7 @@ def test_llama_cpp_gives_the_same_ids(tokenizer: Tokenizer, tmp_path: Path, caps
     kinds = gguf.GGUFReader(path).fields["tokenizer.ggml.token_type"].contents()
     defined = [i for i, kind in enumerate(kinds) if kind == gguf.TokenType.USER_DEFINED]
     assert defined == sorted(tokenizer.vocabulary.added_tokens.values())
-    assert "overlap" not in capsys.readouterr().out
+    assert "overlap" not in capsys.readouterr().err
     assert_same(path, tokenizer)
     with llama_cpp(path) as ask:
         for text in filter(None, texts()):
@@ -97,7 +97,9 @@ def test_symbols_that_overlap_are_told(tmp_path: Path, capsys) -> None:
     train_vocabulary([tmp_path / "a.txt"], tmp_path / "a", symbols=["ACG", "CGTT"])
     tokenizer = Tokenizer(tokenizer_model=tmp_path / "a")
     write(make_model(tokenizer), "gguf", tmp_path / "a.gguf", tokenizer=tokenizer)
-    assert "where the symbols 'ACG' and 'CGTT' overlap" in capsys.readouterr().out
+    assert (
+        "where the symbols 'ACG' and 'CGTT' overlap" in capsys.readouterr().err
+    )  # stdout may be --json
     with llama_cpp(tmp_path / "a.gguf") as ask:
         apart, joined = "ACG CGTT", "ACGTT"
         assert their_ids(ask, apart) == tokenizer.encode(apart, True, False)
