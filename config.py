@@ -27,7 +27,7 @@ from minllama.cli.command_line import (
 )
 from minllama.cli.config_file import check_harmless, toml_words
 from minllama.cli.console import say
-from minllama.cli.contradictions import LENGTHS, find_problems
+from minllama.cli.contradictions import EXCLUSIVE, LENGTHS, find_problems
 from minllama.cli.suggestions import parse_words
 from minllama.model.shape import LlamaConfig
 from minllama.system.errors import UsageError
@@ -702,8 +702,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
     parser = build_parser(known.option if known.option in EVERY else None)
     namespace, in_file = None, []
     if known.config is not None:
-        exclusive = {"resume", "overwrite"}  # a typed one counts more than the file's other one
-        without = typed | exclusive if typed & exclusive else typed
+        without = typed.union(*(names for names in EXCLUSIVE if typed & names))
         in_file = toml_words(known.config, FLAGS, without=without)
         namespace = parse_words(parser, in_file, READERS, where=f"--config {known.config}: ")
         typed |= {word[2:].partition("=")[0] for word in in_file if word.startswith("--")}

@@ -32,6 +32,7 @@ from config import (
     recommended_decay,
     recommended_lr,
 )
+from minllama.cli.config_file import recorded_words
 from minllama.cli.suggestions import FOREIGN_NAMES, suggest
 from minllama.system.errors import UsageError
 
@@ -296,6 +297,25 @@ def test_flags_in_a_file_are_as_if_typed(tmp_path, monkeypatch):
     assert parse_options(words).prompt == ("c",) and parse_options(words).stop == ("x",)
 
 
+def test_a_typed_flag_counts_more_than_those_of_a_file_that_it_excludes(tmp_path):
+    """`--epochs 3` beside a file with `minutes = 5` was told to give one, and one was typed."""
+    file = tmp_path / "run.toml"
+    file.write_text('option = "pretrain"\nminutes = 5\nglobal_batch_size = 8', encoding="utf-8")
+    words = ["--config", str(file), "--epochs", "3", "--gradient_accumulation_steps", "2"]
+    options = parse_options(words)
+    assert (options.minutes, options.global_batch_size, options.epochs) == (None, None, 3)
+    file.write_text('option = "pretrain"\nminutes = 5\nepochs = 3', encoding="utf-8")
+    with pytest.raises(UsageError, match="both say how long"):
+        parse_options(words[:2])
+
+
+def test_numbers_of_a_list_are_written_as_they_were_typed():
+    """The command that repeats a run had `--data_weights 3.0 1.0`."""
+    stored = parse_options("--option pretrain --data_weights 3 0.5 --pretrain_data a b".split())
+    words = recorded_words(stored.to_plain(), FLAGS, where="run.json")
+    assert words[words.index("--data_weights") :][:3] == ["--data_weights", "3", "0.5"]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -308,7 +328,7 @@ def test_flags_in_a_file_are_as_if_typed(tmp_path, monkeypatch):
         ("pretrain_data = [1, [2]]", ["pretrain_data = [1, [2]]: not a value"]),
         ("started = 2020-01-01", ["--started: no such option"]),
         ("epochs = 2020-01-01", ["epochs = datetime.date"]),
-        ("[epochs]\na = 1", ["epochs = a table: not a value"]),
+        ("[training]\nepochs = 1", ["'training' is a table: flags stand outside of one"]),
         ("seed = 1\nepochs = = 3", ["not TOML", "line 2"]),
         ("a = " + "[" * 10000, ["not TOML"]),
         ("lr = nan", ["--lr: 'nan' is not a number"]),

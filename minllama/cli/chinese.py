@@ -56,7 +56,7 @@ LINES = {
     "{word}: belongs to no option; did you mean {ours}?": "{word}：不属于任何参数；是不是 {ours}？",
     "{word}: belongs to no option; a flag begins with --": "{word}：不属于任何参数；参数以 -- 开头",
     "{flag}: {value} is not a whole number": "{flag}：{value} 不是整数",
-    "{flag}: {value} is not a number": "{flag}：{value} 不是数",
+    "{flag}: {value} is not a number": "{flag}：{value} 不是数字",
     "{flag}: {value} must be at least {bound}": "{flag}：{value} 太小，至少为 {bound}",
     "{flag}: {value} must be above {bound}": "{flag}：{value} 太小，必须大于 {bound}",
     "{flag}: expected {n} argument": "{flag}：后面缺少值",
@@ -70,7 +70,6 @@ LINES = {
     "{where}: no such file or folder": "{where}：没有这个文件或文件夹",
     "{where}: no such file": "{where}：没有这个文件",
     "{where}: matches no file": "{where}：没有匹配的文件",
-    "{where}: byte {byte} is not UTF-8; {line}": "{where}：字节 {byte} 不是 UTF-8；{line}",
     "{where}: not UTF-8; {line}": "{where}：不是 UTF-8；{line}",
     "{where}: byte {byte} is not {encoding}; {line}": (
         "{where}：字节 {byte} 不是 {encoding}；{line}"
@@ -125,14 +124,9 @@ LINES = {
     "--save_dir {folder}: {holder} is running in it: wait for it or name another folder": (
         "--save_dir {folder}：{holder} 正在这里训练：等它结束，或者换一个文件夹"
     ),
-    "the text has changed since the run was started ({how}): a run is resumed with the data that "
-    "it was started with. This trains its model on with what there is now: {command}": (
-        "训练文本与开始训练时不同（{how}）：继续训练只能用原来的数据。"
-        "要用现在的数据接着训练它的模型：{command}"
-    ),
-    "the text has changed since the run was started: a run is resumed with the data that it was "
-    "started with. This trains its model on with what there is now: {command}": (
-        "训练文本与开始训练时不同：继续训练只能用原来的数据。"
+    "the text has changed since the run was started{how}: a run is resumed with the data that it "
+    "was started with. This trains its model on with what there is now: {command}": (
+        "训练文本与开始训练时不同{how}：继续训练只能用原来的数据。"
         "要用现在的数据接着训练它的模型：{command}"
     ),
     "nothing is left to train, and the last files are written again: the run ended after step "
@@ -204,23 +198,16 @@ LINES = {
         "{flags}：每秒 {rate} 个 token，{steps} 步训练 {tokens} 个，共 {epochs} 轮"
     ),
     "{n} parameters: {parts}": "{n} 个参数：{parts}",
-    "{n} tokens in {sequences} chunks of up to {length}": (
-        "{n} 个 token，切成 {sequences} 块，每块最多 {length} 个"
-    ),
-    "{n} tokens in {sequences} dialogues of up to {length}": (
-        "{n} 个 token，{sequences} 段对话，每段最多 {length} 个"
+    "{n} tokens in {sequences} {units} of up to {length}": (
+        "{n} 个 token，分成 {sequences} 条，每条最多 {length} 个"
     ),
     "{line}, ended after {last} by --max_steps": "{line}；--max_steps：{last} 步后结束",
-    "{n} per epoch x {epochs} epochs = {steps}, of {batch} chunks ({parts} accumulated); "
+    "{n} per epoch x {epochs} epochs = {steps}, of {batch} {units} ({parts} accumulated); "
     "warmup {warmup}": (
-        "每轮 {n} 步 x {epochs} 轮 = {steps} 步，每步 {batch} 块（{parts}）；预热 {warmup} 步"
+        "每轮 {n} 步 x {epochs} 轮 = {steps} 步，每步 {batch} 条（{parts}）；预热 {warmup} 步"
     ),
-    "{n} per epoch x {epochs} epochs = {steps}, of {batch} dialogues ({parts} accumulated); "
-    "warmup {warmup}": (
-        "每轮 {n} 步 x {epochs} 轮 = {steps} 步，每步 {batch} 段对话（{parts}）；预热 {warmup} 步"
-    ),
-    "{lr}, for dialogues with a model of width {dim} (--lr)": (
-        "{lr}，适合宽度 {dim} 的模型学对话（--lr）"
+    "{lr}, for {units} with a model of width {dim} (--lr)": (
+        "{lr}，适合微调宽度 {dim} 的模型（--lr）"
     ),
     "{n} of the dialogues held out": "留出 {n} 段对话",
     "up to {lr}, then {schedule} to {low}; {optimizer}, weight decay {decay} for a text of this "
@@ -230,6 +217,10 @@ LINES = {
     ),
     "up to {lr}, then {schedule} to {low}; {optimizer}, weight decay {decay}": (
         "最高 {lr}，按 {schedule} 降到 {low}；{optimizer}，weight decay {decay}"
+    ),
+    "{flags}: more or fewer steps, where the speed changes": "{flags}；速度变化时，步数随之增减",
+    "more than {n} epochs teach a text by heart: the run ends before its time": (
+        "超过 {n} 轮只会把原文背下来，所以提前结束"
     ),
     "{flags} for {epochs} epochs; {stopping}": "{flags}，共 {epochs} 轮；{stopping}",
     "{size} in {dtype}: {parts}; {free} available": "{dtype}，共 {size}：{parts}；可用 {free}",
@@ -298,29 +289,33 @@ LINES = {
     "validation perplexity {before} before training, {best} after {n} steps": (
         "验证集困惑度：训练前 {before}，{n} 步后 {best}"
     ),
+    "validation perplexity {before} before training, {best} after {n} steps, {last} after {end}": (
+        "验证集困惑度：训练前 {before}，{n} 步后 {best}，{end} 步后 {last}"
+    ),
     "it read {n} tokens, {epochs} times a text of {size}: {ratio} for each of its parameters; "
     "training loss {loss}, validation loss {val} at the end": (
-        "共训练 {n} 个 token，是 {size} 文本的 {epochs} 遍，平均每个参数 {ratio} 个；"
+        "共训练 {n} 个 token，相当于把 {size} 个 token 的文本读了 {epochs} 遍，"
+        "平均每个参数 {ratio} 个；"
         "最后训练集 loss {loss}，验证集 loss {val}"
     ),
     "what would help most: {line}": "最有帮助的是：{line}",
     "more training (--epochs or --minutes): it has seen little for its size": (
-        "训练更久（--epochs 或 --minutes）：相对它的大小，读得太少"
+        "训练更久（--epochs 或 --minutes）：以模型的大小，读过的还太少"
     ),
-    "more {flag}: it has seen little for its size": "更大的 {flag}：相对它的大小，读得太少",
+    "more {flag}: it has seen little for its size": "增大 {flag}：以模型的大小，读过的还太少",
     "more text: the model is overfitted to its own; then --dropout {p}": (
-        "增加文本：模型对现有的过拟合了；其次是 --dropout {p}"
+        "增加文本：模型对现有文本过拟合了；其次是 --dropout {p}"
     ),
-    "more text: the model is overfitted to its own": "增加文本：模型对现有的过拟合了",
+    "more text: the model is overfitted to its own": "增加文本：模型对现有文本过拟合了",
     "more text: what it writes is in large part its own, word for word": (
         "增加文本：它写的大部分是原文照抄"
     ),
-    "more text: it has read its own {n} times": "增加文本：现有的已经读了 {n} 遍",
+    "more text: it has read its own {n} times": "增加文本：现有文本已经读了 {n} 遍",
     "{line}, or --dropout {p}": "{line}，或 --dropout {p}",
     "more text; else a smaller model": "增加文本；否则用更小的模型",
     "more text; else fewer epochs or a smaller model": "增加文本；否则减少轮数或用更小的模型",
     "a larger model (--dim, --n_layers): this one has read much for its size": (
-        "更大的模型（--dim、--n_layers）：相对它的大小，已经读得很多"
+        "更大的模型（--dim、--n_layers）：以现在的大小，已经读得很多"
     ),
     "more text and more training together": "同时增加文本和训练",
     "where it makes no sense: --temperature and --top_p (lower: safer, higher: more varied)": (
@@ -353,6 +348,7 @@ LINES = {
         "--pretrained_model_path {folder} 是文件夹：使用其中的 {file}"
     ),
     "next:": "接下来：",
+    "    {file}: a {example} a line": "    {file}：每行写一个 {example}",
 }
 
 _typed: str | None = None  # the language that a command line names

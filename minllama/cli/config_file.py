@@ -41,6 +41,11 @@ def toml_words(path: Path, fields: Fields, *, without: Collection[str]) -> list[
     words = []
     for key, value in content.items():
         name = key.replace("-", "_")
+        if isinstance(value, dict):
+            raise UsageError(
+                f"--config {path}: {key!r} is a table: flags stand outside of one, so leave its "
+                "line in brackets out"
+            )
         if name in without:
             continue
         if name not in fields:
@@ -48,8 +53,7 @@ def toml_words(path: Path, fields: Fields, *, without: Collection[str]) -> list[
         elif can_be_typed(value, fields[name]):
             words += flag_words(fields[name], value)
         else:
-            shown = "a table" if isinstance(value, dict) else repr(value)
-            raise UsageError(f"--config {path}: {key} = {shown}: not a value of --{name}")
+            raise UsageError(f"--config {path}: {key} = {value!r}: not a value of --{name}")
     count = sum(word.startswith("--") for word in words)
     if count > TOML_FLAGS:
         raise UsageError(f"--config {path}: has {count:,} flags, more than {TOML_FLAGS:,}")
@@ -109,14 +113,16 @@ def recorded_words(stored: Mapping[str, Any], fields: Fields, *, where: str) -> 
 
 def flag_words(field: dataclasses.Field, value: Any) -> list[str]:
     """A flag with its value, or values, as they are typed."""
-    flag, text = f"--{field.name}", str(value)
-    if isinstance(value, float):
-        text = text.removesuffix(".0")  # as it was typed
+    flag, text = f"--{field.name}", _as_typed(value)
     if isinstance(value, bool):
         return [flag] * value
     if isinstance(value, list | tuple):
         if field.metadata["many"]:
-            paths = map(str, value)
-            return [flag, *(f"./{path}" if path.startswith("-") else path for path in paths)]
+            words = map(_as_typed, value)
+            return [flag, *(f"./{word}" if word.startswith("-") else word for word in words)]
         return [word for item in value for word in flag_words(field, item)]
     return [f"{flag}={text}"] if text.startswith("-") else [flag, text]
+
+
+def _as_typed(value: Any) -> str:
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)

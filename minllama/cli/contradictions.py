@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 # Flags that say how long to train, of which a run has one.
 LENGTHS = (("minutes", "epochs"), ("minutes", "schedule_steps"), ("schedule_steps", "epochs"))
+# A typed one of these takes the place of the others in a --config file.
+EXCLUSIVE = (
+    *({"resume", "overwrite"}, {"minutes", "epochs", "schedule_steps"}),
+    *({"global_batch_size", "gradient_accumulation_steps"}, {"freeze_backbone", "lora_rank"}),
+)
 PAIRS_EXCLUDE = (
     *("train", "dev", "test", "label_names", "dev_out"),
     *("prompt_template", "label_norm", "shots", "max_sentence_len"),

@@ -40,7 +40,7 @@ FLAGS_MISUSED = {
     "pretrain": "pretrain：不属于任何参数；是不是 --option pretrain？",
     "novel.txt": "novel.txt：不属于任何参数；参数以 -- 开头",
     "--epochs x": "--epochs：'x' 不是整数",
-    "--lr x": "--lr：'x' 不是数",
+    "--lr x": "--lr：'x' 不是数字",
     "--epochs 0": "--epochs：0 太小，至少为 1",
     "--lr 0": "--lr：0 太小，必须大于 0",
     "--epochs": "--epochs：后面缺少值",
