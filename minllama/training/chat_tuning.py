@@ -146,6 +146,7 @@ class ChatTuning(NextTokenTask):
             "tokens": int(lengths.sum()),
             "sequence_length": int(lengths.max()),
             "logits_width": llama.config.vocab_size,
+            "vocabulary_bytes": len(tokenizer.model_bytes),
         }
 
     def build(self) -> None:

@@ -203,6 +203,7 @@ class Classification(Task):
             "tokens": int(lengths.sum()),
             "sequence_length": int(lengths.max()),
             "logits_width": len(files.labels.names),
+            "vocabulary_bytes": len(tokenizer.model_bytes),
         }
 
     def build(self) -> None:

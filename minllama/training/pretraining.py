@@ -117,6 +117,7 @@ def plan_sizes(options: Options, config: LlamaConfig, texts: Texts) -> dict[str,
         "sequence_length": options.max_seq_len,
         "logits_width": config.vocab_size,
         "sources": sources,
+        "vocabulary_bytes": len(texts.tokenizer.model_bytes),
     }
 
 
@@ -369,7 +370,7 @@ class Pretraining(NextTokenTask):
             say(verdict_line(rows))
         losses = [record["loss"] for record in records if record.get("loss") is not None]
         outcome = Outcome(
-            parameters=sum(self.config.parameter_counts().values()),
+            parameters=self.run.plan.parameters,
             tokens=progress.tokens,
             distinct=self.run.plan.tokens,
             train_loss=sum(losses) / max(1, len(losses)),
