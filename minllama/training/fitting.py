@@ -286,7 +286,7 @@ def fit(
     chosen: dict[str, Any] = {
         "gradient_accumulation_steps": micro_batches(whole, options.micro_batch_size, processes),
         "lr_scheduler": "linear",
-        "early_stopping": PATIENCE,
+        "early_stopping": PATIENCE if held_out else None,  # a step's own loss goes up and down
         "val_tokens": max(2, val_tokens),
     }
     options = options.choose(chosen)
@@ -329,6 +329,7 @@ def describe(best: Fit, typed: Options, timed: int, distinct: int) -> list[str]:
     """What was chosen and why, a line each."""
     options, epochs = best.options, best.tokens / distinct
     rate, tokens = map(tqdm.format_sizeof, (best.tokens / best.seconds, best.tokens))
+    patience = f"; --early_stopping {options.early_stopping}" if options.early_stopping else ""
     lines = [
         f"minutes      {typed.minutes:g} in all, {human_time(best.seconds)} of them to train in; "
         "chosen for that, each unless its flag is typed:",
@@ -342,7 +343,7 @@ def describe(best: Fit, typed: Options, timed: int, distinct: int) -> list[str]:
         f"{options.eval_interval} --val_tokens {options.val_tokens} --best_model_interval "
         f"{options.best_model_interval}: more or fewer steps, where the speed changes",
         f"repetition   --dropout {options.dropout:g} --weight_decay {options.decay():g} for "
-        f"{epochs:.3g} epochs; --early_stopping {options.early_stopping}",
+        f"{epochs:.3g} epochs{patience}",
     ]
     if timed > 1:
         shape = f"--dim {options.dim} --n_layers {options.n_layers} --n_heads {options.n_heads}"

@@ -24,6 +24,7 @@ from minllama.training.fitting import (
     SHAPES,
     Speed,
     candidates,
+    describe,
     fit,
     predicted_loss,
     untrained,
@@ -95,6 +96,14 @@ def test_a_longer_training_takes_larger_steps(texts):
         for token in (1e-2, 1e-4, 1e-6)
     ]
     assert batches == sorted(batches) and batches[0] < batches[-1]
+
+
+def test_without_held_out_text_nothing_ends_the_run_early(texts):
+    """The loss of a single step did, by chance: there was no other to look for a better one in."""
+    found = fitted(dataclasses.replace(texts, val=None))
+    assert found.options.early_stopping is None
+    assert not any("early_stopping" in line for line in describe(found, options_of(), 1, 100))
+    assert fitted(texts).options.early_stopping == fitting.PATIENCE
 
 
 def test_what_was_typed_is_kept(texts):
