@@ -287,7 +287,9 @@ class MuonAndAdamW:
         if embedding:
             faster = {"lr": lr * EMBEDDING_RATE, "lr_scale": EMBEDDING_RATE}
             groups.append({"params": embedding, "weight_decay": weight_decay} | faster)
-        self.parts = {"muon": muon, "adamw": AdamW(groups, lr=lr, betas=BETAS, eps=EPS)}
+        self.parts: dict[str, torch.optim.Optimizer] = {"muon": muon}
+        if groups:  # none of LoRA's adapters, which are all matrices inside the layers
+            self.parts["adamw"] = AdamW(groups, lr=lr, betas=BETAS, eps=EPS)
 
     @property
     def param_groups(self) -> list[dict]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
 
-from config import DATA_DIR, LlamaConfig, Options
+from config import DATA_DIR
 from minllama.text.copies import Copies
 from minllama.text.corpus import EMBEDDED_TEXTS
+
+if TYPE_CHECKING:
+    from minllama.runs.plan import TrainingPlan
 
 GAP = 0.15  # overfitted: a training loss below the validation loss by this share of it
 FEW, MANY = 10, 100  # tokens per parameter; compute-optimal is about 20 (Hoffmann et al., 2022)
@@ -49,7 +52,7 @@ Remedy = Literal["text", "training", "both", "model", "muon"]
 
 
 def find_remedy(outcome: Outcome, *, rose: bool) -> tuple[Remedy, str]:
-    """What would help most, and why; `rose`: the validation loss did."""
+    """What would help most, and why; `rose`: the validation loss did, or did not fall for long."""
     per_parameter = outcome.tokens / outcome.parameters
     drops_enough = outcome.dropout >= DROPOUT
     if rose:
@@ -95,14 +98,9 @@ def advise(outcome: Outcome, *, rose: bool) -> list[str]:
     ]
 
 
-def remedied(
-    remedy: Remedy, options: Options, config: LlamaConfig, schedule_steps: int
-) -> dict[str, Any]:
-    """The options that a run of these, again with the remedy, should have, by their names.
-
-    `schedule_steps` are those of the run; where --max_steps ended it before, twice as many may need
-    no longer schedule.
-    """
+def remedied(remedy: Remedy, plan: TrainingPlan) -> dict[str, Any]:
+    """The options that the run of this plan, again with the remedy, should have, by their names."""
+    options, config = plan.options, plan.config
     changes: dict[str, Any] = {}
     if remedy in ("text", "both"):
         text = options.pretrain_data or [str(DATA_DIR / name) for name in EMBEDDED_TEXTS]
@@ -111,10 +109,10 @@ def remedied(
             changes["data_weights"] = [*options.data_weights, 1.0]
     if remedy in ("training", "both"):
         length = "schedule_steps" if options.schedule_steps else "epochs"
-        steps = 2 * min(options.max_steps or schedule_steps, schedule_steps)
+        steps = 2 * plan.last_step  # where --max_steps ended it, of a schedule that may suffice
         if options.minutes:
             changes["minutes"] = 2 * options.minutes
-        elif steps > schedule_steps:
+        elif steps > plan.schedule_steps:
             changes[length] = 2 * getattr(options, length)
         if options.max_steps and options.max_steps < steps:
             changes["max_steps"] = steps

@@ -77,6 +77,12 @@ class TrainingPlan:
     sequence_length: int  # of the longest sequence
     logits_width: int  # logits per target: the vocabulary's size, or the number of labels
     sources: tuple[PlannedSource, ...] = ()  # with --data_weights
+    vocabulary_bytes: int = 0  # of it in every file
+
+    @property
+    def parameters(self) -> int:
+        """Of the model, what is tied once."""
+        return sum(self.config.parameter_counts().values())
 
     @property
     def accumulation_steps(self) -> int:
@@ -216,7 +222,7 @@ class TrainingPlan:
             largest = max(*gradients.values(), *activations.values())
             gradients, activations = {}, {"activations or gradients": largest}
         return {
-            "weights": self.weights_file_bytes("float32") // self.shards,
+            "weights": 4 * self.parameters // self.shards,
             **gradients,
             "optimizer": self.optimizer_bytes() // self.shards,
             "copies": self.gathered_bytes(),
@@ -230,12 +236,12 @@ class TrainingPlan:
         return 8 * self.trainable_parameters - 4 * self.muon_parameters
 
     def checkpoint_bytes(self) -> int:
-        """A resumable checkpoint: float32 weights and the optimizer's moments."""
+        """A resumable checkpoint: float32 weights, vocabulary and the optimizer's moments."""
         return self.weights_file_bytes("float32") + self.optimizer_bytes()
 
     def weights_file_bytes(self, dtype: str) -> int:
-        """A file of the weights alone; a tied embedding is stored once."""
-        return DTYPE_BYTES[dtype] * sum(self.config.parameter_counts().values())
+        """A file of the weights and the vocabulary; a tied embedding is stored once."""
+        return DTYPE_BYTES[dtype] * self.parameters + self.vocabulary_bytes
 
     def disk(self) -> dict[str, int]:
         """Bytes of the run's files by kind, at their peak: old ones go when new ones are whole."""
@@ -283,8 +289,8 @@ class TrainingPlan:
         config, options, memory = self.config, self.options, self.memory()
         noun = "dialogues" if options.is_chat else "sentences"
         noun = "chunks" if options.option == "pretrain" else noun
-        counts = config.parameter_counts()
-        parts = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
+        counts = config.parameter_counts().items()
+        parts = ", ".join(f"{name} {count:,}" for name, count in counts if count)
         needs = ", ".join(f"{name} {human_size(size)}" for name, size in memory.items() if size)
         have = f"; {human_size(available)} available" if available else ""
         processes = per_process = ends = ""
@@ -299,7 +305,7 @@ class TrainingPlan:
         weights = human_size(self.weights_file_bytes(options.save_dtype))
         checkpoint = human_size(self.checkpoint_bytes())
         return [
-            f"model        {sum(counts.values()):,} parameters: {parts}",
+            f"model        {self.parameters:,} parameters: {parts}",
             f"             dim {config.dim}, {config.n_layers} layers, {config.n_heads} heads"
             f"{own_width} ({config.n_kv_heads} key/value), vocabulary {config.vocab_size:,}, "
             f"context {config.max_seq_len:,}",

@@ -55,9 +55,9 @@ RUN_FILES = (
 EARLIER_FILES = ("loss-curve.svg",)  # which earlier versions wrote
 WRITTEN_WITH = {"tensorboard": "tensorboard", "profile.json.gz": "profile"}  # these flags
 FLAGS_OF_A_START = {"option", "save_dir", "resume", "overwrite", "plan", "profile"}
-# And a file of flags, and two whose outcome the record has instead: the global batch, and the steps
-# and sizes that --minutes came to.
-NOT_REPEATED = FLAGS_OF_A_START | {"config", "gradient_accumulation_steps", "minutes"}
+# Of which the record has the outcome: the global batch, and the steps and sizes that it came to.
+WITH_OUTCOME = {"gradient_accumulation_steps", "minutes"}
+NOT_REPEATED = FLAGS_OF_A_START | WITH_OUTCOME | {"config"}
 ABANDONED = ".abandoned"
 Findings = dict[str, list[list[str]]]  # by a title, rows of a name and a text
 CHECK_SECONDS = 1.0  # seconds between two checks whether the folder is still there
@@ -307,7 +307,10 @@ class RunFolder:
         names = FLAGS.keys() - NOT_REPEATED
         if changes is not None:
             stored, typed = stored | changes, self.typed()
-            names = (names | {"minutes"}) & (FLAGS.keys() if typed is None else typed | {*changes})
+            if typed is None:  # a record of an earlier version
+                names |= {"minutes"}
+            else:
+                names = (names | WITH_OUTCOME) & (typed | {*changes})
         fields = {
             name: field
             for name, field in FLAGS.items()

@@ -134,9 +134,10 @@ class ChatTuning(NextTokenTask):
             "--tokenizer_model": tokenizer.fingerprint,
             "--lora_rank": options.lora_rank,
         }
+        text, val = self.identity[LABELLED], self.val_set
         self.data = {
-            "text": self.identity[LABELLED],
-            "held_out": self.held_out or f"of --train ({len(self.train_set)} are left)",
+            "text": text,
+            "held_out": self.held_out or (val and f"{len(val):,} of {text}"),
             "vocabulary": tokenizer.fingerprint,
         }
         self.sizes = trained_sizes(llama, options) | {
@@ -145,6 +146,7 @@ class ChatTuning(NextTokenTask):
             "tokens": int(lengths.sum()),
             "sequence_length": int(lengths.max()),
             "logits_width": llama.config.vocab_size,
+            "vocabulary_bytes": len(tokenizer.model_bytes),
         }
 
     def build(self) -> None:

@@ -191,9 +191,10 @@ class Classification(Task):
         }
         if not files.labels.is_counted:
             self.identity["--label_names"] = files.labels.texts
+        text = self.identity[LABELLED]
         self.data = {
-            "text": self.identity[LABELLED],
-            "held_out": self.held_out,
+            "text": text,
+            "held_out": self.held_out or f"{len(self.dev_set):,} of {text}",
             "vocabulary": tokenizer.fingerprint,
         }
         self.sizes = trained_sizes(self.model, options) | {
@@ -202,6 +203,7 @@ class Classification(Task):
             "tokens": int(lengths.sum()),
             "sequence_length": int(lengths.max()),
             "logits_width": len(files.labels.names),
+            "vocabulary_bytes": len(tokenizer.model_bytes),
         }
 
     def build(self) -> None:

@@ -24,6 +24,7 @@ from minllama.cli.console import human_time, say
 from minllama.machine.device import autocast, is_out_of_memory, training_arithmetic
 from minllama.machine.random_state import random_state, restore_random_state
 from minllama.machine.ranks import Ranks
+from minllama.model.lora import add_lora
 from minllama.runs.plan import epoch_steps, micro_batches
 from minllama.system.errors import UsageError
 from minllama.text.corpus import Texts
@@ -201,7 +202,7 @@ def time_steps(
     rows, context = batch
     apart = options.option == "pretrain" and options.document_mask
     bos_id = 0 if apart else None  # any token takes the time of the mask
-    llama = Llama(dataclasses.replace(config, max_seq_len=context))
+    llama = untrained(options, dataclasses.replace(config, max_seq_len=context))
     model = NextTokenLoss(llama, bos_id).to(device)
     optimizer = make_optimizer(
         model, name=options.optimizer, lr=1e-4, weight_decay=0.0, dtype=dtype
@@ -233,6 +234,20 @@ def time_steps(
             times.append((seconds(passes), seconds(update)))
     pass_times, update_times = zip(*times, strict=True)
     return Speed(statistics.median(pass_times) / (rows * context), statistics.median(update_times))
+
+
+def untrained(options: Options, config: LlamaConfig) -> Llama:
+    """A model of this shape, of which as much is trained, and kept for it, as the options say."""
+    finetune = options.option == "finetune"
+    if finetune and options.freeze_backbone:  # its head has gradients, and the embedding none
+        llama = Llama(dataclasses.replace(config, tie_word_embeddings=False)).requires_grad_(False)
+        llama.output.requires_grad_()
+    else:
+        llama = Llama(config)
+    if finetune and options.lora_rank:
+        add_lora(llama, rank=options.lora_rank, alpha=2 * options.lora_rank)
+    llama.activation_checkpointing = options.activation_checkpointing
+    return llama
 
 
 def fit(
@@ -271,7 +286,7 @@ def fit(
     chosen: dict[str, Any] = {
         "gradient_accumulation_steps": micro_batches(whole, options.micro_batch_size, processes),
         "lr_scheduler": "linear",
-        "early_stopping": PATIENCE,
+        "early_stopping": PATIENCE if held_out else None,  # a step's own loss goes up and down
         "val_tokens": max(2, val_tokens),
     }
     options = options.choose(chosen)
@@ -314,6 +329,7 @@ def describe(best: Fit, typed: Options, timed: int, distinct: int) -> list[str]:
     """What was chosen and why, a line each."""
     options, epochs = best.options, best.tokens / distinct
     rate, tokens = map(tqdm.format_sizeof, (best.tokens / best.seconds, best.tokens))
+    patience = f"; --early_stopping {options.early_stopping}" if options.early_stopping else ""
     lines = [
         f"minutes      {typed.minutes:g} in all, {human_time(best.seconds)} of them to train in; "
         "chosen for that, each unless its flag is typed:",
@@ -327,7 +343,7 @@ def describe(best: Fit, typed: Options, timed: int, distinct: int) -> list[str]:
         f"{options.eval_interval} --val_tokens {options.val_tokens} --best_model_interval "
         f"{options.best_model_interval}: more or fewer steps, where the speed changes",
         f"repetition   --dropout {options.dropout:g} --weight_decay {options.decay():g} for "
-        f"{epochs:.3g} epochs; --early_stopping {options.early_stopping}",
+        f"{epochs:.3g} epochs{patience}",
     ]
     if timed > 1:
         shape = f"--dim {options.dim} --n_layers {options.n_layers} --n_heads {options.n_heads}"

@@ -117,6 +117,7 @@ def plan_sizes(options: Options, config: LlamaConfig, texts: Texts) -> dict[str,
         "sequence_length": options.max_seq_len,
         "logits_width": config.vocab_size,
         "sources": sources,
+        "vocabulary_bytes": len(texts.tokenizer.model_bytes),
     }
 
 
@@ -369,7 +370,7 @@ class Pretraining(NextTokenTask):
             say(verdict_line(rows))
         losses = [record["loss"] for record in records if record.get("loss") is not None]
         outcome = Outcome(
-            parameters=sum(self.config.parameter_counts().values()),
+            parameters=self.run.plan.parameters,
             tokens=progress.tokens,
             distinct=self.run.plan.tokens,
             train_loss=sum(losses) / max(1, len(losses)),
@@ -380,10 +381,11 @@ class Pretraining(NextTokenTask):
             is_cut=self.run.plan.last_step < self.run.plan.schedule_steps,
             is_rate_typed=self.run.options.is_adamw_by_rate,
         )
-        advice = advise(outcome, rose=overfitted)
+        rose = overfitted or self.run.out_of_patience()
+        advice = advise(outcome, rose=rose)
         say(*advice)
-        remedy, _ = find_remedy(outcome, rose=overfitted)
-        changes = remedied(remedy, self.run.options, self.config, self.run.plan.schedule_steps)
+        remedy, _ = find_remedy(outcome, rose=rose)
+        changes = remedied(remedy, self.run.plan)
         findings[WHAT_NEXT] = [[*line.split(": ", 1)] for line in advice]
         if changes and (again := self.run.folder.repeating_command(changes)):
             name = "the same run with that"

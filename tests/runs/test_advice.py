@@ -7,8 +7,9 @@ import shlex
 
 import pytest
 
-from config import LlamaConfig, parse_options
+from config import LlamaConfig, Options, parse_options
 from minllama.runs.advice import MORE_TEXT, Outcome, advise, remedied
+from minllama.runs.plan import TrainingPlan
 from minllama.runs.run_folder import RunFolder
 
 USUAL = Outcome(
@@ -64,6 +65,14 @@ def test_what_the_run_had_is_not_proposed(change, rose, words):
     assert not (change.get("is_timed") and "epochs" in help_)
 
 
+def plan_of(options: Options) -> TrainingPlan:
+    """Of a run with 20 steps an epoch."""
+    sizes = {name: 1 for name in ("trainable_parameters", "muon_parameters", "sequence_length")}
+    sizes |= {"sequences": 20 * options.global_batch_size, "tokens": 1000, "logits_width": 64}
+    config = LlamaConfig(dim=96, n_layers=5, n_heads=6, n_kv_heads=3)
+    return TrainingPlan(options, 1, "cpu", "float32", config, **sizes)
+
+
 @pytest.mark.parametrize(
     "typed, remedy, more",
     [
@@ -76,6 +85,7 @@ def test_what_the_run_had_is_not_proposed(change, rose, words):
         ("--schedule_steps 9 --max_steps 3", "training", {"max_steps": 6}),
         ("--minutes 4", "training", {"minutes": 8.0}),
         ("--minutes 4 --dropout 0.1", "text", {"pretrain_data": ("a b.txt", MORE_TEXT)}),
+        ("--gradient_accumulation_steps 4 --epochs 3", "training", {"epochs": 6}),
         (
             "--pretrain_data a c --data_weights 3 1 --epochs 2",
             "both",
@@ -87,17 +97,19 @@ def test_what_the_run_had_is_not_proposed(change, rose, words):
     ],
 )
 def test_the_command_with_the_remedy_is_the_one_typed_but_for_that(typed, remedy, more, tmp_path):
-    """What the program chose is not in it, since it chooses again; read back, only that differs."""
+    """What the program chose is not in it, since it chooses again; read back, only that differs.
+
+    The accumulation that was typed was missing in it, so the batch was a quarter.
+    """
     if "pretrain_data" not in typed:
         typed = f"--pretrain_data 'a b.txt' {typed}"
     options = parse_options(["--option", "pretrain", *shlex.split(typed)])
     # As the program replaces what was not typed.
-    chosen = dataclasses.replace(options, pretrain_lr=0.5, eval_interval=77)
-    config = LlamaConfig(dim=96, n_layers=5, n_heads=6, n_kv_heads=3)
+    chosen = dataclasses.replace(options.with_global_batch(1), pretrain_lr=0.5, eval_interval=77)
     folder = RunFolder(tmp_path / "run", "pretrain")
     folder.path.mkdir()
     folder.add_start({"options": chosen.to_plain(), "typed": sorted(options.given)})
-    words = folder.repeating_words(remedied(remedy, options, config, options.schedule_steps or 100))
+    words = folder.repeating_words(remedied(remedy, plan_of(chosen)))
     again = parse_options(words)
     assert again.save_dir.name == "run-again"
     differs = {
@@ -112,4 +124,4 @@ def test_a_model_that_was_continued_keeps_its_shape(tmp_path):
     """A command with another one would be refused."""
     (tmp_path / "a.pt").write_bytes(b"")
     words = ["--option", "pretrain", "--pretrained_model_path", str(tmp_path / "a.pt")]
-    assert not remedied("model", parse_options(words), LlamaConfig(), 100)
+    assert not remedied("model", plan_of(parse_options(words).with_global_batch(1)))

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 from hurried import NO_COPIES
-from running import pretrain, records, write_stories
+from running import (
+    command,
+    pretrain,
+    records,
+    write_dialogues,
+    write_labelled,
+    write_model,
+    write_stories,
+)
 
 import check_model_precision
 from minllama.cli.chinese import columns_of
@@ -159,3 +167,19 @@ def test_names_of_wide_characters_keep_the_columns_apart(sweep):
         [columns_of(line[:end]) for end in row] for line, row in zip(lines, ends, strict=True)
     ]
     assert len({row[1] for row in columns}) == 1 and columns[1][0] == 8
+
+
+@pytest.mark.parametrize("kind", ["chat.jsonl", "toy-train.txt"])
+def test_what_is_held_out_of_other_data_does_not_compare(kind, capsys):
+    """Two fine-tunings without --dev on different files were ranked, as if by the same sentences:
+    of both `of --train (14 are left)` was on record, or nothing."""
+    write_model(Path.cwd())
+    write_dialogues(Path.cwd())
+    write_labelled(Path.cwd())
+    lines = Path(kind).read_text(encoding="utf-8").splitlines(keepends=True)
+    common = "--option finetune --pretrained_model_path model.pt --dtype float32 --max_steps 1"
+    for name, chosen in (("one", lines[:-1]), ("other", lines[1:])):
+        Path(kind).write_text("".join(chosen), encoding="utf-8")
+        assert command(f"{common} --train {kind} --save_dir {name}").status == 0
+    assert compare("one", "other") == 0
+    assert "different held-out text: neither losses nor" in capsys.readouterr().out

@@ -82,9 +82,19 @@ def test_a_model_learns_the_answers():
     assert "each prompt" not in done.error and "I have wanted to see this thriller" in done.out
 
 
-@pytest.mark.parametrize("more", ["", "--lora_rank 2 --gradient_accumulation_steps 2"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        "",
+        "--lora_rank 2 --gradient_accumulation_steps 2",
+        "--lora_rank 2 --gradient_accumulation_steps 2 --optimizer muon",
+    ],
+)
 def test_a_run_that_is_resumed_ends_as_if_it_had_not_stopped(monkeypatch, more):
-    """Bit for bit, in the middle of the second epoch; the defaults are the checkpoint's."""
+    """Bit for bit, in the middle of the second epoch; the defaults are the checkpoint's.
+
+    Muon has all of LoRA's adapters: AdamW, left with no parameter, ended the run in a traceback.
+    """
     assert command(f"{TRAIN} {more} --batch_size 2 --epochs 2").status == 0
     with monkeypatch.context() as patch:
         other = TRAIN.replace("_dir run", "_dir other")

@@ -24,8 +24,10 @@ from minllama.training.fitting import (
     SHAPES,
     Speed,
     candidates,
+    describe,
     fit,
     predicted_loss,
+    untrained,
     with_recommended_decay,
 )
 from tokenizer import Tokenizer
@@ -94,6 +96,14 @@ def test_a_longer_training_takes_larger_steps(texts):
         for token in (1e-2, 1e-4, 1e-6)
     ]
     assert batches == sorted(batches) and batches[0] < batches[-1]
+
+
+def test_without_held_out_text_nothing_ends_the_run_early(texts):
+    """The loss of a single step did, by chance: there was no other to look for a better one in."""
+    found = fitted(dataclasses.replace(texts, val=None))
+    assert found.options.early_stopping is None
+    assert not any("early_stopping" in line for line in describe(found, options_of(), 1, 100))
+    assert fitted(texts).options.early_stopping == fitting.PATIENCE
 
 
 def test_what_was_typed_is_kept(texts):
@@ -254,3 +264,24 @@ def test_contradictions_are_told(line, problem):
     """Before anything is read."""
     with pytest.raises((Exception, SystemExit), match=problem):
         options_of(line)
+
+
+@pytest.mark.parametrize(
+    "line, trained",
+    [
+        ("--option finetune", 5168),
+        ("--option finetune --freeze_backbone", 64 * 16),
+        ("--option finetune --lora_rank 2", 2 * (4 * (16 + 16) + 3 * (16 + 64))),
+        ("--option pretrain --activation_checkpointing", 5168),
+    ],
+)
+def test_what_is_timed_is_what_is_trained(line, trained):
+    """The whole model's steps were, without recomputing: of a frozen one the plan's time was twice
+    what it took, and with --activation_checkpointing two thirds of it."""
+    config = LlamaConfig(vocab_size=64, dim=16, n_layers=1, n_heads=2, max_seq_len=32)
+    options = parse_options(line.split())
+    model = untrained(options, config)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained
+    assert model.activation_checkpointing == options.activation_checkpointing
+    speed = fitting.time_steps(options, config, (2, 8), CPU, torch.float32, 0.01)
+    assert speed.token > 0 and speed.update > 0

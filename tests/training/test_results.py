@@ -53,6 +53,15 @@ def test_the_result_of_an_overfitted_run_is_its_best_model(monkeypatch):
     assert named_result() == "final-model.pt"
 
 
+def test_a_run_that_stopped_since_nothing_got_better_is_not_told_to_go_on(monkeypatch):
+    """`stopped: no better val_loss in 2 evaluations`, and below it `more training` would help."""
+    evaluate_as(monkeypatch, 9.0, 3.0, 3.001, 3.002)
+    done = pretrain("--optimizer muon --eval_interval 3 --early_stopping 2 --sample_tokens 0")
+    assert "stopped: no better val_loss in 2 evaluations" in done.out
+    assert "what would help most: more text; else fewer epochs" in done.out
+    assert "overfitted" not in done.out and named_result() == "final-model.pt"
+
+
 ZH = "今天天气很好。我们去公园散步吧，看看花。\n"
 EN = "The quick brown fox, jumps over: 'a lazy dog'! Would it? BCDEGHIJKLMNOPQRSUVXYZ 0123456789\n"
 

@@ -329,6 +329,17 @@ def test_the_plan_alone_leaves_nothing():
         assert word in done.out
 
 
+def test_files_are_as_large_as_the_plan_says():
+    """The vocabulary in each of them was left out: of so small a model a quarter of the file."""
+    done = pretrain("--max_steps 1")
+    sizes = [
+        1000 * float(size)
+        for size in re.findall(r"^files.*?(\d+) kB.*?(\d+) kB", done.out, re.M)[0]
+    ]
+    files = ("final-model.pt", "pretrain-step-1.pt")
+    assert sizes == pytest.approx([Path("run", name).stat().st_size for name in files], rel=0.1)
+
+
 def test_the_plan_of_a_run_that_is_there():
     """It may be asked for again, and a resumed one planned, without touching it."""
     assert pretrain("--max_steps 1").status == 0
