@@ -6,11 +6,14 @@ program reads it too. Knows nothing of what the tensors are for.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -28,6 +31,8 @@ REASON_CHARS = 200  # of what torch says of a file that it cannot read
 # What a file may hold, each value counted as often as it is met: a few hundred bytes can spell a
 # list of lists that a walk would not end in. A checkpoint has some 700 for each rank.
 MOST_VALUES, MOST_DEPTH, MOST_BITS = 1_000_000, 32, 128
+PICKLES_BEFORE_2020 = 5  # in a file: two numbers, its machine, the content, the tensors' keys
+LONGEST_CODEC = 40  # letters of its name
 STATE_FILE = "state.pt"  # of a sharded checkpoint, a folder: its plain values
 SEAL = b"minllama sha256 "  # begins the comment at the end of the file; 64 hex digits follow
 
@@ -148,6 +153,10 @@ def load_pt(path: str | Path, *, verify: bool = True, digest: str | None = None)
         archive = zipfile.is_zipfile(path)  # else torch's format before 2020, or cut off
         if archive:
             _check_archive(path, checksums=unsealed)
+        else:
+            with open_regular(path) as file:
+                for _ in range(PICKLES_BEFORE_2020):
+                    _check_pickle(path, file)
         mapped = archive and torch_can_map(path)
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         payload = _with_model_key(payload)
@@ -264,5 +273,27 @@ def _check_archive(path: Path, *, checksums: bool) -> None:
         if size > path.stat().st_size or any(part.compress_type for part in parts):
             raise UsageError(f"{path}: claims {size:,} bytes of content, more than the file holds")
         broken = archive.testzip() if checksums else None
-    if broken is not None:
-        raise UsageError(f"{path} is damaged: the checksum of {broken} is wrong; copy it again")
+        if broken is not None:
+            raise UsageError(f"{path} is damaged: the checksum of {broken} is wrong; copy it again")
+        for part in parts:
+            if part.filename.endswith(".pkl"):
+                _check_pickle(path, io.BytesIO(archive.read(part)))
+
+
+def _check_pickle(path: Path, file: BinaryIO) -> None:
+    """Refuse a pickle that would make more of what it holds, where torch.load lets it."""
+    called, texts = set(), []
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name == "GLOBAL":
+            called.add(argument.split(" ")[-1])
+        elif isinstance(argument, str) and len(argument) <= LONGEST_CODEC:
+            texts.append(argument)
+    # bytearray(n) has n bytes; bytes are pickled by `encode`, which has codecs that double them.
+    if "bytearray" in called or ("encode" in called and any(map(_is_of_bytes, texts))):
+        raise UsageError(f"{path}: holds a call that can fill the memory; get a file of weights")
+
+
+def _is_of_bytes(codec: str) -> bool:
+    with contextlib.suppress(LookupError, ValueError):
+        return not codecs.lookup(codec)._is_text_encoding
+    return False

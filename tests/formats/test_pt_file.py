@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import pickle
@@ -209,6 +210,35 @@ def test_tensors_that_are_the_same_bytes_are_refused():
     tensors = {f"layers.{i}.feed_forward.w1.weight": matrix.view(8, 8) for i in range(300)}
     save_pt(Path("shared.pt"), {"model": tensors, "model_args": {}})
     assert "larger than what the file holds" in refusal(load_pt, Path("shared.pt"))
+
+
+class Call:
+    """Pickled as a call."""
+
+    def __init__(self, *what: object) -> None:
+        self.what = what
+
+    def __reduce__(self) -> tuple:
+        return self.what[0], self.what[1:]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: Call(bytearray, 2**20),
+        lambda: Call(codecs.encode, Call(codecs.encode, b"aaaa", "hex"), "Hex-Codec"),
+    ],
+    ids=["bytearray", "hex"],
+)
+def test_calls_that_fill_the_memory_are_refused(call, zipped):
+    """torch.load of a file of 1 kB took 4 GB, before anything of it could be looked at."""
+    payload = {"model": {"a": torch.zeros(4)}, "bytes": b"\xff"}
+    kind = {"_use_new_zipfile_serialization": zipped}
+    torch.save(payload | {"name": "utf-8"}, "honest.pt", **kind)
+    assert load_pt("honest.pt")["bytes"] == b"\xff"
+    torch.save(payload | {"options": [call()]}, "call.pt", **kind)
+    assert "can fill the memory" in refusal(load_pt, Path("call.pt"))
 
 
 @pytest.mark.parametrize("name", [1, None, ("a", "b"), b"norm.weight"])
