@@ -64,8 +64,8 @@ def find_model(options: Options) -> Path:
         return file
     path, *earlier = finished_pretrainings()[::-1] or [Path("stories42M.pt")]
     path = path if path.exists() else SHIPPED_MODEL
-    last = f", of the last pretraining here; before it came {_listed(earlier)}" if earlier else ""
-    say(f"--pretrained_model_path is not given: using {path}{last}")
+    last = f", of the last pretraining here; before it came {_listed(earlier, 3)}"
+    say(f"--pretrained_model_path is not given: using {path}{last if earlier else ''}")
     return path
 
 
@@ -160,9 +160,9 @@ def _models_nearby(path: Path) -> str:
     return f"; there is {_listed(models or near)}" if near else ""
 
 
-def _listed(files: Sequence[Path]) -> str:
-    more = f" and {len(files) - SHOWN_FILES} more" if len(files) > SHOWN_FILES else ""
-    return ", ".join(map(str, files[:SHOWN_FILES])) + more
+def _listed(files: Sequence[Path], most: int = SHOWN_FILES) -> str:
+    more = f" and {len(files) - most} more" if len(files) > most else ""
+    return ", ".join(map(str, files[:most])) + more
 
 
 def find_vocabulary(model: Llama | StoredModel, path: Path, options: Options) -> Tokenizer:

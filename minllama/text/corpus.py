@@ -275,7 +275,8 @@ def fit_context(options: Options, tokens: int, longest: int) -> int:
     context = longest
     while steps(context) < WANTED_STEPS and context > MIN_CONTEXT:
         context //= 2
-    say(f"context      {context:,} tokens, for {steps(context):,} steps; --max_seq_len N sets it")
+    steps_then = f"about {steps(context):,} steps"  # what is held out is not known yet
+    say(f"context      {context:,} tokens, for {steps_then}; --max_seq_len N sets it")
     return context
 
 

@@ -47,6 +47,12 @@ class SplitFiles:
     labels: Labels
     mapping: Path | None = None  # where to write labels that were made of the words in the file
 
+    def is_train(self, split: str) -> bool:
+        """Whether a split's file is the one to train on."""
+        return {split, "train"} <= self.paths.keys() and (
+            real_path(self.paths[split]) == real_path(self.paths["train"])
+        )
+
 
 def find_labelled_files(options: Options, suffix: str) -> SplitFiles:
     """The labelled files that the flags name, else the embedded reviews.
@@ -229,6 +235,12 @@ def _checked(options: Options, files: SplitFiles, held_out: tuple[str, ...] = ()
         find_text_files([path], flag=f"--{split}")
     if line := encoding_line([*files.paths.values()], Reading.of_records(options)):
         say(line)
+    for split in ("dev", "test"):
+        if options.option == "finetune" and files.is_train(split):
+            say(
+                f"warning: --{split} {files.paths[split]} is --train, too: what is measured on it "
+                "says nothing of other text"
+            )
     taken = {real_path(path) for path in files.paths.values()}
     for split, path in outs.items():
         if real_path(path) in taken:

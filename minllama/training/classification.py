@@ -272,7 +272,8 @@ class Classification(Task):
                 functools.partial(write_result, files.mapping, text, "labels", keep=True)
             )
         # Never on --train, of which it has learnt the answers.
-        known = files.paths.get("test") or files.paths.get("dev")
+        others = {split: path for split, path in files.paths.items() if not files.is_train(split)}
+        known = others.get("test") or others.get("dev")
         test: list[str | Path] = ["--test", known or NEW_SENTENCES]
         for name in ("text_field", "label_field"):  # of a table, whose columns have own names
             if known and getattr(run.options, name) != getattr(Reading, name):

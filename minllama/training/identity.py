@@ -73,8 +73,8 @@ def check_identity(
             value = ", ".join(f"{key} {value[key]}" for key in differs)
             before = ", ".join(str(before.get(key)) for key in differs)
         remedy = "a run is resumed with what it was started with"
-        if name == CHUNK_ORDER:  # which no flag can have
-            remedy = f"this trains its model on: {command_to_train_on(options, folder, ranks)}"
+        if name in (CHUNK_ORDER, TEXT_TOKENS):  # another version's may differ, whatever the flags
+            remedy += f". This trains its model on: {command_to_train_on(options, folder, ranks)}"
         problems.append(f"{name} {value} differs from the checkpoint's {before}: {remedy}")
     if problems:
         raise UsageError("\n".join(problems))

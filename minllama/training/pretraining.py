@@ -357,10 +357,10 @@ class Pretraining(NextTokenTask):
                 f"{perplexity(progress.best):,.2f} after {progress.best_step:,} steps{last}"
             )
             if progress.best > progress.first and self.run.options.pretrained_model_path is None:
-                say(
-                    "note: the held-out text is predicted worse than before training: it is likely "
-                    "of another kind than the text; --val_data FILE names some of its kind"
-                )
+                why = "the text is likely too short to learn from: more of it helps"
+                if self.run.options.val_data:
+                    why = "--val_data is likely of another kind than the text"
+                say(f"note: the held-out text is predicted worse than before training: {why}")
         findings |= self.say_what_became_of_old_text(overfitted=overfitted)
         bits = records[-1].get("bits_per_byte")
         if overfitted and bits:  # of the result, which is the best model: they go with the loss

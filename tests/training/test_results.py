@@ -66,14 +66,25 @@ ZH = "今天天气很好。我们去公园散步吧，看看花。\n"
 EN = "The quick brown fox, jumps over: 'a lazy dog'! Would it? BCDEGHIJKLMNOPQRSUVXYZ 0123456789\n"
 
 
-@pytest.mark.parametrize("best, is_told", [(9.5, True), (3.0, False)])
-def test_held_out_text_of_another_kind_is_told(monkeypatch, best, is_told):
-    """A perplexity of 465,818 after 3,596 before training passed without a word."""
+@pytest.mark.parametrize(
+    ("best", "flags", "why"),
+    [
+        (9.5, "", "training: the text is likely too short to learn from"),
+        (9.5, " --val_data others.jsonl", "training: --val_data is likely of another kind"),
+        (3.0, "", ""),
+    ],
+)
+def test_held_out_text_that_is_predicted_worse_is_told(monkeypatch, best, flags, why):
+    """A perplexity of 465,818 after 3,596 before training passed without a word.
+
+    And a part of the text itself was said to be of another kind.
+    """
     write_stories(Path.cwd(), 12)
+    Path("others.jsonl").write_text('{"text": "Of another kind."}\n', encoding="utf-8")
     evaluate_as(monkeypatch, 9.0, best)
-    done = pretrain("--epochs 1 --max_steps 3 --sample_tokens 0")
-    assert done.status == 0
-    assert ("predicted worse than before training" in done.out) == is_told
+    done = pretrain(f"--epochs 1 --max_steps 3 --sample_tokens 0{flags}")
+    assert done.status == 0 and why in done.out
+    assert ("predicted worse than before training" in done.out) == bool(why)
     assert f"{math.exp(best):,.2f} after 3 steps" in done.out  # with commas, as elsewhere
 
 
@@ -86,14 +97,19 @@ def test_a_classifier_is_for_sentences():
     assert command(printed[0][2:]).status == 0 and printed[0][3] == "prompt"
 
 
-def test_a_classifier_is_not_tried_on_what_it_has_learnt():
-    """Of a file that was split by itself `next:` tested on the training sentences."""
+@pytest.mark.parametrize("dev", ["", " --dev ./toy-train.txt"])
+def test_a_classifier_is_not_tried_on_what_it_has_learnt(dev):
+    """Of a file that was split by itself, or named twice, `next:` tested on the training sentences.
+
+    And an accuracy on these passed for one on others.
+    """
     write_labelled(Path.cwd())
-    words = "--option finetune --train toy-train.txt --pretrained_model_path "
+    words = f"--option finetune --train toy-train.txt{dev} --pretrained_model_path "
     words += f"{write_model(Path.cwd())} --save_dir run --max_steps 2"
     done = command(words)
     after = done.out.partition("next:")[2]
     assert done.status == 0 and "toy-train.txt" not in after
+    assert ("--dev toy-train.txt is --train, too: what is measured" in done.out) == bool(dev)
     line, note = after.strip().splitlines()[:2]
     assert shlex.split(line)[-2:] == ["--test", "SENTENCES.txt"]
     assert "SENTENCES.txt: sentences that it was not trained on" in note
