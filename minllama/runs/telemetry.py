@@ -142,8 +142,8 @@ def profile_summary(averages: Iterable[FunctionEventAvg]) -> str:
     ]
     busy = f"; the GPU computed {sum(kernels) / total:.0%}" if kernels else ""
     return (
-        f"profile of {steps} step{'s' * (steps > 1)} of {total / steps / 1000:,.1f} ms: waiting for "
-        f"{', '.join(shares)}{busy}"
+        f"profile of {steps} step{'s' * (steps > 1)} of {total / steps / 1000:,.1f} ms: "
+        f"waiting for {', '.join(shares)}{busy}"
     )
 
 
