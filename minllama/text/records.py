@@ -131,9 +131,10 @@ def _check_columns(where: str, names: Sequence[str], columns: Collection[str] | 
         raise UsageError(f"{where}: has the column {shown(twice[0])!r} more than once")
     if not {*columns} & {*names}:
         wanted = " or ".join(map(repr, sorted(columns)))
+        label = ", --label_field that of the label" if "label" in columns else ""
         raise UsageError(
             f"{where}: no column {wanted} (has: {_listed(names)}); --text_field names the column "
-            "of the text"
+            f"of the text{label}"
         )
 
 
