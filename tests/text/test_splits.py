@@ -283,7 +283,11 @@ def test_labels_that_do_not_count_from_0(
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("a.csv", "film,stars\nx,1\n", "a.csv:1: no column .* or 'text' .has: film, stars.*--label_field"),
+        (
+            "a.csv",
+            "film,stars\nx,1\n",
+            "a.csv:1: no column .* or 'text' .has: film, stars.*--label_field",
+        ),
         ("a.csv", "text,label\nx,1\n ,2\n", 'a.csv:3: no sentence in "text"'),
         ("a.jsonl", '{"label": 1}', 'a.jsonl:1: no sentence in "text" .has: label'),
         ("a.jsonl", '{"text": "x", "label": [1]}', "a.jsonl:1: label '.1.' is not a number"),
