@@ -53,7 +53,7 @@ EVALUATED_SHARE = 0.05
 TOKENS_PER_PARAMETER, EXPONENT = 30, 0.3
 # Parameters for each distinct token up to which a model gains as from new text, and up to which it
 # gains at all, by so small a power of its size, with a decay that suits it.
-FED, OVERFED, OVERFED_EXPONENT = 2, 16, 0.2
+FED, OVERFED, OVERFED_EXPONENT = 2, 8, 0.2
 PATIENCE = 3  # of those without a better loss end the run
 LEAST_HELD_OUT = 8192  # tokens to evaluate on, whatever they take
 TIMED_CONTEXT = {"cpu": 256, "cuda": 1024, "mps": 512}  # where none is typed
