@@ -288,12 +288,12 @@ def _check_pickle(path: Path, file: BinaryIO) -> None:
             called.add(argument.split(" ")[-1])
         elif isinstance(argument, str) and len(argument) <= LONGEST_CODEC:
             texts.append(argument)
-    # bytearray(n) has n bytes; bytes are pickled by `encode`, which has codecs that double them.
-    if "bytearray" in called or ("encode" in called and any(map(_is_of_bytes, texts))):
+    # bytearray(n) has n bytes; `encode`, by which bytes are pickled, has codecs that double them.
+    if "bytearray" in called or ("encode" in called and any(map(_lengthens, texts))):
         raise UsageError(f"{path}: holds a call that can fill the memory; get a file of weights")
 
 
-def _is_of_bytes(codec: str) -> bool:
+def _lengthens(codec: str) -> bool:
     with contextlib.suppress(LookupError, ValueError):
-        return not codecs.lookup(codec)._is_text_encoding
+        return codecs.lookup(codec).name in ("base64", "hex", "quopri", "uu")
     return False
