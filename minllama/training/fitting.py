@@ -107,7 +107,8 @@ class Fit:
     options: Options
     tokens: int  # trained on in all
     loss: float  # but for a constant
-    seconds: float  # of training
+    seconds: float  # to train in
+    rate: float  # tokens a second
 
 
 def fit_to_time(
@@ -270,8 +271,11 @@ def fit(
     evaluations = max(1, min(EVALUATIONS, int(to_watch / max(1e-9, an_evaluation)) - 2))
     training = max(1.0, seconds - (evaluations + 2) * an_evaluation)
 
+    def step_seconds(batch: int) -> float:
+        return speed.token * batch / processes + speed.update
+
     def steps_of(batch: int) -> int:
-        return max(1, int(training / (speed.token * batch / processes + speed.update)))
+        return max(1, int(training / step_seconds(batch)))
 
     batch = 1024
     for _ in range(10):  # a larger batch makes fewer steps, and a little more of the time
@@ -308,7 +312,7 @@ def fit(
     loss = predicted_loss(size, tokens, distinct)
     options = options.choose(chosen).with_recommended_lr(config, continued=False)
     options = with_recommended_decay(options, distinct)
-    return Fit(options, tokens, loss, training)
+    return Fit(options, tokens, loss, training, batch / step_seconds(batch))
 
 
 def with_recommended_decay(options: Options, distinct: int) -> Options:
@@ -328,7 +332,7 @@ def with_recommended_decay(options: Options, distinct: int) -> Options:
 def describe(best: Fit, typed: Options, timed: int, distinct: int) -> list[str]:
     """What was chosen and why, a line each."""
     options, epochs = best.options, best.tokens / distinct
-    rate, tokens = map(tqdm.format_sizeof, (best.tokens / best.seconds, best.tokens))
+    rate, tokens = map(tqdm.format_sizeof, (best.rate, best.tokens))
     patience = f"; --early_stopping {options.early_stopping}" if options.early_stopping else ""
     lines = [
         f"minutes      {typed.minutes:g} in all, {human_time(best.seconds)} of them to train in; "

@@ -10,6 +10,7 @@ import pytest
 import several
 import torch
 from running import RESUME, assert_same, command, records, write_stories
+from tqdm import tqdm
 
 from config import LlamaConfig, parse_options
 from llama import load_pretrained
@@ -123,11 +124,18 @@ def test_what_was_typed_is_kept(texts):
 
 
 def test_a_text_read_often_is_protected(texts):
-    """Dropout where the time is long for the text, and an end before the text is known by heart."""
+    """Dropout where the time is long for the text, and an end before the text is known by heart.
+
+    The speed was printed as if such a run took all of its time.
+    """
     few, many = (fitted(texts, seconds=seconds) for seconds in (3, 3000))
     assert few.options.dropout == 0 < many.options.dropout
     assert many.options.early_stopping == fitting.PATIENCE
     assert many.tokens / len(texts.train.stream) < 1.1 * fitting.MAX_EPOCHS
+    speed = 1 / (USUAL.token + USUAL.update / (32 * many.options.global_batch_size))
+    assert f"at {tqdm.format_sizeof(speed)} tokens/s" in " ".join(
+        describe(many, many.options, 1, 9)
+    )
 
 
 def test_a_decay_is_chosen_for_muon_from_scratch_alone():
