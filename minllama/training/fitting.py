@@ -51,9 +51,9 @@ TIMED_SECONDS = 0.3  # of steps of one shape
 EVALUATIONS = 10  # in a run, and the share of its time that they may take
 EVALUATED_SHARE = 0.05
 TOKENS_PER_PARAMETER, EXPONENT = 30, 0.3
-# Parameters for each distinct token up to which a model gains as from new text, and up to which it
-# gains at all, by so small a power of its size, with a decay that suits it.
-FED, OVERFED, OVERFED_EXPONENT = 2, 8, 0.2
+# Parameters for each distinct token up to which a model gains as from new text, and at which it is
+# best: it gains by so small a power of its size up to there, and loses by it from there on.
+FED, BEST_FED, BEYOND_EXPONENT = 2, 8, 0.2
 PATIENCE = 3  # of those without a better loss end the run
 LEAST_HELD_OUT = 8192  # tokens to evaluate on, whatever they take
 TIMED_CONTEXT = {"cpu": 256, "cuda": 1024, "mps": 512}  # where none is typed
@@ -69,13 +69,14 @@ def predicted_loss(parameters: int, tokens: float, distinct: int) -> float:
     `parameters` are those of the layers; of `tokens` of training `distinct` differ. A parameter is
     worth as much as TOKENS_PER_PARAMETER (Hoffmann et al. 2022, by our sweep). A token read again
     is worth less each time (Muennighoff et al. 2023), the sooner the smaller the text; and so are
-    parameters beyond some for each token, until they only learn it by heart.
+    parameters beyond some for each token, until they learn it by heart.
     """
     epochs = max(1.0, tokens / distinct)
     lasting = min(15.0, max(3.0, distinct / 60_000))  # epochs until another is worth a third
     repeated = distinct * (1 + lasting * (1 - math.exp((1 - epochs) / lasting)))
-    per_token = min(parameters / distinct, OVERFED)
-    size = distinct * min(per_token, FED) * max(1.0, per_token / FED) ** OVERFED_EXPONENT
+    per_token = parameters / distinct
+    per_token = min(per_token, BEST_FED**2 / per_token)
+    size = distinct * min(per_token, FED) * max(1.0, per_token / FED) ** BEYOND_EXPONENT
     return size**-EXPONENT + (min(tokens, repeated) / TOKENS_PER_PARAMETER) ** -EXPONENT
 
 

@@ -75,6 +75,8 @@ def test_the_rule_is_that_of_the_sweep():
     assert losses[0] - losses[1] > losses[1] - losses[2] > 0
     new, four, forty = (predicted_loss(10**6, 4 * 10**7, n) for n in (many, 10**7, 10**6))
     assert 0 < four - new < 0.1 * (forty - new)
+    at_20 = [predicted_loss(n, 20 * 214_000, 214_000) for n in (804_000, 1_770_000, 3_150_000)]
+    assert at_20[1] < min(at_20[0], at_20[2])  # 4 x 128, 192 and 256 of a megabyte
 
 
 def test_the_steps_fill_the_time(texts):
