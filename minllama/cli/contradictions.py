@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 LENGTHS = (("minutes", "epochs"), ("minutes", "schedule_steps"), ("schedule_steps", "epochs"))
 # A typed one of these takes the place of the others in a --config file.
 EXCLUSIVE = (
-    *({"resume", "overwrite"}, {"minutes", "epochs", "schedule_steps"}),
+    *({"resume", "overwrite"}, {name for pair in LENGTHS for name in pair}),
     *({"global_batch_size", "gradient_accumulation_steps"}, {"freeze_backbone", "lora_rank"}),
 )
 PAIRS_EXCLUDE = (

@@ -42,8 +42,12 @@ class LoRALinear(nn.Linear):
         return linear
 
 
-def add_lora(model: Llama, *, rank: int, alpha: float) -> None:
-    """Freeze the model and give every linear layer except the head an adapter to train."""
+def add_lora(model: Llama, *, rank: int, alpha: float | None = None) -> None:
+    """Freeze the model and give every linear layer except the head an adapter to train.
+
+    `alpha` / rank scales what an adapter adds; unset it is 2.
+    """
+    alpha = 2 * rank if alpha is None else alpha
     model.requires_grad_(False)
     for parent, name, linear in linears(model):
         setattr(parent, name, LoRALinear(linear, rank=rank, alpha=alpha))

@@ -224,11 +224,16 @@ class LlamaConfig:
             "output": 0 if self.tie_word_embeddings else self.vocab_size * self.dim,
         }
 
+    @property
+    def parameters(self) -> int:
+        """Those of all parts."""
+        return sum(self.parameter_counts().values())
+
     def block_parameters(self) -> tuple[int, int]:
         """Parameters of the layers, and of the rest: embedding, last norm and output head."""
         counts = self.parameter_counts()
         around = counts["embedding"] + counts["output"] + self.dim
-        return sum(counts.values()) - around, around
+        return self.parameters - around, around
 
     def flops_per_token(self, sequence_length: int, *, logits: bool) -> float:
         """FLOPs to train on one token: 6 per weight, and 6 L T d for attention.

@@ -80,11 +80,6 @@ class TrainingPlan:
     vocabulary_bytes: int = 0  # of it in every file
 
     @property
-    def parameters(self) -> int:
-        """Of the model, what is tied once."""
-        return sum(self.config.parameter_counts().values())
-
-    @property
     def accumulation_steps(self) -> int:
         """Micro-batches of one optimizer step on each rank."""
         options = self.options
@@ -222,7 +217,7 @@ class TrainingPlan:
             largest = max(*gradients.values(), *activations.values())
             gradients, activations = {}, {"activations or gradients": largest}
         return {
-            "weights": 4 * self.parameters // self.shards,
+            "weights": 4 * self.config.parameters // self.shards,
             **gradients,
             "optimizer": self.optimizer_bytes() // self.shards,
             "copies": self.gathered_bytes(),
@@ -241,7 +236,7 @@ class TrainingPlan:
 
     def weights_file_bytes(self, dtype: str) -> int:
         """A file of the weights and the vocabulary; a tied embedding is stored once."""
-        return DTYPE_BYTES[dtype] * self.parameters + self.vocabulary_bytes
+        return DTYPE_BYTES[dtype] * self.config.parameters + self.vocabulary_bytes
 
     def disk(self) -> dict[str, int]:
         """Bytes of the run's files by kind, at their peak: old ones go when new ones are whole."""
@@ -305,7 +300,7 @@ class TrainingPlan:
         weights = human_size(self.weights_file_bytes(options.save_dtype))
         checkpoint = human_size(self.checkpoint_bytes())
         return [
-            f"model        {self.parameters:,} parameters: {parts}",
+            f"model        {config.parameters:,} parameters: {parts}",
             f"             dim {config.dim}, {config.n_layers} layers, {config.n_heads} heads"
             f"{own_width} ({config.n_kv_heads} key/value), vocabulary {config.vocab_size:,}, "
             f"context {config.max_seq_len:,}",

@@ -275,8 +275,10 @@ def fit_context(options: Options, tokens: int, longest: int) -> int:
     context = longest
     while steps(context) < WANTED_STEPS and context > MIN_CONTEXT:
         context //= 2
-    steps_then = f"about {steps(context):,} steps"  # what is held out is not known yet
-    say(f"context      {context:,} tokens, for {steps_then}; --max_seq_len N sets it")
+    say(  # about, since what is held out is not known yet
+        f"context      {context:,} tokens, for about {steps(context):,} steps; --max_seq_len N "
+        "sets it"
+    )
     return context
 
 

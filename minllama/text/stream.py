@@ -86,11 +86,12 @@ class TokenStream:
 
 
 def joined(streams: Iterable[TokenStream]) -> TokenStream:
-    """Streams of the same tokens as one, one after the other."""
+    """The stretches of streams of the same tokens as one stream, in the order of the array."""
     streams = [*streams]
     starts = np.concatenate([stream.starts for stream in streams])
     stops = np.concatenate([stream.stops for stream in streams])
-    return TokenStream(streams[0].tokens, starts, stops, streams[0].document_starts)
+    order = np.argsort(starts, kind="stable")
+    return TokenStream(streams[0].tokens, starts[order], stops[order], streams[0].document_starts)
 
 
 def documents_in(cache: TokenCache, stream: TokenStream) -> np.ndarray:
@@ -140,8 +141,8 @@ def split_documents(
         if val is not None:
             held_out = _lowest_hashes(cache, small, val_fraction, in_small)
             return (
-                _in_order(train, whole_stream(cache, small & ~held_out)),
-                _in_order(val, whole_stream(cache, held_out)),
+                joined([train, whole_stream(cache, small & ~held_out)]),
+                joined([val, whole_stream(cache, held_out)]),
             )
     held_out = _lowest_hashes(cache, small, val_fraction, len(whole))
     if sizes[held_out].sum() < MIN_SHARE * val_fraction * len(whole):
@@ -172,14 +173,6 @@ def _lowest_hashes(
     lowest = np.zeros(len(sizes), bool)
     lowest[order[:end]] = True
     return lowest
-
-
-def _in_order(one: TokenStream, other: TokenStream) -> TokenStream:
-    """The stretches of two streams of the same tokens, as these have them."""
-    starts = np.concatenate([one.starts, other.starts])
-    order = np.argsort(starts)
-    stops = np.concatenate([one.stops, other.stops])[order]
-    return TokenStream(one.tokens, starts[order], stops, one.document_starts)
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:

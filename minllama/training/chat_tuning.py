@@ -122,7 +122,7 @@ class ChatTuning(NextTokenTask):
             files.paths.get("test"), options, llama.chat_template, tokenizer
         )
         if options.lora_rank:
-            add_lora(llama, rank=options.lora_rank, alpha=2 * options.lora_rank)
+            add_lora(llama, rank=options.lora_rank)
         dev = files.paths.get("dev")  # else a share of --train, which is the same file on resume
         self.held_out = dev and fingerprint(dev.read_bytes())
         lengths = self.train_set.lengths

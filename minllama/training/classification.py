@@ -163,7 +163,7 @@ class Classification(Task):
             shown = ", ".join(f"{text} ({counts[number]:,})" for number, text in words)
             say(f"labels       words of --train, by the alphabet: {shown}")
         if options.lora_rank:
-            add_lora(self.llama, rank=options.lora_rank, alpha=2 * options.lora_rank)
+            add_lora(self.llama, rank=options.lora_rank)
         self.model = LlamaEmbeddingClassifier(
             self.llama,
             num_labels=len(files.labels.names),

@@ -247,7 +247,7 @@ def untrained(options: Options, config: LlamaConfig) -> Llama:
     else:
         llama = Llama(config)
     if finetune and options.lora_rank:
-        add_lora(llama, rank=options.lora_rank, alpha=2 * options.lora_rank)
+        add_lora(llama, rank=options.lora_rank)
     llama.activation_checkpointing = options.activation_checkpointing
     return llama
 

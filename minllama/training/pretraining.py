@@ -110,7 +110,7 @@ def plan_sizes(options: Options, config: LlamaConfig, texts: Texts) -> dict[str,
         sequences = mixture.epoch_chunks
     return {
         "config": config,
-        "trainable_parameters": sum(config.parameter_counts().values()),
+        "trainable_parameters": config.parameters,
         "muon_parameters": options.muon_parameters(config),
         "sequences": sequences,
         "tokens": len(texts.train.stream),
@@ -370,7 +370,7 @@ class Pretraining(NextTokenTask):
             say(verdict_line(rows))
         losses = [record["loss"] for record in records if record.get("loss") is not None]
         outcome = Outcome(
-            parameters=self.run.plan.parameters,
+            parameters=self.config.parameters,
             tokens=progress.tokens,
             distinct=self.run.plan.tokens,
             train_loss=sum(losses) / max(1, len(losses)),

@@ -181,7 +181,7 @@ class Run:
             written += 2 * self.plan.weights_file_bytes(options.save_dtype)
             finishing = FINISHING + written / WRITE_RATE
             finishing += copying_seconds(
-                self.plan.parameters,
+                self.plan.config.parameters,
                 min(self.plan.tokens, most_looked_at(options.minutes)),
             )
             finishing += compressing_seconds(self.task.val_set)

@@ -243,7 +243,7 @@ def time_line(plan: TrainingPlan, device: torch.device, steps_left: int) -> str:
     if plan.is_timed:
         return f"time         {options.minutes:g} min in all, whatever the steps (--minutes)"
     speed = None  # also where the memory is too small for it
-    if device.type == "cpu" and plan.parameters <= TIMED_PARAMETERS:
+    if device.type == "cpu" and config.parameters <= TIMED_PARAMETERS:
         rows = min(options.micro_batch_size, plan.sequences)
         context = max(1, round(plan.tokens / plan.sequences))
         shape = dataclasses.replace(config, vocab_size=plan.logits_width)  # a classifier's: labels
